@@ -1,0 +1,43 @@
+"""What holds for every test: which ones run, one thread, a fixed seed, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+
+# cuBLAS reads this once, when its first handle is made.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+# Many tests start processes of their own, and one thread fixes the order of every sum.
+torch.set_num_threads(1)
+# Also fills uninitialised tensors with NaN, so that a read of memory never written shows.
+torch.use_deterministic_algorithms(True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpus = torch.cuda.device_count()
+    skip_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    skip_multi_gpu = pytest.mark.skip(reason=f"needs two CUDA devices, found {gpus}")
+    kept, deselected = [], []
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
+            deselected.append(item)
+            continue
+        kept.append(item)
+        if item.get_closest_marker("gpu") and gpus < 1:
+            item.add_marker(skip_gpu)
+        if item.get_closest_marker("multi_gpu") and gpus < 2:
+            item.add_marker(skip_multi_gpu)
+    items[:] = kept
+    config.hook.pytest_deselected(items=deselected)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
