@@ -1,0 +1,132 @@
+"""Imports run one way: nsa_kernels <- nsa_dist <- nsa_dist.adapters <- launch."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = sorted((ROOT / "kernels" / "nsa_kernels").rglob("*.py"))
+ATTENTION = sorted((ROOT / "nsa_dist").rglob("*.py"))
+LAUNCH = sorted((ROOT / "launch").rglob("*.py"))
+ADAPTERS = [path for path in ATTENTION if "adapters" in path.parts]
+CORE = [path for path in ATTENTION if "adapters" not in path.parts]
+LAUNCH_MODULES = {path.stem for path in LAUNCH}
+
+
+def _module(path: Path) -> str:
+    """Dotted name of a file of nsa_dist or nsa_kernels; a package's is that of its __init__."""
+    root = ROOT / "kernels" if "kernels" in path.relative_to(ROOT).parts[:1] else ROOT
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(source: str, module: str = "", is_package: bool = False) -> set[str]:
+    """Dotted names that ``source`` imports anywhere, or reaches as torch.distributed.
+
+    ``from a import b`` counts as a and a.b, since b may be a module; relative ones are resolved
+    from ``module``.
+    """
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                keep = len(parts) - node.level + is_package
+                base = ".".join(parts[:keep] + ([base] if base else []))
+            names.add(base)
+            names.update(f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            names.add("torch.distributed")
+    return names
+
+
+def _imported_by(path: Path) -> set[str]:
+    module = _module(path)
+    return imported(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+
+
+def _within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def _offenders(files: list[Path], *banned: str) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in sorted(_imported_by(path))
+        if any(_within(name, package) for package in banned)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch.distributed as dist", "torch.distributed"),
+        ("from torch import distributed", "torch.distributed"),
+        (
+            "def f():\n    import torch\n    return torch.distributed.get_rank()",
+            "torch.distributed",
+        ),
+        ("from ..adapters import megatron", "nsa_dist.adapters"),
+        ("from .x import y", "nsa_dist.comm.x.y"),
+    ],
+)
+def test_the_checker_sees_imports(source: str, expected: str) -> None:
+    assert expected in imported(source, "nsa_dist.comm.halo")
+
+
+def test_the_files_are_found() -> None:
+    assert KERNELS
+    assert CORE
+    assert LAUNCH
+
+
+def test_kernels_know_one_device_only() -> None:
+    banned = ("torch.distributed", "nsa_dist", "launch", "tests", *LAUNCH_MODULES)
+    assert _offenders(KERNELS, *banned) == []
+
+
+def test_attention_imports_no_adapter_and_no_program() -> None:
+    assert _offenders(CORE, "nsa_dist.adapters", "launch", "tests", *LAUNCH_MODULES) == []
+
+
+def test_adapters_import_no_program() -> None:
+    assert _offenders(ADAPTERS, "launch", "tests", *LAUNCH_MODULES) == []
+
+
+def test_programs_import_no_test() -> None:
+    assert _offenders(LAUNCH, "tests") == []
+
+
+def test_core_needs_torch_and_triton_only() -> None:
+    allowed = {"torch", "triton", "nsa_kernels", "nsa_dist", *sys.stdlib_module_names}
+    offenders = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in KERNELS + CORE
+        for name in sorted(_imported_by(path))
+        if name.split(".")[0] not in allowed
+    ]
+    assert offenders == []
+
+
+def test_oracle_imports_torch_only() -> None:
+    oracle = ROOT / "kernels" / "nsa_kernels" / "reference.py"
+    allowed = {"torch", *sys.stdlib_module_names}
+    names = {name for name in _imported_by(oracle) if name.split(".")[0] not in allowed}
+    assert names == set()
+
+
+def test_no_backend_uses_the_oracle() -> None:
+    others = [path for path in KERNELS + CORE if path.name != "reference.py"]
+    assert _offenders(others, "nsa_kernels.reference") == []
+
+
+def test_no_program_hides_a_standard_module() -> None:
+    """launch/ comes first on sys.path when one of its programs runs."""
+    assert LAUNCH_MODULES & set(sys.stdlib_module_names) == set()

@@ -1,0 +1,80 @@
+"""What the tree must look like for packaging, for pytest and for a reader."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("nsa_dist", "kernels", "launch", "tests")
+LONGEST_FILE = 500
+PACKAGES = {"nsa_dist": ROOT / "nsa_dist", "nsa_kernels": ROOT / "kernels" / "nsa_kernels"}
+
+
+def _pins() -> dict[str, list[str]]:
+    """Pinned versions by distribution; more than one where they depend on the Python version."""
+    pins: dict[str, list[str]] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([a-z0-9-]+)==([0-9a-z.]+)(; python_version (<|>=) '3\.11')?", line)
+        assert match, f"constraints.txt: {line!r} is not a pin"
+        pins.setdefault(match[1], []).append(match[2])
+    return pins
+
+
+def test_files_stay_readable() -> None:
+    lines = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for top in CODE
+        for path in (ROOT / top).rglob("*.py")
+    }
+    assert {name: count for name, count in lines.items() if count > LONGEST_FILE} == {}
+    assert len(lines) > 10
+
+
+def test_kernels_is_a_source_root_and_no_package() -> None:
+    """A top-level package `kernels` would shadow the one that transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert {path.parent.name for path in (ROOT / "kernels").glob("*/*.py")} == {"nsa_kernels"}
+
+
+def test_pytest_collects_every_test_folder() -> None:
+    """pytest skips `dist` and `build` without a word; `kernels` would be the shadow again."""
+    names = {path.name for path in (ROOT / "tests").rglob("*") if path.is_dir()}
+    assert not names & {"dist", "build", "venv", "node_modules", "kernels"}
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_every_folder_of_a_package_is_packaged(package: str) -> None:
+    """setuptools leaves out a folder without __init__.py."""
+    folders = {path.parent for path in PACKAGES[package].rglob("*.py")}
+    assert {str(folder) for folder in folders if not (folder / "__init__.py").exists()} == set()
+    assert (PACKAGES[package] / "py.typed").exists()
+
+
+def test_every_kernel_has_its_test() -> None:
+    kernels = (PACKAGES["nsa_kernels"] / "pytorch").glob("[!_]*.py")
+    expected = {f"test_{path.name}" for path in kernels}
+    assert expected
+    assert expected - {path.name for path in (ROOT / "tests" / "ops").glob("test_*.py")} == set()
+
+
+def test_constraints_pin_every_requirement() -> None:
+    requirements = pytest.importorskip("packaging.requirements")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = list(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        wanted += extra
+    pins = _pins()
+    for requirement in map(requirements.Requirement, wanted):
+        assert requirement.name in pins
+        for version in pins[requirement.name]:
+            assert requirement.specifier.contains(version), f"{requirement}: pinned {version}"
