@@ -10,10 +10,10 @@ import importlib.metadata
 import sysconfig
 from pathlib import Path
 
-import nsa_kernels
 import torch
 
 import nsa_dist
+import nsa_kernels
 from nsa_dist import NativeSparseAttention, NSAConfig
 
 site = Path(sysconfig.get_paths()["purelib"]).resolve()
