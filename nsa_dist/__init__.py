@@ -1,0 +1,36 @@
+"""Native Sparse Attention for training on sequences split over many GPUs.
+
+    from nsa_dist import NativeSparseAttention, NSAConfig, shard_batch
+
+See ``docs/algorithm.md`` for what is computed and how data flows.
+"""
+
+from nsa_dist.comm.counter import CommunicationCounter
+from nsa_dist.compressor import BlockCompressor
+from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
+from nsa_dist.functional import NSADetails, native_sparse_attention
+from nsa_dist.layer import NativeSparseAttention, NSABlock
+from nsa_dist.planning import get_plan
+from nsa_dist.rotary import apply_rotary, rotary_cos_sin
+from nsa_dist.sharding import ShardedBatch, Sharding, make_sharding, shard, shard_batch, unshard
+
+__all__ = [
+    "BRANCHES",
+    "BlockCompressor",
+    "CommunicationCounter",
+    "NSABlock",
+    "NSAConfig",
+    "NSADetails",
+    "NativeSparseAttention",
+    "RotaryConfig",
+    "ShardedBatch",
+    "Sharding",
+    "apply_rotary",
+    "get_plan",
+    "make_sharding",
+    "native_sparse_attention",
+    "rotary_cos_sin",
+    "shard",
+    "shard_batch",
+    "unshard",
+]

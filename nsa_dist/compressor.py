@@ -1,0 +1,111 @@
+"""The learned map phi from a compression block to one token, as a module.
+
+Keys and values have a compressor each. Weights and the position embedding serve all KV heads, or
+one set a head. There are no biases: a constant added to every compressed key cancels in the
+softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_dist.config import NSAConfig
+from nsa_kernels import Backend
+
+
+class BlockCompressor(nn.Module):
+    """phi of the ``mlp``, ``linear``, ``conv1d``, ``attention_pool`` and ``mean`` kinds.
+
+    Args:
+        config: gives kind, block length l, hidden width and whether weights are per head.
+        dim: width D of what is compressed.
+
+    Parameters (with a leading [G] when ``compress_per_head``):
+        position [l, D]: embedding e added to a block's rows, zero at start; not for ``mean``.
+        mlp: up [hidden, l*D], down [D, hidden]: down @ silu(up @ vec(x + e)).
+        linear: weight [D, l*D].  conv1d: weight [D, l], depthwise.  attention_pool: query [D].
+
+    ``mlp`` and ``linear`` start as torch's linear layers do; ``conv1d`` and ``attention_pool``
+    start as the mean of the block.
+    """
+
+    def __init__(
+        self,
+        config: NSAConfig,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind = config.compress
+        self.block = config.compress_block
+        self.dim = dim
+        block, hidden = self.block, config.compress_hidden or 2 * dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "mlp": {"up": (hidden, block * dim), "down": (dim, hidden)},
+            "linear": {"weight": (dim, block * dim)},
+            "conv1d": {"weight": (dim, block)},
+            "attention_pool": {"query": (dim,)},
+            "mean": {},
+        }[self.kind]
+        if self.kind != "mean":
+            shapes = {"position": (block, dim), **shapes}
+        heads = (config.num_kv_heads,) if config.compress_per_head else ()
+        for name, shape in shapes.items():
+            empty = torch.empty(heads + shape, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(empty))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the initial weights from torch's generator."""
+        for name, parameter in self.named_parameters():
+            if name in ("position", "query"):
+                parameter.zero_()
+            elif self.kind == "conv1d":
+                parameter.fill_(1.0 / self.block)
+            else:
+                bound = 1.0 / math.sqrt(parameter.shape[-1])
+                parameter.uniform_(-bound, bound)
+
+    def forward(self, x: Tensor, block_rows: Tensor, backend: Backend) -> Tensor:
+        """Compress the blocks that start at ``block_rows``.
+
+        Args:
+            x: [E, G, D], a buffer in which every block's rows are consecutive.
+            block_rows: int64 [C].
+
+        Returns:
+            [C, G, D] in the dtype of ``x``.
+        """
+        params = dict(self.named_parameters())
+        return backend.compress(x, block_rows, self.block, self.kind, params)
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind}, block={self.block}, dim={self.dim}"
+
+
+def apply_compressor(
+    compressor: nn.Module, x: Tensor, block_rows: Tensor, block: int, backend: Backend
+) -> Tensor:
+    """Run a built-in compressor, or a module of the user's that maps [C, G, l, D] to [C, G, D].
+
+    Raises:
+        ValueError: if the user's module returns another shape.
+    """
+    if isinstance(compressor, BlockCompressor):
+        return compressor(x, block_rows, backend)
+    blocks: Any = backend.gather_blocks(x, block_rows, block)
+    out = compressor(blocks)
+    expected = (*blocks.shape[:2], x.shape[-1])
+    if out.shape != expected:
+        raise ValueError(
+            f"compress: found a custom module that maps {tuple(blocks.shape)} to "
+            f"{tuple(out.shape)}; one that returns {expected} works"
+        )
+    return out.to(x.dtype)

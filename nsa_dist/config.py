@@ -1,0 +1,278 @@
+"""What an attention layer computes, as frozen values that are checked once.
+
+Nothing here knows about ranks, layouts or devices: two layers with equal configs compute the
+same function wherever and however they run.  Files and command lines are read in ``launch/``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+BRANCHES = ("compressed", "selected", "window")
+"""The order of branches everywhere: in gates, in projections, in what is returned."""
+
+CompressKind = Literal["mlp", "linear", "conv1d", "attention_pool", "mean", "custom"]
+GateKind = Literal["linear", "mlp", "static"]
+ScalingKind = Literal["none", "linear", "llama3", "yarn"]
+
+
+def _check(ok: bool, option: str, value: Any, works: str) -> None:
+    if not ok:
+        raise ValueError(f"{option}: found {value!r}; {works}")
+
+
+def _check_int(option: str, value: Any, minimum: int) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    _check(is_int and value >= minimum, option, value, f"an integer of at least {minimum} works")
+
+
+def _check_number(option: str, value: Any, works: str, *, positive: bool = True) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    ok = is_number and math.isfinite(value) and (value > 0 or not positive)
+    _check(ok, option, value, works)
+
+
+def _check_bool(option: str, value: Any) -> None:
+    _check(isinstance(value, bool), option, value, "True or False works")
+
+
+@dataclass(frozen=True)
+class NSAConfig:
+    """Native Sparse Attention's hyperparameters (arXiv 2502.11089, section 3).
+
+    The paper's model has 64 query heads, 4 KV heads, widths 192 (queries, keys) and 128 (values);
+    the remaining defaults are the paper's.
+
+    Args:
+        num_heads: query heads H.
+        num_kv_heads: KV heads G; each group of R = H/G query heads (1..32) shares one KV head and
+            one choice of blocks.
+        head_dim: width Dk of a query or key head.
+        v_head_dim: width Dv of a value head; ``head_dim`` when None.
+        compress_block: tokens l in a compression block.
+        compress_stride: stride d between compression blocks; divides l and l'.
+        select_block: tokens l' in a selection block; at least l.
+        num_selected: selected blocks n a query, the forced ones included.
+        num_init_blocks: forced blocks at a document's start.
+        num_local_blocks: newest forced blocks, the query's own included; at least 1.
+        window: query t sees keys t-window+1..t of its document.
+        branches: the branches in use, any non-empty subset of ``BRANCHES``; kept in that order.
+        compress: the function phi that makes one token of a compression block; ``"custom"`` leaves
+            it to modules given to the layer.
+        compress_hidden: hidden width of ``compress="mlp"``; 2*D when None.
+        compress_per_head: one set of compressor weights a KV head instead of one for all.
+        compress_pre_rope: compress unrotated keys, and rotate the compressed ones at the middle of
+            their block.
+        independent_kv: each branch has its own K and V; False shares one K, V.
+        scale: factor of the logits; 1/sqrt(head_dim) when None.
+        gate: how gate logits are made: a linear map or a two-layer MLP of the layer's input, or
+            learned constants a head.
+        gate_hidden: hidden width of ``gate="mlp"``; ``head_dim`` when None.
+        gate_init: initial gate logits of (compressed, selected, window).
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int | None = None
+    compress_block: int = 32
+    compress_stride: int = 16
+    select_block: int = 64
+    num_selected: int = 16
+    num_init_blocks: int = 1
+    num_local_blocks: int = 2
+    window: int = 512
+    branches: tuple[str, ...] = BRANCHES
+    compress: CompressKind = "mlp"
+    compress_hidden: int | None = None
+    compress_per_head: bool = False
+    compress_pre_rope: bool = False
+    independent_kv: bool = True
+    scale: float | None = None
+    gate: GateKind = "linear"
+    gate_hidden: int | None = None
+    gate_init: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        for option in (
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "compress_block",
+            "compress_stride",
+            "select_block",
+            "num_selected",
+            "num_local_blocks",
+            "window",
+        ):
+            _check_int(option, getattr(self, option), 1)
+        _check_int("num_init_blocks", self.num_init_blocks, 0)
+        for option in ("v_head_dim", "compress_hidden", "gate_hidden"):
+            if getattr(self, option) is not None:
+                _check_int(option, getattr(self, option), 1)
+        for option in ("compress_per_head", "compress_pre_rope", "independent_kv"):
+            _check_bool(option, getattr(self, option))
+
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        _check(
+            heads % kv_heads == 0 and heads // kv_heads <= 32,
+            "num_kv_heads",
+            kv_heads,
+            f"a divisor of num_heads={heads} with at most 32 query heads a group works",
+        )
+        block, stride, select = self.compress_block, self.compress_stride, self.select_block
+        _check(
+            block % stride == 0 and select % stride == 0,
+            "compress_stride",
+            stride,
+            f"a divisor of compress_block={block} and of select_block={select} works",
+        )
+        _check(
+            select >= block, "select_block", select, f"at least compress_block={block} tokens work"
+        )
+        forced = self.num_init_blocks + self.num_local_blocks
+        _check(
+            self.num_selected >= forced,
+            "num_selected",
+            self.num_selected,
+            f"at least num_init_blocks + num_local_blocks = {forced} works",
+        )
+
+        branches = self.branches
+        is_sequence = isinstance(branches, (tuple, list))
+        known = is_sequence and all(b in BRANCHES for b in branches)
+        _check(
+            known and len(branches) > 0 and len(set(branches)) == len(branches),
+            "branches",
+            branches,
+            f"a non-empty choice without repeats from {BRANCHES} works",
+        )
+        object.__setattr__(self, "branches", tuple(b for b in BRANCHES if b in branches))
+
+        for option, kinds in (("compress", get_args(CompressKind)), ("gate", get_args(GateKind))):
+            _check(getattr(self, option) in kinds, option, getattr(self, option), f"{kinds} work")
+        if self.scale is not None:
+            _check_number("scale", self.scale, "a positive finite number or None works")
+        init = self.gate_init
+        _check(
+            isinstance(init, (tuple, list)) and len(init) == len(BRANCHES),
+            "gate_init",
+            init,
+            f"three numbers, one for each of {BRANCHES}, work",
+        )
+        for value in init:
+            _check_number("gate_init", value, "finite numbers work", positive=False)
+        object.__setattr__(self, "gate_init", tuple(float(x) for x in init))
+
+    @property
+    def heads_per_group(self) -> int:
+        """R = H/G, the query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def value_dim(self) -> int:
+        """Dv."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor of every logit."""
+        return self.head_dim**-0.5 if self.scale is None else float(self.scale)
+
+    @property
+    def uses_compression(self) -> bool:
+        """Whether compressed keys are made: the selected branch scores blocks with them too."""
+        return "compressed" in self.branches or "selected" in self.branches
+
+    @property
+    def key_branches(self) -> tuple[str, ...]:
+        """Branches that read keys: those in use, and ``compressed`` where only selection needs it."""
+        wanted = set(self.branches) | ({"compressed"} if self.uses_compression else set())
+        return tuple(b for b in BRANCHES if b in wanted)
+
+    @property
+    def num_key_sets(self) -> int:
+        """Key projections of the layer: one a key branch, or one for all."""
+        return len(self.key_branches) if self.independent_kv else 1
+
+    @property
+    def num_value_sets(self) -> int:
+        """Value projections of the layer: one a branch, or one for all."""
+        return len(self.branches) if self.independent_kv else 1
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """Rotary position embedding of queries and keys (arXiv 2104.09864), in the half-split form.
+
+    Args:
+        theta: base of the frequencies.
+        dim: channels that are rotated, the first of each head; all of them when None.
+        scaling: how frequencies change for long contexts: ``"none"``, ``"linear"`` (positions over
+            ``factor``), ``"llama3"`` (Llama 3.1's interpolation by wavelength) or ``"yarn"``
+            (arXiv 2309.00071).
+        factor: how many times longer the context gets.
+        original_max_positions: context length that the frequencies were first made for.
+        low_freq_factor, high_freq_factor: bounds of llama3's blend, in turns over that context.
+        beta_fast, beta_slow: bounds of yarn's blend, in turns over that context.
+        attention_factor: multiplies cos and sin under yarn; 0.1 ln(factor) + 1 when None.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+
+    theta: float = 10000.0
+    dim: int | None = None
+    scaling: ScalingKind = "none"
+    factor: float = 1.0
+    original_max_positions: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("theta", self.theta, "a finite number above 1 works")
+        _check(self.theta > 1, "theta", self.theta, "a finite number above 1 works")
+        if self.dim is not None:
+            _check_int("rotary dim", self.dim, 2)
+            _check(self.dim % 2 == 0, "rotary dim", self.dim, "an even number works")
+        kinds = get_args(ScalingKind)
+        _check(self.scaling in kinds, "scaling", self.scaling, f"{kinds} work")
+        _check_number("factor", self.factor, "a finite number of at least 1 works")
+        _check(self.factor >= 1, "factor", self.factor, "a finite number of at least 1 works")
+        _check_int("original_max_positions", self.original_max_positions, 1)
+        for option in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            _check_number(option, getattr(self, option), "a positive finite number works")
+        _check(
+            self.high_freq_factor > self.low_freq_factor,
+            "high_freq_factor",
+            self.high_freq_factor,
+            f"more than low_freq_factor={self.low_freq_factor} works",
+        )
+        _check(
+            self.beta_fast > self.beta_slow,
+            "beta_fast",
+            self.beta_fast,
+            f"more than beta_slow={self.beta_slow} works",
+        )
+        if self.attention_factor is not None:
+            works = "a positive finite number or None works"
+            _check_number("attention_factor", self.attention_factor, works)
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Channels of a head of width ``head_dim`` that are rotated.
+
+        Raises:
+            ValueError: if ``dim`` passes ``head_dim``, or ``dim`` is None and ``head_dim`` is odd.
+        """
+        dim = head_dim if self.dim is None else self.dim
+        works = f"an even number up to head_dim={head_dim} works"
+        _check(dim <= head_dim and dim % 2 == 0, "rotary dim", dim, works)
+        return dim

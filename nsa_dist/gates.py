@@ -1,0 +1,93 @@
+"""How much of each branch a token takes: one gate in (0, 1) per token, head and branch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nsa_dist.config import BRANCHES, NSAConfig
+
+
+def _initial_logits(config: NSAConfig) -> Tensor:
+    """[H, nb]: ``gate_init`` of the branches in use, for every head."""
+    logits = [config.gate_init[BRANCHES.index(branch)] for branch in config.branches]
+    return torch.tensor(logits).expand(config.num_heads, -1)
+
+
+class LinearGate(nn.Module):
+    """sigmoid(W x + b), W [H*nb, hidden] with rows ordered (head, branch); b starts at
+    ``gate_init``."""
+
+    def __init__(self, hidden_size: int, config: NSAConfig, **factory: object) -> None:
+        super().__init__()
+        self.config = config
+        width = config.num_heads * len(config.branches)
+        self.proj = nn.Linear(hidden_size, width, **factory)  # type: ignore[arg-type]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw W as torch's linear layers do; set b."""
+        self.proj.reset_parameters()
+        self.proj.bias.copy_(_initial_logits(self.config).flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> gates [..., H, nb], float32 (float64 for float64)."""
+        return _gates(self.proj(x), self.config)
+
+
+class MLPGate(nn.Module):
+    """sigmoid(W2 silu(W1 x + b1) + b2), W1 [gate_hidden, hidden]; b2 starts at ``gate_init``."""
+
+    def __init__(self, hidden_size: int, config: NSAConfig, **factory: object) -> None:
+        super().__init__()
+        self.config = config
+        width = config.num_heads * len(config.branches)
+        gate_hidden = config.gate_hidden or config.head_dim
+        self.up = nn.Linear(hidden_size, gate_hidden, **factory)  # type: ignore[arg-type]
+        self.down = nn.Linear(gate_hidden, width, **factory)  # type: ignore[arg-type]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights as torch's linear layers do; set b2."""
+        self.up.reset_parameters()
+        self.down.reset_parameters()
+        self.down.bias.copy_(_initial_logits(self.config).flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> gates [..., H, nb], float32 (float64 for float64)."""
+        return _gates(self.down(nn.functional.silu(self.up(x))), self.config)
+
+
+class StaticGate(nn.Module):
+    """sigmoid of learned logits [H, nb], the same for every token; they start at ``gate_init``."""
+
+    def __init__(self, hidden_size: int, config: NSAConfig, **factory: object) -> None:
+        super().__init__()
+        self.config = config
+        shape = (config.num_heads, len(config.branches))
+        self.logits = nn.Parameter(torch.empty(shape, **factory))  # type: ignore[call-overload]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the logits."""
+        self.logits.copy_(_initial_logits(self.config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> gates [..., H, nb], float32 (float64 for float64)."""
+        gates = _gates(self.logits.flatten(), self.config)
+        return gates.expand(*x.shape[:-1], *gates.shape)
+
+
+def _gates(logits: Tensor, config: NSAConfig) -> Tensor:
+    # 16-bit gates would round every branch's output to 8 or 11 bits once more.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.sigmoid(logits).unflatten(-1, (config.num_heads, len(config.branches)))
+
+
+def make_gate(hidden_size: int, config: NSAConfig, **factory: object) -> nn.Module:
+    """The module for ``config.gate``."""
+    kind = {"linear": LinearGate, "mlp": MLPGate, "static": StaticGate}[config.gate]
+    return kind(hidden_size, config, **factory)

@@ -1,0 +1,359 @@
+"""Native Sparse Attention as a torch module, on one rank or with its sequence split over many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_dist.comm import CommunicationCounter
+from nsa_dist.compressor import BlockCompressor
+from nsa_dist.config import NSAConfig, RotaryConfig
+from nsa_dist.dropout import token_dropout
+from nsa_dist.functional import NSADetails, native_sparse_attention
+from nsa_dist.gates import make_gate
+from nsa_dist.group import ContextGroup, GroupLike, context_group
+from nsa_dist.layout import make_layout
+from nsa_dist.plan import Plan
+from nsa_dist.planning import get_plan
+from nsa_dist.rotary import apply_rotary, rotary_cos_sin
+from nsa_kernels import get_backend
+
+
+class SetNorm(nn.Module):
+    """RMSNorm over the channels of each head, with a weight for each of several sets of heads.
+
+    Independent keys need weights of their own: after the norm the weight is all that sets the
+    temperature of a branch's softmax.
+
+    Args:
+        num_sets: sets S.
+        dim: channels D.
+
+    Parameters:
+        weight [S, D], ones at start.
+    """
+
+    def __init__(self, num_sets: int, dim: int, eps: float, **factory: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(num_sets, dim, **factory))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the weights to ones."""
+        self.weight.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., S, G, D] -> the same, each head normalised in float32 at least."""
+        normed = nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return (normed * self.weight[:, None]).to(x.dtype)
+
+
+class NativeSparseAttention(nn.Module):
+    """Native Sparse Attention (arXiv 2502.11089, section 3) from hidden states to hidden states.
+
+    A user shards the batch once (``shard_batch``), passes ``group=``, and changes nothing else: the
+    same weights give the same function on any number of ranks. Parameter gradients are of the
+    local tokens; whoever wraps the model (FSDP2, DDP, ...) sums them over the group as over data
+    parallel ranks.
+
+    Args:
+        hidden_size: width of the input and output.
+        config: what is computed.
+        bias: biases in the q, k, v and output projections.
+        qk_norm: RMSNorm over each query's and key's channels, before rotary.
+        norm_eps: its epsilon.
+        rotary: rotary embedding; None for none.
+        dropout: probability of zeroing an element of the output, in training mode. The mask depends
+            on the token, not on the split; its seed is drawn from torch's CPU generator, whose
+            state must be the same on all ranks of the group.
+        k_compressor, v_compressor: with ``config.compress == "custom"``, modules
+            [C, G, l, D] -> [C, G, D].
+        layout: how the sequence is split: "contiguous", "zigzag" or "zigzag_per_document".
+        group: process group or one-dimensional DeviceMesh over which it is split; None for one
+            rank.
+        backend: "auto", or a name that ``nsa_kernels.get_backend`` knows.
+
+    Attributes:
+        communication: bytes moved by this layer, by kind, since its last ``reset``.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: NSAConfig,
+        *,
+        bias: bool = False,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        rotary: RotaryConfig | None = RotaryConfig(),  # noqa: B008  (frozen)
+        dropout: float = 0.0,
+        k_compressor: nn.Module | None = None,
+        v_compressor: nn.Module | None = None,
+        layout: str = "zigzag",
+        group: GroupLike | ContextGroup = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.context = context_group(group)
+        make_layout(layout, self.context.size)
+        get_backend(backend)
+        _check_options(hidden_size, config, rotary, dropout, k_compressor, v_compressor)
+        self.hidden_size, self.config, self.rotary = hidden_size, config, rotary
+        self.dropout, self.layout, self.backend = dropout, layout, backend
+        self.communication = CommunicationCounter()
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        key_width, value_width = config.head_dim, config.value_dim
+        key_rows = config.num_key_sets * kv_heads * key_width
+        value_rows = config.num_value_sets * kv_heads * value_width
+        self.q_proj = nn.Linear(hidden_size, heads * key_width, bias=bias, **factory)
+        self.k_proj = nn.Linear(hidden_size, key_rows, bias=bias, **factory)
+        self.v_proj = nn.Linear(hidden_size, value_rows, bias=bias, **factory)
+        self.o_proj = nn.Linear(heads * value_width, hidden_size, bias=bias, **factory)
+        self.gate = make_gate(hidden_size, config, **factory)
+        self.q_norm = self.k_norm = None
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(key_width, eps=norm_eps, **factory)
+            self.k_norm = SetNorm(config.num_key_sets, key_width, norm_eps, **factory)
+        self.k_compressor, self.v_compressor = k_compressor, v_compressor
+        if config.compress != "custom":
+            if config.uses_compression:
+                self.k_compressor = BlockCompressor(config, key_width, **factory)
+            if "compressed" in config.branches:
+                self.v_compressor = BlockCompressor(config, value_width, **factory)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew from torch's generator: the same seed, the same weights.
+
+        Materialise a layer built on the meta device with ``to_empty`` first. Custom compressors
+        are reset where they have a ``reset_parameters`` of their own.
+        """
+        for module in self.children():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_details: bool = False,
+    ) -> Tensor | tuple[Tensor, NSADetails]:
+        """Attend over this rank's tokens and, through the group, over all that they may see.
+
+        Args:
+            x: [B, L, hidden_size], this rank's part of each row.
+            cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream on every rank
+                alike, with B = 1; None for B documents.
+            position_ids: integer [B, L], positions for rotary; each token's position in its
+                document when None.
+            return_details: also return ``NSADetails``.
+
+        Returns:
+            [B, L, hidden_size]; with ``return_details`` also the details.
+
+        Raises:
+            ValueError: naming the option, the value found and the values that work; on every rank
+                of the group where it shows when a plan is made.
+        """
+        config = self.config
+        plan = self._plan(x, cu_seqlens, position_ids)
+        rows = x.shape[:2]
+        q = self.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim))
+        key_shape = (config.num_key_sets, config.num_kv_heads, config.head_dim)
+        value_shape = (config.num_value_sets, config.num_kv_heads, config.value_dim)
+        k = self.k_proj(x).unflatten(-1, key_shape)
+        v = self.v_proj(x).unflatten(-1, value_shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            positions = plan.positions.view(rows) if position_ids is None else position_ids
+            cos, sin = rotary_cos_sin(self.rotary, config.head_dim, positions)
+            q = apply_rotary(q, cos, sin)
+            if not config.compress_pre_rope:
+                k = apply_rotary(k.flatten(2, 3), cos, sin).unflatten(2, key_shape[:2])
+
+        result = native_sparse_attention(
+            q,
+            dict(zip(config.key_branches, k.unbind(2), strict=True))
+            if config.independent_kv
+            else k.squeeze(2),
+            dict(zip(config.branches, v.unbind(2), strict=True))
+            if config.independent_kv
+            else v.squeeze(2),
+            self.gate(x),
+            self.k_compressor,
+            self.v_compressor,
+            config=config,
+            rotary=self.rotary if config.compress_pre_rope else None,
+            layout=self.layout,
+            group=self.context,
+            backend=self.backend,
+            plan=plan,
+            communication=self.communication,
+            return_details=return_details,
+        )
+        attended, details = result if isinstance(result, tuple) else (result, None)
+        out = self.o_proj(attended.flatten(2))
+        if self.training and self.dropout > 0:
+            seed = torch.randint(1 << 62, ()).to(x.device)
+            flat = out.flatten(0, 1)
+            flat = token_dropout(flat, self.dropout, seed, plan.documents, plan.positions)
+            out = flat.unflatten(0, rows)
+        return out if details is None else (out, details)
+
+    def _plan(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Plan:
+        rows = tuple(x.shape[:2]) if x.ndim == 3 else (0, 0)
+        problem = None
+        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
+            problem = (
+                f"x: found shape {tuple(x.shape)}; [batch, local tokens, "
+                f"hidden_size={self.hidden_size}] works"
+            )
+        elif position_ids is not None and (
+            position_ids.shape != rows or position_ids.is_floating_point()
+        ):
+            problem = (
+                f"position_ids: found {position_ids.dtype} of shape {tuple(position_ids.shape)}; "
+                f"integers of shape {rows} work"
+            )
+        elif position_ids is not None and self.config.compress_pre_rope:
+            problem = (
+                "position_ids: found with compress_pre_rope=True, which rotates compressed keys at "
+                "positions counted from the document's start; None works"
+            )
+        return get_plan(
+            self.config,
+            self.layout,
+            self.context,
+            batch=rows[0],
+            local_length=rows[1],
+            cu_seqlens=cu_seqlens,
+            dtype=x.dtype,
+            device=x.device,
+            communication=self.communication,
+            problem=problem,
+        )
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"hidden_size={self.hidden_size}, heads={config.num_heads}/{config.num_kv_heads}, "
+            f"branches={config.branches}, layout={self.layout}, ranks={self.context.size}"
+        )
+
+
+def _check_options(
+    hidden_size: int,
+    config: NSAConfig,
+    rotary: RotaryConfig | None,
+    dropout: float,
+    k_compressor: nn.Module | None,
+    v_compressor: nn.Module | None,
+) -> None:
+    if not isinstance(config, NSAConfig):
+        raise ValueError(f"config: found a {type(config).__name__}; an NSAConfig works")
+    if not isinstance(hidden_size, int) or hidden_size < 1:
+        raise ValueError(f"hidden_size: found {hidden_size!r}; a positive integer works")
+    if rotary is not None:
+        rotary.rotary_dim(config.head_dim)
+    elif config.compress_pre_rope:
+        raise ValueError("rotary: found None with compress_pre_rope=True; a RotaryConfig works")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: found {dropout!r}; a probability in [0, 1) works")
+    custom = config.compress == "custom"
+    for name, module, needed in (
+        ("k_compressor", k_compressor, custom and config.uses_compression),
+        ("v_compressor", v_compressor, custom and "compressed" in config.branches),
+    ):
+        if (module is not None) != needed:
+            found = "None" if module is None else type(module).__name__
+            works = "a module works" if needed else "None works"
+            raise ValueError(
+                f"{name}: found {found} with compress={config.compress!r} and "
+                f"branches={config.branches}; {works}"
+            )
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    def __init__(self, hidden_size: int, mlp_hidden: int, **factory: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, mlp_hidden, bias=False, **factory)
+        self.up_proj = nn.Linear(hidden_size, mlp_hidden, bias=False, **factory)
+        self.down_proj = nn.Linear(mlp_hidden, hidden_size, bias=False, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NSABlock(nn.Module):
+    """A transformer block: norm, attention, norm, SwiGLU, with residuals.
+
+    Args:
+        hidden_size, config: as of ``NativeSparseAttention``, which takes the further keyword
+            arguments.
+        mlp_hidden: hidden width of the SwiGLU.
+        norm_eps: epsilon of every RMSNorm.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: NSAConfig,
+        *,
+        mlp_hidden: int,
+        norm_eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
+        self.attention = NativeSparseAttention(
+            hidden_size, config, norm_eps=norm_eps, **factory, **attention
+        )
+        self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
+        self.mlp = SwiGLU(hidden_size, mlp_hidden, **factory)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew from torch's generator, in a fixed order."""
+        self.attention_norm.reset_parameters()
+        self.attention.reset_parameters()
+        self.mlp_norm.reset_parameters()
+        for linear in (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj):
+            linear.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_details: bool = False,
+    ) -> Tensor | tuple[Tensor, NSADetails]:
+        """[B, L, hidden_size] -> the same; arguments as of ``NativeSparseAttention``."""
+        result = self.attention(
+            self.attention_norm(x),
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
+            return_details=return_details,
+        )
+        attended, details = result if return_details else (result, None)
+        x = x + attended
+        x = x + self.mlp(self.mlp_norm(x))
+        return x if details is None else (x, details)

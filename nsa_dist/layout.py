@@ -1,0 +1,154 @@
+"""How a stream of tokens is cut over ranks, as data.
+
+A layout cuts every row (or every document) into equal chunks and says which rank owns each.
+Everything that follows from it, halos, owners of blocks, rows of buffers, is worked out in
+``plan.py`` from the cut alone, so a new layout is a new tuple of owners.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+LayoutName = Literal["contiguous", "zigzag", "zigzag_per_document"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Equal chunks and their owners.
+
+    Args:
+        name: what users and errors call it.
+        owners: chunk i belongs to rank ``owners[i]``; every rank owns equally many chunks.
+        per_document: chunks of each document instead of each row.
+    """
+
+    name: str
+    owners: tuple[int, ...]
+    per_document: bool = False
+
+    @property
+    def multiple(self) -> int:
+        """What lengths (of rows, or of documents) must be multiples of."""
+        return len(self.owners)
+
+
+def make_layout(name: str, size: int) -> Layout:
+    """The layout called ``name`` over ``size`` ranks.
+
+    ``zigzag`` gives rank r the chunks r and 2P-1-r of 2P, which balances causal work;
+    ``zigzag_per_document`` does so within each document (Megatron's layout of packed batches).
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    forward = tuple(range(size))
+    if name == "contiguous":
+        return Layout(name, forward)
+    if name == "zigzag":
+        return Layout(name, forward + forward[::-1])
+    if name == "zigzag_per_document":
+        return Layout(name, forward + forward[::-1], per_document=True)
+    raise ValueError(f"layout: found {name!r}; {get_args(LayoutName)} work")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> str | None:
+    """What is wrong with document boundaries by themselves, or None.
+
+    They must be an int32 vector that starts at 0 and never falls.
+    """
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        return (
+            f"cu_seqlens: found {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; "
+            "an int32 vector of at least two boundaries works"
+        )
+    if int(cu_seqlens[0]) != 0:
+        return f"cu_seqlens: found first boundary {int(cu_seqlens[0])}; 0 works"
+    steps = cu_seqlens.diff()
+    if bool((steps < 0).any()):
+        at = int((steps < 0).nonzero()[0])
+        pair = cu_seqlens[at : at + 2].tolist()
+        return f"cu_seqlens: found {pair[0]} before {pair[1]}; sorted boundaries work"
+    return None
+
+
+def check_lengths(layout: Layout, batch: int, length: int, cu_seqlens: Tensor | None) -> str | None:
+    """What keeps a whole stream of [batch, length] from being cut by ``layout``, or None.
+
+    Args:
+        length: tokens T of each whole row, over all ranks.
+        cu_seqlens: int32 [documents + 1] on the CPU, or None for one document a row.
+    """
+    if cu_seqlens is not None:
+        problem = check_cu_seqlens(cu_seqlens)
+        if problem is not None:
+            return problem
+        if batch != 1:
+            return f"cu_seqlens: found with batch size {batch}; it works with batch size 1 only"
+        if int(cu_seqlens[-1]) != length:
+            return (
+                f"cu_seqlens: found last boundary {int(cu_seqlens[-1])}; the whole stream's "
+                f"length {length} works (add a document for the padding)"
+            )
+    multiple = layout.multiple
+    if not layout.per_document or cu_seqlens is None:
+        if length % multiple:
+            return (
+                f"sequence length: found {length} with layout {layout.name!r}; "
+                f"a multiple of {multiple} works (shard() pads to it)"
+            )
+        return None
+    rest = cu_seqlens.diff() % multiple
+    if bool(rest.any()):
+        at = int(rest.nonzero()[0])
+        found = int(cu_seqlens[at + 1] - cu_seqlens[at])
+        return (
+            f"document length: found {found} (document {at}) with layout {layout.name!r}; "
+            f"multiples of {multiple} work (shard() pads to them)"
+        )
+    return None
+
+
+def chunk_starts(
+    layout: Layout, batch: int, length: int, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where chunks start in the whole stream of batch*length tokens, and who owns them.
+
+    Returns:
+        starts int64 [chunks] ascending (empty chunks included), owners int64 [chunks].
+    """
+    pieces = layout.multiple
+    if layout.per_document and cu_seqlens is not None:
+        first = cu_seqlens[:-1].long()
+        step = cu_seqlens.diff().long() // pieces
+    else:
+        first = torch.arange(batch) * length
+        step = torch.full((batch,), length // pieces)
+    starts = first[:, None] + step[:, None] * torch.arange(pieces)
+    owners = torch.tensor(layout.owners).expand(first.numel(), pieces)
+    return starts.flatten(), owners.flatten()
+
+
+def local_indices(
+    layout: Layout, rank: int, batch: int, length: int, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Columns of the whole rows that ``rank`` holds, in the order in which it holds them.
+
+    Returns:
+        int64 [length / P]; the same for every row of the batch.
+    """
+    starts, owners = chunk_starts(layout, 1, length, cu_seqlens)
+    ends = torch.cat((starts[1:], torch.tensor([length])))
+    return concat_ranges(starts[owners == rank], (ends - starts)[owners == rank])
+
+
+def concat_ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Concatenated ranges [start, start + length), int64."""
+    total = int(lengths.sum())
+    before = lengths.cumsum(0) - lengths
+    return torch.repeat_interleave(starts - before, lengths, output_size=total) + torch.arange(
+        total
+    )

@@ -1,0 +1,268 @@
+"""From a whole batch to a rank's part of it, and back.
+
+Called once a batch, after the data loader and before the model. The whole batch is on every rank;
+each keeps its own columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nsa_dist.group import ContextGroup, GroupLike, context_group
+from nsa_dist.layout import check_cu_seqlens, local_indices, make_layout
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Sharding:
+    """Where the tokens of one batch go: padding, and this rank's columns.
+
+    Attributes:
+        context: the group.
+        length: tokens T of the unpadded rows.
+        padded_length: tokens of the padded rows; each rank holds 1/P of them.
+        cu_seqlens: int32 boundaries of the padded stream, padding included, on the CPU; None for
+            one document a row.
+        source: int64 [padded_length], the unpadded column at each padded column; -1 for padding.
+        local_columns: int64 [L], padded columns that this rank holds, in its order.
+    """
+
+    context: ContextGroup
+    length: int
+    padded_length: int
+    cu_seqlens: Tensor | None
+    source: Tensor
+    local_columns: Tensor
+    rank_columns: Tensor = field(repr=False)
+
+    def shard(self, x: Tensor, pad_value: float = 0) -> Tensor:
+        """[B, T, ...] -> this rank's [B, L, ...], padding filled with ``pad_value``."""
+        self._check(x, self.length, "the unsharded length")
+        source = self.source[self.local_columns].to(x.device)
+        local = x[:, source.clamp(min=0)]
+        if bool((source < 0).any()):
+            local[:, source < 0] = pad_value
+        return local
+
+    def unshard(self, x: Tensor) -> Tensor:
+        """This rank's [B, L, ...] -> whole rows [B, T, ...] on every rank. A collective.
+
+        Padding is stripped. Gradients do not flow through it.
+        """
+        self._check(x, self.local_columns.numel(), "the local length")
+        x = x.detach()
+        size = self.context.size
+        whole = x.new_empty((size, *x.shape))
+        if size == 1:
+            whole[0] = x
+        else:
+            dist.all_gather_into_tensor(whole, x.contiguous(), group=self.context.process_group)
+        rows = whole.transpose(0, 1).flatten(1, 2)
+        padded = torch.empty_like(rows)
+        padded[:, self.rank_columns.to(x.device)] = rows
+        return padded[:, (self.source >= 0).nonzero().squeeze(1).to(x.device)]
+
+    def _check(self, x: Tensor, length: int, meaning: str) -> None:
+        if x.ndim < 2 or x.shape[1] != length:
+            raise ValueError(
+                f"x: found shape {tuple(x.shape)}; [batch, {length}, ...] works ({meaning})"
+            )
+
+
+def make_sharding(
+    length: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    layout: str = "zigzag",
+    group: GroupLike | ContextGroup = None,
+) -> Sharding:
+    """Pad rows of ``length`` tokens to what ``layout`` needs, and cut them over the group.
+
+    ``contiguous`` and ``zigzag`` pad the end of the row, to a multiple of P or 2P: with
+    ``cu_seqlens`` as one more document, without as the row's tail, which causality hides from
+    every token before it. ``zigzag_per_document`` pads the end of each document to a multiple of
+    2P.
+
+    Args:
+        cu_seqlens: int32 [documents + 1] boundaries of the unpadded stream, with B = 1; None for
+            one document a row.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+    context = context_group(group)
+    cut = make_layout(layout, context.size)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.cpu()
+        problem = check_cu_seqlens(cu_seqlens)
+        if problem is None and int(cu_seqlens[-1]) != length:
+            problem = (
+                f"cu_seqlens: found last boundary {int(cu_seqlens[-1])}; the length {length} works"
+            )
+        if problem is not None:
+            raise ValueError(problem)
+
+    multiple = cut.multiple
+    if cut.per_document and cu_seqlens is not None:
+        lengths = cu_seqlens.long().diff()
+        padded_lengths = (lengths + multiple - 1) // multiple * multiple
+        padded_length = int(padded_lengths.sum())
+        start = torch.repeat_interleave(padded_lengths.cumsum(0) - padded_lengths, lengths)
+        column = (
+            start
+            + torch.arange(length)
+            - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        )
+        ends = padded_lengths.cumsum(0)
+        cu_seqlens = torch.cat((ends.new_zeros(1), ends)).int()
+    else:
+        padded_length = (length + multiple - 1) // multiple * multiple
+        column = torch.arange(length)
+        if cu_seqlens is not None and padded_length > length:
+            cu_seqlens = torch.cat((cu_seqlens, cu_seqlens.new_tensor([padded_length])))
+    source = torch.full((padded_length,), -1, dtype=torch.int64)
+    source[column] = torch.arange(length)
+    columns = [
+        local_indices(cut, rank, 1, padded_length, cu_seqlens) for rank in range(context.size)
+    ]
+    return Sharding(
+        context=context,
+        length=length,
+        padded_length=padded_length,
+        cu_seqlens=cu_seqlens,
+        source=source,
+        local_columns=columns[context.rank],
+        rank_columns=torch.cat(columns),
+    )
+
+
+def shard(
+    x: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    layout: str = "zigzag",
+    group: GroupLike | ContextGroup = None,
+    pad_value: float = 0,
+) -> Tensor:
+    """This rank's part of whole rows: [B, T, ...] -> [B, L, ...], padded as ``layout`` needs.
+
+    Args:
+        cu_seqlens: int32 boundaries of the unpadded stream, with B = 1; None for one document a
+            row. The padded boundaries that the attention needs are in ``make_sharding(...)``.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+    sharding = make_sharding(x.shape[1], cu_seqlens=cu_seqlens, layout=layout, group=group)
+    return sharding.shard(x, pad_value)
+
+
+def unshard(
+    x: Tensor,
+    length: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    layout: str = "zigzag",
+    group: GroupLike | ContextGroup = None,
+) -> Tensor:
+    """The inverse of ``shard``: [B, L, ...] on each rank -> [B, T, ...] on all. A collective.
+
+    Args:
+        length: T, the unpadded length.
+        cu_seqlens: as it was given to ``shard``.
+    """
+    sharding = make_sharding(length, cu_seqlens=cu_seqlens, layout=layout, group=group)
+    return sharding.unshard(x)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedBatch:
+    """One rank's part of a language-modelling batch.
+
+    Attributes:
+        tokens: int64 [B, L].
+        labels: int64 [B, L], the next token in the document; -100 at each document's last token and
+            in padding.
+        position_ids: int64 [B, L], positions in the document.
+        cu_seqlens: int32 boundaries of the whole padded stream, on the CPU; pass it to the layer.
+            None for B documents.
+        num_targets: labels of the whole batch, over all ranks, that count: what the summed loss of
+            all ranks is divided by.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor | None
+    num_targets: int
+    sharding: Sharding = field(repr=False)
+
+    def unshard(self, x: Tensor) -> Tensor:
+        """[B, L, ...] on each rank -> [B, T, ...] on all, padding stripped. A collective."""
+        return self.sharding.unshard(x)
+
+
+def shard_batch(
+    tokens: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    labels: Tensor | None = None,
+    layout: str = "zigzag",
+    group: GroupLike | ContextGroup = None,
+    pad_token: int = 0,
+) -> ShardedBatch:
+    """Cut a batch of token ids for the ranks of ``group``.
+
+    Labels are shifted before the cut, document by document: shifting a rank's own tokens would
+    pair a chunk's last token with another chunk's first.
+
+    Args:
+        tokens: integer [B, T], the whole batch, the same on every rank.
+        cu_seqlens: int32 [documents + 1], boundaries of packed documents, with B = 1; None for B
+            documents.
+        labels: integer [B, T], unshifted: what each column holds as a target (-100 where it is not
+            one); ``tokens`` when None.
+        layout, group: as of the attention layers.
+        pad_token: id that fills the padding.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+    labels = tokens if labels is None else labels
+    if tokens.ndim != 2 or labels.shape != tokens.shape:
+        raise ValueError(
+            f"tokens, labels: found shapes {tuple(tokens.shape)} and {tuple(labels.shape)}; "
+            "[batch, length], the same for both, works"
+        )
+    if cu_seqlens is not None and tokens.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens: found with batch size {tokens.shape[0]}; it works with batch size 1 only"
+        )
+    length = tokens.shape[1]
+    sharding = make_sharding(length, cu_seqlens=cu_seqlens, layout=layout, group=group)
+
+    bounds = torch.tensor([0, length]) if cu_seqlens is None else cu_seqlens.cpu().long()
+    targets = torch.full_like(labels, IGNORED_LABEL)
+    targets[:, :-1] = labels[:, 1:]
+    last = (bounds[1:] - 1)[bounds.diff() > 0].to(labels.device)
+    targets[:, last] = IGNORED_LABEL
+
+    padded_bounds = sharding.cu_seqlens
+    columns = torch.arange(sharding.padded_length)
+    if padded_bounds is not None:
+        start = padded_bounds.long()
+        columns = columns - torch.repeat_interleave(start[:-1], start.diff())
+    positions = columns[sharding.local_columns].to(tokens.device)
+    return ShardedBatch(
+        tokens=sharding.shard(tokens, pad_token),
+        labels=sharding.shard(targets, IGNORED_LABEL),
+        position_ids=positions.expand(tokens.shape[0], -1),
+        cu_seqlens=padded_bounds,
+        num_targets=int((targets != IGNORED_LABEL).sum()),
+        sharding=sharding,
+    )
