@@ -1,0 +1,143 @@
+"""The seam between the attention and the code that computes it on one device.
+
+A backend is a module (or any object) with the functions of `Backend`. They get tensors, positions
+and tables, never ranks or process groups, so that one rank of many and a single device run the same
+code. Dimension letters: N local query rows, H query heads, G KV heads, R = H/G heads of a group, Dk
+and Dv widths, E rows of a local buffer with its halo, F fetched rows, C compressed tokens, B
+selection blocks, n chosen blocks, l compress_block, d compress_stride, l' select_block, w window.
+
+What holds for all functions. Softmax and accumulation run in float32 (float64 for float64 inputs),
+whatever autocast or the float32 matmul precision say, and results are rounded once. A query that
+sees no key gets o = 0, lse = -inf and gradient zero. lse is the natural log-sum-exp of the scaled
+logits and carries no gradient. Every length may be 0, also N, and then backward gives zeros. Inputs
+may have any strides. Rows that no query of the call may see may hold NaN. Given the positions of
+all, an output row depends bit for bit on nothing but what its query sees. Gradients are the same
+bits in each run. H and G may be a slice: one KV head and its R query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from nsa_kernels import pytorch
+from nsa_kernels.segments import QuerySegments
+
+KINDS = ("mlp", "linear", "conv1d", "attention_pool", "mean")
+BACKENDS = ("auto", "pytorch")
+
+
+class Backend(Protocol):
+    """The functions a backend implements; all but `select_blocks` are differentiable."""
+
+    @property
+    def name(self) -> str:
+        """How `get_backend` calls it."""
+
+    def gather_blocks(self, x: Tensor, block_rows: Tensor, block: int) -> Tensor:
+        """Copies blocks of rows out, for compressors that are any module.
+
+        x [E, G, D], block_rows int64 [C], the first row of each block of `block` rows
+        -> [C, G, block, D] in x.dtype.
+        """
+
+    def compress(
+        self,
+        x: Tensor,
+        block_rows: Tensor,
+        block: int,
+        kind: str,
+        params: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Eq. 7, one token for each block: x [E, G, D], block_rows int64 [C] -> [C, G, D].
+
+        kind and params: `mlp` up [hidden, l*D], down [D, hidden]; `linear` weight [D, l*D];
+        `conv1d` weight [D, l]; `attention_pool` query [D]; each with position [l, D]; `mean` none.
+        A leading [G] on all params means one set for each KV head. params may have another dtype
+        than x; the result has x.dtype. Raises ValueError for another kind.
+        """
+
+    def compressed_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: QuerySegments,
+        *,
+        block: int,
+        stride: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to the compressed tokens i of the own document with i*d + l - 1 <= t.
+
+        q [N, H, Dk], k [C, G, Dk], v [C, G, Dv] -> o [N, H, Dv] in q.dtype, lse [N, H] float32
+        (float64 for float64).
+        """
+
+    def select_blocks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        segments: QuerySegments,
+        *,
+        block: int,
+        stride: int,
+        select_block: int,
+        num_selected: int,
+        num_init_blocks: int,
+        num_local_blocks: int,
+        scale: float,
+    ) -> Tensor:
+        """Eq. 9 to 12, the blocks that each query and group attends to; not differentiated.
+
+        q [N, H, Dk], k [C, G, Dk] compressed, lse [N, H] of compressed_attention -> int32 [N, G, n]
+        block indices counted from the document's start, ascending, then -1. Forced are the first
+        num_init_blocks and the newest num_local_blocks of the blocks up to the query's own; the
+        highest scores take the other places, equal float32 scores by the lower index.
+        """
+
+    def selected_attention(
+        self,
+        q: Tensor,
+        k_own: Tensor,
+        v_own: Tensor,
+        k_fetched: Tensor,
+        v_fetched: Tensor,
+        selected: Tensor,
+        block_rows: Tensor,
+        block_lengths: Tensor,
+        segments: QuerySegments,
+        *,
+        select_block: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to the tokens <= t of the chosen blocks.
+
+        q [N, H, Dk]; k_own [E, G, Dk], v_own [E, G, Dv]; k_fetched [F, G, Dk], v_fetched
+        [F, G, Dv]; selected int [N, G, n] as `select_blocks` returns it; block_rows int64 [G, B]:
+        where block id b = selected_base + j starts, counted through the own rows and then the
+        fetched ones, -1 for a block that is not here and must not be chosen; block_lengths int64
+        [B]: its tokens, l' or less for a document's last. No two blocks share a row.
+        -> o [N, H, Dv] in q.dtype, lse [N, H].
+        """
+
+    def window_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, *, window: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to positions t-w+1..t: q [N, H, Dk], k [E, G, Dk], v [E, G, Dv] -> o, lse."""
+
+    def combine(self, outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
+        """Eq. 5, the gated sum: one [N, H, Dv] a branch, gates [N, H, branches] -> [N, H, Dv]."""
+
+
+def get_backend(name: str = "auto") -> Backend:
+    """The backend called `name`; `auto` takes the best one for this machine.
+
+    Raises ValueError for any other name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: found {name!r}; {', '.join(map(repr, BACKENDS))} work")
+    return pytorch

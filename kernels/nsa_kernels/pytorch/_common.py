@@ -1,0 +1,127 @@
+"""What the functions of this backend share: precision, row sums in a fixed order, head layouts."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements of the largest tensor of a tile. A few of them fit a cache, and a freed one of this size
+# goes back to the allocator instead of the system, which would page it in again for every tile.
+TILE_ELEMENTS = 1 << 20
+# More summands than this are added as a tree: error grows with the length of a chain of additions.
+SUMMANDS_IN_A_ROW = 64
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def exact(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs `function` without autocast and with IEEE float32 matrix products (no TF32, no bf16)."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for device_type in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device_type):
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
+            for backend in (torch.backends.cuda, torch.backends.mkldnn):
+                stack.enter_context(_ieee_matmul(backend.matmul))
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _ieee_matmul(matmul: Any) -> Iterator[None]:
+    option = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    found = getattr(matmul, option, "none")
+    if found in ("none", "ieee", False):
+        yield
+        return
+    setattr(matmul, option, False if found is True else "ieee")
+    try:
+        yield
+    finally:
+        setattr(matmul, option, found)
+
+
+def heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, heads, D] -> contiguous [heads, rows, D] in `dtype`."""
+    return x.transpose(0, 1).to(dtype).contiguous()
+
+
+def group_queries(x: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
+    """[m, H, D] -> [G, R*m, D] in `dtype`: the queries that share a KV head in one matrix."""
+    grouped = x.unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)  # [G, R, m, D]
+    return grouped.to(dtype).reshape(num_groups, -1, x.shape[-1])
+
+
+def ungroup_queries(x: Tensor, num_queries: int) -> Tensor:
+    """[G, R*m, ...] -> [m, G, R, ...], a view."""
+    return x.unflatten(1, (-1, num_queries)).movedim(2, 0)
+
+
+def poison_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves what is not finite from the values to the keys: k [..., Dk], v [..., Dv].
+
+    A masked logit is replaced, whatever it was, but a masked value is multiplied by 0, which leaves
+    NaN where it was NaN or infinite. With its key NaN instead, such a row still shows in every
+    query that sees it, and in no other.
+    """
+    finite = v.isfinite()
+    k = k.masked_fill(~finite.all(dim=-1, keepdim=True), math.nan)
+    return k, v.masked_fill(~finite, 0.0)
+
+
+def finite(x: Tensor) -> Tensor:
+    """x with 0 for what is not finite, to multiply with a gradient that is 0 where masked."""
+    return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b of batches [..., m, D] and [..., D, n]."""
+    return torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+
+
+def add_rows_(target: Tensor, index: Tensor, source: Tensor) -> Tensor:
+    """target[index[i]] += source[i] for all i in the same order in every run."""
+    if target.is_cuda:  # index_add_ adds atomically there, index_put_ sorts
+        return target.index_put_((index,), source, accumulate=True)
+    return target.index_add_(0, index, source)
+
+
+class TreeSum:
+    """Sums tiles into tensors of one shape, at most SUMMANDS_IN_A_ROW in a row, then in pairs."""
+
+    def __init__(self, like: Tensor, in_a_row: float = SUMMANDS_IN_A_ROW) -> None:
+        self._sum = torch.zeros_like(like)
+        self._count = 0
+        self._in_a_row = in_a_row
+        self._pieces: list[tuple[int, Tensor]] = []  # (level, sum of 2**level pieces)
+
+    def next(self) -> Tensor:
+        """The tensor to add the next tile to, once."""
+        if self._count == self._in_a_row:
+            level, piece = 0, self._sum
+            while self._pieces and self._pieces[-1][0] == level:
+                piece = self._pieces.pop()[1].add_(piece)
+                level += 1
+            self._pieces.append((level, piece))
+            self._sum, self._count = torch.zeros_like(piece), 0
+        self._count += 1
+        return self._sum
+
+    def result(self) -> Tensor:
+        """The sum; nothing may be added after."""
+        total = self._sum
+        while self._pieces:
+            total = self._pieces.pop()[1].add_(total)
+        return total

@@ -1,0 +1,121 @@
+"""The choice of blocks from the compressed attention's probabilities (Eq. 9 to 12, 2502.11089).
+
+A tile of queries scores all blocks it could choose, ranks them and keeps the indices; scores are
+never kept. Every column is computed by the same additions in the same order, so that equal
+probabilities give equal scores wherever they stand, and ties fall as the definition says.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsa_kernels.pytorch._common import (
+    TILE_ELEMENTS,
+    accumulation_dtype,
+    exact,
+    group_queries,
+    heads_first,
+)
+from nsa_kernels.pytorch.compressed_attention import hidden_blocks, num_visible
+from nsa_kernels.segments import QuerySegments, Segment
+
+
+def _group_probabilities(
+    part: Segment, query: Tensor, keys: Tensor, lse: Tensor, block: int, stride: int, scale: float
+) -> Tensor:
+    """[G, m, C]: probabilities of the visible keys [G, C, Dk], summed over the heads of a group."""
+    m = part.length
+    # Multiplied after the product, which is then exact for inputs that make it so.
+    logits = torch.bmm(query, keys.mT).mul_(scale)
+    probs = logits.sub_(lse.unsqueeze(-1)).exp_().unflatten(1, (-1, m))  # [G, R, m, C]
+    first = num_visible(part.position, block, stride)
+    hidden = hidden_blocks(part, first, keys.shape[1], block, stride, query.device)
+    probs[..., first:].masked_fill_(hidden, 0.0)
+    total = probs[:, 0]
+    for r in range(1, probs.shape[1]):
+        total += probs[:, r]
+    return total
+
+
+def _block_scores(probs: Tensor, num_blocks: int, per_block: int, overlap: int) -> Tensor:
+    """[G, m, C] -> [G, m, B]: sum of p[per_block*j + a - b] for a < per_block, b < overlap."""
+    width = per_block * num_blocks
+    padded = F.pad(probs, (overlap - 1, width - probs.shape[-1]))
+    spread = padded[..., overlap - 1 :].clone()
+    for b in range(1, overlap):
+        spread += padded[..., overlap - 1 - b : overlap - 1 - b + width]
+    scores = spread[..., 0::per_block].clone()
+    for a in range(1, per_block):
+        scores += spread[..., a::per_block]
+    return scores
+
+
+def _best(scores: Tensor, num_selected: int) -> Tensor:
+    """[G, m, B] -> int64 [G, m, n]: columns of the n highest, ties to the lower, ascending."""
+    least = scores.topk(num_selected, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    above, tied = scores > least, scores == least
+    places = num_selected - above.sum(dim=-1, keepdim=True)
+    chosen = above | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= places))
+    return chosen.nonzero()[:, -1].view(*scores.shape[:-1], num_selected)
+
+
+@torch.no_grad()
+@exact
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    segments: QuerySegments,
+    *,
+    block: int,
+    stride: int,
+    select_block: int,
+    num_selected: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    scale: float,
+) -> Tensor:
+    """See `Backend.select_blocks`."""
+    assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
+    device, dtype = q.device, accumulation_dtype(q)
+    num_queries, num_heads, _ = q.shape
+    num_groups = k.shape[1]
+    keys = heads_first(k, dtype)
+    selected = torch.full(
+        (num_queries, num_groups, num_selected), -1, dtype=torch.int32, device=device
+    )
+    for segment in segments.rows:
+        most = max(1, num_visible(segment.position + segment.length - 1, block, stride))
+        for part in segment.split(max(1, TILE_ELEMENTS // (num_heads * most))):
+            rows = slice(part.start, part.start + part.length)
+            newest = part.position + part.length - 1
+            num_blocks = newest // select_block + 1
+            own = torch.arange(part.position, newest + 1, device=device)[:, None] // select_block
+            if num_blocks <= num_selected:  # every eligible block is chosen
+                best = torch.arange(num_blocks, device=device)
+                best = best.expand(num_groups, part.length, num_blocks)
+            else:
+                base, visible = part.compressed_base, num_visible(newest, block, stride)
+                probs = _group_probabilities(
+                    part,
+                    group_queries(q[rows], num_groups, dtype),
+                    keys[:, base : base + visible],
+                    group_queries(lse[rows].unsqueeze(-1), num_groups, dtype).squeeze(-1),
+                    block,
+                    stride,
+                    scale,
+                )
+                per_block, overlap = select_block // stride, block // stride
+                scores = _block_scores(probs, num_blocks, per_block, overlap)
+                scores = scores.float().nan_to_num_(nan=0.0)
+                column = torch.arange(num_blocks, device=device)
+                forced = (column < num_init_blocks) | (column > own - num_local_blocks)
+                scores.masked_fill_(forced, math.inf).masked_fill_(column > own, -math.inf)
+                best = _best(scores, num_selected)
+            best = best.masked_fill(best > own, -1)
+            selected[rows, :, : best.shape[-1]] = best.transpose(0, 1).int()
+    return selected

@@ -1,0 +1,45 @@
+"""The window branch: attention to the last w tokens (arXiv 2502.11089, section 3.3.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nsa_kernels.pytorch._common import TILE_ELEMENTS
+from nsa_kernels.pytorch._tiled_attention import Tile, TiledAttention
+from nsa_kernels.segments import QuerySegments
+
+# Wide enough for few tiles, and for a small window not much wider than it.
+MIN_QUERIES = 64
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, *, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `Backend.window_attention`."""
+    assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
+    size = max(window, MIN_QUERIES)
+    while size > 1 and q.shape[1] * size * (size + window) > TILE_ELEMENTS:
+        size //= 2
+
+    def tiles() -> Iterator[Tile]:
+        for segment in segments.rows:
+            for part in segment.split(size):
+                end = part.position + part.length
+                oldest = max(0, part.position - window + 1)
+                query = torch.arange(part.position, end, device=q.device).unsqueeze(1)
+                # Columns before `shared` are too old for the last query, those after the first
+                # query's own are too new for it; columns between are seen by all.
+                shared = max(oldest, end - window)
+                old = torch.arange(oldest, shared, device=q.device) <= query - window
+                new = torch.arange(part.position + 1, end, device=q.device) > query
+                base = part.window_base
+                hidden = ((0, old), (part.position + 1 - oldest, new))
+                stop = part.start + part.length
+                yield Tile(part.start, stop, base + oldest, base + end, hidden)
+
+    # A key is in few tiles: no tree of sums.
+    return TiledAttention.apply(q, k, v, tiles, scale, math.inf)

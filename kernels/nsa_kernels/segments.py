@@ -1,0 +1,98 @@
+"""Where the local query rows stand: the one description of positions that every kernel reads.
+
+A rank holds pieces of documents. A segment is a run of local query rows at consecutive positions of
+one document, with the offsets that turn positions of that document into rows of the buffers the
+queries attend to. Kernels learn nothing else about the split: no rank, no document lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """A run of local query rows.
+
+    start: first local row; length: rows; position: of the first row, counted from the start of its
+    document. The key at position p stands at row window_base + p of the window buffers
+    (window_base may be negative; only the rows p in [max(0, position - w + 1), position + length)
+    are there). Compression block i is row compressed_base + i of the gathered compressed keys;
+    selection block j has block id selected_base + j.
+    """
+
+    start: int
+    length: int
+    position: int
+    compressed_base: int
+    selected_base: int
+    window_base: int
+
+    def split(self, size: int) -> Iterator[Segment]:
+        """The same rows in runs of at most `size`."""
+        for offset in range(0, self.length, size):
+            yield self._replace(
+                start=self.start + offset,
+                length=min(size, self.length - offset),
+                position=self.position + offset,
+            )
+
+
+@dataclass(frozen=True)
+class QuerySegments:
+    """The segments of N local rows, each row in exactly one, in ascending order of rows.
+
+    rows: the segments on the host; table: the same, int64 [M, 6] in the order of Segment's fields,
+    on the compute device; num_queries: N. Made by `from_rows`.
+    """
+
+    rows: tuple[Segment, ...]
+    table: Tensor = field(compare=False, repr=False)
+    num_queries: int
+
+    @classmethod
+    def from_rows(
+        cls, rows: Iterable[Sequence[int]], device: torch.device | str = "cpu"
+    ) -> QuerySegments:
+        """From (start, length, position, compressed_base, selected_base, window_base) each.
+
+        Raises ValueError when the segments leave a row out, overlap or are out of order.
+        """
+        segments = tuple(Segment(*map(int, row)) for row in rows)
+        end = 0
+        for number, segment in enumerate(segments):
+            if segment.start != end or segment.length < 0 or segment.position < 0:
+                raise ValueError(
+                    f"segments: segment {number} has start {segment.start}, length "
+                    f"{segment.length}, position {segment.position}; found after {end} rows, "
+                    f"start {end} and a length and position of at least 0 work"
+                )
+            end += segment.length
+        table = torch.tensor(segments, dtype=torch.int64).reshape(
+            len(segments), len(Segment._fields)
+        )
+        return cls(segments, table.to(device), end)
+
+    def to(self, device: torch.device | str) -> QuerySegments:
+        """The same segments with the table on `device`; itself when it is there already."""
+        table = self.table.to(device)
+        return self if table is self.table else QuerySegments(self.rows, table, self.num_queries)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [N], the position of each local row in its document."""
+        rows = torch.arange(self.num_queries, device=self.table.device)
+        return rows + self._per_query(self.table[:, 2] - self.table[:, 0])
+
+    @cached_property
+    def selected_bases(self) -> Tensor:
+        """int64 [N], the id of selection block 0 of each local row's document."""
+        return self._per_query(self.table[:, 4])
+
+    def _per_query(self, column: Tensor) -> Tensor:
+        return column.repeat_interleave(self.table[:, 1], output_size=self.num_queries)
