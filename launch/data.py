@@ -1,0 +1,293 @@
+"""Documents, packed end to end into streams of equal length.
+
+A stream is [1, T] tokens with the document boundaries inside it (``cu_seqlens``). A document cut
+by a stream's end continues in another stream as a document of its own: nothing attends across.
+Which tokens stream i holds depends on the data, the length and the seed alone, never on ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from settings import DataSettings, check
+
+# Not programs that people wrote to be read: tests and their data, generated tables, one huge
+# string of help text, and packages that only happen to be installed there.
+_SKIPPED_FOLDERS = frozenset(
+    ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data")
+)
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
+
+    vocab_size: int
+    unit: str
+
+    def encode(self, text: bytes, name: str) -> Tensor:
+        """Tokens of a document, an integer vector."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """A token is a byte."""
+
+    vocab_size = 256
+    unit = "byte"
+
+    def encode(self, text: bytes, name: str) -> Tensor:
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json`` (package tokenizers) or a model's name or folder (transformers)."""
+
+    unit = "token"
+
+    def __init__(self, name: str) -> None:
+        package = "tokenizers" if name.endswith(".json") else "transformers"
+        try:
+            library: Any = importlib.import_module(package)
+        except ImportError:
+            raise ValueError(
+                f"data.tokenizer: found {name!r}, which needs the package {package}, not installed "
+                f"here; pip install {package}, or 'bytes', works"
+            ) from None
+        self._inner: Any
+        if package == "tokenizers":
+            check(Path(name).is_file(), "data.tokenizer", name, "an existing file works")
+            self._inner = library.Tokenizer.from_file(name)
+            self.vocab_size = self._inner.get_vocab_size()
+        else:
+            self._inner = library.AutoTokenizer.from_pretrained(name)
+            self.vocab_size = len(self._inner)
+
+    def encode(self, text: bytes, name: str) -> Tensor:
+        try:
+            decoded = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"data.tokenizer: document {name!r} is not UTF-8 ({error}); 'bytes' works with it"
+            ) from None
+        encoded = self._inner.encode(decoded, add_special_tokens=False)
+        return torch.tensor(getattr(encoded, "ids", encoded), dtype=torch.int32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._inner.decode(list(tokens)))
+
+
+def make_tokenizer(name: str) -> Tokenizer:
+    return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)
+
+
+def read_documents(settings: DataSettings) -> Iterator[tuple[str, bytes]]:
+    """Each document's name, the same on every machine, and its text, in a fixed order."""
+    if settings.source == "jsonl":
+        yield from _read_jsonl(Path(settings.path), settings.field)
+        return
+    if settings.source == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        files: Iterable[Path] = (
+            path
+            for path in root.glob("**/*.py")
+            if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
+            and not path.name.startswith("_sysconfigdata")
+        )
+    else:
+        root = Path(settings.path)
+        check(root.is_dir(), "data.path", settings.path, "source 'folder' works with a folder")
+        files = (path for path in root.glob(settings.pattern) if path.is_file())
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in files):
+        yield name, path.read_bytes()
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
+    check(path.is_file(), "data.path", str(path), "source 'jsonl' works with a file")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"data.path: {path} line {number} is no JSON ({error})") from None
+            known = isinstance(record, dict) and isinstance(record.get(field), str)
+            found = sorted(record) if isinstance(record, dict) else type(record).__name__
+            check(known, "data.field", field, f"{path} line {number} has {found}; a text field")
+            yield f"{path.name}:{number}", record[field].encode()
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Tokenised documents end to end.
+
+    Args:
+        tokens: integer [total], in the smallest dtype that holds the vocabulary.
+        starts: int64 [documents + 1], where each starts in ``tokens``; none is empty.
+        names: of each document.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Training and held-out documents, and a digest by which ranks compare what they read."""
+
+    training: Documents
+    held_out: Documents
+    tokenizer: Tokenizer
+    digest: str
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    """By a hash of the name: adding or removing other documents moves none between the splits."""
+    head = hashlib.sha256(name.encode()).digest()[:8]
+    return int.from_bytes(head, "big") < fraction * 2**64
+
+
+def load_corpus(settings: DataSettings) -> Corpus:
+    """Read and tokenise every document; all of them stay in memory.
+
+    Raises:
+        ValueError: if either split ends up empty, or the source or the tokenizer do not work.
+    """
+    tokenizer = make_tokenizer(settings.tokenizer)
+    digest = hashlib.sha256(settings.tokenizer.encode())
+    splits: dict[bool, list[tuple[str, Tensor]]] = {False: [], True: []}
+    for name, text in read_documents(settings):
+        digest.update(f"{name}\0{len(text)}\0".encode())
+        digest.update(text)
+        tokens = tokenizer.encode(text, name)
+        if tokens.numel():
+            splits[is_held_out(name, settings.held_out)].append((name, tokens))
+    counts = f"{len(splits[False])} documents to train on and {len(splits[True])} held out"
+    where = settings.path or settings.source
+    for split in splits.values():
+        works = f"{where} gives {counts}; a fraction and a source that give some of both work"
+        check(bool(split), "data.held_out", settings.held_out, works)
+    training, held_out = (
+        Documents(
+            tokens=torch.cat([tokens for _, tokens in split]),
+            starts=_starts([tokens.numel() for _, tokens in split]),
+            names=tuple(name for name, _ in split),
+        )
+        for split in (splits[False], splits[True])
+    )
+    return Corpus(training, held_out, tokenizer, digest.hexdigest())
+
+
+def _starts(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Packed documents.
+
+    Args:
+        tokens: int64 [1, T].
+        cu_seqlens: int32 [documents + 1] on the CPU, where each document starts; the last is T.
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+
+
+def join(streams: Sequence[Stream]) -> Stream:
+    """Streams end to end as one; the documents stay the same."""
+    offsets = _starts([stream.tokens.numel() for stream in streams])
+    pieces = [s.cu_seqlens[1:] + offset for s, offset in zip(streams, offsets, strict=False)]
+    cu_seqlens = torch.cat([torch.zeros(1), *pieces]).to(torch.int32)
+    return Stream(torch.cat([stream.tokens for stream in streams], dim=1), cu_seqlens)
+
+
+class PackedStreams:
+    """Documents as an endless, randomly addressed sequence of packed streams.
+
+    Each epoch lays the documents end to end in an order of its own, cuts that into streams, drops
+    the rest, and takes the streams in an order of its own: a long document does not fill
+    neighbouring streams. ``seed=None`` keeps both orders as they are.
+    """
+
+    def __init__(self, documents: Documents, length: int, seed: int | None) -> None:
+        self.documents, self.length, self.seed = documents, length, seed
+        self.per_epoch = documents.tokens.numel() // length
+        works = f"at most the {documents.tokens.numel()} tokens of the split work"
+        check(self.per_epoch > 0, "data.length", length, works)
+        self._epoch = -1
+
+    def _start_epoch(self, epoch: int) -> None:
+        count = len(self.documents.names)
+        if self.seed is None:
+            self._documents = torch.arange(count)
+            self._slots = torch.arange(self.per_epoch)
+        else:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, "epoch", epoch))
+            self._documents = torch.randperm(count, generator=generator)
+            self._slots = torch.randperm(self.per_epoch, generator=generator)
+        lengths = self.documents.starts.diff()[self._documents]
+        self._starts = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+        self._epoch = epoch
+
+    def __getitem__(self, index: int) -> Stream:
+        epoch, slot = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            self._start_epoch(epoch)
+        begin = int(self._slots[slot]) * self.length
+        end = begin + self.length
+        first, last = torch.searchsorted(self._starts, torch.tensor([begin, end - 1]), right=True)
+        pieces, boundaries = [], [0]
+        for place in range(int(first) - 1, int(last)):
+            document = self._documents[place]
+            start, stop = self._starts[place : place + 2].clamp(begin, end).tolist()
+            offset = int(self.documents.starts[document]) - int(self._starts[place])
+            pieces.append(self.documents.tokens[offset + start : offset + stop])
+            boundaries.append(stop - begin)
+        return Stream(
+            tokens=torch.cat(pieces).to(torch.int64)[None],
+            cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+        )
+
+
+def mix_seed(*parts: int | str) -> int:
+    """One seed of several values, 63 bits: neighbouring values give unrelated seeds."""
+    head = hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]
+    return int.from_bytes(head, "big") >> 1
+
+
+def unigram_loss(training: Documents, streams: Iterable[Stream], vocab_size: int) -> float:
+    """Cross-entropy of the streams' targets under the training tokens' frequencies, nats.
+
+    What a model without any context reaches. Targets are every token but each document's first;
+    one is added to each count, so that a token never seen costs a finite number.
+    """
+    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    # In pieces: bincount works on a copy in int64.
+    for piece in training.tokens.split(1 << 22):
+        counts += torch.bincount(piece.to(torch.int64), minlength=vocab_size)
+    log_p = ((counts + 1) / (counts + 1).sum()).log()
+    total, targets = 0.0, 0
+    for stream in streams:
+        is_target = torch.ones(stream.tokens.numel(), dtype=torch.bool)
+        is_target[stream.cu_seqlens[:-1].to(torch.int64)] = False
+        total -= float(log_p[stream.tokens[0, is_target]].sum())
+        targets += int(is_target.sum())
+    return total / max(targets, 1)

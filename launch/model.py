@@ -1,0 +1,285 @@
+"""A Llama-like decoder whose attention is NSA or dense, and its sharding over ranks.
+
+Dimension letters: B rows, L local tokens, T tokens, H query heads, G KV heads, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from data import mix_seed
+from nsa_dist import (
+    NativeSparseAttention,
+    NSABlock,
+    NSAConfig,
+    RotaryConfig,
+    apply_rotary,
+    rotary_cos_sin,
+)
+from nsa_dist.layer import SwiGLU
+from ranks import Ranks
+from settings import Settings
+
+LOSS_ROWS = 4096
+"""Tokens whose logits exist at one time in training: [4096, vocabulary], in float32 too."""
+
+
+class DenseAttention(nn.Module):
+    """Causal softmax attention over all earlier tokens of the document, on one rank.
+
+    The weights are those of NSA with one shared K, V and no gates.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: NSAConfig,
+        rotary: RotaryConfig,
+        *,
+        bias: bool,
+        qk_norm: bool,
+        norm_eps: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        value_dim = config.v_head_dim or dim
+        self.config, self.rotary, self.dropout = config, rotary, dropout
+        self.q_proj = nn.Linear(hidden_size, heads * dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, kv_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, kv_heads * value_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * value_dim, hidden_size, bias=bias)
+        self.q_norm = nn.RMSNorm(dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(dim, eps=norm_eps) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None) -> Tensor:
+        config = self.config
+        lengths = [x.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+        positions = torch.cat([torch.arange(length, device=x.device) for length in lengths])
+        cos, sin = rotary_cos_sin(self.rotary, config.head_dim, positions)
+        q = self.q_proj(x).unflatten(-1, (config.num_heads, -1))
+        k = self.k_proj(x).unflatten(-1, (config.num_kv_heads, -1))
+        v = self.v_proj(x).unflatten(-1, (config.num_kv_heads, -1))
+        q = apply_rotary(self.q_norm(q), cos, sin).transpose(1, 2)
+        k = apply_rotary(self.k_norm(k), cos, sin).transpose(1, 2)
+        v = v.transpose(1, 2)
+        # One call a document is the block mask of packed documents without the [T, T] mask.
+        pieces = zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
+        out = torch.cat(
+            [
+                F.scaled_dot_product_attention(
+                    q_piece, k_piece, v_piece, is_causal=True, scale=config.scale, enable_gqa=True
+                )
+                for q_piece, k_piece, v_piece in pieces
+            ],
+            dim=2,
+        )
+        out = self.o_proj(out.transpose(1, 2).flatten(2))
+        return F.dropout(out, self.dropout, training=self.training)
+
+
+class DenseBlock(nn.Module):
+    """NSABlock's counterpart with dense attention."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: NSAConfig,
+        *,
+        mlp_hidden: int,
+        norm_eps: float,
+        bias: bool,
+        qk_norm: bool,
+        rotary: RotaryConfig,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.attention = DenseAttention(
+            hidden_size,
+            config,
+            rotary,
+            bias=bias,
+            qk_norm=qk_norm,
+            norm_eps=norm_eps,
+            dropout=dropout,
+        )
+        self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.mlp = SwiGLU(hidden_size, mlp_hidden)
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cu_seqlens=cu_seqlens)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew from torch's generator, in a fixed order."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.RMSNorm)):
+                module.reset_parameters()
+
+
+class Decoder(nn.Module):
+    """Token embedding, blocks, a last norm, and the map to logits.
+
+    Args:
+        settings: ``model``, ``attention``, ``rotary`` and ``parallel.layout`` are read.
+        vocab_size: tokens that there are.
+        group: ranks that share the sequence, or None.
+    """
+
+    def __init__(
+        self, settings: Settings, vocab_size: int, *, group: DeviceMesh | None = None
+    ) -> None:
+        super().__init__()
+        model = settings.model
+        block: Callable[..., nn.Module] = DenseBlock
+        if model.attention == "nsa":
+            block = functools.partial(
+                NSABlock, layout=settings.parallel.layout, group=group, backend=model.backend
+            )
+        self.embedding = nn.Embedding(vocab_size, model.hidden_size)
+        self.blocks = nn.ModuleList(
+            block(
+                model.hidden_size,
+                settings.attention,
+                mlp_hidden=model.mlp_hidden,
+                norm_eps=model.norm_eps,
+                bias=model.bias,
+                qk_norm=model.qk_norm,
+                rotary=settings.rotary,
+                dropout=model.dropout,
+            )
+            for _ in range(model.layers)
+        )
+        self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.head = None
+        if not model.tie_embeddings:
+            self.head = nn.Linear(model.hidden_size, vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of local tokens, or the sum of their losses.
+
+        Args:
+            tokens: int64 [B, L], this rank's shard.
+            cu_seqlens: int32 on the CPU, document boundaries of the whole stream.
+            labels: int64 [B, L], each token's target; -100: none.
+
+        Returns:
+            [B, L, vocabulary] in the computation's dtype; with ``labels`` the sum of the targets'
+            cross-entropies, float64 scalar, nats.
+        """
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, cu_seqlens=cu_seqlens)
+        x = self.norm(x)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        if labels is None:
+            return F.linear(x, weight)
+        loss = x.new_zeros((), dtype=torch.float64)
+        rows = zip(x.flatten(0, 1).split(LOSS_ROWS), labels.flatten().split(LOSS_ROWS), strict=True)
+        for x_rows, label_rows in rows:
+            # Recomputed in backward, so that no more than one piece's logits are ever kept.
+            loss = loss + checkpoint(_loss_sum, x_rows, weight, label_rows, use_reentrant=False).to(
+                torch.float64
+            )
+        return loss
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Initialise every part from the seed; each part's draws depend on no other part."""
+        for name, part in self.parts():
+            self.reset_part(name, part, seed)
+
+    def parts(self) -> list[tuple[str, nn.Module]]:
+        """What is materialised, initialised and sharded as one piece, by name."""
+        blocks = [(f"blocks.{i}", block) for i, block in enumerate(self.blocks)]
+        rest = [("embedding", self.embedding), ("norm", self.norm), ("head", self.head)]
+        return blocks + [(name, part) for name, part in rest if part is not None]
+
+    @torch.no_grad()
+    def reset_part(self, name: str, part: nn.Module, seed: int) -> None:
+        """Initialise one of ``parts()`` in place, leaving the random state as it was."""
+        device = next(part.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(mix_seed(seed, "weights", name))
+            part.reset_parameters()  # type: ignore[operator]
+            if part is self.embedding or part is self.head:
+                nn.init.normal_(part.weight, std=0.02)
+
+    def communication(self) -> dict[str, int]:
+        """Bytes this rank has received since the last reset, by kind, over all layers."""
+        received: dict[str, int] = {}
+        for layer in self._sparse_layers():
+            for kind, size in layer.communication.received.items():
+                received[kind] = received.get(kind, 0) + size
+        return received
+
+    def reset_communication(self) -> None:
+        """Start counting anew."""
+        for layer in self._sparse_layers():
+            layer.communication.reset()
+
+    def _sparse_layers(self) -> Iterator[NativeSparseAttention]:
+        return (m for m in self.modules() if isinstance(m, NativeSparseAttention))
+
+
+def _loss_sum(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = F.linear(x, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+
+
+def build_model(settings: Settings, vocab_size: int, ranks: Ranks) -> Decoder:
+    """The decoder of this run, its weights drawn from the seed and sharded over all ranks.
+
+    Never more than one block of full weights at a time: built on the meta device, then each part
+    is materialised whole on every rank, initialised, and cut. So the weights depend on neither dp
+    nor cp.
+    """
+    dtype = compute_dtype(settings, ranks.device)
+    mixed = dtype == torch.bfloat16
+    with torch.device("meta"):
+        model = Decoder(settings, vocab_size, group=ranks.cp_mesh)
+        model = model.to(torch.float32 if mixed else dtype)
+    policy = MixedPrecisionPolicy()
+    if mixed:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard = functools.partial(fully_shard, mesh=ranks.flat_mesh, mp_policy=policy)
+    for name, part in model.parts():
+        part.to_empty(device=ranks.device)
+        model.reset_part(name, part, settings.run.seed)
+        if name.startswith("blocks."):
+            if settings.model.recompute:
+                # Inside FSDP's hooks: a recomputed forward finds the weights gathered.
+                part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+            shard(part, reshard_after_forward=settings.parallel.reshard_after_forward)
+    shard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Each rank's loss is its own sum over the global number of targets, so gradients add.
+            # Forced, as gloo has no premultiplied sum.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """What the forward runs in; under bfloat16 weights and reductions stay float32."""
+    name = settings.run.dtype
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}[name]

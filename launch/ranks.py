@@ -1,0 +1,123 @@
+"""The processes of a run, and what they agree on.
+
+Ranks form a dp x cp grid: cp neighbours share a sequence, dp replicas share the batch. Weights,
+gradients and optimizer state are sharded over the whole grid, flattened.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from settings import Settings, check
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """This process among all of them.
+
+    Args:
+        cp_mesh: the ranks that share this rank's sequence, one axis.
+        flat_mesh: all ranks, one axis, in the same order as dp x cp.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    dp: int
+    dp_rank: int
+    cp: int
+    cp_rank: int
+    cp_mesh: DeviceMesh
+    flat_mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over all ranks; every rank gets it. Leaves ``values`` alone."""
+        summed = values.to(self.device, copy=True)
+        dist.all_reduce(summed)
+        return summed
+
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values; every rank gets it."""
+        result = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(result, dist.ReduceOp.MAX)
+        return float(result)
+
+    def from_main(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        box = [text]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def check_equal(self, option: str, value: str, works: str) -> None:
+        """Refuse, on every rank, a value that is not the same on all of them."""
+        found: list[str] = [""] * self.size
+        dist.all_gather_object(found, value)
+        if len(set(found)) > 1:
+            each = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(found))
+            raise ValueError(f"{option}: differs between ranks ({each}); {works}")
+
+
+def start_ranks(settings: Settings) -> Ranks:
+    """Join the process group that torchrun describes, or one of this process alone.
+
+    A process group that is there already is used as it is.
+
+    Raises:
+        ValueError: if the device is not there, or dp x cp is not the number of processes.
+    """
+    cuda = torch.cuda.is_available()
+    kind = settings.run.device if settings.run.device != "auto" else ("cuda" if cuda else "cpu")
+    check(kind != "cuda" or cuda, "run.device", kind, "no GPU is usable here; 'cpu' works")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(kind)
+    if kind == "cuda":
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        works = f"{processes} processes here share {gpus} GPUs; one process a GPU, or 'cpu', works"
+        check(processes <= gpus, "run.device", kind, works)
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if dist.is_initialized():
+        size = dist.get_world_size()
+    cp, dp = settings.parallel.cp, settings.parallel.dp
+    check(size % cp == 0, "parallel.cp", cp, f"a divisor of the {size} processes works")
+    check(dp in (-1, size // cp), "parallel.dp", dp, f"-1 or {size} // cp = {size // cp} works")
+    dp = size // cp
+    batch, micro = settings.data.global_batch, settings.data.micro_batch
+    works = f"a multiple of dp x micro_batch = {dp * micro} works"
+    check(batch % (dp * micro) == 0, "data.global_batch", batch, works)
+
+    if not dist.is_initialized():
+        backend = "nccl" if kind == "cuda" else "gloo"
+        device_id = device if kind == "cuda" else None
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, device_id=device_id)
+        else:
+            dist.init_process_group(
+                backend, store=HashStore(), rank=0, world_size=1, device_id=device_id
+            )
+    grid = init_device_mesh(kind, (dp, cp), mesh_dim_names=("dp", "cp"))
+    rank = dist.get_rank()
+    return Ranks(
+        rank=rank,
+        size=size,
+        device=device,
+        dp=dp,
+        dp_rank=rank // cp,
+        cp=cp,
+        cp_rank=rank % cp,
+        cp_mesh=grid["cp"],
+        flat_mesh=init_device_mesh(kind, (size,), mesh_dim_names=("dp_cp",)),
+    )

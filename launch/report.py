@@ -1,0 +1,130 @@
+"""What a run tells: a progress line, TensorBoard scalars, ``metrics.jsonl`` and a summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from settings import Settings
+
+
+class Report:
+    """Rank 0 writes; on other ranks every method does nothing.
+
+    On a terminal one live line shows the latest step; otherwise each logged step prints a line.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, *, active: bool, first_step: int) -> None:
+        self.active = active
+        self.unit = "token"
+        self.console = Console(highlight=False)
+        if not active:
+            return
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = _tensorboard(folder, first_step) if settings.run.tensorboard else None
+        self._live = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._live.add_task("", total=settings.run.steps, completed=first_step)
+
+    def __enter__(self) -> Report:
+        if self.active:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.active:
+            self._live.stop()
+            self._metrics.close()
+            if self._board is not None:
+                self._board.close()
+
+    def line(self, text: str) -> None:
+        """Print a line above the live one."""
+        if self.active:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, values: Mapping[str, float], received: Mapping[str, int]) -> None:
+        """Log one optimizer step.
+
+        Args:
+            values: ``step``, ``loss`` and whatever else is a number.
+            received: bytes moved in the step, over all layers and ranks, by kind.
+        """
+        if not self.active:
+            return
+        self._write({**values, "bytes": dict(received)})
+        step = int(values["step"])
+        self._scalars(step, {k: v for k, v in values.items() if k != "step"})
+        self._scalars(step, {f"bytes/{kind}": size for kind, size in received.items()})
+        text = (
+            f"loss {values['loss']:.4f}  norm {values['grad_norm']:.2f}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s  {show_bytes(sum(received.values()))}"
+        )
+        self._live.update(self._task, completed=step, description=text)
+        if not self.console.is_terminal:
+            self.line(f"step {step:>6}  {text}")
+
+    def validation(self, step: int, loss: float, unigram: float) -> None:
+        if self.active:
+            self._write({"step": step, "validation_loss": loss, "unigram_loss": unigram})
+            self._scalars(step, {"validation_loss": loss})
+            self.line(
+                f"step {step:>6}  validation {loss:.4f} nats/{self.unit}  (unigram {unigram:.4f})"
+            )
+
+    def summary(self, rows: Mapping[str, str]) -> None:
+        """Print the table that ends a run."""
+        if self.active:
+            table = Table(show_header=False, box=None, pad_edge=False)
+            for name, value in rows.items():
+                table.add_row(name, value)
+            self.console.print(table)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps({**record, "time": time.time()}) + "\n")
+        self._metrics.flush()
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "run.tensorboard: found True, but the package tensorboard is not installed here; "
+            "pip install tensorboard, or False, works"
+        ) from None
+    # A resumed run repeats the steps after its checkpoint: the old ones are dropped.
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+
+
+def show_bytes(size: float) -> str:
+    """1536 as 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,55 @@
+"""Text from a model whose sequence is split over ranks, one full forward a token."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from model import Decoder
+from nsa_dist import shard_batch
+from ranks import Ranks
+
+PAD_TO = 64
+"""Lengths grow in these steps, so that few distinct plans are made."""
+
+
+@torch.no_grad()
+def sample(
+    model: Decoder,
+    prompt: list[int],
+    length: int,
+    ranks: Ranks,
+    *,
+    layout: str,
+    temperature: float,
+    seed: int,
+    window: int,
+) -> list[int]:
+    """Continue ``prompt`` by ``length`` tokens; collective, the same tokens on every rank.
+
+    No KV cache: the whole text so far runs through the sharded model for each token. What stands
+    after the last token cannot change it, so the text is padded at its end.
+
+    Args:
+        window: tokens of context at most, the newest ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    was_training = model.training
+    model.eval()
+    for _ in range(length):
+        context = tokens[-window:]
+        padded = torch.zeros(1, -(-len(context) // PAD_TO) * PAD_TO, dtype=torch.int64)
+        padded[0, : len(context)] = torch.tensor(context)
+        cu_seqlens = torch.tensor([0, padded.shape[1]], dtype=torch.int32)
+        batch = shard_batch(
+            padded.to(ranks.device), cu_seqlens=cu_seqlens, layout=layout, group=ranks.cp_mesh
+        )
+        logits = batch.unshard(model(batch.tokens, cu_seqlens=batch.cu_seqlens))
+        weights = (logits[0, len(context) - 1].double() / temperature).softmax(-1).cpu()
+        choice = torch.multinomial(weights, 1, generator=generator).to(ranks.device)
+        # Replicas may differ in the last bits of a logit; one choice keeps them on one text.
+        dist.broadcast(choice, src=0)
+        tokens.append(int(choice))
+    model.train(was_training)
+    return tokens[len(prompt) :]

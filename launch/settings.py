@@ -1,0 +1,280 @@
+"""A run as frozen values: one dataclass a TOML section, checked once, on every rank alike.
+
+``[attention]`` and ``[rotary]`` are nsa_dist's own ``NSAConfig`` and ``RotaryConfig``, so every
+option of the layer is an option of a run. The comment beside a field is its help text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from nsa_dist import NSAConfig, RotaryConfig
+
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+
+def check(ok: bool, option: str, value: Any, works: str) -> None:
+    """Refuse a setting: ValueError that names the option, the value found and what works."""
+    if not ok:
+        raise ValueError(f"{option}: found {value!r}; {works}")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The decoder around the attention."""
+
+    attention: Literal["nsa", "dense"] = "nsa"  # dense: causal softmax over the whole document
+    layers: int = 4  # transformer blocks
+    hidden_size: int = 128  # width of the residual stream
+    mlp_hidden: int = 384  # hidden width of SwiGLU
+    norm_eps: float = 1e-6  # RMSNorm's epsilon
+    tie_embeddings: bool = False  # the output layer uses the embedding's weight
+    bias: bool = False  # biases in the attention's projections
+    qk_norm: bool = False  # RMSNorm over each head of queries and keys
+    dropout: float = 0.0  # on the attention's output
+    backend: str = "auto"  # implementation of nsa's operations
+    recompute: bool = False  # recompute each block's activations in backward
+
+    def __post_init__(self) -> None:
+        for option in ("layers", "hidden_size", "mlp_hidden"):
+            check(getattr(self, option) >= 1, f"model.{option}", getattr(self, option), "1 or more")
+        check(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 <= dropout < 1 works")
+        check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "a positive number works")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where documents come from and how they are packed."""
+
+    source: Literal["stdlib", "folder", "jsonl"] = "stdlib"  # stdlib: this Python's own sources
+    path: str = ""  # the folder, or the JSONL file
+    pattern: str = "**/*.txt"  # which files of the folder are documents
+    field: str = "text"  # the JSONL field that holds a document's text
+    tokenizer: str = "bytes"  # bytes, a tokenizer.json, or a name that transformers loads
+    length: int = 4096  # tokens in a packed stream
+    global_batch: int = 8  # streams in an optimizer step, over all ranks
+    micro_batch: int = 1  # streams in one forward, joined end to end
+    held_out: float = 0.05  # fraction of documents kept for validation
+
+    def __post_init__(self) -> None:
+        for option in ("length", "global_batch", "micro_batch"):
+            check(getattr(self, option) >= 1, f"data.{option}", getattr(self, option), "1 or more")
+        check(0 < self.held_out < 1, "data.held_out", self.held_out, "0 < held_out < 1 works")
+        if self.source == "stdlib":
+            check(not self.path, "data.path", self.path, "source 'stdlib' takes no path")
+        else:
+            exists = bool(self.path) and Path(self.path).exists()
+            works = f"source {self.source!r} works with an existing path"
+            check(exists, "data.path", self.path, works)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW under a linear warm-up and a cosine."""
+
+    lr: float = 1e-3  # at the end of the warm-up
+    min_lr: float = 0.1  # at the last step, as a fraction of lr
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    clip: float = 1.0  # largest global gradient norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, "optimizer.lr", self.lr, "a positive number works")
+        check(0 <= self.min_lr <= 1, "optimizer.min_lr", self.min_lr, "0 <= min_lr <= 1 works")
+        for option in ("warmup_steps", "weight_decay", "clip"):
+            value = getattr(self, option)
+            check(value >= 0, f"optimizer.{option}", value, "0 or more works")
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How the ranks are used: dp replicas of cp ranks that share a stream."""
+
+    cp: int = 1  # ranks that share one sequence
+    dp: int = -1  # replicas, each with its share of the batch; -1: the rest of the world
+    layout: Literal["contiguous", "zigzag", "zigzag_per_document"] = "zigzag"
+    reshard_after_forward: bool = True  # False: keep gathered weights until backward has used them
+
+    def __post_init__(self) -> None:
+        check(self.cp >= 1, "parallel.cp", self.cp, "1 or more works")
+        check(self.dp >= 1 or self.dp == -1, "parallel.dp", self.dp, "1 or more, or -1, works")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How long, on what, and what is kept of it."""
+
+    name: str = "run"
+    folder: str = ""  # where everything is written; empty: runs/NAME-TIME
+    resume: bool = False  # continue from the folder's latest checkpoint, if it has one
+    steps: int = 1000  # optimizer steps
+    seed: int = 0
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is a GPU
+    # auto: bfloat16 with float32 weights on cuda, else float32
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    log_every: int = 10  # steps between log lines
+    validate_every: int = 0  # steps between validations; 0: at the end only
+    validation_streams: int = 16  # held-out streams that a validation reads
+    checkpoint_every: int = 0  # steps between checkpoints; 0: at the end only
+    keep_checkpoints: int = 2  # older ones are removed; 0: keep all
+    tensorboard: bool = True
+    sample_tokens: int = 200  # length of the sample at the end; 0: none
+    prompt: str = "def "  # what the sample continues
+    temperature: float = 0.8
+
+    def __post_init__(self) -> None:
+        for option in ("steps", "log_every", "validation_streams"):
+            check(getattr(self, option) >= 1, f"run.{option}", getattr(self, option), "1 or more")
+        for option in ("validate_every", "checkpoint_every", "keep_checkpoints", "sample_tokens"):
+            check(getattr(self, option) >= 0, f"run.{option}", getattr(self, option), "0 or more")
+        works = "a positive number works"
+        check(self.temperature > 0, "run.temperature", self.temperature, works)
+        check(bool(self.prompt) or not self.sample_tokens, "run.prompt", self.prompt, "some text")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run."""
+
+    attention: NSAConfig
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def __post_init__(self) -> None:
+        check(
+            self.model.attention == "nsa" or self.parallel.cp == 1,
+            "model.attention",
+            self.model.attention,
+            f"with parallel.cp = {self.parallel.cp} only 'nsa' works: dense attention over "
+            "several ranks (ring attention) is not there yet; parallel.cp = 1 works with both",
+        )
+        check(
+            self.data.global_batch % self.data.micro_batch == 0,
+            "data.micro_batch",
+            self.data.micro_batch,
+            f"a divisor of data.global_batch = {self.data.global_batch} works",
+        )
+
+
+T = TypeVar("T")
+
+
+def _convert(value: Any, hint: Any, option: str) -> Any:
+    """A TOML value as the type that a field declares."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_table(hint, value, option)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        (inner,) = (a for a in arguments if a is not type(None))
+        return _convert(value, inner, option)
+    if origin is Literal:
+        check(value in arguments, option, value, f"{arguments} work")
+        return value
+    if origin is tuple:
+        check(isinstance(value, list), option, value, "a list works")
+        inner_hints = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        check(len(value) == len(inner_hints), option, value, f"{len(inner_hints)} values work")
+        pairs = enumerate(zip(value, inner_hints, strict=True))
+        return tuple(_convert(v, h, f"{option}[{i}]") for i, (v, h) in pairs)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    check(type(value) is hint, option, value, f"a value of type {hint.__name__} works")
+    return value
+
+
+def from_table(cls: type[T], table: Any, section: str = "") -> T:
+    """``cls`` from a TOML table.
+
+    Raises:
+        ValueError: for a table that is none, an unknown or missing key, or a value that does not
+            fit; names the key, the value found and what works.
+    """
+    check(isinstance(table, dict), section, table, "a table works")
+    hints, prefix = get_type_hints(cls), section and f"{section}."
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, value in table.items():
+        where = f"keys of [{section}]" if section else "sections"
+        check(key in fields, f"{prefix}{key}", value, f"{where}: {', '.join(fields)}")
+    missing = [
+        f"{prefix}{name}"
+        for name, f in fields.items()
+        if name not in table
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: not set; a value is required")
+    values = {key: _convert(v, hints[key], f"{prefix}{key}") for key, v in table.items()}
+    if cls in (NSAConfig, RotaryConfig):
+        # The layer's own errors do not know the section that they come from.
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{section}.{error}") from None
+    return cls(**values)
+
+
+def from_toml(path: str | Path) -> Settings:
+    """Settings of a TOML file, checked.
+
+    Raises:
+        ValueError: if the file is missing or is no TOML, or as ``from_table`` says.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"config: found {str(path)!r}; a TOML file works ({error})") from None
+    return from_table(Settings, table)
+
+
+def from_command_line(arguments: Sequence[str]) -> Settings:
+    """Settings of ``CONFIG.toml [--section.option value ...]``; the command line goes first.
+
+    A bad option on the command line ends the program with tyro's message and status 2.
+    """
+    check(
+        bool(arguments) and not arguments[0].startswith("-"),
+        "config",
+        arguments[0] if arguments else None,
+        "train.py CONFIG.toml [--section.option value ...] works",
+    )
+    return tyro.cli(
+        Settings,
+        prog=f"train.py {arguments[0]}",
+        default=from_toml(arguments[0]),
+        args=list(arguments[1:]),
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def to_toml(settings: Settings) -> str:
+    """The TOML text that ``from_toml`` reads back as equal settings.
+
+    TOML has no null: an option that is None is left out, which reads back as its default.
+    """
+    lines = []
+    for section in dataclasses.fields(settings):
+        lines.append(f"[{section.name}]")
+        for name, value in dataclasses.asdict(getattr(settings, section.name)).items():
+            if value is not None:
+                # JSON's strings, numbers, booleans and arrays are TOML's.
+                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        lines.append("")
+    return "\n".join(lines)
