@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from nsa_dist.comm.collectives import all_gather_rows
+from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.layout import check_cu_seqlens, local_indices, make_layout
 
@@ -55,14 +56,8 @@ class Sharding:
         Padding is stripped. Gradients do not flow through it.
         """
         self._check(x, self.local_columns.numel(), "the local length")
-        x = x.detach()
-        size = self.context.size
-        whole = x.new_empty((size, *x.shape))
-        if size == 1:
-            whole[0] = x
-        else:
-            dist.all_gather_into_tensor(whole, x.contiguous(), group=self.context.process_group)
-        rows = whole.transpose(0, 1).flatten(1, 2)
+        gathered = all_gather_rows(x.detach(), self.context, CommunicationCounter(), "unshard")
+        rows = gathered.unflatten(0, (self.context.size, -1)).transpose(0, 1).flatten(1, 2)
         padded = torch.empty_like(rows)
         padded[:, self.rank_columns.to(x.device)] = rows
         return padded[:, (self.source >= 0).nonzero().squeeze(1).to(x.device)]

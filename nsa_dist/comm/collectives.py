@@ -16,6 +16,9 @@ from torch import Tensor
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup
 
+# torch 2.13 renamed it and warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def all_to_all_rows(
     rows: Tensor,
@@ -62,7 +65,7 @@ def all_gather_rows(
     if group.size == 1:
         return rows
     gathered = rows.new_empty((group.size * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group.process_group)
+    _all_gather(gathered, rows.contiguous(), group=group.process_group)
     own_bytes = rows.numel() * rows.element_size()
     counter.add(kind, sent=own_bytes * (group.size - 1), received=own_bytes * (group.size - 1))
     return gathered

@@ -1,0 +1,99 @@
+"""Processes that stand for ranks: started once a world size, given one function after another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GROUP_TIMEOUT = timedelta(seconds=60)
+ANSWER_SECONDS = 150
+
+
+class RankError(AssertionError):
+    """A function failed on some rank."""
+
+
+class Ranks:
+    """``size`` gloo processes that run functions together.
+
+    Args:
+        size: number of ranks.
+        timeout: of the process group.
+    """
+
+    def __init__(self, size: int, timeout: timedelta = GROUP_TIMEOUT) -> None:
+        self.size = size
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "nsa_dist"])
+        self._folder = tempfile.TemporaryDirectory()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            arguments = (rank, size, self._folder.name, timeout, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call ``function(*args)`` on every rank; its results in rank order.
+
+        The function must be importable and its arguments and result picklable.
+
+        Raises:
+            RankError: with every failing rank's traceback.
+        """
+        answers = self.try_run(function, *args)
+        failed = [f"rank {r}:\n{text}" for r, (ok, text) in enumerate(answers) if not ok]
+        if failed:
+            raise RankError("\n".join(failed))
+        return [result for _, result in answers]
+
+    def try_run(self, function: Callable[..., Any], *args: Any) -> list[tuple[bool, Any]]:
+        """As ``run``, but each rank's (True, result) or (False, traceback)."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(ANSWER_SECONDS):
+                self.close()
+                raise RankError(f"rank {rank} of {self.size} gave no answer: a hang")
+            answers.append(pipe.recv())
+        return answers
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(rank: int, size: int, folder: str, timeout: timedelta, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    store = dist.FileStore(str(Path(folder) / "store"), size)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, function(*args))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
