@@ -46,13 +46,14 @@ class BlockCompressor(nn.Module):
         self.block = config.compress_block
         self.dim = dim
         block, hidden = self.block, config.compress_hidden or 2 * dim
-        shapes: dict[str, tuple[int, ...]] = {
+        weights: dict[str, dict[str, tuple[int, ...]]] = {
             "mlp": {"up": (hidden, block * dim), "down": (dim, hidden)},
             "linear": {"weight": (dim, block * dim)},
             "conv1d": {"weight": (dim, block)},
             "attention_pool": {"query": (dim,)},
             "mean": {},
-        }[self.kind]
+        }
+        shapes = weights[self.kind]
         if self.kind != "mean":
             shapes = {"position": (block, dim), **shapes}
         heads = (config.num_kv_heads,) if config.compress_per_head else ()

@@ -191,7 +191,7 @@ class NSAConfig:
 
     @property
     def key_branches(self) -> tuple[str, ...]:
-        """Branches that read keys: those in use, and ``compressed`` where only selection needs it."""
+        """Branches that read keys: those in use, and ``compressed`` where selection needs it."""
         wanted = set(self.branches) | ({"compressed"} if self.uses_compression else set())
         return tuple(b for b in BRANCHES if b in wanted)
 

@@ -217,10 +217,15 @@ class Flow:
             fetch.block_rows.split(width),
             strict=True,
         ):
-            pool = FetchBlocks.apply(k_g, v_g, transfer, self.group, self.counter)
+            k_own, v_own, k_fetched, v_fetched = FetchBlocks.apply(
+                k_g, v_g, transfer, self.group, self.counter
+            )
             out, lse = self.ops.selected_attention(
                 q_g,
-                *pool,
+                k_own,
+                v_own,
+                k_fetched,
+                v_fetched,
                 selected_g,
                 rows_g,
                 blocks.lengths,

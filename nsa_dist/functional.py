@@ -211,19 +211,16 @@ def _check_compressors(
     ):
         if not needed:
             continue
-        built_in = isinstance(compressor, BlockCompressor)
         if compressor is None:
-            works = f"a module works (branches={config.branches})"
-            return f"{name}: found None; {works}"
-        if built_in != (config.compress != "custom"):
-            works = "a module of your own" if built_in else "a BlockCompressor"
+            return f"{name}: found None; a module works (branches={config.branches})"
+        if isinstance(compressor, BlockCompressor) == (config.compress == "custom"):
+            works = "a module of your own" if config.compress == "custom" else "a BlockCompressor"
             return (
                 f"{name}: found {type(compressor).__name__} with compress={config.compress!r}; "
                 f"{works} works"
             )
-        if built_in and (compressor.kind, compressor.block) != (
-            config.compress,
-            config.compress_block,
+        if isinstance(compressor, BlockCompressor) and (
+            compressor.kind != config.compress or compressor.block != config.compress_block
         ):
             return (
                 f"{name}: found one of kind {compressor.kind!r} for blocks of {compressor.block}; "

@@ -117,6 +117,7 @@ def _move(value: Any, device: torch.device, memo: dict[int, Any]) -> Any:
     """Move every tensor of a nested plan, once for each object that is shared."""
     if id(value) in memo:
         return memo[id(value)]
+    moved: Any
     if isinstance(value, (Tensor, QuerySegments)):
         moved = value.to(device)
     elif isinstance(value, Mapping):

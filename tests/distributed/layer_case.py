@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -175,7 +176,7 @@ def token_owners(case: LayerCase, size: int) -> list[list[int]]:
     length = case.whole_shape[1]
     layout = make_layout(case.layout, size)
     bounds = [0, length] if case.cu_seqlens is None else case.cu_seqlens.tolist()
-    sizes = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    sizes = [b - a for a, b in itertools.pairwise(bounds)]
     multiple = layout.multiple
     if layout.per_document and case.cu_seqlens is not None:
         padded = [-(-n // multiple) * multiple for n in sizes]

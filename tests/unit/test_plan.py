@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -37,7 +38,7 @@ def documents(batch: int, length: int, cu_seqlens: torch.Tensor | None) -> list[
     if cu_seqlens is None:
         return [(b * length, (b + 1) * length) for b in range(batch)]
     bounds = cu_seqlens.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def split(name: str, size: int, batch: int, lengths: list[int]) -> tuple:
