@@ -41,10 +41,13 @@ def make_layout(name: str, size: int) -> Layout:
 
     ``zigzag`` gives rank r the chunks r and 2P-1-r of 2P, which balances causal work;
     ``zigzag_per_document`` does so within each document (Megatron's layout of packed batches).
+    One rank holds everything in one chunk whatever the name, so any length suits it.
 
     Raises:
         ValueError: if the name is unknown.
     """
+    if size == 1 and name in get_args(LayoutName):
+        return Layout(name, (0,))
     forward = tuple(range(size))
     if name == "contiguous":
         return Layout(name, forward)
