@@ -42,6 +42,7 @@ class LayerCase:
     qk_norm: bool = False
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
     checkpoint: bool = False
+    device: str = "cpu"
     seed: int = 0
 
     @property
@@ -73,14 +74,14 @@ class LayerCase:
                     parameter.add_(0.2 * torch.randn_like(parameter))
                 elif name.startswith(("q_proj", "k_proj")):
                     parameter.mul_(2.5)  # Softmaxes with something to choose.
-        return layer.to(self.dtype)
+        return layer.to(self.device, self.dtype)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Hidden states and the gradient of the output, [B, T, hidden]."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         shape = (*self.whole_shape, HIDDEN)
         x, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-        return x.to(self.dtype), grad.to(self.dtype)
+        return x.to(self.device, self.dtype), grad.to(self.device, self.dtype)
 
 
 @dataclass
@@ -93,6 +94,16 @@ class LayerResult:
     selected: Tensor | None
     received: dict[str, int]
     fetched_per_head: dict[int, int]
+
+    def cpu(self) -> LayerResult:
+        """The same with its tensors in host memory."""
+        return replace(
+            self,
+            output=self.output.cpu(),
+            grad_input=self.grad_input.cpu(),
+            grads={name: grad.cpu() for name, grad in self.grads.items()},
+            selected=None if self.selected is None else self.selected.cpu(),
+        )
 
 
 def run_layer(case: LayerCase, group: Any = None, **options: Any) -> LayerResult:
@@ -141,7 +152,7 @@ def run_built_layer(layer: NativeSparseAttention, case: LayerCase, group: Any) -
 def run_on_rank(case: LayerCase) -> LayerResult | None:
     """``run_layer`` over the default group; the result on rank 0 alone, to spare the pipes."""
     result = run_layer(case, dist.group.WORLD)
-    return result if dist.get_rank() == 0 else None
+    return result.cpu() if dist.get_rank() == 0 else None
 
 
 def assert_sparse_and_remote(case: LayerCase, result: LayerResult, size: int) -> None:

@@ -24,14 +24,17 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    """``size`` gloo processes that run functions together.
+    """``size`` processes that run functions together.
 
     Args:
         size: number of ranks.
         timeout: of the process group.
+        backend: "gloo", or "nccl" with a GPU a rank.
     """
 
-    def __init__(self, size: int, timeout: timedelta = GROUP_TIMEOUT) -> None:
+    def __init__(
+        self, size: int, timeout: timedelta = GROUP_TIMEOUT, backend: str = "gloo"
+    ) -> None:
         self.size = size
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "nsa_dist"])
@@ -40,7 +43,7 @@ class Ranks:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (rank, size, self._folder.name, timeout, theirs)
+            arguments = (rank, size, self._folder.name, timeout, backend, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -81,12 +84,17 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _serve(rank: int, size: int, folder: str, timeout: timedelta, pipe: Connection) -> None:
+def _serve(
+    rank: int, size: int, folder: str, timeout: timedelta, backend: str, pipe: Connection
+) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     store = dist.FileStore(str(Path(folder) / "store"), size)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    if backend == "nccl":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # What repeatable gradients ask for.
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     while True:
         try:
             function, args = pipe.recv()
