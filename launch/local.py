@@ -32,15 +32,16 @@ def command(arguments: list[str], gpus: int) -> list[str]:
     ]
 
 
-def main() -> int:
+def environment() -> dict[str, str]:
+    """This process's environment, in which a checkout works without being installed."""
     root = Path(__file__).resolve().parent.parent
-    # A checkout works without being installed.
     paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    # One thread a core over all processes; torchrun would otherwise warn and take one.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // MOST)))
-    return subprocess.call(command(sys.argv[1:], torch.cuda.device_count()), env=environment)
+    # A thread a core over all processes; torchrun would otherwise warn and take one a process.
+    threads = str(max(1, (os.cpu_count() or 1) // MOST))
+    inherited = {"OMP_NUM_THREADS": threads, **os.environ}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    line = command(sys.argv[1:], torch.cuda.device_count())
+    sys.exit(subprocess.call(line, env=environment()))

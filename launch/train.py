@@ -40,7 +40,7 @@ COMMUNICATION_KINDS = (
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended; the same on every rank.
+    """How a run ended; the same on every rank, but for its clock.
 
     Args:
         losses: nats a token of each step, before its update, from the first step of this process.
@@ -167,8 +167,12 @@ def held_out_streams(corpus: Corpus, settings: Settings) -> list[Stream]:
     return [packed[i * packed.per_epoch // count] for i in range(count)]
 
 
-def open_folder(settings: Settings, ranks: Ranks) -> Path:
-    """The run's folder, made if need be, the same on every rank."""
+def choose_folder(settings: Settings, ranks: Ranks) -> Path:
+    """The run's folder, the same on every rank.
+
+    Raises:
+        ValueError: if it holds another run's checkpoints.
+    """
     fresh = f"runs/{settings.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(ranks.from_main(settings.run.folder or fresh))
     check(
@@ -177,11 +181,6 @@ def open_folder(settings: Settings, ranks: Ranks) -> Path:
         str(folder),
         "it holds checkpoints; another folder works, or run.resume = true to continue from them",
     )
-    dist.barrier()
-    if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
-    dist.barrier()
     return folder
 
 
@@ -199,8 +198,11 @@ def train(settings: Settings, ranks: Ranks) -> Result:
 
     model = build_model(settings, corpus.tokenizer.vocab_size, ranks)
     optimizer = make_optimizer(model, settings.optimizer)
-    folder = open_folder(settings, ranks)
+    folder = choose_folder(settings, ranks)
     first_step = load_checkpoint(folder, model, optimizer, settings) if run.resume else 0
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
 
     steps: list[torch.Tensor] = []
     tokens, seconds = 0, 0.0

@@ -1,23 +1,36 @@
-"""Tiny runs, and processes to run them in."""
+"""Tiny runs, and the functions that ranks are given to run.
+
+Everything here is called on each of several processes at once, so that it must be importable and
+return values that can be sent.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import multiprocessing
-import os
 import random
-import tempfile
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from settings import Settings, from_table
 
-TINY: dict[str, dict[str, Any]] = {
+from data import PackedStreams, load_corpus
+from model import Decoder, build_model
+from nsa_dist import shard_batch
+from ranks import Ranks, start_ranks
+from settings import Settings, from_table
+from train import (
+    Result,
+    clip_gradients,
+    forward_backward,
+    shard_stream,
+    step_batches,
+    train,
+)
+
+Table = dict[str, dict[str, Any]]
+
+TINY: Table = {
     "model": {"layers": 2, "hidden_size": 32, "mlp_hidden": 48},
     "attention": {
         "num_heads": 4,
@@ -29,7 +42,7 @@ TINY: dict[str, dict[str, Any]] = {
         "num_selected": 4,
         "window": 12,
     },
-    "data": {"source": "folder", "length": 120, "global_batch": 2, "held_out": 0.2},
+    "data": {"source": "folder", "length": 150, "global_batch": 2, "held_out": 0.2},
     "optimizer": {"lr": 3e-3, "warmup_steps": 5},
     "run": {
         "steps": 20,
@@ -44,12 +57,18 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def tiny(root: Path, **overrides: Mapping[str, Any]) -> Settings:
-    """The tiny run on the documents under ``root``, some sections' options replaced."""
+    """The tiny run on the documents under ``root``, some options of some sections replaced."""
     table = {section: dict(options) for section, options in TINY.items()}
     table["data"]["path"] = str(root / "documents")
     for section, options in overrides.items():
         table.setdefault(section, {}).update(options)
     return from_table(Settings, table)
+
+
+def replaced(settings: Settings, section: str, **options: Any) -> Settings:
+    """``settings`` with some options of one section replaced."""
+    new = dataclasses.replace(getattr(settings, section), **options)
+    return dataclasses.replace(settings, **{section: new})
 
 
 def write_documents(root: Path) -> None:
@@ -64,42 +83,83 @@ def write_documents(root: Path) -> None:
         (folder / f"{index:02}.txt").write_text(text[: rng.choice((1, 5, 37, 90, 151, 400))])
 
 
-def _child(rank: int, size: int, store: str, out: str, case: Callable[..., Any], root: Path) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store, size),
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=60),
-        )
-        torch.save(case(root), f"{out}/{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        Path(f"{out}/{rank}.error").write_text(traceback.format_exc())
-        raise
+def run_training(settings: Settings) -> Result:
+    """A whole run."""
+    return train(settings, start_ranks(settings))
 
 
-def run_ranks(size: int, case: Callable[[Path], Any], root: Path) -> list[Any]:
-    """What ``case(root)`` returns on each of ``size`` gloo processes, in rank order."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as out:
-        arguments = (size, f"{out}/store", out, case, root)
-        processes = [context.Process(target=_child, args=(r, *arguments)) for r in range(size)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        errors = [path.read_text() for path in sorted(Path(out).glob("*.error"))]
-        assert not errors, "\n".join(errors)
-        assert all(process.exitcode == 0 for process in processes)
-        return [torch.load(f"{out}/{r}.pt", weights_only=False) for r in range(size)]
+def full_state(model: Decoder) -> dict[str, torch.Tensor]:
+    """Whole weights of a sharded model; collective."""
+    return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 
 
-def replace(settings: Settings, section: str, **options: Any) -> Settings:
-    """``settings`` with some options of one section replaced."""
-    new = dataclasses.replace(getattr(settings, section), **options)
-    return dataclasses.replace(settings, **{section: new})
+def initial_weights(settings: Settings) -> dict[str, torch.Tensor]:
+    return full_state(build_model(settings, 256, start_ranks(settings)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """What one backward left: the mean loss, the global norm, every whole gradient."""
+
+    loss: float
+    norm: float
+    grads: dict[str, torch.Tensor]
+
+
+def _gradients(model: Decoder, loss_sum: torch.Tensor, targets: int, ranks: Ranks) -> Gradients:
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    norm = clip_gradients(model, 0.0)
+    return Gradients(float(ranks.total(loss_sum)) / targets, float(norm), grads)
+
+
+def first_gradients(settings: Settings) -> Gradients:
+    """Gradients of the first step's batch."""
+    ranks = start_ranks(settings)
+    model = build_model(settings, 256, ranks)
+    streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
+    batches = list(step_batches(settings, streams, 0, ranks))
+    loss_sum, targets = forward_backward(model, batches, ranks, 0)
+    return _gradients(model, loss_sum, targets, ranks)
+
+
+def one_target_gradients(settings: Settings) -> Gradients:
+    """Gradients when one token of the whole batch is a target: every other rank has none."""
+    ranks = start_ranks(settings)
+    model = build_model(settings, 256, ranks)
+    streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
+    stream = streams[0]
+    labels = torch.full_like(stream.tokens, -100)
+    longest = int(stream.cu_seqlens.diff().argmax())
+    column = int(stream.cu_seqlens[longest + 1]) - 2
+    labels[0, column] = stream.tokens[0, column]
+    batch = shard_batch(
+        stream.tokens,
+        cu_seqlens=stream.cu_seqlens,
+        labels=labels,
+        layout=settings.parallel.layout,
+        group=ranks.cp_mesh,
+    )
+    assert batch.num_targets == 1
+    loss_sum, targets = forward_backward(model, [batch], ranks, 0)
+    assert targets == 1
+    return _gradients(model, loss_sum, targets, ranks)
+
+
+def plain_gradients(settings: Settings) -> Gradients:
+    """The first step's gradients by autograd alone: nothing sharded or accumulated."""
+    ranks = start_ranks(settings)
+    model = Decoder(settings, 256).double()
+    model.reset_parameters(settings.run.seed)
+    streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
+    total, targets = torch.zeros((), dtype=torch.float64), 0
+    for index in range(settings.data.global_batch):
+        batch = shard_stream(streams[index], settings, ranks)
+        total = total + model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
+        targets += batch.num_targets
+    loss = total / targets
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
+    return Gradients(float(loss), float(norm), grads)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from data import (
     ByteTokenizer,
     Corpus,
@@ -151,7 +152,9 @@ def test_jsonl_gives_one_field_of_each_line(tmp_path: Path) -> None:
 
 def test_a_source_without_both_splits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("alone")
-    with pytest.raises(ValueError, match=r"data\.held_out: found 0\.05.*0 documents to train on and 1 held"):
+    with pytest.raises(
+        ValueError, match=r"data\.held_out: found 0\.05.*0 documents to train on and 1 held"
+    ):
         load_corpus(DataSettings(source="folder", path=str(tmp_path)))
 
 

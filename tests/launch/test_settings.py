@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from settings import Settings, from_command_line, from_toml, to_toml
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -1,0 +1,113 @@
+"""The decoder: construction, dense attention, the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import LOSS_ROWS, Decoder, DenseAttention
+from nsa_dist import NSAConfig, RotaryConfig, apply_rotary, rotary_cos_sin
+from settings import Settings
+from tests.distributed.ranks import Ranks
+from tests.launch.common import initial_weights, tiny
+
+
+def plain_decoder(settings: Settings) -> Decoder:
+    model = Decoder(settings, 256).double()
+    model.reset_parameters(settings.run.seed)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nsa", "dense"])
+def test_meta_construction_gives_the_weights_of_direct_construction(
+    ranks_of: Callable[[int], Ranks], root: Path, kind: str
+) -> None:
+    options = {"attention": kind, "qk_norm": True, "bias": True}
+    settings = tiny(root, model=options, attention={"gate_init": [0.5, 0.0, -0.5]})
+    (weights,) = ranks_of(1).run(initial_weights, settings)
+    direct = dict(plain_decoder(settings).named_parameters())
+    assert weights.keys() == direct.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, direct[name]), name
+        assert bool(weight.isfinite().all()), name
+
+
+def test_weights_depend_on_the_seed_and_on_nothing_else(
+    ranks_of: Callable[[int], Ranks], root: Path
+) -> None:
+    (alone,) = ranks_of(1).run(initial_weights, tiny(root))
+    for size, cp in ((2, 1), (2, 2), (4, 2), (4, 4)):
+        for weights in ranks_of(size).run(initial_weights, tiny(root, parallel={"cp": cp})):
+            assert all(torch.equal(weight, alone[name]) for name, weight in weights.items())
+    (other,) = ranks_of(1).run(initial_weights, tiny(root, run={"seed": 1}))
+    assert not torch.equal(other["head.weight"], alone["head.weight"])
+    # Parts draw from seeds of their own: no two blocks start alike.
+    first, second = (alone[f"blocks.{i}.attention.q_proj.weight"] for i in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_tied_embeddings_are_one_weight(ranks_of: Callable[[int], Ranks], root: Path) -> None:
+    (weights,) = ranks_of(1).run(initial_weights, tiny(root, model={"tie_embeddings": True}))
+    assert "head.weight" not in weights
+    model = plain_decoder(tiny(root, model={"tie_embeddings": True}))
+    tokens = torch.arange(24)[None]
+    model(tokens, labels=tokens).backward()
+    grad = model.embedding.weight.grad
+    assert grad is not None
+    # Never an input, so its gradient comes through the output alone.
+    assert float(grad[100].abs().max()) > 0
+
+
+@pytest.mark.parametrize("bounds", [[0, 40], [0, 1, 7, 7, 30, 40]], ids=["one", "packed"])
+def test_dense_attention_is_causal_softmax_within_documents(bounds: list[int]) -> None:
+    config = NSAConfig(num_heads=4, num_kv_heads=2, head_dim=8, v_head_dim=6)
+    options = {"bias": True, "qk_norm": False, "norm_eps": 1e-6, "dropout": 0.0}
+    layer = DenseAttention(12, config, RotaryConfig(), **options).double()
+    x = torch.randn(1, 40, 12, dtype=torch.float64)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    found = layer(x, cu_seqlens=cu_seqlens)
+
+    starts = torch.tensor(bounds)
+    document = torch.searchsorted(starts, torch.arange(40), right=True) - 1
+    positions = torch.arange(40) - starts[document]
+    cos, sin = rotary_cos_sin(RotaryConfig(), 8, positions)
+    q = apply_rotary(layer.q_proj(x[0]).view(40, 4, 8), cos, sin)
+    k = apply_rotary(layer.k_proj(x[0]).view(40, 2, 8), cos, sin).repeat_interleave(2, dim=1)
+    v = layer.v_proj(x[0]).view(40, 2, 6).repeat_interleave(2, dim=1)
+    logits = torch.einsum("thd,shd->hts", q, k) / 8**0.5
+    hidden = (document[:, None] != document) | (positions[:, None] < positions)
+    probs = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    expected = layer.o_proj(torch.einsum("hts,shd->thd", probs, v).flatten(1))
+    torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_loss_in_pieces_is_the_loss(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    model = plain_decoder(tiny(root, model={"attention": "dense"}))
+    tokens = torch.randint(256, (2, 50))
+    labels = torch.where(torch.rand(2, 50) < 0.3, -100, torch.randint(256, (2, 50)))
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), reduction="sum")
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert LOSS_ROWS > 100
+    monkeypatch.setattr("model.LOSS_ROWS", 7)
+    found = model(tokens, labels=labels)
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], rtol=1e-10, atol=1e-13)
+
+
+def test_no_label_at_all_is_a_loss_of_zero_with_gradients(root: Path) -> None:
+    model = plain_decoder(tiny(root))
+    tokens = torch.randint(256, (1, 64))
+    loss = model(tokens, labels=torch.full_like(tokens, -100))
+    loss.backward()
+    assert loss.item() == 0.0
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert float(p.grad.abs().max()) == 0.0, name
