@@ -6,9 +6,10 @@ same function wherever and however they run.  Files and command lines are read i
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from nsa_dist.checks import check, check_bool, check_int, check_number
 
 BRANCHES = ("compressed", "selected", "window")
 """The order of branches everywhere: in gates, in projections, in what is returned."""
@@ -16,26 +17,6 @@ BRANCHES = ("compressed", "selected", "window")
 CompressKind = Literal["mlp", "linear", "conv1d", "attention_pool", "mean", "custom"]
 GateKind = Literal["linear", "mlp", "static"]
 ScalingKind = Literal["none", "linear", "llama3", "yarn"]
-
-
-def _check(ok: bool, option: str, value: Any, works: str) -> None:
-    if not ok:
-        raise ValueError(f"{option}: found {value!r}; {works}")
-
-
-def _check_int(option: str, value: Any, minimum: int) -> None:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    _check(is_int and value >= minimum, option, value, f"an integer of at least {minimum} works")
-
-
-def _check_number(option: str, value: Any, works: str, *, positive: bool = True) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    ok = is_number and math.isfinite(value) and (value > 0 or not positive)
-    _check(ok, option, value, works)
-
-
-def _check_bool(option: str, value: Any) -> None:
-    _check(isinstance(value, bool), option, value, "True or False works")
 
 
 @dataclass(frozen=True)
@@ -110,33 +91,33 @@ class NSAConfig:
             "num_local_blocks",
             "window",
         ):
-            _check_int(option, getattr(self, option), 1)
-        _check_int("num_init_blocks", self.num_init_blocks, 0)
+            check_int(option, getattr(self, option), 1)
+        check_int("num_init_blocks", self.num_init_blocks, 0)
         for option in ("v_head_dim", "compress_hidden", "gate_hidden"):
             if getattr(self, option) is not None:
-                _check_int(option, getattr(self, option), 1)
+                check_int(option, getattr(self, option), 1)
         for option in ("compress_per_head", "compress_pre_rope", "independent_kv"):
-            _check_bool(option, getattr(self, option))
+            check_bool(option, getattr(self, option))
 
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        _check(
+        check(
             heads % kv_heads == 0 and heads // kv_heads <= 32,
             "num_kv_heads",
             kv_heads,
             f"a divisor of num_heads={heads} with at most 32 query heads a group works",
         )
         block, stride, select = self.compress_block, self.compress_stride, self.select_block
-        _check(
+        check(
             block % stride == 0 and select % stride == 0,
             "compress_stride",
             stride,
             f"a divisor of compress_block={block} and of select_block={select} works",
         )
-        _check(
+        check(
             select >= block, "select_block", select, f"at least compress_block={block} tokens work"
         )
         forced = self.num_init_blocks + self.num_local_blocks
-        _check(
+        check(
             self.num_selected >= forced,
             "num_selected",
             self.num_selected,
@@ -146,7 +127,7 @@ class NSAConfig:
         branches = self.branches
         is_sequence = isinstance(branches, (tuple, list))
         known = is_sequence and all(b in BRANCHES for b in branches)
-        _check(
+        check(
             known and len(branches) > 0 and len(set(branches)) == len(branches),
             "branches",
             branches,
@@ -155,18 +136,18 @@ class NSAConfig:
         object.__setattr__(self, "branches", tuple(b for b in BRANCHES if b in branches))
 
         for option, kinds in (("compress", get_args(CompressKind)), ("gate", get_args(GateKind))):
-            _check(getattr(self, option) in kinds, option, getattr(self, option), f"{kinds} work")
+            check(getattr(self, option) in kinds, option, getattr(self, option), f"{kinds} work")
         if self.scale is not None:
-            _check_number("scale", self.scale, "a positive finite number or None works")
+            check_number("scale", self.scale, "a positive finite number or None works")
         init = self.gate_init
-        _check(
+        check(
             isinstance(init, (tuple, list)) and len(init) == len(BRANCHES),
             "gate_init",
             init,
             f"three numbers, one for each of {BRANCHES}, work",
         )
         for value in init:
-            _check_number("gate_init", value, "finite numbers work", positive=False)
+            check_number("gate_init", value, "finite numbers work", positive=False)
         object.__setattr__(self, "gate_init", tuple(float(x) for x in init))
 
     @property
@@ -238,25 +219,25 @@ class RotaryConfig:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        _check_number("theta", self.theta, "a finite number above 1 works")
-        _check(self.theta > 1, "theta", self.theta, "a finite number above 1 works")
+        check_number("theta", self.theta, "a finite number above 1 works")
+        check(self.theta > 1, "theta", self.theta, "a finite number above 1 works")
         if self.dim is not None:
-            _check_int("rotary dim", self.dim, 2)
-            _check(self.dim % 2 == 0, "rotary dim", self.dim, "an even number works")
+            check_int("rotary dim", self.dim, 2)
+            check(self.dim % 2 == 0, "rotary dim", self.dim, "an even number works")
         kinds = get_args(ScalingKind)
-        _check(self.scaling in kinds, "scaling", self.scaling, f"{kinds} work")
-        _check_number("factor", self.factor, "a finite number of at least 1 works")
-        _check(self.factor >= 1, "factor", self.factor, "a finite number of at least 1 works")
-        _check_int("original_max_positions", self.original_max_positions, 1)
+        check(self.scaling in kinds, "scaling", self.scaling, f"{kinds} work")
+        check_number("factor", self.factor, "a finite number of at least 1 works")
+        check(self.factor >= 1, "factor", self.factor, "a finite number of at least 1 works")
+        check_int("original_max_positions", self.original_max_positions, 1)
         for option in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-            _check_number(option, getattr(self, option), "a positive finite number works")
-        _check(
+            check_number(option, getattr(self, option), "a positive finite number works")
+        check(
             self.high_freq_factor > self.low_freq_factor,
             "high_freq_factor",
             self.high_freq_factor,
             f"more than low_freq_factor={self.low_freq_factor} works",
         )
-        _check(
+        check(
             self.beta_fast > self.beta_slow,
             "beta_fast",
             self.beta_fast,
@@ -264,7 +245,7 @@ class RotaryConfig:
         )
         if self.attention_factor is not None:
             works = "a positive finite number or None works"
-            _check_number("attention_factor", self.attention_factor, works)
+            check_number("attention_factor", self.attention_factor, works)
 
     def rotary_dim(self, head_dim: int) -> int:
         """Channels of a head of width ``head_dim`` that are rotated.
@@ -274,5 +255,5 @@ class RotaryConfig:
         """
         dim = head_dim if self.dim is None else self.dim
         works = f"an even number up to head_dim={head_dim} works"
-        _check(dim <= head_dim and dim % 2 == 0, "rotary dim", dim, works)
+        check(dim <= head_dim and dim % 2 == 0, "rotary dim", dim, works)
         return dim
