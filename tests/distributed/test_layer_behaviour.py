@@ -202,6 +202,10 @@ def accumulated(case: LayerCase) -> LayerResult:
     return run_built_layer(layer, case, group)
 
 
+def test_recomputation_on_one_rank() -> None:
+    assert_results_close(run_layer(replace(PACKED, checkpoint=True)), run_layer(PACKED), 1e-12)
+
+
 def test_gradients_accumulate(ranks_of: Callable[[int], Ranks]) -> None:
     expected = run_layer(PACKED)
     expected.grads = {name: 2 * grad for name, grad in expected.grads.items()}
