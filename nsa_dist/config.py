@@ -137,6 +137,18 @@ class NSAConfig:
 
         for option, kinds in (("compress", get_args(CompressKind)), ("gate", get_args(GateKind))):
             check(getattr(self, option) in kinds, option, getattr(self, option), f"{kinds} work")
+        # An option without effect is a misunderstanding, better told than trained with.
+        for option, idle, works in (
+            ("compress_hidden", self.compress != "mlp", "None works (it is of compress='mlp')"),
+            ("gate_hidden", self.gate != "mlp", "None works (it is of gate='mlp')"),
+        ):
+            check(getattr(self, option) is None or not idle, option, getattr(self, option), works)
+        check(
+            not self.compress_per_head or self.compress not in ("mean", "custom"),
+            "compress_per_head",
+            self.compress_per_head,
+            f"False works (compress={self.compress!r} has no weights of ours)",
+        )
         if self.scale is not None:
             check_number("scale", self.scale, "a positive finite number or None works")
         init = self.gate_init
@@ -228,6 +240,12 @@ class RotaryConfig:
         check(self.scaling in kinds, "scaling", self.scaling, f"{kinds} work")
         check_number("factor", self.factor, "a finite number of at least 1 works")
         check(self.factor >= 1, "factor", self.factor, "a finite number of at least 1 works")
+        check(
+            self.factor == 1 or self.scaling != "none",
+            "factor",
+            self.factor,
+            f"1.0 works with scaling='none', others with {kinds[1:]}",
+        )
         check_int("original_max_positions", self.original_max_positions, 1)
         for option in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             check_number(option, getattr(self, option), "a positive finite number works")
@@ -246,6 +264,12 @@ class RotaryConfig:
         if self.attention_factor is not None:
             works = "a positive finite number or None works"
             check_number("attention_factor", self.attention_factor, works)
+            check(
+                self.scaling == "yarn",
+                "attention_factor",
+                self.attention_factor,
+                f"None works (it is of scaling='yarn', not of {self.scaling!r})",
+            )
 
     def rotary_dim(self, head_dim: int) -> int:
         """Channels of a head of width ``head_dim`` that are rotated.
