@@ -6,7 +6,8 @@ dense code run in the dtype under test, both given the same chosen blocks. A res
     err(ours) <= 2 err(plain) + c eps(dtype) max|x64|,    c = 2 for float32 and float64, else 0.5.
 
 In float64 the plain code is the oracle itself, whose difference from itself says nothing about
-rounding; there err(plain) is that of the plain code in float32 times eps(float64) / eps(float32).
+rounding; there err(plain) is that of the plain code in float32 times eps(float64) / eps(float32),
+and the bound has it once more, for the error of the oracle.
 Activations are judged for each document and head, so that a large one hides no small one; weights
 as a whole. There is no other tolerance and no element is left out.
 """
@@ -67,8 +68,9 @@ def _judge(ours: Tensor, plain: Tensor, x64: Tensor, dtype: torch.dtype, label: 
     if dtype == torch.float64:
         plain_error *= eps / torch.finfo(torch.float32).eps
     c = 2.0 if dtype in (torch.float32, torch.float64) else 0.5
+    times = 3 if dtype == torch.float64 else 2
     # Written so that NaN fails.
-    assert error <= 2 * plain_error + c * eps * largest, (
+    assert error <= times * plain_error + c * eps * largest, (
         f"{label}: error {error:.3e}, that of plain {dtype} code {plain_error:.3e}, "
         f"{c} eps max|x64| {c * eps * largest:.3e}"
     )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,26 +68,38 @@ def ungroup_queries(x: Tensor, num_queries: int) -> Tensor:
     return x.unflatten(1, (-1, num_queries)).movedim(2, 0)
 
 
-def poison_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves what is not finite from the values to the keys: k [..., Dk], v [..., Dv].
+class FiniteRows(NamedTuple):
+    """Keys and values to multiply with, and which rows are not what was given.
 
-    A masked logit is replaced, whatever it was, but a masked value is multiplied by 0, which leaves
-    NaN where it was NaN or infinite. With its key NaN instead, such a row still shows in every
-    query that sees it, and in no other.
+    A masked logit is replaced, whatever it was, but a masked value is multiplied by 0, and a masked
+    key's gradient too, which leaves NaN where it was NaN or infinite. So these are 0 here, and
+    `bad` [..., rows] (None: no such row) makes the logit NaN for the queries that do see the row.
     """
-    finite = v.isfinite()
-    k = k.masked_fill(~finite.all(dim=-1, keepdim=True), math.nan)
-    return k, v.masked_fill(~finite, 0.0)
 
+    keys: Tensor
+    values: Tensor
+    bad: Tensor | None
 
-def finite(x: Tensor) -> Tensor:
-    """x with 0 for what is not finite, to multiply with a gradient that is 0 where masked."""
-    return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> FiniteRows:
+        """keys [..., rows, Dk], values [..., rows, Dv]."""
+        bad = ~(keys.isfinite().all(dim=-1) & values.isfinite().all(dim=-1))
+        if not bad.any():
+            return cls(keys, values, None)
+        where = bad.unsqueeze(-1)
+        return cls(keys.masked_fill(where, 0.0), values.masked_fill(where, 0.0), bad)
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * a @ b of batches [..., m, D] and [..., D, n]."""
     return torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+
+
+def softmax_backward_(grad_probs: Tensor, probs: Tensor) -> Tensor:
+    """Gradient of the logits of a softmax over the last dimension, in the place of grad_probs."""
+    delta = (grad_probs * probs).sum(dim=-1, keepdim=True)
+    # The difference first: where one key has all the weight it is 0, and so is the gradient.
+    return grad_probs.sub_(delta).mul_(probs)
 
 
 def add_rows_(target: Tensor, index: Tensor, source: Tensor) -> Tensor:

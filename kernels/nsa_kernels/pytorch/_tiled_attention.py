@@ -17,14 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from nsa_kernels.pytorch._common import (
     SUMMANDS_IN_A_ROW,
+    FiniteRows,
     TreeSum,
     accumulation_dtype,
     exact,
-    finite,
     group_queries,
     heads_first,
-    poison_keys,
     scaled_product,
+    softmax_backward_,
     ungroup_queries,
 )
 
@@ -49,6 +49,14 @@ class Tile(NamedTuple):
             grid[..., column : column + hidden.shape[1]].masked_fill_(hidden, value)
         return x
 
+    def logits(self, query: Tensor, context: FiniteRows, scale: float) -> Tensor:
+        """[G, R*m, keys] of query [G, R*m, Dk]; -inf where hidden, NaN where a bad row is seen."""
+        columns = slice(self.key_start, self.key_stop)
+        logits = scaled_product(query, context.keys[:, columns].mT, scale)
+        if context.bad is not None:
+            logits.masked_fill_(context.bad[:, None, columns], math.nan)
+        return self.mask_(logits, -math.inf)
+
 
 class TiledAttention(torch.autograd.Function):
     """o = softmax(scale q k^T) v over what the tiles show, with its log-sum-exp.
@@ -70,19 +78,19 @@ class TiledAttention(torch.autograd.Function):
         in_a_row: float = SUMMANDS_IN_A_ROW,
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(q)
-        keys, values = poison_keys(heads_first(k, dtype), heads_first(v, dtype))
-        num_groups = keys.shape[0]
+        context = FiniteRows.of(heads_first(k, dtype), heads_first(v, dtype))
+        num_groups = k.shape[1]
         o = q.new_zeros(*q.shape[:2], v.shape[-1])
         lse = q.new_full(q.shape[:2], -math.inf, dtype=dtype)
         for tile in tiles():
             rows, columns = slice(tile.start, tile.stop), slice(tile.key_start, tile.key_stop)
             query = group_queries(q[rows], num_groups, dtype)
-            logits = tile.mask_(scaled_product(query, keys[:, columns].mT, scale), -math.inf)
+            logits = tile.logits(query, context, scale)
             probs = logits.softmax(dim=-1)
             # The largest probability is exp(max - lse), so no second pass of exp is needed.
             tile_lse = logits.amax(dim=-1) - probs.amax(dim=-1).log()
             m = tile.stop - tile.start
-            out = torch.bmm(probs, values[:, columns])
+            out = torch.bmm(probs, context.values[:, columns])
             o[rows].unflatten(1, (num_groups, -1)).copy_(ungroup_queries(out, m))
             lse[rows].unflatten(1, (num_groups, -1)).copy_(ungroup_queries(tile_lse, m))
         ctx.save_for_backward(q, k, v)
@@ -96,25 +104,21 @@ class TiledAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         dtype, scale = accumulation_dtype(q), ctx.scale
-        keys, values = poison_keys(heads_first(k, dtype), heads_first(v, dtype))
-        clean_keys = finite(keys)
-        num_groups = keys.shape[0]
+        context = FiniteRows.of(heads_first(k, dtype), heads_first(v, dtype))
+        num_groups = k.shape[1]
         grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        grad_k, grad_v = TreeSum(keys, ctx.in_a_row), TreeSum(values, ctx.in_a_row)
+        grad_k = TreeSum(context.keys, ctx.in_a_row)
+        grad_v = TreeSum(context.values, ctx.in_a_row)
         for tile in ctx.tiles():
             rows, columns = slice(tile.start, tile.stop), slice(tile.key_start, tile.key_stop)
             query = group_queries(q[rows], num_groups, dtype)
             grad_out = group_queries(grad_o[rows], num_groups, dtype)
-            logits = tile.mask_(scaled_product(query, keys[:, columns].mT, scale), -math.inf)
-            probs = tile.mask_(logits.softmax(dim=-1), 0.0)
-            del logits
+            probs = tile.mask_(tile.logits(query, context, scale).softmax(dim=-1), 0.0)
             grad_v.next()[:, columns].baddbmm_(probs.mT, grad_out)
-            grad_probs = torch.bmm(grad_out, values[:, columns].mT)
-            grad_logits = tile.mask_(grad_probs, 0.0).mul_(probs)
-            delta = grad_logits.sum(dim=-1, keepdim=True)
-            grad_logits.addcmul_(probs, delta, value=-1)
+            grad_probs = tile.mask_(torch.bmm(grad_out, context.values[:, columns].mT), 0.0)
+            grad_logits = softmax_backward_(grad_probs, probs)
             grad_k.next()[:, columns].baddbmm_(grad_logits.mT, query, alpha=scale)
-            grad_query = scaled_product(grad_logits, clean_keys[:, columns], scale)
+            grad_query = scaled_product(grad_logits, context.keys[:, columns], scale)
             m = tile.stop - tile.start
             grad_q[rows].unflatten(1, (num_groups, -1)).copy_(ungroup_queries(grad_query, m))
         grad_keys = grad_k.result().transpose(0, 1).to(k.dtype)

@@ -1,9 +1,9 @@
 """The selection branch: attention to the tokens of the chosen blocks (Eq. 11, arXiv 2502.11089).
 
-For one KV head at a time, the blocks that are here become a pool [blocks, l', D]. Forward gathers
-the n blocks of each query of a tile, so that a query's sums have one order, whatever its neighbours
-chose. Backward goes block by block through the queries that chose it, which moves far less memory
-and needs only be the same in every run.
+For one KV head at a time, the blocks that are here become a pool [blocks, l', D]. A tile of
+queries gathers the n blocks of each, so that a query's sums have one order, whatever its neighbours
+chose. Backward, which must only be the same in every run, sorts many queries' choices by block, so
+that each product is one of a block with the queries that chose it, and no key is copied for them.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_kernels.pytorch._common import (
-    SUMMANDS_IN_A_ROW,
     TILE_ELEMENTS,
+    FiniteRows,
+    TreeSum,
     accumulation_dtype,
-    add_rows_,
     exact,
-    finite,
-    poison_keys,
     scaled_product,
 )
-from nsa_kernels.segments import QuerySegments
+from nsa_kernels.segments import QuerySegments, Segment
 
 
 class _Pool:
     """The blocks of one KV head that are here, and one more of zeros for the -1 of a choice.
 
-    keys [blocks + 1, l', Dk], values [blocks + 1, l', Dv], rows behind a block's end 0; slots int64
-    [N, n]: which of them the queries chose; seen int64 [N, n]: how many of their tokens are causal.
+    context: keys [blocks + 1, l', Dk] and values [blocks + 1, l', Dv], 0 behind a block's end;
+    slots int64 [N, n]: which of them the queries chose; seen int64 [N, n]: how many of their tokens
+    are causal.
     """
 
     def __init__(
@@ -50,15 +49,15 @@ class _Pool:
         num_rows = own[0].shape[0] + fetched[0].shape[0]
         here = (block_rows >= 0).nonzero()[:, 0]
         self.size = here.shape[0]
-        offset = torch.arange(select_block, device=device)
+        self.select_block = select_block
+        self.offset = torch.arange(select_block, device=device)
         rows = torch.full((self.size + 1, select_block), num_rows, device=device)
-        inside = offset < block_lengths[here].unsqueeze(1)
-        rows[:-1] = (block_rows[here].unsqueeze(1) + offset).where(inside, rows[:-1])
+        inside = self.offset < block_lengths[here].unsqueeze(1)
+        rows[:-1] = (block_rows[here].unsqueeze(1) + self.offset).where(inside, rows[:-1])
         self.rows = rows  # [blocks + 1, l']; num_rows is a row of zeros
         pairs = zip(own, fetched, strict=True)
         sources = [torch.cat([a, b, a.new_zeros(1, a.shape[-1])]) for a, b in pairs]
-        keys, values = (source[rows].to(dtype) for source in sources)
-        self.keys, self.values = poison_keys(keys, values)
+        self.context = FiniteRows.of(*(source[rows].to(dtype) for source in sources))
 
         slot_of = torch.full((block_rows.shape[0] + 1,), self.size, device=device)
         slot_of[here] = torch.arange(self.size, device=device)
@@ -69,6 +68,38 @@ class _Pool:
         assert not missing.any(), f"block {int(ids[missing][0])} was chosen and is not here"
         ends = segments.positions.unsqueeze(1) + 1 - selected.long() * select_block
         self.seen = ends.clamp(0, select_block).where(chosen, 0)
+        places = torch.arange(selected.shape[1], device=device)
+        partly = places.where(self.seen < select_block, selected.shape[1])
+        # Indices ascend, so for most queries only the last place holds tokens to hide.
+        self.first_partly: list[int] = partly.amin(dim=1).tolist() if partly.numel() else []
+
+    def num_chosen(self, segment: Segment) -> int:
+        """How many places of `slots` its queries can have filled; behind them stand -1."""
+        eligible = (segment.position + segment.length - 1) // self.select_block + 1
+        return min(self.slots.shape[1], eligible)
+
+    def gather(self, x: Tensor, slots: Tensor) -> Tensor:
+        """x [blocks + 1, l', D], slots [m, n] -> [m, n*l', D]."""
+        return x.index_select(0, slots.flatten()).view(slots.shape[0], -1, x.shape[-1])
+
+    def attend(self, query: Tensor, part: Segment, scale: float) -> tuple[Tensor, Tensor]:
+        """o [m, R, Dv] and lse [m, R] of query [m, R, Dk], the rows of `part`."""
+        rows, n = slice(part.start, part.start + part.length), self.num_chosen(part)
+        slots = self.slots[rows, :n]
+        keys, values, bad = self.context
+        logits = scaled_product(query, self.gather(keys, slots).mT, scale)
+        if bad is not None:
+            logits.masked_fill_(bad[slots].flatten(1).unsqueeze(1), math.nan)
+        first = min(n, *self.first_partly[rows])
+        hidden = (self.offset >= self.seen[rows, first:n].unsqueeze(-1)).flatten(1).unsqueeze(1)
+        edge = slice(first * self.select_block, None)
+        logits[..., edge].masked_fill_(hidden, -math.inf)
+        probs = logits.softmax(dim=-1)
+        probs[..., edge].masked_fill_(hidden, 0.0)
+        out = torch.bmm(probs, self.gather(values, slots))
+        # The largest probability is exp(max - lse); without one, -inf - log(0) would be NaN.
+        top, share = logits.amax(dim=-1), probs.amax(dim=-1)
+        return out, top - share.log().masked_fill_(share == 0, 0.0)
 
     def scatter(self, grads: Tensor) -> Tensor:
         """Gradients of the pool [blocks, l', D] -> of the rows [E + F, D]."""
@@ -79,12 +110,7 @@ class _Pool:
 
 
 class _SelectedAttention(torch.autograd.Function):
-    """o = softmax(scale q k^T) v over the tokens <= t of the chosen blocks, and its log-sum-exp.
-
-    Saves the largest logit a and the largest probability b of each query, so that backward finds
-    P = b exp(scale q k^T - a) without another pass over a query's blocks. Then, as b is common to
-    a row, with do' = b do: dP' = do' v^T, dS = exp(..) (dP' - do'.o), dv = exp(..)^T do'.
-    """
+    """o = softmax(scale q k^T) v over the tokens <= t of the chosen blocks, and its log-sum-exp."""
 
     @staticmethod
     @exact
@@ -103,54 +129,21 @@ class _SelectedAttention(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(q)
-        num_queries, num_heads, key_width = q.shape
-        num_groups = k_own.shape[1]
-        group = num_heads // num_groups
-        most = selected.shape[-1] * select_block
-        widest = max(key_width, v_own.shape[-1], group)
-        size = max(1, 2 * TILE_ELEMENTS // (most * widest))
+        tensors = (q, k_own, v_own, k_fetched, v_fetched, selected, block_rows)
+        ctx.save_for_backward(*tensors)
         ctx.pool_arguments = (block_lengths, segments, select_block, dtype)
-        o = q.new_zeros(num_queries, num_heads, v_own.shape[-1])
-        top = q.new_zeros(num_queries, num_heads, dtype=dtype)
-        share = torch.ones_like(top)
-        for g in range(num_groups):
-            pool = _Pool(
-                (k_own[:, g], v_own[:, g]),
-                (k_fetched[:, g], v_fetched[:, g]),
-                selected[:, g],
-                block_rows[g],
-                *ctx.pool_arguments,
-            )
-            heads = slice(g * group, (g + 1) * group)
-            for segment in segments.rows:
-                for part in segment.split(size):
-                    rows = slice(part.start, part.start + part.length)
-                    eligible = (part.position + part.length - 1) // select_block + 1
-                    n = min(selected.shape[-1], eligible)  # behind them stand -1
-                    slots, seen = pool.slots[rows, :n], pool.seen[rows, :n]
-                    query = q[rows, heads].to(dtype)  # [m, R, Dk]
-                    keys = pool.keys.index_select(0, slots.flatten())
-                    keys = keys.view(part.length, n * select_block, -1)
-                    logits = scaled_product(query, keys.mT, scale)
-                    del keys
-                    hidden = torch.arange(select_block, device=q.device) >= seen.unsqueeze(-1)
-                    logits.masked_fill_(hidden.flatten(1).unsqueeze(1), -math.inf)
-                    probs = logits.softmax(dim=-1)
-                    values = pool.values.index_select(0, slots.flatten())
-                    out = torch.bmm(probs, values.view(part.length, n * select_block, -1))
-                    del values
-                    o[rows, heads] = out.to(q.dtype)
-                    top[rows, heads] = logits.amax(dim=-1)
-                    share[rows, heads] = probs.amax(dim=-1)
-            blind = (pool.seen == 0).all(dim=-1).view(-1, 1)
-            o[:, heads].masked_fill_(blind.unsqueeze(-1), 0.0)
-            top[:, heads].masked_fill_(blind, -math.inf)
-            share[:, heads].masked_fill_(blind, 1.0)
-        ctx.save_for_backward(
-            q, k_own, v_own, k_fetched, v_fetched, selected, block_rows, o, top, share
-        )
         ctx.scale = scale
-        lse = top - share.log()
+        group = q.shape[1] // k_own.shape[1]
+        o = q.new_zeros(*q.shape[:2], v_own.shape[-1])
+        lse = q.new_full(q.shape[:2], -math.inf, dtype=dtype)
+        for g in range(k_own.shape[1]):
+            heads = slice(g * group, (g + 1) * group)
+            pool = _pool_of_head(ctx, tensors, g)
+            for segment in segments.rows:
+                for part in segment.split(_tile_size(pool, group)):
+                    rows = slice(part.start, part.start + part.length)
+                    out, part_lse = pool.attend(q[rows, heads].to(dtype), part, scale)
+                    o[rows, heads], lse[rows, heads] = out.to(o.dtype), part_lse
         ctx.mark_non_differentiable(lse)
         return o, lse
 
@@ -158,98 +151,131 @@ class _SelectedAttention(torch.autograd.Function):
     @exact
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k_own, v_own, k_fetched, v_fetched, selected, block_rows, o, top, share = (
-            ctx.saved_tensors
-        )
+        saved = ctx.saved_tensors  # Once: recomputation refuses a second read.
+        q, *sources = saved[:5]
         dtype = accumulation_dtype(q)
-        num_own, num_groups, _ = k_own.shape
+        num_own, num_groups, _ = sources[0].shape
         group = q.shape[1] // num_groups
-        grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        grads = [
-            torch.zeros_like(x, memory_format=torch.contiguous_format)
-            for x in (k_own, v_own, k_fetched, v_fetched)
-        ]
+        grad_q, *grads = (
+            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, *sources)
+        )
         for g in range(num_groups):
             heads = slice(g * group, (g + 1) * group)
-            pool = _Pool(
-                (k_own[:, g], v_own[:, g]),
-                (k_fetched[:, g], v_fetched[:, g]),
-                selected[:, g],
-                block_rows[g],
-                *ctx.pool_arguments,
-            )
-            grad_out = grad_o[:, heads].to(dtype) * share[:, heads].unsqueeze(-1)
-            delta = (grad_out * o[:, heads].to(dtype)).sum(dim=-1)
-            grad_query, grad_keys, grad_values = _backward_of_head(
-                q[:, heads].to(dtype).contiguous(),
-                grad_out,
-                delta,
-                top[:, heads],
+            pool = _pool_of_head(ctx, saved, g)
+            grad_query, *pool_grads = _backward_of_head(
+                q[:, heads].to(dtype),
+                grad_o[:, heads].to(dtype),
                 pool,
+                ctx.pool_arguments[1],
                 ctx.scale,
             )
             grad_q[:, heads] = grad_query.to(q.dtype)
-            for x, pool_grads in enumerate((grad_keys, grad_values)):
-                rows = pool.scatter(pool_grads)
+            for x, pool_grad in enumerate(pool_grads):
+                rows = pool.scatter(pool_grad)
                 grads[x][:, g] = rows[:num_own].to(grads[x].dtype)
                 grads[x + 2][:, g] = rows[num_own:].to(grads[x + 2].dtype)
         return grad_q, *grads, None, None, None, None, None, None
 
 
+def _pool_of_head(ctx: Any, tensors: tuple[Tensor, ...], g: int) -> _Pool:
+    _, k_own, v_own, k_fetched, v_fetched, selected, block_rows = tensors
+    return _Pool(
+        (k_own[:, g], v_own[:, g]),
+        (k_fetched[:, g], v_fetched[:, g]),
+        selected[:, g],
+        block_rows[g],
+        *ctx.pool_arguments,
+    )
+
+
+def _tile_size(pool: _Pool, group: int) -> int:
+    """Queries whose gathered keys make a tile."""
+    keys, values = pool.context.keys, pool.context.values
+    width = max(keys.shape[-1], values.shape[-1], group)
+    return max(1, 2 * TILE_ELEMENTS // (pool.slots.shape[1] * pool.select_block * width))
+
+
+class _Pairs:
+    """The (query, chosen block) pairs of a run of m queries, in the order of blocks.
+
+    query int64 [m*n]: which of the m; slot int64 [m*n]; blocks: a block's slot and its pairs, for
+    each block that was chosen.
+    """
+
+    def __init__(self, pool: _Pool, segment: Segment) -> None:
+        rows = slice(segment.start, segment.start + segment.length)
+        self.places = pool.num_chosen(segment)
+        self.slot, order = pool.slots[rows, : self.places].flatten().sort(stable=True)
+        self.query = order // self.places
+        self._place = torch.empty_like(order)
+        self._place[order] = torch.arange(order.shape[0], device=order.device)
+        seen = pool.seen[rows, : self.places].flatten()[order]
+        self._partly = (seen < pool.select_block).nonzero()[:, 0]
+        self._hidden = (pool.offset >= seen[self._partly].unsqueeze(1)).unsqueeze(1)
+        self.blocks: list[tuple[int, slice]] = []
+        end = 0
+        for slot, count in enumerate(self.slot.bincount().tolist()):
+            start, end = end, end + count
+            if count:
+                self.blocks.append((slot, slice(start, end)))
+
+    def mask_(self, x: Tensor, value: float) -> Tensor:
+        """Fills x [m*n, R, l'] where a token is not causal, in place."""
+        partly = x.index_select(0, self._partly).masked_fill_(self._hidden, value)
+        return x.index_copy_(0, self._partly, partly)
+
+    def by_query(self, x: Tensor) -> Tensor:
+        """x [m*n, ...] of pairs -> [m, n, ...]."""
+        return x.index_select(0, self._place).unflatten(0, (-1, self.places))
+
+    def of_query(self, x: Tensor) -> Tensor:
+        """x [m, ...] of queries -> [m*n, ...] of pairs."""
+        return x.index_select(0, self.query)
+
+
 def _backward_of_head(
-    q: Tensor, grad_out: Tensor, delta: Tensor, top: Tensor, pool: _Pool, scale: float
+    q: Tensor, grad_out: Tensor, pool: _Pool, segments: QuerySegments, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [N, R, Dk] and of the pool's keys and values [blocks, l', D].
 
-    grad_out [N, R, Dv] and delta [N, R] carry the largest probability as a factor already.
+    For a run of queries P is computed again, dP = do v^T, dS = P (dP - sum_k P dP), dq = scale
+    dS k, dk = scale dS^T q, dv = P^T do: products over the pairs of one block, sums over the pairs
+    of one query.
     """
-    _, group, width = q.shape
-    select_block = pool.keys.shape[1]
-    clean_keys = finite(pool.keys)
-    grad_q = torch.zeros_like(q)
-    grad_keys, grad_values = torch.zeros_like(pool.keys[:-1]), torch.zeros_like(pool.values[:-1])
-    order = pool.slots.flatten().argsort(stable=True)
-    queries = order // pool.slots.shape[1]
-    seen = pool.seen.flatten()[order]
-    # The softmax over a single key is constant, and its gradient 0 to the bit.
-    several = pool.seen.where(pool.seen.sum(dim=-1, keepdim=True) > 1, 0).flatten()[order]
-    counts = pool.slots.flatten().bincount(minlength=pool.size + 1).tolist()
-    offset = torch.arange(select_block, device=q.device)
-    size = max(1, TILE_ELEMENTS // (group * select_block))
-    end = 0
-    for slot, count in enumerate(counts[: pool.size]):
-        start, end = end, end + count
-        pieces: list[tuple[Tensor, Tensor]] = []
-        for first in range(start, end, size):
-            chosen = slice(first, min(first + size, end))
-            rows = queries[chosen]
-            hidden = (offset >= seen[chosen].unsqueeze(1)).unsqueeze(1)  # [m, 1, l']
-            constant = (offset >= several[chosen].unsqueeze(1)).unsqueeze(1)
-            query = q.index_select(0, rows).flatten(0, 1)  # [m*R, Dk]
-            out = grad_out.index_select(0, rows).flatten(0, 1)
-            weights = (query @ pool.keys[slot].mT).mul_(scale).view(-1, group, select_block)
-            weights.sub_(top.index_select(0, rows).unsqueeze(-1))
-            weights.masked_fill_(hidden, -math.inf).exp_()
-            grad_logits = (out @ pool.values[slot].mT).view(-1, group, select_block)
-            grad_logits.sub_(delta.index_select(0, rows).unsqueeze(-1))
-            grad_logits.masked_fill_(constant, 0.0).mul_(weights)
-            weights, grad_logits = weights.flatten(0, 1), grad_logits.flatten(0, 1)
-            pieces.append((grad_logits.mT @ query, weights.mT @ out))
-            grad_rows = grad_logits @ clean_keys[slot]
-            add_rows_(grad_q.flatten(1), rows, grad_rows.view(-1, group * width))
-        if pieces:
-            grad_keys[slot] = _tree_sum([piece[0] for piece in pieces])
-            grad_values[slot] = _tree_sum([piece[1] for piece in pieces])
-    return grad_q.mul_(scale), grad_keys.mul_(scale), grad_values
-
-
-def _tree_sum(pieces: list[Tensor]) -> Tensor:
-    while len(pieces) > 1:
-        pieces = [
-            torch.stack(pieces[i : i + SUMMANDS_IN_A_ROW]).sum(dim=0)
-            for i in range(0, len(pieces), SUMMANDS_IN_A_ROW)
-        ]
-    return pieces[0]
+    group, block = q.shape[1], pool.select_block
+    keys, values, bad = pool.context
+    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    key_sum, value_sum = TreeSum(keys), TreeSum(values)
+    size = max(1, 2 * TILE_ELEMENTS // max(1, pool.slots.shape[1] * block * group))
+    for run in (part for segment in segments.rows for part in segment.split(size)):
+        rows = slice(run.start, run.start + run.length)
+        pairs = _Pairs(pool, run)
+        query = pairs.of_query(q[rows])  # [m*n, R, Dk]
+        out = pairs.of_query(grad_out[rows])
+        probs = q.new_empty(*query.shape[:2], block)
+        grad_logits = torch.empty_like(probs)
+        for slot, of in pairs.blocks:
+            torch.mm(query[of].flatten(0, 1), keys[slot].mT, out=probs[of].flatten(0, 1))
+            torch.mm(out[of].flatten(0, 1), values[slot].mT, out=grad_logits[of].flatten(0, 1))
+        probs.mul_(scale)
+        if bad is not None:
+            probs.masked_fill_(bad[pairs.slot].unsqueeze(1), math.nan)
+        top = pairs.by_query(pairs.mask_(probs, -math.inf).amax(dim=-1)).amax(dim=1)  # [m, R]
+        pairs.mask_(probs.sub_(pairs.of_query(top).unsqueeze(-1)).exp_(), 0.0)
+        total = pairs.by_query(probs.sum(dim=-1)).sum(dim=1)
+        probs.div_(pairs.of_query(total.masked_fill_(total == 0, 1.0)).unsqueeze(-1))
+        pairs.mask_(grad_logits, 0.0)
+        delta = pairs.by_query((probs * grad_logits).sum(dim=-1)).sum(dim=1)
+        grad_logits.sub_(pairs.of_query(delta).unsqueeze(-1)).mul_(probs)
+        grad_query = torch.empty_like(query)
+        grad_keys, grad_values = key_sum.next(), value_sum.next()
+        for slot, of in pairs.blocks:
+            of_block = grad_logits[of].flatten(0, 1)
+            torch.mm(of_block, keys[slot], out=grad_query[of].flatten(0, 1))
+            grad_keys[slot].addmm_(of_block.mT, query[of].flatten(0, 1), alpha=scale)
+            grad_values[slot].addmm_(probs[of].flatten(0, 1).mT, out[of].flatten(0, 1))
+        grad_q[rows] = pairs.by_query(grad_query).sum(dim=1).mul_(scale)
+    return grad_q, key_sum.result()[:-1], value_sum.result()[:-1]
 
 
 def selected_attention(
