@@ -13,8 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsa_dist.checks import check, describe
 from nsa_dist.config import NSAConfig
 from nsa_kernels import Backend
+
+
+def compressor_options(config: NSAConfig, dim: int) -> dict[str, Any]:
+    """What a built-in compressor of width ``dim`` depends on, by the names that errors use."""
+    hidden = config.compress_hidden or 2 * dim
+    return {
+        "compress": config.compress,
+        "compress_block": config.compress_block,
+        "compress_hidden": hidden if config.compress == "mlp" else None,
+        "compress_per_head": config.compress_per_head,
+        "num_kv_heads": config.num_kv_heads if config.compress_per_head else None,
+        "width": dim,
+    }
 
 
 class BlockCompressor(nn.Module):
@@ -42,10 +56,17 @@ class BlockCompressor(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check(
+            config.compress != "custom",
+            "compress",
+            config.compress,
+            "one of the built-in kinds works for a BlockCompressor",
+        )
+        self.options = compressor_options(config, dim)
         self.kind = config.compress
         self.block = config.compress_block
         self.dim = dim
-        block, hidden = self.block, config.compress_hidden or 2 * dim
+        block, hidden = self.block, self.options["compress_hidden"]
         weights: dict[str, dict[str, tuple[int, ...]]] = {
             "mlp": {"up": (hidden, block * dim), "down": (dim, hidden)},
             "linear": {"weight": (dim, block * dim)},
@@ -97,16 +118,16 @@ def apply_compressor(
     """Run a built-in compressor, or a module of the user's that maps [C, G, l, D] to [C, G, D].
 
     Raises:
-        ValueError: if the user's module returns another shape.
+        ValueError: if the user's module returns anything else.
     """
     if isinstance(compressor, BlockCompressor):
         return compressor(x, block_rows, backend)
     blocks: Any = backend.gather_blocks(x, block_rows, block)
     out = compressor(blocks)
     expected = (*blocks.shape[:2], x.shape[-1])
-    if out.shape != expected:
+    if not isinstance(out, Tensor) or out.shape != expected or not out.is_floating_point():
         raise ValueError(
-            f"compress: found a custom module that maps {tuple(blocks.shape)} to "
-            f"{tuple(out.shape)}; one that returns {expected} works"
+            f"compress: found a custom module that maps {tuple(blocks.shape)} to {describe(out)}; "
+            f"one that returns floating point of shape {expected} works"
         )
     return out.to(x.dtype)
