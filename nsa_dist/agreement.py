@@ -1,6 +1,6 @@
 """Ranks compare what they are about to do before the first collective that depends on it.
 
-One eight-byte hash a rank is gathered for every new plan. Only where hashes differ, or a rank has
+One eight-byte hash a rank is compared for every new plan. Only where hashes differ, or a rank has
 found its own input bad, is more exchanged: each rank's values, so that every rank raises the same
 error and none waits for the others.
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from nsa_dist.comm.collectives import all_gather_rows
+from nsa_dist.comm.collectives import all_reduce_max
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup
 
@@ -48,9 +48,13 @@ def agree(
         if problem is not None:
             raise ValueError(problem)
         return own
-    stamp = torch.tensor([[0 if problem is not None else own]], device=group.device)
-    stamps = all_gather_rows(stamp, group, counter, "plan").flatten().tolist()
-    if all(stamp == own for stamp in stamps):
+    stamp = 0 if problem is not None else own
+    # The largest and the smallest stamp, by a collective that no forward uses: should the others be
+    # in a forward already, with a plan that this rank lacks, no message is taken for another and
+    # all time out.
+    extremes = torch.tensor([stamp, -stamp], device=group.device)
+    largest, smallest = all_reduce_max(extremes, group, counter, "plan").tolist()
+    if largest == -smallest != 0:
         return own
     reports: list[tuple[dict[str, str], str | None]] = [({}, None)] * group.size
     dist.all_gather_object(reports, (dict(values), problem), group=group.process_group)
@@ -58,10 +62,7 @@ def agree(
 
 
 def _explain(reports: list[tuple[dict[str, str], str | None]]) -> str:
-    problems = [f"rank {p}: {problem}" for p, (_, problem) in enumerate(reports) if problem]
-    if problems:
-        return "; ".join(problems)
-    lines = []
+    lines = [f"rank {p}: {problem}" for p, (_, problem) in enumerate(reports) if problem]
     for name in reports[0][0]:
         found = [values.get(name, "nothing") for values, _ in reports]
         if len(set(found)) > 1:

@@ -85,7 +85,9 @@ class Plan:
     """Everything that one rank's forward and backward need to know about the split.
 
     Attributes:
+        config, rank, size: what it was made for.
         batch, local_length: rows and tokens a row that this rank holds; N is their product.
+        longest: tokens of the longest document.
         segments: runs of local queries at consecutive positions (see ``nsa_kernels``).
         positions: int64 [N], position of each local token in its document.
         documents: int64 [N], number of its document.
@@ -96,8 +98,12 @@ class Plan:
         fingerprint: of everything that all ranks must agree on; 0 until they have.
     """
 
+    config: NSAConfig
+    rank: int
+    size: int
     batch: int
     local_length: int
+    longest: int
     segments: QuerySegments
     positions: Tensor
     documents: Tensor
@@ -384,8 +390,12 @@ def build_plan(
         return torch.repeat_interleave(values, count, output_size=num_queries)
 
     return Plan(
+        config=config,
+        rank=rank,
+        size=size,
         batch=batch,
         local_length=length // size,
+        longest=max(stream.doc_length.tolist(), default=0),
         segments=QuerySegments.from_rows(table.tolist()),
         positions=concat_ranges(position, count),
         documents=of_tokens(doc),

@@ -1,21 +1,25 @@
 """From what a call is given to the plan it runs by: checked, agreed on, cached.
 
-The cache holds plans of the last few batches by value: config, layout, group, sizes, dtype, device
-and the document boundaries themselves. All layers of a model that are given the same batch share
-one plan, and a forward that finds its plan here communicates nothing for it. Ranks that make the
-same calls hit and miss alike.
+The cache holds plans of each group's last few batches by value: config, layout, sizes, dtype,
+device and the document boundaries themselves. All layers of a model that are given the same batch
+share one plan, and a forward that finds its plan here communicates nothing for it. Groups are kept
+apart, so that what a rank does alone or in another group drops no plan of this one: ranks that make
+the same calls in a group hit and miss alike.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist.agreement import agree, show_boundaries
+from nsa_dist.checks import check, describe
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.config import NSAConfig
 from nsa_dist.group import ContextGroup, GroupLike, context_group
@@ -32,14 +36,25 @@ class _Entry:
     plan: Plan
 
 
-_plans: list[_Entry] = []
+_plans_of_one_rank: list[_Entry] = []
+_plans_of_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, list[_Entry]] = (
+    weakref.WeakKeyDictionary()
+)
 _host_copies: list[tuple[weakref.ref[Tensor], int, Tensor]] = []
+
+
+def _plans_of(group: ContextGroup) -> list[_Entry]:
+    if group.process_group is None:
+        return _plans_of_one_rank
+    return _plans_of_groups.setdefault(group.process_group, [])
 
 
 def _on_host(cu_seqlens: Tensor) -> Tensor:
     """A CPU copy of device boundaries, made once a batch however many layers ask."""
     if cu_seqlens.device.type == "cpu":
         return cu_seqlens
+    if cu_seqlens.is_inference():  # Has no version to tell a change in place by.
+        return cu_seqlens.cpu()
     for source, version, copy in _host_copies:
         if source() is cu_seqlens and version == cu_seqlens._version:
             return copy
@@ -66,6 +81,7 @@ def get_plan(
     dtype: torch.dtype,
     device: torch.device,
     communication: CommunicationCounter | None = None,
+    inputs: Mapping[str, str] | None = None,
     problem: str | None = None,
 ) -> Plan:
     """The plan for one call, from the cache or new. Making a new one is a collective.
@@ -74,34 +90,32 @@ def get_plan(
         batch, local_length: rows, and tokens a row on this rank.
         cu_seqlens: int32 [documents + 1] of the whole padded stream, or None for one document a
             row.
+        inputs: more of the call, printed by name, that must be equal on all ranks.
         problem: what the caller found wrong with its input; raised here, on every rank.
 
     Raises:
         ValueError: on every rank of the group, naming the option, when any rank's input is bad or
             ranks disagree.
     """
+    check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
     group = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
-    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
-        problem = problem or f"cu_seqlens: found {cu_seqlens!r}; an int32 tensor or None works"
-        cu_seqlens = None
-    if cu_seqlens is not None:
+    if cu_seqlens is None:
+        boundaries = "None"
+    elif isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "meta":
         cu_seqlens = _on_host(cu_seqlens)
-    key = (
-        config,
-        layout,
-        id(group.process_group),
-        group.rank,
-        group.size,
-        batch,
-        local_length,
-        dtype,
-        device,
-    )
+        boundaries = ""  # Printed only where a plan is made.
+    else:
+        boundaries = describe(cu_seqlens)
+        problem = problem or f"cu_seqlens: found {boundaries}; an int32 tensor or None works"
+        cu_seqlens = None
+    inputs = {} if inputs is None else inputs
+    key = (config, layout, batch, local_length, dtype, device, tuple(inputs.items()))
+    plans = _plans_of(group)
     if problem is None:
-        for at, entry in enumerate(_plans):
+        for at, entry in enumerate(plans):
             if entry.key == key and _same_documents(entry.cu_seqlens, cu_seqlens):
-                _plans.append(_plans.pop(at))
+                plans.append(plans.pop(at))
                 return entry.plan
 
     values = {
@@ -109,9 +123,10 @@ def get_plan(
         "group size": str(group.size),
         "batch size": str(batch),
         "local sequence length": str(local_length),
-        "cu_seqlens": show_boundaries(cu_seqlens),
+        "cu_seqlens": boundaries or show_boundaries(cu_seqlens),
         "dtype": str(dtype),
         "device": device.type,
+        **inputs,
     }
     values |= {f.name: repr(x) for f, x in zip(fields(config), astuple(config), strict=True)}
     length = local_length * group.size
@@ -126,6 +141,6 @@ def get_plan(
     own = None if cu_seqlens is None else cu_seqlens.clone()
     plan = build_plan(config, cut, group.rank, group.size, batch, length, own)
     plan = replace(plan.to(device), fingerprint=stamp)
-    _plans.append(_Entry(key, own, plan))
-    del _plans[:-CACHED_PLANS]
+    plans.append(_Entry(key, own, plan))
+    del plans[:-CACHED_PLANS]
     return plan

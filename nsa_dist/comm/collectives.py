@@ -1,4 +1,4 @@
-"""The two collectives that the attention uses, counted, and the fixed-order sum of their returns.
+"""The collectives that the attention uses, counted, and the fixed-order sum of their returns.
 
 Neighbour exchanges are all-to-alls whose splits are zero except for the neighbours: NCCL sends
 only what is not empty, as grouped point-to-point transfers, while every rank still takes part, so
@@ -69,6 +69,17 @@ def all_gather_rows(
     own_bytes = rows.numel() * rows.element_size()
     counter.add(kind, sent=own_bytes * (group.size - 1), received=own_bytes * (group.size - 1))
     return gathered
+
+
+def all_reduce_max(
+    values: Tensor, group: ContextGroup, counter: CommunicationCounter, kind: str
+) -> Tensor:
+    """The largest of all ranks' values, by element; counted as sent whole to every rank."""
+    largest = values.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group.process_group)
+    own_bytes = values.numel() * values.element_size()
+    counter.add(kind, sent=own_bytes * (group.size - 1), received=own_bytes * (group.size - 1))
+    return largest
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -219,4 +219,4 @@ def test_a_cached_plan_adds_no_collective(ranks_of: Callable[[int], Ranks]) -> N
         # A halo a branch, the request, a fetch a KV head; the gather of compressed tokens.
         exchanges = 3 + 1 + SMALL.num_kv_heads
         assert sorted(second) == ["all_gather", *["all_to_all_single"] * exchanges]
-        assert sorted(first) == sorted([*second, "all_gather"])
+        assert sorted(first) == sorted([*second, "all_reduce"])
