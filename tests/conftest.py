@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 
 # cuBLAS reads this once, when its first handle is made.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+
+from tests.distributed.ranks import Ranks
 
 # Many tests start processes of their own, and one thread fixes the order of every sum.
 torch.set_num_threads(1)
@@ -41,3 +44,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks_of() -> Iterator[Callable[[int], Ranks]]:
+    """ranks_of(P): P gloo processes that all tests share, started at the first request."""
+    started: dict[int, Ranks] = {}
+
+    def get(size: int) -> Ranks:
+        if size not in started:
+            started[size] = Ranks(size)
+        return started[size]
+
+    yield get
+    for ranks in started.values():
+        ranks.close()

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import Ranks
 from tests.launch.common import write_documents
-
-
-@pytest.fixture(scope="session")
-def ranks_of() -> Iterator[Callable[[int], Ranks]]:
-    """ranks_of(P): P gloo processes, started at the first request."""
-    started: dict[int, Ranks] = {}
-
-    def get(size: int) -> Ranks:
-        if size not in started:
-            started[size] = Ranks(size)
-        return started[size]
-
-    yield get
-    for ranks in started.values():
-        ranks.close()
 
 
 @pytest.fixture(scope="session")
