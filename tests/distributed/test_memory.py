@@ -1,0 +1,39 @@
+"""Peak memory of the layer on a machine without a GPU, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+LIMIT_GIB = 2.0
+
+MEASURED = """
+import resource, torch
+from nsa_dist import NativeSparseAttention, NSAConfig
+
+torch.set_num_threads(1)
+config = NSAConfig(8, 2, 64, compress_block=32, compress_stride=16, select_block=64,
+                   num_selected=16, window=512)
+layer = NativeSparseAttention(512, config)
+x = torch.randn(1, 8192, 512, requires_grad=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+layer(x).square().sum().backward()
+assert all(p.grad is not None for p in layer.parameters()) and x.grad is not None
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+
+
+def test_eight_thousand_tokens_forward_and_backward_within_two_gib() -> None:
+    """8192 tokens, 8 query and 2 KV heads of 64, float32: over inputs and weights."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    peak = float(run.stdout)
+    print(f"peak over inputs and weights: {peak:.2f} GiB")
+    assert 0.05 < peak < LIMIT_GIB
