@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from nsa_dist.checks import DTYPES, check, check_tensor, describe
 from nsa_dist.comm import CommunicationCounter
-from nsa_dist.compressor import BlockCompressor
-from nsa_dist.config import NSAConfig
+from nsa_dist.compressor import BlockCompressor, compressor_options
+from nsa_dist.config import NSAConfig, RotaryConfig
 from nsa_dist.flow import Flow, Rotary
 from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.plan import Plan
 from nsa_dist.planning import get_plan
 from nsa_kernels import get_backend
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,8 @@ def native_sparse_attention(
         group: process group or one-dimensional DeviceMesh over which the sequence is split; None
             for one rank.
         backend: "auto" or a name that ``nsa_kernels.get_backend`` knows.
-        plan: from ``get_plan``, when the caller has it already.
+        plan: from ``get_plan``, when the caller has it already; it stands for ``cu_seqlens`` and
+            ``layout``.
         communication: where moved bytes are counted.
         return_details: also return the chosen blocks, gates and log-sum-exps.
 
@@ -89,11 +89,14 @@ def native_sparse_attention(
     """
     context = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
+    check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
+    check_tensor("q", q, "a tensor")
     problem = _check_inputs(q, k, v, gates, config, rotary) or _check_compressors(
         k_compressor, v_compressor, config
     )
     try:
         ops = get_backend(backend)
+        backend = ops.name
     except ValueError as error:
         problem = problem or str(error)
     if plan is None:
@@ -108,14 +111,24 @@ def native_sparse_attention(
             dtype=q.dtype,
             device=q.device,
             communication=counter,
+            inputs={
+                "q": describe(q),
+                "k": _describe_all(k),
+                "v": _describe_all(v),
+                "gates": describe(gates),
+                "rotary": _describe_all(rotary),
+                "backend": repr(backend),
+            },
             problem=problem,
         )
-    elif problem is not None:
-        raise ValueError(problem)
-    elif q.shape[:2] != (plan.batch, plan.local_length):
+    else:
+        problem = problem or _check_plan(plan, q, config, context, cu_seqlens)
+        if problem is not None:
+            raise ValueError(problem)
+    if isinstance(rotary, tuple) and rotary[0].shape[0] < plan.longest:
         raise ValueError(
-            f"plan: found one for [{plan.batch}, {plan.local_length}] tokens with q of shape "
-            f"{tuple(q.shape)}; a plan made for the same batch works"
+            f"rotary: found cos and sin of {rotary[0].shape[0]} positions; {plan.longest}, the "
+            "longest document's, work"
         )
 
     flow = Flow(ops, config, plan, context, counter, rotary)
@@ -145,6 +158,15 @@ def _by_branch(x: Tensor | Mapping[str, Tensor], branches: tuple[str, ...]) -> d
     return {branch: x[branch].flatten(0, 1) for branch in branches}
 
 
+def _describe_all(x: Any) -> str:
+    """As ``describe``, for tensors, several of them, and what is printed whole."""
+    if isinstance(x, Mapping):
+        return ", ".join(f"{name}: {describe(value)}" for name, value in x.items())
+    if isinstance(x, tuple):
+        return ", ".join(map(describe, x))
+    return describe(x) if isinstance(x, Tensor) else repr(x)
+
+
 def _check_inputs(
     q: Tensor,
     k: Tensor | Mapping[str, Tensor],
@@ -160,8 +182,8 @@ def _check_inputs(
             f"q: found shape {tuple(q.shape)}; [batch, local tokens, num_heads={heads}, "
             f"head_dim={config.head_dim}] works"
         )
-    if q.dtype not in DTYPES:
-        return f"q: found dtype {q.dtype}; {DTYPES} work"
+    if q.dtype not in DTYPES or q.is_meta:
+        return f"q: found {describe(q)}; data in one of {DTYPES} works"
     for name, given, branches, width in (
         ("k", k, config.key_branches, config.head_dim),
         ("v", v, config.branches, config.value_dim),
@@ -172,12 +194,16 @@ def _check_inputs(
                 f"{name}: found a {type(given).__name__} with independent_kv="
                 f"{config.independent_kv}; {works} works"
             )
+        if not isinstance(given, (Tensor, Mapping)):
+            return f"{name}: found a {type(given).__name__}; a mapping from {branches} works"
         if not isinstance(given, Tensor) and set(given) != set(branches):
-            return f"{name}: found branches {sorted(given)}; exactly {branches} work"
+            return f"{name}: found branches {tuple(given)}; exactly {branches} work"
         tensors = {"": given} if isinstance(given, Tensor) else given
         expected = (*q.shape[:2], config.num_kv_heads, width)
         for branch, x in tensors.items():
             label = f"{name}[{branch!r}]" if branch else name
+            if not isinstance(x, Tensor):
+                return f"{label}: found a {type(x).__name__}; a tensor works"
             if x.shape != expected:
                 return f"{label}: found shape {tuple(x.shape)}; {tuple(expected)} works"
             if x.dtype != q.dtype or x.device != q.device:
@@ -186,18 +212,61 @@ def _check_inputs(
                     "works"
                 )
     expected = (*q.shape[:3], len(config.branches))
-    if gates.shape != expected or gates.dtype not in DTYPES or gates.device != q.device:
+    if not isinstance(gates, Tensor) or gates.shape != expected:
+        return f"gates: found {describe(gates)}; shape {tuple(expected)} works"
+    if gates.dtype not in DTYPES or gates.device != q.device:
+        return f"gates: found {gates.dtype} on {gates.device}; a floating dtype on {q.device} works"
+    return _check_rotary(rotary, q, config)
+
+
+def _check_rotary(rotary: Rotary | None, q: Tensor, config: NSAConfig) -> str | None:
+    """What is wrong with how unrotated keys are to be rotated, or None."""
+    works = "a RotaryConfig or (cos, sin) works"
+    if not config.compress_pre_rope:
+        if rotary is None:
+            return None
         return (
-            f"gates: found {gates.dtype} of shape {tuple(gates.shape)} on {gates.device}; a "
-            f"floating dtype of shape {tuple(expected)} on {q.device} works"
+            f"rotary: found a {type(rotary).__name__} with compress_pre_rope=False, where keys "
+            "come rotated; None works (or compress_pre_rope=True and unrotated keys)"
         )
-    if config.compress_pre_rope and rotary is None:
-        return "rotary: found None with compress_pre_rope=True; a RotaryConfig or (cos, sin) works"
-    if not config.compress_pre_rope and rotary is not None:
-        return (
-            "rotary: found with compress_pre_rope=False, where keys come rotated; None works "
-            "(or compress_pre_rope=True and unrotated keys)"
-        )
+    if isinstance(rotary, RotaryConfig):
+        try:
+            rotary.rotary_dim(config.head_dim)
+        except ValueError as error:
+            return str(error)
+        return None
+    if not isinstance(rotary, tuple) or len(rotary) != 2:
+        return f"rotary: found {rotary!r} with compress_pre_rope=True; {works}"
+    for name, table in zip(("cos", "sin"), rotary, strict=True):
+        if (
+            not isinstance(table, Tensor)
+            or table.shape != rotary[0].shape
+            or table.ndim != 2
+            or not 0 < 2 * table.shape[1] <= config.head_dim
+            or table.dtype not in DTYPES
+            or table.device != q.device
+        ):
+            return (
+                f"rotary: found {name}, {describe(table)}; cos and sin of one shape [positions, "
+                f"rotary_dim/2 up to {config.head_dim // 2}], floating point on {q.device} work"
+            )
+    return None
+
+
+def _check_plan(
+    plan: Plan, q: Tensor, config: NSAConfig, context: ContextGroup, cu_seqlens: Tensor | None
+) -> str | None:
+    """What tells that a plan is not of this call, or None."""
+    if cu_seqlens is not None:
+        return "cu_seqlens: found beside a plan, which has its own; None works"
+    for what, found, works in (
+        ("[batch, local tokens]", (plan.batch, plan.local_length), tuple(q.shape[:2])),
+        ("(rank, group size)", (plan.rank, plan.size), (context.rank, context.size)),
+        ("config", plan.config, config),
+        ("device", plan.positions.device, q.device),
+    ):
+        if found != works:
+            return f"plan: found one for {what} {found}; one for {works} works"
     return None
 
 
@@ -205,25 +274,32 @@ def _check_compressors(
     k_compressor: nn.Module | None, v_compressor: nn.Module | None, config: NSAConfig
 ) -> str | None:
     """What is wrong with the compressors given for ``config``, or None."""
-    for name, compressor, needed in (
-        ("k_compressor", k_compressor, config.uses_compression),
-        ("v_compressor", v_compressor, "compressed" in config.branches),
+    for name, compressor, needed, width in (
+        ("k_compressor", k_compressor, config.uses_compression, config.head_dim),
+        ("v_compressor", v_compressor, "compressed" in config.branches, config.value_dim),
     ):
         if not needed:
+            if compressor is not None:
+                return (
+                    f"{name}: found a {type(compressor).__name__} with branches="
+                    f"{config.branches}, which do not use it; None works"
+                )
             continue
-        if compressor is None:
-            return f"{name}: found None; a module works (branches={config.branches})"
-        if isinstance(compressor, BlockCompressor) == (config.compress == "custom"):
-            works = "a module of your own" if config.compress == "custom" else "a BlockCompressor"
-            return (
-                f"{name}: found {type(compressor).__name__} with compress={config.compress!r}; "
-                f"{works} works"
-            )
-        if isinstance(compressor, BlockCompressor) and (
-            compressor.kind != config.compress or compressor.block != config.compress_block
+        built_in = config.compress != "custom"
+        works = "a BlockCompressor" if built_in else "a module of your own"
+        if (
+            not isinstance(compressor, nn.Module)
+            or isinstance(compressor, BlockCompressor) != built_in
         ):
             return (
-                f"{name}: found one of kind {compressor.kind!r} for blocks of {compressor.block}; "
-                f"kind {config.compress!r} and compress_block={config.compress_block} work"
+                f"{name}: found a {type(compressor).__name__} with compress={config.compress!r} "
+                f"and branches={config.branches}; {works} works"
             )
+        if isinstance(compressor, BlockCompressor):
+            for option, value in compressor_options(config, width).items():
+                if compressor.options[option] != value:
+                    return (
+                        f"{name}: found one made for {option}={compressor.options[option]!r}; "
+                        f"{option}={value!r} works"
+                    )
     return None

@@ -177,7 +177,8 @@ class NativeSparseAttention(nn.Module):
         k = self.k_proj(x).unflatten(-1, key_shape)
         v = self.v_proj(x).unflatten(-1, value_shape)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # Autocast may norm in float32; queries, keys and values share a dtype.
+            q, k = self.q_norm(q).to(q.dtype), self.k_norm(k)
         if self.rotary is not None:
             positions = plan.positions.view(rows) if position_ids is None else position_ids
             cos, sin = rotary_cos_sin(self.rotary, config.head_dim, positions)

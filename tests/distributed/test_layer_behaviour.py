@@ -116,7 +116,7 @@ def test_forward_bits_do_not_depend_on_grad_mode(ranks_of: Callable[[int], Ranks
 
 
 def perturbed(case: LayerCase, document: int, position: int) -> tuple[Tensor, Tensor]:
-    """Outputs before and after everything from a position on and all other documents change."""
+    """Outputs before and after a document changes from a position on and all others become NaN."""
     group = dist.group.WORLD
     layer = case.layer(group)
     x, _ = case.inputs()
@@ -124,8 +124,9 @@ def perturbed(case: LayerCase, document: int, position: int) -> tuple[Tensor, Te
     assert bounds is not None
     sharding = make_sharding(x.shape[1], cu_seqlens=bounds, layout=case.layout, group=group)
     outputs = []
-    changed = torch.randn_like(x) * 50
-    start = int(bounds[document])
+    start, end = bounds[document : document + 2].tolist()
+    changed = torch.full_like(x, torch.nan)
+    changed[:, start:end] = torch.randn_like(x[:, start:end]) * 50
     changed[:, start : start + position] = x[:, start : start + position]
     for values in (x, changed):
         out = layer(sharding.shard(values), cu_seqlens=sharding.cu_seqlens)
@@ -228,8 +229,9 @@ def autocast_run(case: LayerCase) -> tuple[torch.dtype, Tensor, bool]:
     return out.dtype, sharding.unshard(out).float(), finite
 
 
-def test_autocast(ranks_of: Callable[[int], Ranks]) -> None:
-    case = LayerCase(dtype=torch.float32)
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk-norm"])
+def test_autocast(qk_norm: bool, ranks_of: Callable[[int], Ranks]) -> None:
+    case = LayerCase(dtype=torch.float32, qk_norm=qk_norm)
     plain = run_layer(case).output
     scale = float(plain.abs().max())
     for dtype, out, finite in ranks_of(2).run(autocast_run, case):
