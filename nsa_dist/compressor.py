@@ -22,12 +22,12 @@ def compressor_options(config: NSAConfig, dim: int) -> dict[str, Any]:
     """What a built-in compressor of width ``dim`` depends on, by the names that errors use."""
     hidden = config.compress_hidden or 2 * dim
     return {
+        "width": dim,
         "compress": config.compress,
         "compress_block": config.compress_block,
         "compress_hidden": hidden if config.compress == "mlp" else None,
         "compress_per_head": config.compress_per_head,
         "num_kv_heads": config.num_kv_heads if config.compress_per_head else None,
-        "width": dim,
     }
 
 
