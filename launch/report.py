@@ -36,6 +36,8 @@ class Report:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=self.console,
+            # Drawing takes time from the run where cores are few.
+            refresh_per_second=2,
             disable=not self.console.is_terminal,
         )
         self._task = self._live.add_task("", total=settings.run.steps, completed=first_step)

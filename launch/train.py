@@ -305,7 +305,9 @@ def summarise(result: Result, report: Report) -> None:
     """Print how the run ended."""
     moved = [f"{kind} {show_bytes(size)}" for kind, size in result.received.items() if size]
     if result.sample:
-        report.line(f"--- sample\n{result.sample}\n---")
+        # Escape sequences of a model's making do not reach the terminal.
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in result.sample)
+        report.line(f"--- sample\n{shown}\n---")
     rows = {"validation loss": f"{result.validation_loss:.4f} nats/{report.unit}"}
     rows["unigram loss"] = f"{result.unigram_loss:.4f} nats/{report.unit}, same held-out text"
     if result.losses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -89,14 +90,14 @@ def test_streams_hold_whole_runs_of_documents(seed: int | None) -> None:
         assert stream.cu_seqlens[-1] == 32
         bounds = stream.cu_seqlens.tolist()
         owners = []
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             piece = stream.tokens[0, start:end]
             assert end > start
             assert bool((piece.diff() == 1).all())
             owners.append(set(owner[piece].tolist()))
         assert all(len(o) == 1 for o in owners)
         # A boundary stands only where the document changes.
-        assert all(a != b for a, b in zip(owners, owners[1:], strict=False))
+        assert all(a != b for a, b in itertools.pairwise(owners))
 
 
 def test_streams_in_file_order_give_the_documents_back() -> None:
