@@ -46,11 +46,13 @@ def check_bool(option: str, value: Any) -> None:
 def check_tensor(option: str, value: Any, works: str) -> None:
     """Something that has a shape and a dtype, so that other checks can say more of it."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{option}: found a {type(value).__name__}; {works} works")
+        raise ValueError(f"{option}: found {describe(value)}; {works} works")
 
 
 def describe(x: Any) -> str:
     """A tensor's dtype, shape and device; the type of anything else."""
+    if x is None:
+        return "None"
     if not isinstance(x, Tensor):
         return f"a {type(x).__name__}"
     return f"{x.dtype} of shape {tuple(x.shape)} on {x.device.type}"

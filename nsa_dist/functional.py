@@ -195,7 +195,7 @@ def _check_inputs(
                 f"{config.independent_kv}; {works} works"
             )
         if not isinstance(given, (Tensor, Mapping)):
-            return f"{name}: found a {type(given).__name__}; a mapping from {branches} works"
+            return f"{name}: found {describe(given)}; a mapping from {branches} works"
         if not isinstance(given, Tensor) and set(given) != set(branches):
             return f"{name}: found branches {tuple(given)}; exactly {branches} work"
         tensors = {"": given} if isinstance(given, Tensor) else given
@@ -203,7 +203,7 @@ def _check_inputs(
         for branch, x in tensors.items():
             label = f"{name}[{branch!r}]" if branch else name
             if not isinstance(x, Tensor):
-                return f"{label}: found a {type(x).__name__}; a tensor works"
+                return f"{label}: found {describe(x)}; a tensor works"
             if x.shape != expected:
                 return f"{label}: found shape {tuple(x.shape)}; {tuple(expected)} works"
             if x.dtype != q.dtype or x.device != q.device:
@@ -226,7 +226,7 @@ def _check_rotary(rotary: Rotary | None, q: Tensor, config: NSAConfig) -> str | 
         if rotary is None:
             return None
         return (
-            f"rotary: found a {type(rotary).__name__} with compress_pre_rope=False, where keys "
+            f"rotary: found {describe(rotary)} with compress_pre_rope=False, where keys "
             "come rotated; None works (or compress_pre_rope=True and unrotated keys)"
         )
     if isinstance(rotary, RotaryConfig):
@@ -281,7 +281,7 @@ def _check_compressors(
         if not needed:
             if compressor is not None:
                 return (
-                    f"{name}: found a {type(compressor).__name__} with branches="
+                    f"{name}: found {describe(compressor)} with branches="
                     f"{config.branches}, which do not use it; None works"
                 )
             continue
@@ -292,7 +292,7 @@ def _check_compressors(
             or isinstance(compressor, BlockCompressor) != built_in
         ):
             return (
-                f"{name}: found a {type(compressor).__name__} with compress={config.compress!r} "
+                f"{name}: found {describe(compressor)} with compress={config.compress!r} "
                 f"and branches={config.branches}; {works} works"
             )
         if isinstance(compressor, BlockCompressor):

@@ -7,6 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsa_dist.checks import (
+    DTYPES,
+    INTEGER_DTYPES,
+    check,
+    check_bool,
+    check_int,
+    check_number,
+    check_tensor,
+    describe,
+)
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.compressor import BlockCompressor
 from nsa_dist.config import NSAConfig, RotaryConfig
@@ -106,7 +116,10 @@ class NativeSparseAttention(nn.Module):
         self.context = context_group(group)
         make_layout(layout, self.context.size)
         get_backend(backend)
-        _check_options(hidden_size, config, rotary, dropout, k_compressor, v_compressor)
+        check_bool("bias", bias)
+        check_bool("qk_norm", qk_norm)
+        _check_sizes(hidden_size, norm_eps, dtype)
+        _check_options(config, rotary, dropout, k_compressor, v_compressor)
         self.hidden_size, self.config, self.rotary = hidden_size, config, rotary
         self.dropout, self.layout, self.backend = dropout, layout, backend
         self.communication = CommunicationCounter()
@@ -216,25 +229,9 @@ class NativeSparseAttention(nn.Module):
         return out if details is None else (out, details)
 
     def _plan(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Plan:
-        rows = tuple(x.shape[:2]) if x.ndim == 3 else (0, 0)
-        problem = None
-        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
-            problem = (
-                f"x: found shape {tuple(x.shape)}; [batch, local tokens, "
-                f"hidden_size={self.hidden_size}] works"
-            )
-        elif position_ids is not None and (
-            position_ids.shape != rows or position_ids.is_floating_point()
-        ):
-            problem = (
-                f"position_ids: found {position_ids.dtype} of shape {tuple(position_ids.shape)}; "
-                f"integers of shape {rows} work"
-            )
-        elif position_ids is not None and self.config.compress_pre_rope:
-            problem = (
-                "position_ids: found with compress_pre_rope=True, which rotates compressed keys at "
-                "positions counted from the document's start; None works"
-            )
+        check_tensor("x", x, "a tensor")
+        rows = tuple(x.shape[:2]) if x.ndim >= 2 else (0, 0)
+        problem = self._problem(x, position_ids)
         return get_plan(
             self.config,
             self.layout,
@@ -245,8 +242,56 @@ class NativeSparseAttention(nn.Module):
             dtype=x.dtype,
             device=x.device,
             communication=self.communication,
+            inputs={
+                "x": f"width {x.shape[-1]}" if x.ndim == 3 else describe(x),
+                "rotary": repr(self.rotary),
+                "qk_norm": "False" if self.q_norm is None else f"True, eps {self.q_norm.eps}",
+                "dropout": repr(self.dropout),
+                "backend": get_backend(self.backend).name,
+                "autocast": str(_autocast_dtype(x.device.type)),
+            },
             problem=problem,
         )
+
+    def _problem(self, x: Tensor, position_ids: Tensor | None) -> str | None:
+        """What is wrong with the tensors of one call, or None."""
+        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
+            return (
+                f"x: found shape {tuple(x.shape)}; [batch, local tokens, "
+                f"hidden_size={self.hidden_size}] works"
+            )
+        if x.dtype not in DTYPES or x.is_meta:
+            return f"x: found {describe(x)}; data in one of {DTYPES} works"
+        weight = self.q_proj.weight
+        if type(self.q_proj) is nn.Linear and type(weight) is nn.Parameter:
+            # Wrappers of weights may cast or move; here only autocast does, and never float64.
+            casts = _autocast_dtype(x.device.type) is not None and torch.float64 not in (
+                x.dtype,
+                weight.dtype,
+            )
+            if weight.device != x.device or (weight.dtype != x.dtype and not casts):
+                return (
+                    f"x: found {x.dtype} on {x.device}; {weight.dtype} on {weight.device}, as of "
+                    "the layer's weights, works"
+                )
+        if position_ids is None:
+            return None
+        if (
+            not isinstance(position_ids, Tensor)
+            or position_ids.shape != x.shape[:2]
+            or position_ids.dtype not in INTEGER_DTYPES
+            or position_ids.device != x.device
+        ):
+            return (
+                f"position_ids: found {describe(position_ids)}; integers of shape "
+                f"{tuple(x.shape[:2])} on {x.device} work"
+            )
+        if self.config.compress_pre_rope:
+            return (
+                "position_ids: found with compress_pre_rope=True, which rotates compressed keys at "
+                "positions counted from the document's start; None works"
+            )
+        return None
 
     def extra_repr(self) -> str:
         config = self.config
@@ -256,34 +301,45 @@ class NativeSparseAttention(nn.Module):
         )
 
 
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What linear layers compute in under autocast; None outside of it."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _check_sizes(hidden_size: int, norm_eps: float, dtype: torch.dtype | None) -> None:
+    check_int("hidden_size", hidden_size, 1)
+    check_number("norm_eps", norm_eps, "a positive finite number works")
+    check(dtype is None or dtype in DTYPES, "dtype", dtype, f"None and {DTYPES} work")
+
+
 def _check_options(
-    hidden_size: int,
     config: NSAConfig,
     rotary: RotaryConfig | None,
     dropout: float,
     k_compressor: nn.Module | None,
     v_compressor: nn.Module | None,
 ) -> None:
-    if not isinstance(config, NSAConfig):
-        raise ValueError(f"config: found a {type(config).__name__}; an NSAConfig works")
-    if not isinstance(hidden_size, int) or hidden_size < 1:
-        raise ValueError(f"hidden_size: found {hidden_size!r}; a positive integer works")
+    check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
     if rotary is not None:
+        works = "a RotaryConfig or None works"
+        check(isinstance(rotary, RotaryConfig), "rotary", rotary, works)
         rotary.rotary_dim(config.head_dim)
     elif config.compress_pre_rope:
         raise ValueError("rotary: found None with compress_pre_rope=True; a RotaryConfig works")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: found {dropout!r}; a probability in [0, 1) works")
+    works = "a probability in [0, 1) works"
+    check_number("dropout", dropout, works, positive=False)
+    check(0 <= dropout < 1, "dropout", dropout, works)
     custom = config.compress == "custom"
     for name, module, needed in (
         ("k_compressor", k_compressor, custom and config.uses_compression),
         ("v_compressor", v_compressor, custom and "compressed" in config.branches),
     ):
-        if (module is not None) != needed:
-            found = "None" if module is None else type(module).__name__
-            works = "a module works" if needed else "None works"
+        if (module is not None) != needed or not isinstance(module, (nn.Module, type(None))):
+            works = "an nn.Module works" if needed else "None works"
             raise ValueError(
-                f"{name}: found {found} with compress={config.compress!r} and "
+                f"{name}: found {describe(module)} with compress={config.compress!r} and "
                 f"branches={config.branches}; {works}"
             )
 
@@ -323,6 +379,8 @@ class NSABlock(nn.Module):
         **attention: Any,
     ) -> None:
         super().__init__()
+        _check_sizes(hidden_size, norm_eps, dtype)
+        check_int("mlp_hidden", mlp_hidden, 1)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
         self.attention = NativeSparseAttention(

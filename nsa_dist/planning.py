@@ -107,7 +107,8 @@ def get_plan(
         boundaries = ""  # Printed only where a plan is made.
     else:
         boundaries = describe(cu_seqlens)
-        problem = problem or f"cu_seqlens: found {boundaries}; an int32 tensor or None works"
+        works = "an int32 tensor (not on meta) or None works"
+        problem = problem or f"cu_seqlens: found {boundaries}; {works}"
         cu_seqlens = None
     inputs = {} if inputs is None else inputs
     key = (config, layout, batch, local_length, dtype, device, tuple(inputs.items()))
