@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nsa_dist.agreement import agree, show_boundaries
+from nsa_dist.checks import INTEGER_DTYPES, check_int, check_tensor, describe
 from nsa_dist.comm.collectives import all_gather_rows
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup, GroupLike, context_group
@@ -25,6 +27,7 @@ class Sharding:
 
     Attributes:
         context: the group.
+        layout: the layout's name.
         length: tokens T of the unpadded rows.
         padded_length: tokens of the padded rows; each rank holds 1/P of them.
         cu_seqlens: int32 boundaries of the padded stream, padding included, on the CPU; None for
@@ -34,6 +37,7 @@ class Sharding:
     """
 
     context: ContextGroup
+    layout: str
     length: int
     padded_length: int
     cu_seqlens: Tensor | None
@@ -43,7 +47,9 @@ class Sharding:
 
     def shard(self, x: Tensor, pad_value: float = 0) -> Tensor:
         """[B, T, ...] -> this rank's [B, L, ...], padding filled with ``pad_value``."""
-        self._check(x, self.length, "the unsharded length")
+        problem = self._problem(x, self.length, "the unsharded length")
+        if problem is not None:
+            raise ValueError(problem)
         source = self.source[self.local_columns].to(x.device)
         local = x[:, source.clamp(min=0)]
         if bool((source < 0).any()):
@@ -54,19 +60,35 @@ class Sharding:
         """This rank's [B, L, ...] -> whole rows [B, T, ...] on every rank. A collective.
 
         Padding is stripped. Gradients do not flow through it.
+
+        Raises:
+            ValueError: on every rank, when any rank's x is bad or ranks disagree.
         """
-        self._check(x, self.local_columns.numel(), "the local length")
-        gathered = all_gather_rows(x.detach(), self.context, CommunicationCounter(), "unshard")
+        check_tensor("x", x, "a tensor")
+        problem = self._problem(x, self.local_columns.numel(), "the local length")
+        values = {
+            "x": describe(x),
+            "length": str(self.length),
+            "layout": repr(self.layout),
+            "cu_seqlens": show_boundaries(self.cu_seqlens),
+        }
+        counter = CommunicationCounter()
+        agree(values, problem, self.context, counter)
+        gathered = all_gather_rows(x.detach(), self.context, counter, "unshard")
         rows = gathered.unflatten(0, (self.context.size, -1)).transpose(0, 1).flatten(1, 2)
         padded = torch.empty_like(rows)
         padded[:, self.rank_columns.to(x.device)] = rows
         return padded[:, (self.source >= 0).nonzero().squeeze(1).to(x.device)]
 
-    def _check(self, x: Tensor, length: int, meaning: str) -> None:
-        if x.ndim < 2 or x.shape[1] != length:
-            raise ValueError(
-                f"x: found shape {tuple(x.shape)}; [batch, {length}, ...] works ({meaning})"
+    def _problem(self, x: Tensor, length: int, meaning: str) -> str | None:
+        """What is wrong with rows to shard or unshard, or None."""
+        if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != length:
+            return f"x: found {describe(x)}; shape [batch, {length}, ...] works ({meaning})"
+        if self.cu_seqlens is not None and x.shape[0] != 1:
+            return (
+                f"cu_seqlens: found with batch size {x.shape[0]}; it works with batch size 1 only"
             )
+        return None
 
 
 def make_sharding(
@@ -92,7 +114,11 @@ def make_sharding(
     """
     context = context_group(group)
     cut = make_layout(layout, context.size)
+    check_int("length", length, 0)
     if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_meta:
+            found = describe(cu_seqlens)
+            raise ValueError(f"cu_seqlens: found {found}; an int32 tensor or None works")
         cu_seqlens = cu_seqlens.cpu()
         problem = check_cu_seqlens(cu_seqlens)
         if problem is None and int(cu_seqlens[-1]) != length:
@@ -127,6 +153,7 @@ def make_sharding(
     ]
     return Sharding(
         context=context,
+        layout=layout,
         length=length,
         padded_length=padded_length,
         cu_seqlens=cu_seqlens,
@@ -153,6 +180,8 @@ def shard(
     Raises:
         ValueError: naming the option, the value found and the values that work.
     """
+    if not isinstance(x, Tensor) or x.ndim < 2:
+        raise ValueError(f"x: found {describe(x)}; shape [batch, length, ...] works")
     sharding = make_sharding(x.shape[1], cu_seqlens=cu_seqlens, layout=layout, group=group)
     return sharding.shard(x, pad_value)
 
@@ -170,6 +199,9 @@ def unshard(
     Args:
         length: T, the unpadded length.
         cu_seqlens: as it was given to ``shard``.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
     """
     sharding = make_sharding(length, cu_seqlens=cu_seqlens, layout=layout, group=group)
     return sharding.unshard(x)
@@ -229,11 +261,16 @@ def shard_batch(
         ValueError: naming the option, the value found and the values that work.
     """
     labels = tokens if labels is None else labels
-    if tokens.ndim != 2 or labels.shape != tokens.shape:
+    for name, ids in (("tokens", tokens), ("labels", labels)):
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in INTEGER_DTYPES:
+            raise ValueError(f"{name}: found {describe(ids)}; integers [batch, length] work")
+    if labels.shape != tokens.shape:
         raise ValueError(
-            f"tokens, labels: found shapes {tuple(tokens.shape)} and {tuple(labels.shape)}; "
-            "[batch, length], the same for both, works"
+            f"labels: found shape {tuple(labels.shape)}; that of the tokens, "
+            f"{tuple(tokens.shape)}, works"
         )
+    check_int("pad_token", pad_token, 0)
+    tokens, labels = tokens.long(), labels.long()  # Bytes have no -100.
     if cu_seqlens is not None and tokens.shape[0] != 1:
         raise ValueError(
             f"cu_seqlens: found with batch size {tokens.shape[0]}; it works with batch size 1 only"
