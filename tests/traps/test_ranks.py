@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nsa_dist import NSABlock, shard_batch
+from nsa_dist import NSABlock, make_sharding, shard_batch
 from nsa_dist.group import ContextGroup
 from tests.distributed.layer_case import (
     LayerCase,
@@ -203,9 +203,20 @@ def test_trap_rank_fully_masked(ranks_of: Callable[[int], Ranks]) -> None:
     """Ranks that hold no compressed block, and whose queries see none, finish with the others."""
     for lengths in ((3, 3, 3, 2, 1, 3, 3, 2, 44), (*[2] * 10, 20, *[1] * 20), (*[3] * 20,)):
         case = LayerCase(lengths=lengths, layout="contiguous")
+        assert ranks_of(4).run(parameters_without_gradient, case) == [[]] * 4
         expected = run_layer(case)
         for found in ranks_of(4).run(whole_result, case):
             assert_results_close(found, expected, 1e-12)
+
+
+def parameters_without_gradient(case: LayerCase) -> list[str]:
+    layer = case.layer(dist.group.WORLD)
+    x, grad = case.inputs()
+    sharding = make_sharding(
+        x.shape[1], cu_seqlens=case.cu_seqlens, layout=case.layout, group=dist.group.WORLD
+    )
+    layer(sharding.shard(x), cu_seqlens=sharding.cu_seqlens).backward(sharding.shard(grad))
+    return [name for name, parameter in layer.named_parameters() if parameter.grad is None]
 
 
 def whole_result(case: LayerCase) -> LayerResult:
