@@ -131,6 +131,7 @@ class Flow:
         self, keys: dict[str, Tensor], values: dict[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Extended K [E, G, Dk] and V [E, G, Dv] of each key branch; what is shared moves once."""
+        stamped = None if self.config.uses_compression else self.plan
         extended: dict[str, tuple[Tensor, Tensor]] = {}
         moved: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for branch, k in keys.items():
@@ -140,7 +141,7 @@ class Flow:
             pair = (id(k), id(v))
             if pair not in moved:
                 halo = self.plan.halos[branch]
-                moved[pair] = HaloExchange.apply(k, v, halo, self.group, self.counter)
+                moved[pair] = HaloExchange.apply(k, v, halo, self.group, self.counter, stamped)
             extended[branch] = moved[pair]
         return extended
 
@@ -167,7 +168,8 @@ class Flow:
             v_own = apply_compressor(v_compressor, v_ext, rows, block, self.ops)
         else:
             v_own = k_own.new_zeros(*k_own.shape[:2], 0)
-        return GatherCompressed.apply(k_own, v_own, blocks, self.group, self.counter)
+        stamped = None if "selected" in config.branches else self.plan
+        return GatherCompressed.apply(k_own, v_own, blocks, self.group, self.counter, stamped)
 
     def _attend_compressed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if "compressed" not in self.config.branches:

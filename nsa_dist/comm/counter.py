@@ -8,10 +8,10 @@ from collections import defaultdict
 class CommunicationCounter:
     """Bytes this rank sent to and received from other ranks since the last ``reset``.
 
-    Kinds: ``plan`` (agreement on a new plan), ``halo``, ``gather`` (compressed tokens),
-    ``request`` (which blocks are wanted), ``fetch`` (blocks), and ``halo_grad``, ``gather_grad``,
-    ``fetch_grad`` for their returns. What a rank keeps for itself is not counted. Padding that a
-    collective needs is.
+    Kinds: ``plan`` (agreement on a new plan, and its stamp on a halo or gather), ``halo``,
+    ``gather`` (compressed tokens), ``request`` (which blocks are wanted), ``fetch`` (blocks), and
+    ``halo_grad``, ``gather_grad``, ``fetch_grad`` for their returns. What a rank keeps for itself
+    is not counted. Padding that a collective needs is.
     """
 
     def __init__(self) -> None:

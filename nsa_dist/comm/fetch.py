@@ -10,10 +10,9 @@ from torch import Tensor
 
 from nsa_dist.comm.collectives import add_returned_rows, all_to_all_rows
 from nsa_dist.comm.counter import CommunicationCounter
+from nsa_dist.comm.stamp import STAMP_BYTES, check_stamps, stamp_of
 from nsa_dist.group import ContextGroup
 from nsa_dist.plan import BlockOwnership, Plan
-
-STAMP_BYTES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +87,7 @@ def request_blocks(
     # The only point at which the host waits for the device.
     summary = torch.cat((send.flatten(), recv.flatten(), stamps)).cpu()
     sizes, stamps = summary[: -group.size].view(2, num_heads, group.size), summary[-group.size :]
-    _check_stamps(stamps, plan, group)
+    check_stamps(stamps, plan, group)
     send_counts, recv_counts = sizes.tolist()
 
     start = wanted_tokens.cumsum(-1) - wanted_tokens + halo_rows
@@ -132,7 +131,7 @@ def _exchange_wishes(
         stamps int64 [P]: the plan of each rank.
     """
     num_heads = wanted.shape[0]
-    stamp = torch.tensor([plan.fingerprint], device=wanted.device).view(torch.uint8)
+    stamp = stamp_of(plan, wanted.device)
     parts = wanted.view(torch.uint8).split(blocks.counts, dim=1)
     message = torch.cat([piece for part in parts for piece in (stamp, part.flatten())])
     send_counts = [STAMP_BYTES + num_heads * count for count in blocks.counts]
@@ -143,16 +142,6 @@ def _exchange_wishes(
     stamps = answer[:, :STAMP_BYTES].contiguous().view(torch.int64).flatten()
     asked = answer[:, STAMP_BYTES:].reshape(group.size, num_heads, own).transpose(0, 1)
     return asked.bool(), stamps
-
-
-def _check_stamps(stamps: Tensor, plan: Plan, group: ContextGroup) -> None:
-    differing = [p for p, stamp in enumerate(stamps.tolist()) if stamp != plan.fingerprint]
-    if differing:
-        raise ValueError(
-            f"group: rank {group.rank} runs another plan than ranks {differing} (their "
-            "cu_seqlens, config, layout, lengths or dtype differ from its own); all the ranks of "
-            "a group must be given the same ones"
-        )
 
 
 class FetchBlocks(torch.autograd.Function):

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from nsa_dist.comm.collectives import accumulation_dtype, all_gather_rows, all_to_all_rows
 from nsa_dist.comm.counter import CommunicationCounter
+from nsa_dist.comm.stamp import all_gather_stamped
 from nsa_dist.group import ContextGroup
-from nsa_dist.plan import BlockOwnership
+from nsa_dist.plan import BlockOwnership, Plan
 
 
 class GatherCompressed(torch.autograd.Function):
@@ -25,6 +26,8 @@ class GatherCompressed(torch.autograd.Function):
         backward    all-to-all of dfull, each token's to its maker; the P partial gradients are
                     added there in float32 (float64) in rank order. The bytes are a
                     reduce-scatter's; its order of additions would not be fixed.
+
+    The gather carries the stamp of ``stamped``, a plan; None where another message does.
     """
 
     @staticmethod
@@ -35,6 +38,7 @@ class GatherCompressed(torch.autograd.Function):
         blocks: BlockOwnership,
         group: ContextGroup,
         counter: CommunicationCounter,
+        stamped: Plan | None = None,
     ) -> tuple[Tensor, Tensor]:
         ctx.blocks, ctx.group, ctx.counter = blocks, group, counter
         if group.size == 1:
@@ -42,7 +46,11 @@ class GatherCompressed(torch.autograd.Function):
         own = torch.cat((k, v), dim=-1)
         padded = own.new_zeros((max(blocks.counts), *own.shape[1:]))
         padded[: len(own)] = own
-        full = all_gather_rows(padded, group, counter, "gather")[blocks.gathered_rows]
+        if stamped is None:
+            full = all_gather_rows(padded, group, counter, "gather")
+        else:
+            full = all_gather_stamped(padded, stamped, group, counter, "gather")
+        full = full[blocks.gathered_rows]
         k_full, v_full = full.split((k.shape[-1], v.shape[-1]), dim=-1)
         return k_full, v_full
 
@@ -50,7 +58,7 @@ class GatherCompressed(torch.autograd.Function):
     def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         blocks, group = ctx.blocks, ctx.group
         if group.size == 1:
-            return grad_k, grad_v, None, None, None
+            return grad_k, grad_v, None, None, None, None
         grad = torch.cat((grad_k, grad_v), dim=-1)
         count = blocks.counts[group.rank]
         partial = all_to_all_rows(
@@ -65,4 +73,4 @@ class GatherCompressed(torch.autograd.Function):
         for piece in partial[1:]:
             own += piece
         k_part, v_part = own.to(grad.dtype).split((grad_k.shape[-1], grad_v.shape[-1]), dim=-1)
-        return k_part, v_part, None, None, None
+        return k_part, v_part, None, None, None, None

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from nsa_dist.comm.collectives import add_returned_rows, all_to_all_rows
 from nsa_dist.comm.counter import CommunicationCounter
+from nsa_dist.comm.stamp import all_to_all_stamped
 from nsa_dist.group import ContextGroup
-from nsa_dist.plan import Halo
+from nsa_dist.plan import Halo, Plan
 
 
 class HaloExchange(torch.autograd.Function):
@@ -26,7 +27,8 @@ class HaloExchange(torch.autograd.Function):
                     through the reverse all-to-all of dext[recv_rows]
 
     K and V travel in one message. Where no rank needs a halo (one rank among the cases) nothing is
-    sent, on any rank, and where besides the buffer is the local tensor nothing is copied.
+    sent, on any rank, and where besides the buffer is the local tensor nothing is copied. The
+    message carries the stamp of ``stamped``, a plan; None where another one does.
     """
 
     @staticmethod
@@ -37,6 +39,7 @@ class HaloExchange(torch.autograd.Function):
         halo: Halo,
         group: ContextGroup,
         counter: CommunicationCounter,
+        stamped: Plan | None = None,
     ) -> tuple[Tensor, Tensor]:
         ctx.halo, ctx.group, ctx.counter = halo, group, counter
         if halo.is_identity:
@@ -45,9 +48,12 @@ class HaloExchange(torch.autograd.Function):
         extended = local.new_empty((halo.num_rows, *local.shape[1:]))
         extended[halo.own_rows] = local
         if not halo.is_local:
-            extended[halo.recv_rows] = all_to_all_rows(
-                local[halo.send_rows], halo.send_counts, halo.recv_counts, group, counter, "halo"
-            )
+            rows, sent, received = local[halo.send_rows], halo.send_counts, halo.recv_counts
+            if stamped is None:
+                rows = all_to_all_rows(rows, sent, received, group, counter, "halo")
+            else:
+                rows = all_to_all_stamped(rows, sent, received, stamped, group, counter, "halo")
+            extended[halo.recv_rows] = rows
         k_ext, v_ext = extended.split((k.shape[-1], v.shape[-1]), dim=-1)
         return k_ext, v_ext
 
@@ -55,7 +61,7 @@ class HaloExchange(torch.autograd.Function):
     def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         halo: Halo = ctx.halo
         if halo.is_identity:
-            return grad_k, grad_v, None, None, None
+            return grad_k, grad_v, None, None, None, None
         grad = torch.cat((grad_k, grad_v), dim=-1)
         own = grad[halo.own_rows]
         if not halo.is_local:
@@ -69,4 +75,4 @@ class HaloExchange(torch.autograd.Function):
             )
             own = add_returned_rows(own, returned, halo.send_rows, halo.send_counts)
         k_part, v_part = own.to(grad.dtype).split((grad_k.shape[-1], grad_v.shape[-1]), dim=-1)
-        return k_part, v_part, None, None, None
+        return k_part, v_part, None, None, None, None
