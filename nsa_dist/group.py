@@ -42,7 +42,8 @@ def context_group(group: GroupLike | ContextGroup) -> ContextGroup:
     """Resolve a process group, a one-dimensional DeviceMesh, or None (one rank).
 
     Raises:
-        ValueError: if the mesh has several dimensions or this rank is not in the group.
+        ValueError: if the mesh has several dimensions, this rank is not in the group, or it is
+            none that is in use.
     """
     if group is None:
         return SINGLE
@@ -54,13 +55,21 @@ def context_group(group: GroupLike | ContextGroup) -> ContextGroup:
                 f"group: found a DeviceMesh with dimensions {group.mesh_dim_names or group.ndim}; "
                 'a one-dimensional mesh such as mesh["cp"], a process group or None works'
             )
+        if group.get_coordinate() is None:
+            raise ValueError(
+                f"group: found a DeviceMesh of ranks {group.mesh.tolist()} without this rank "
+                f"(global rank {dist.get_rank()}); one with this rank in it works"
+            )
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
             f"group: found {group!r} on a rank that is not its member, or not a group at all; "
             "a process group with this rank in it, a one-dimensional DeviceMesh or None works"
         )
-    rank = dist.get_rank(group)
+    try:
+        rank = dist.get_rank(group)
+    except ValueError as error:  # Destroyed, or of another job.
+        raise ValueError(f"group: found {group!r}; a process group in use works") from error
     if rank < 0:
         raise ValueError(
             f"group: found a group without this rank (global rank {dist.get_rank()}); "
