@@ -17,6 +17,11 @@ TILE_ELEMENTS = 1 << 20
 SUMMANDS_IN_A_ROW = 64
 
 
+def tile_rows(row_elements: int, tiles: int = 1) -> int:
+    """How many rows of so many elements make as many tiles; at least 1."""
+    return max(1, tiles * TILE_ELEMENTS // max(1, row_elements))
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -14,26 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_kernels.pytorch._common import (
-    TILE_ELEMENTS,
     accumulation_dtype,
     exact,
     group_queries,
     heads_first,
+    tile_rows,
 )
 from nsa_kernels.pytorch.compressed_attention import hidden_blocks, num_visible
 from nsa_kernels.segments import QuerySegments, Segment
 
 
 def _group_probabilities(
-    part: Segment, query: Tensor, keys: Tensor, lse: Tensor, block: int, stride: int, scale: float
+    part: Segment, query: Tensor, keys: Tensor, block: int, stride: int, scale: float
 ) -> Tensor:
     """[G, m, C]: probabilities of the visible keys [G, C, Dk], summed over the heads of a group."""
     m = part.length
     # Multiplied after the product, which is then exact for inputs that make it so.
-    logits = torch.bmm(query, keys.mT).mul_(scale)
-    probs = logits.sub_(lse.unsqueeze(-1)).exp_().unflatten(1, (-1, m))  # [G, R, m, C]
+    logits = torch.bmm(query, keys.mT).mul_(scale).unflatten(1, (-1, m))  # [G, R, m, C]
     first = num_visible(part.position, block, stride)
     hidden = hidden_blocks(part, first, keys.shape[1], block, stride, query.device)
+    logits[..., first:].masked_fill_(hidden, -math.inf)
+    # Not exp(logit - lse): rounding of a large lse would weigh the heads of a group differently.
+    probs = logits.softmax(dim=-1)
     probs[..., first:].masked_fill_(hidden, 0.0)
     total = probs[:, 0]
     for r in range(1, probs.shape[1]):
@@ -79,7 +81,8 @@ def select_blocks(
     num_local_blocks: int,
     scale: float,
 ) -> Tensor:
-    """See `Backend.select_blocks`."""
+    """See `Backend.select_blocks`. A tile has all keys of its queries and needs no lse."""
+    del lse
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
     device, dtype = q.device, accumulation_dtype(q)
     num_queries, num_heads, _ = q.shape
@@ -90,7 +93,7 @@ def select_blocks(
     )
     for segment in segments.rows:
         most = max(1, num_visible(segment.position + segment.length - 1, block, stride))
-        for part in segment.split(max(1, TILE_ELEMENTS // (num_heads * most))):
+        for part in segment.split(tile_rows(num_heads * most)):
             rows = slice(part.start, part.start + part.length)
             newest = part.position + part.length - 1
             num_blocks = newest // select_block + 1
@@ -104,7 +107,6 @@ def select_blocks(
                     part,
                     group_queries(q[rows], num_groups, dtype),
                     keys[:, base : base + visible],
-                    group_queries(lse[rows].unsqueeze(-1), num_groups, dtype).squeeze(-1),
                     block,
                     stride,
                     scale,

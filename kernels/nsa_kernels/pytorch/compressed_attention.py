@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nsa_kernels.pytorch._common import TILE_ELEMENTS
+from nsa_kernels.pytorch._common import tile_rows
 from nsa_kernels.pytorch._tiled_attention import Tile, TiledAttention
 from nsa_kernels.segments import QuerySegments, Segment
 
@@ -52,7 +52,7 @@ def compressed_attention(
                 position=segment.position + blind,
             )
             most = num_visible(seeing.position + seeing.length - 1, block, stride)
-            for part in seeing.split(max(1, TILE_ELEMENTS // (num_heads * max(1, most)))):
+            for part in seeing.split(tile_rows(num_heads * most)):
                 first = num_visible(part.position, block, stride)
                 last = num_visible(part.position + part.length - 1, block, stride)
                 hidden = hidden_blocks(part, first, last, block, stride, q.device)

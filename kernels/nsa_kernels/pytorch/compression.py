@@ -16,15 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_kernels.pytorch._common import (
-    TILE_ELEMENTS,
     TreeSum,
     accumulation_dtype,
     add_rows_,
     exact,
+    tile_rows,
 )
-
-# Elements of a tile of blocks: matrix products with large weights want many rows.
-BLOCK_ELEMENTS = 4 * TILE_ELEMENTS
 
 
 class _Mean:
@@ -159,8 +156,8 @@ class _Shape(NamedTuple):
 
 
 def _tiles(block_rows: Tensor, block: int, row_elements: int) -> list[tuple[slice, Tensor]]:
-    """(which blocks, int64 [blocks, block] their rows) of tiles of about BLOCK_ELEMENTS."""
-    size = max(1, BLOCK_ELEMENTS // (block * max(1, row_elements)))
+    """(which blocks, int64 [blocks, block] their rows) for a tile after the other."""
+    size = tile_rows(block * row_elements, 4)  # products with large weights want many rows
     offset = torch.arange(block, device=block_rows.device)
     return [
         (slice(i, i + size), block_rows[i : i + size].unsqueeze(1) + offset)

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_kernels.pytorch._common import (
-    TILE_ELEMENTS,
     FiniteRows,
     TreeSum,
     accumulation_dtype,
     exact,
     scaled_product,
+    tile_rows,
 )
 from nsa_kernels.segments import QuerySegments, Segment
 
@@ -142,7 +142,8 @@ class _SelectedAttention(torch.autograd.Function):
             for segment in segments.rows:
                 for part in segment.split(_tile_size(pool, group)):
                     rows = slice(part.start, part.start + part.length)
-                    out, part_lse = pool.attend(q[rows, heads].to(dtype), part, scale)
+                    query = q[rows, heads].to(dtype).contiguous()
+                    out, part_lse = pool.attend(query, part, scale)
                     o[rows, heads], lse[rows, heads] = out.to(o.dtype), part_lse
         ctx.mark_non_differentiable(lse)
         return o, lse
@@ -192,7 +193,7 @@ def _tile_size(pool: _Pool, group: int) -> int:
     """Queries whose gathered keys make a tile."""
     keys, values = pool.context.keys, pool.context.values
     width = max(keys.shape[-1], values.shape[-1], group)
-    return max(1, 2 * TILE_ELEMENTS // (pool.slots.shape[1] * pool.select_block * width))
+    return tile_rows(pool.slots.shape[1] * pool.select_block * width)
 
 
 class _Pairs:
@@ -246,7 +247,7 @@ def _backward_of_head(
     keys, values, bad = pool.context
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     key_sum, value_sum = TreeSum(keys), TreeSum(values)
-    size = max(1, 2 * TILE_ELEMENTS // max(1, pool.slots.shape[1] * block * group))
+    size = tile_rows(pool.slots.shape[1] * block * group, 2)
     for run in (part for segment in segments.rows for part in segment.split(size)):
         rows = slice(run.start, run.start + run.length)
         pairs = _Pairs(pool, run)

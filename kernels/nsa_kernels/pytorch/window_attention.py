@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nsa_kernels.pytorch._common import TILE_ELEMENTS
+from nsa_kernels.pytorch._common import tile_rows
 from nsa_kernels.pytorch._tiled_attention import Tile, TiledAttention
 from nsa_kernels.segments import QuerySegments
 
@@ -22,7 +22,7 @@ def window_attention(
     """See `Backend.window_attention`."""
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
     size = max(window, MIN_QUERIES)
-    while size > 1 and q.shape[1] * size * (size + window) > TILE_ELEMENTS:
+    while size > tile_rows(q.shape[1] * (size + window)):
         size //= 2
 
     def tiles() -> Iterator[Tile]:

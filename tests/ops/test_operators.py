@@ -1,0 +1,268 @@
+"""What holds for all operators alike: precision, repeatable bits, strides, graphs, the seam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_kernels import QuerySegments, Segment, get_backend
+from tests.ops.op_cases import CASES, Layout, same_bits
+
+BACKEND = get_backend("pytorch")
+T, H, G, D, BLOCK, STRIDE, SELECT = 200, 4, 2, 16, 8, 4, 16
+
+
+@dataclass(frozen=True)
+class Operator:
+    """run(*inputs) -> its differentiable result first; shapes: those of the inputs."""
+
+    run: Callable[..., tuple[Tensor, ...]]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def _layout(device: str) -> dict[str, Any]:
+    segments = QuerySegments.from_rows([(0, 150, 0, 0, 0, 0), (150, 50, 0, 36, 10, 150)])
+    rows = torch.cat([torch.arange(0, 143, STRIDE), torch.arange(150, 193, STRIDE)])
+    blocks = torch.cat([torch.arange(0, 150, SELECT), torch.arange(150, 200, SELECT)])
+    lengths = torch.tensor([16] * 9 + [6] + [16] * 3 + [2])
+    eligible = segments.positions[:, None] // SELECT
+    choice = torch.stack([eligible * 0, eligible - 1, eligible], dim=-1)
+    choice[eligible[:, 0] == 0] = torch.tensor([0, -1, -1])
+    choice[eligible[:, 0] == 1] = torch.tensor([0, 1, -1])
+    return {
+        "segments": segments.to(device),
+        "rows": rows.to(device),
+        "table": (blocks.expand(G, -1).to(device), lengths.to(device)),
+        "choice": choice.expand(-1, G, -1).int().to(device),
+    }
+
+
+def _operators(device: str) -> dict[str, Operator]:
+    at = _layout(device)
+    count = at["rows"].shape[0]
+    tail = {"block": BLOCK, "stride": STRIDE, "scale": 0.3}
+
+    def compress(x: Tensor, position: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+        params = {"position": position, "up": up, "down": down}
+        return (BACKEND.compress(x, at["rows"], BLOCK, "mlp", params),)
+
+    def gather(x: Tensor) -> tuple[Tensor, ...]:
+        return (BACKEND.gather_blocks(x, at["rows"], BLOCK),)
+
+    def compressed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return BACKEND.compressed_attention(q, k, v, at["segments"], **tail)
+
+    def selected(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return BACKEND.selected_attention(
+            q, k, v, k[:0], v[:0], at["choice"], *at["table"], at["segments"],
+            select_block=SELECT, scale=0.3,
+        )  # fmt: skip
+
+    def window(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return BACKEND.window_attention(q, k, v, at["segments"], window=30, scale=0.3)
+
+    def combine(a: Tensor, b: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
+        return (BACKEND.combine([a, b], gates),)
+
+    attention = ((T, H, D), (T, G, D), (T, G, D))
+    return {
+        "compress": Operator(compress, ((T, G, D), (BLOCK, D), (2 * D, BLOCK * D), (D, 2 * D))),
+        "gather_blocks": Operator(gather, ((T, G, D),)),
+        "compressed_attention": Operator(compressed, ((T, H, D), (count, G, D), (count, G, D))),
+        "selected_attention": Operator(selected, attention),
+        "window_attention": Operator(window, attention),
+        "combine": Operator(combine, ((T, H, D), (T, H, D), (T, H, 2))),
+    }
+
+
+OPERATORS = _operators("cpu")
+every_operator = pytest.mark.parametrize("name", OPERATORS)
+
+
+def inputs(name: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in OPERATORS[name].shapes]
+
+
+def some_gradient(out: Tensor) -> Tensor:
+    return torch.arange(out.numel(), device=out.device, dtype=out.dtype).cos().view_as(out)
+
+
+def results(
+    name: str,
+    leaves: list[Tensor],
+    grad: Tensor | None = None,
+    operators: dict[str, Operator] = OPERATORS,
+) -> list[Tensor]:
+    """Everything the operator returns, and the gradients of all inputs."""
+    out = operators[name].run(*leaves)
+    grad = some_gradient(out[0]) if grad is None else grad
+    return [*out, *torch.autograd.grad(out[0], leaves, grad)]
+
+
+def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
+    assert [same_bits(x, y) for x, y in zip(a, b, strict=True)] == [True] * len(a)
+
+
+@every_operator
+def test_the_same_bits_in_every_run(name: str) -> None:
+    leaves = inputs(name)
+    assert_same_bits(results(name, leaves), results(name, leaves))
+
+
+@every_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    leaves = inputs(name, dtype)
+    expected = results(name, leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = results(name, leaves)
+    assert_same_bits(found, expected)
+
+
+@contextmanager
+def _reduced_precision() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@every_operator
+def test_float32_products_stay_ieee(name: str) -> None:
+    """TF32 on a GPU, bfloat16 products on some CPUs; and the setting is left as it was."""
+    leaves = inputs(name)
+    expected = results(name, leaves)
+    with _reduced_precision():
+        found = results(name, leaves)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert_same_bits(found, expected)
+
+
+@every_operator
+def test_forward_bits_do_not_depend_on_grad_mode(name: str) -> None:
+    leaves = inputs(name)
+    with_graph = OPERATORS[name].run(*leaves)
+    with torch.no_grad():
+        without = OPERATORS[name].run(*leaves)
+    detached = OPERATORS[name].run(*(x.detach() for x in leaves))
+    for found in (without, detached):
+        assert_same_bits(list(found), list(with_graph))
+        assert not any(x.requires_grad for x in found)
+
+
+@every_operator
+def test_several_forwards_before_their_backwards(name: str) -> None:
+    first, second = inputs(name), inputs(name)
+    expected = [results(name, first), results(name, second)]
+    outs = [OPERATORS[name].run(*leaves)[0] for leaves in (first, second)]
+    for number in (0, 1):
+        out, leaves = outs[number], (first, second)[number]
+        found = torch.autograd.grad(out, leaves, some_gradient(out))
+        assert_same_bits(list(found), expected[number][-len(leaves) :])
+
+
+@every_operator
+def test_views_of_any_strides(name: str) -> None:
+    """Heads of a fused projection, transposed storage, an expanded gradient."""
+    leaves = inputs(name)
+    views = []
+    for x in leaves:
+        fused = torch.full((*x.shape[:-1], 3 * x.shape[-1]), torch.nan)
+        view = fused[..., 1 : 1 + x.shape[-1]]
+        views.append(view.copy_(x.detach()).requires_grad_())
+    swapped = [
+        x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in leaves
+    ]
+    shape = OPERATORS[name].run(*leaves)[0].shape
+    grad = torch.randn(shape[1:]).expand(shape)
+    expected = results(name, leaves, grad.contiguous())
+    for found in (results(name, views, grad), results(name, swapped, grad)):
+        assert_same_bits(found, expected)
+
+
+@every_operator
+def test_lse_has_no_gradient_and_results_are_not_inputs(name: str) -> None:
+    out = OPERATORS[name].run(*inputs(name))
+    assert out[0].requires_grad
+    assert not any(x.requires_grad for x in out[1:])
+
+
+@every_operator
+def test_an_input_without_gradient_costs_nothing_else(name: str) -> None:
+    leaves = inputs(name)
+    expected = results(name, leaves)
+    leaves[0].requires_grad_(False)
+    if len(leaves) == 1:
+        assert not OPERATORS[name].run(*leaves)[0].requires_grad
+        return
+    out = OPERATORS[name].run(*leaves)[0]
+    found = torch.autograd.grad(out, leaves[1:], some_gradient(out))
+    assert_same_bits(list(found), expected[-len(found) :])
+
+
+@pytest.mark.gpu
+@every_operator
+def test_on_a_gpu(name: str) -> None:
+    """float64 on both devices, and the same bits in every run."""
+    leaves = inputs(name, torch.float64)
+    expected = results(name, leaves)
+    operators = _operators("cuda")
+    on_gpu = [x.detach().cuda().requires_grad_() for x in leaves]
+    found = results(name, on_gpu, operators=operators)
+    assert_same_bits(found, results(name, on_gpu, operators=operators))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-10, atol=1e-10)
+
+
+def test_backends() -> None:
+    assert get_backend() is get_backend("auto") is get_backend("pytorch")
+    assert BACKEND.name == "pytorch"
+    with pytest.raises(ValueError, match="backend: found 'cuda'; 'auto', 'pytorch' work"):
+        get_backend("cuda")
+
+
+def test_segments_describe_every_row_once() -> None:
+    segments = Layout(CASES[2]).segments
+    assert segments.num_queries == 114
+    assert torch.equal(segments.table, torch.tensor(segments.rows))
+    expected = [position + i for _, length, position, *_ in segments.rows for i in range(length)]
+    assert segments.positions.tolist() == expected
+    assert segments.selected_bases.tolist() == [
+        row.selected_base for row in segments.rows for _ in range(row.length)
+    ]
+    parts = [part for row in segments.rows for part in row.split(7)]
+    assert max(part.length for part in parts) == 7
+    split = QuerySegments.from_rows(parts)
+    assert torch.equal(split.positions, segments.positions)
+    assert segments.to("cpu") is segments
+
+
+def test_segments_of_nothing() -> None:
+    segments = QuerySegments.from_rows([])
+    assert segments.table.shape == (0, 6)
+    assert segments.positions.shape == (0,)
+    assert list(Segment(0, 0, 0, 0, 0, 0).split(4)) == []
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(1, 5, 0, 0, 0, 0)],
+        [(0, 5, 0, 0, 0, 0), (6, 2, 0, 0, 0, 0)],
+        [(0, 5, 0, 0, 0, 0), (4, 2, 0, 0, 0, 0)],
+        [(0, -1, 0, 0, 0, 0)],
+        [(0, 5, -3, 0, 0, 0)],
+    ],
+    ids=["gap_at_start", "gap", "overlap", "negative_length", "negative_position"],
+)
+def test_segments_that_describe_no_rows(rows: list[tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match="segments: segment"):
+        QuerySegments.from_rows(rows)
