@@ -63,6 +63,9 @@ def agree(
 
 def _explain(reports: list[tuple[dict[str, str], str | None]]) -> str:
     lines = [f"rank {p}: {problem}" for p, (_, problem) in enumerate(reports) if problem]
+    if lines and len(lines) < len(reports):
+        fine = [p for p, (_, problem) in enumerate(reports) if problem is None]
+        lines.append(f"ranks {fine} found nothing wrong with theirs")
     for name in reports[0][0]:
         found = [values.get(name, "nothing") for values, _ in reports]
         if len(set(found)) > 1:
