@@ -147,7 +147,7 @@ def attention_shapes(q: Tensor, v: Tensor) -> tuple[TileShape, TileShape, TileSh
     width = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32 or width > 128:
         return TileShape(64, 32, 4, 2), TileShape(64, 32, 4, 1), TileShape(64, 32, 8, 1)
-    return TileShape(128, 64, 8, 3), TileShape(128, 64, 8, 2), TileShape(64, 64, 8, 2)
+    return TileShape(128, 128, 8, 2), TileShape(128, 64, 8, 3), TileShape(64, 128, 8, 2)
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:
