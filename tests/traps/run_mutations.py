@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +43,9 @@ def run_tests(tree: Path, nodes: list[str]) -> int:
     sources = [str(tree), str(tree / "kernels"), str(tree / "launch")]
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = sources + [path for path in sys.path if path != here]
-    # Rank processes start from the environment.
+    # Rank processes start from the environment, and import the main module if it has a file.
     os.environ["PYTHONPATH"] = os.pathsep.join(sources)
+    sys.modules["__main__"] = types.ModuleType("__main__")
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--rootdir={tree}"]
     return int(pytest.main([*options, "-c", str(tree / "pyproject.toml"), *nodes]))
 

@@ -25,7 +25,7 @@ from tests.distributed.ranks import Ranks
 from tests.traps.seam import SMALL
 
 VOCABULARY, HIDDEN = 11, 24
-TOLERANCE = 1e-9
+TOLERANCE = 1e-12
 LAYOUTS = ("contiguous", "zigzag", "zigzag_per_document")
 
 
