@@ -79,8 +79,9 @@ def show_boundaries(cu_seqlens: torch.Tensor | None) -> str:
     if cu_seqlens is None:
         return "None"
     values = cu_seqlens.tolist()
+    dtype = "" if cu_seqlens.dtype == torch.int32 else f"{cu_seqlens.dtype} "
     if not isinstance(values, list) or len(values) <= MOST_BOUNDARIES_SHOWN:
-        return str(values)
+        return f"{dtype}{values}"
     digest = hashlib.blake2b(repr(values).encode(), digest_size=4).hexdigest()
     shown = ", ".join(map(str, values[: MOST_BOUNDARIES_SHOWN - 1]))
-    return f"[{shown}, ..., {values[-1]}] ({len(values)} boundaries, hash {digest})"
+    return f"{dtype}[{shown}, ..., {values[-1]}] ({len(values)} boundaries, hash {digest})"
