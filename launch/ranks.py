@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from settings import Settings, check
@@ -105,9 +104,8 @@ def start_ranks(settings: Settings) -> Ranks:
         if "RANK" in os.environ:
             dist.init_process_group(backend, device_id=device_id)
         else:
-            dist.init_process_group(
-                backend, store=HashStore(), rank=0, world_size=1, device_id=device_id
-            )
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device_id)
     grid = init_device_mesh(kind, (dp, cp), mesh_dim_names=("dp", "cp"))
     rank = dist.get_rank()
     return Ranks(

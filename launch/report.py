@@ -68,7 +68,8 @@ class Report:
         """Log one optimizer step.
 
         Args:
-            values: ``step``, ``loss`` and whatever else is a number.
+            values: ``step``, ``mean_loss`` (since the last call), ``grad_norm``,
+                ``tokens_per_second``, and whatever else is a number.
             received: bytes moved in the step, over all layers and ranks, by kind.
         """
         if not self.active:
@@ -78,7 +79,7 @@ class Report:
         self._scalars(step, {k: v for k, v in values.items() if k != "step"})
         self._scalars(step, {f"bytes/{kind}": size for kind, size in received.items()})
         text = (
-            f"loss {values['loss']:.4f}  norm {values['grad_norm']:.2f}  "
+            f"loss {values['mean_loss']:.4f}  norm {values['grad_norm']:.2f}  "
             f"{values['tokens_per_second']:,.0f} tokens/s  {show_bytes(sum(received.values()))}"
         )
         self._live.update(self._task, completed=step, description=text)

@@ -23,8 +23,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from data import Corpus, PackedStreams, Stream, join, load_corpus, mix_seed, unigram_loss
-from model import build_model
+from data import (
+    Corpus,
+    PackedStreams,
+    Stream,
+    Tokenizer,
+    join,
+    load_corpus,
+    mix_seed,
+    unigram_loss,
+)
+from model import Decoder, build_model
 from nsa_dist import ShardedBatch, shard_batch
 from ranks import Ranks, start_ranks
 from report import Report, show_bytes
@@ -141,6 +150,33 @@ def forward_backward(
     return loss_sum, targets
 
 
+def train_step(
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[ShardedBatch],
+    settings: Settings,
+    step: int,
+    ranks: Ranks,
+) -> torch.Tensor:
+    """One update from this rank's micro-batches.
+
+    Returns:
+        float64 vector, the same on every rank and not waited for: mean loss before the update,
+        global gradient norm before clipping, then the bytes that all layers on all ranks received,
+        by ``COMMUNICATION_KINDS``.
+    """
+    model.reset_communication()
+    loss_sum, targets = forward_backward(model, batches, ranks, mix_seed(settings.run.seed, step))
+    grad_norm = clip_gradients(model, settings.optimizer.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    received = model.communication()
+    local = [received.get(kind, 0) for kind in COMMUNICATION_KINDS]
+    mean = loss_sum / max(targets, 1)
+    sums = ranks.total(torch.cat((mean[None], mean.new_tensor(local))))
+    return torch.cat((sums[:1], grad_norm.to(sums)[None], sums[1:]))
+
+
 @torch.no_grad()
 def validate(
     model: nn.Module, streams: Sequence[Stream], settings: Settings, ranks: Ranks
@@ -204,7 +240,7 @@ def train(settings: Settings, ranks: Ranks) -> Result:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
 
-    steps: list[torch.Tensor] = []
+    history: list[torch.Tensor] = []
     tokens, seconds = 0, 0.0
     with Report(settings, folder, active=ranks.is_main, first_step=first_step) as report:
         report.unit = corpus.tokenizer.unit
@@ -214,82 +250,88 @@ def train(settings: Settings, ranks: Ranks) -> Result:
             f"{len(corpus.training.names)} documents, {len(corpus.held_out.names)} held out; "
             f"dp {ranks.dp} x cp {ranks.cp} on {ranks.device.type}; {folder}"
         )
-        mark, tokens_since_mark = time.perf_counter(), 0
+        mark, logged = time.perf_counter(), first_step
         for step in range(first_step, run.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings.optimizer, step, run.steps)
-            model.reset_communication()
             batches = list(step_batches(settings, streams, step, ranks))
-            loss_sum, targets = forward_backward(model, batches, ranks, mix_seed(run.seed, step))
-            grad_norm = clip_gradients(model, settings.optimizer.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-
-            received = model.communication()
-            local = [received.get(kind, 0) for kind in COMMUNICATION_KINDS]
-            mean = loss_sum / max(targets, 1)
-            sums = ranks.total(torch.stack([mean, *mean.new_tensor(local)]))
-            steps.append(torch.cat((sums, grad_norm.to(torch.float64)[None])))
-            tokens_since_mark += settings.data.global_batch * settings.data.length
+            history.append(train_step(model, optimizer, batches, settings, step, ranks))
 
             done = step + 1
-            last = done == run.steps
-            validates = run.validate_every and done % run.validate_every == 0 and not last
-            saves = run.checkpoint_every and done % run.checkpoint_every == 0 and not last
-            if done % run.log_every == 0 or validates or saves or last or step == first_step:
-                loss, *moved, norm = steps[-1].tolist()
-                elapsed = time.perf_counter() - mark
-                report.step(
-                    {
-                        "step": done,
-                        "loss": loss,
-                        "grad_norm": norm,
-                        "lr": optimizer.param_groups[0]["lr"],
-                        "tokens_per_second": tokens_since_mark / elapsed,
-                        "peak_memory": ranks.largest(peak_memory(ranks.device)),
-                    },
-                    dict(zip(COMMUNICATION_KINDS, map(int, moved), strict=True)),
-                )
-                tokens, seconds = tokens + tokens_since_mark, seconds + elapsed
-                if validates:
-                    report.validation(done, validate(model, held_out, settings, ranks), unigram)
-                if saves:
-                    save_checkpoint(folder, done, model, optimizer, settings)
-                mark, tokens_since_mark = time.perf_counter(), 0
+            goes_on = done < run.steps
+            validates = goes_on and run.validate_every and done % run.validate_every == 0
+            saves = goes_on and run.checkpoint_every and done % run.checkpoint_every == 0
+            logs = done % run.log_every == 0 or step == first_step or not goes_on
+            if not (logs or validates or saves):
+                continue
+            # The only wait for the device in the loop.
+            recent = torch.stack(history[logged - done :]).tolist()
+            new_tokens = len(recent) * settings.data.global_batch * settings.data.length
+            elapsed = time.perf_counter() - mark
+            tokens, seconds = tokens + new_tokens, seconds + elapsed
+            loss, grad_norm, *received = recent[-1]
+            report.step(
+                {
+                    "step": done,
+                    "loss": loss,
+                    "mean_loss": sum(row[0] for row in recent) / len(recent),
+                    "grad_norm": grad_norm,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "tokens_per_second": new_tokens / elapsed,
+                    "peak_memory": ranks.largest(peak_memory(ranks.device)),
+                },
+                by_kind(received),
+            )
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss of step {done} is {loss}")
+            if validates:
+                report.validation(done, validate(model, held_out, settings, ranks), unigram)
+            if saves:
+                save_checkpoint(folder, done, model, optimizer, settings)
+            mark, logged = time.perf_counter(), done
 
         validation = validate(model, held_out, settings, ranks)
         report.validation(run.steps, validation, unigram)
         if first_step < run.steps:
             save_checkpoint(folder, run.steps, model, optimizer, settings)
-        text = ""
-        if run.sample_tokens:
-            continuation = sample(
-                model,
-                corpus.tokenizer.encode(run.prompt.encode(), "run.prompt").tolist(),
-                run.sample_tokens,
-                ranks,
-                layout=settings.parallel.layout,
-                temperature=run.temperature,
-                seed=mix_seed(run.seed, "sample"),
-                window=settings.data.length,
-            )
-            text = run.prompt + corpus.tokenizer.decode(continuation)
-        history = torch.stack(steps).tolist() if steps else []
+        text = sample_text(model, corpus.tokenizer, settings, ranks)
+        rows = [row.tolist() for row in history]
         result = Result(
             folder=folder,
-            losses=tuple(row[0] for row in history),
-            grad_norms=tuple(row[-1] for row in history),
+            losses=tuple(row[0] for row in rows),
+            grad_norms=tuple(row[1] for row in rows),
             validation_loss=validation,
             unigram_loss=unigram,
             tokens_per_second=tokens / seconds if tokens else math.nan,
-            received=dict(zip(COMMUNICATION_KINDS, map(int, history[-1][1:-1]), strict=True))
-            if history
-            else {},
+            received=by_kind(rows[-1][2:]) if rows else {},
             seconds=time.perf_counter() - started,
             sample=text,
         )
-        summarise(result, report)
+        summarise(result, report, run.log_every)
     return result
+
+
+def by_kind(received: Sequence[float]) -> dict[str, int]:
+    """Bytes that stand in the order of ``COMMUNICATION_KINDS``, by name."""
+    return dict(zip(COMMUNICATION_KINDS, map(int, received), strict=True))
+
+
+def sample_text(model: Decoder, tokenizer: Tokenizer, settings: Settings, ranks: Ranks) -> str:
+    """The prompt and what the model makes of it; collective, the same on every rank."""
+    run = settings.run
+    if not run.sample_tokens:
+        return ""
+    continuation = sample(
+        model,
+        tokenizer.encode(run.prompt.encode(), "run.prompt").tolist(),
+        run.sample_tokens,
+        ranks,
+        layout=settings.parallel.layout,
+        temperature=run.temperature,
+        seed=mix_seed(run.seed, "sample"),
+        window=settings.data.length,
+    )
+    return run.prompt + tokenizer.decode(continuation)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -301,18 +343,22 @@ def peak_memory(device: torch.device) -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
 
 
-def summarise(result: Result, report: Report) -> None:
-    """Print how the run ended."""
-    moved = [f"{kind} {show_bytes(size)}" for kind, size in result.received.items() if size]
+def summarise(result: Result, report: Report, recent: int) -> None:
+    """Print how the run ended; its last training loss is a mean over ``recent`` steps."""
     if result.sample:
         # Escape sequences of a model's making do not reach the terminal.
         shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in result.sample)
         report.line(f"--- sample\n{shown}\n---")
-    rows = {"validation loss": f"{result.validation_loss:.4f} nats/{report.unit}"}
-    rows["unigram loss"] = f"{result.unigram_loss:.4f} nats/{report.unit}, same held-out text"
+    unit, rows = report.unit, {}
     if result.losses:
-        rows = {"training loss": f"{result.losses[0]:.4f} -> {result.losses[-1]:.4f}", **rows}
-        rows["speed"] = f"{result.tokens_per_second:,.0f} {report.unit}s/s"
+        last = result.losses[-recent:]
+        mean = sum(last) / len(last)
+        rows["training loss"] = f"{result.losses[0]:.4f} -> {mean:.4f} (last {len(last)} steps)"
+    rows["validation loss"] = f"{result.validation_loss:.4f} nats/{unit}"
+    rows["unigram loss"] = f"{result.unigram_loss:.4f} nats/{unit}, same held-out text"
+    if result.losses:
+        moved = [f"{kind} {show_bytes(size)}" for kind, size in result.received.items() if size]
+        rows["speed"] = f"{result.tokens_per_second:,.0f} {unit}s/s"
         rows["bytes moved per step"] = ", ".join(moved) or "none"
     rows["seconds"] = f"{result.seconds:.1f}"
     rows["folder"] = str(result.folder)
