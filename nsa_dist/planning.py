@@ -139,9 +139,11 @@ def get_plan(
         problem = problem or str(error)
     stamp = agree(values, problem, group, counter)
     assert cut is not None
-    own = None if cu_seqlens is None else cu_seqlens.clone()
-    plan = build_plan(config, cut, group.rank, group.size, batch, length, own)
-    plan = replace(plan.to(device), fingerprint=stamp)
+    # A training step may be the next to find this plan, and autograd saves no inference tensors.
+    with torch.inference_mode(False):
+        own = None if cu_seqlens is None else cu_seqlens.clone()
+        plan = build_plan(config, cut, group.rank, group.size, batch, length, own)
+        plan = replace(plan.to(device), fingerprint=stamp)
     plans.append(_Entry(key, own, plan))
     del plans[:-CACHED_PLANS]
     return plan

@@ -150,3 +150,13 @@ def test_trap_plan_cached_by_shape_and_used_for_other_documents() -> None:
         assert_same(run(layer, x, reused), result)
     for lengths, result in zip(streams, expected, strict=True):
         assert_same(run(layer, x, bounds(*lengths)), result)
+
+
+def test_plan_made_in_inference_mode_serves_training() -> None:
+    """Evaluation may be the first to see a batch's documents or its shape."""
+    layer = NativeSparseAttention(24, SMALL, dtype=torch.float64)
+    x = torch.randn(1, 44, 24, dtype=torch.float64)
+    for cu_seqlens in (None, bounds(20, 24)):
+        with torch.inference_mode():
+            evaluated = layer(x, cu_seqlens=None if cu_seqlens is None else cu_seqlens.clone())
+        assert torch.equal(run(layer, x, cu_seqlens)[0], evaluated)
