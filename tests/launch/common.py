@@ -18,6 +18,7 @@ from data import PackedStreams, load_corpus
 from model import Decoder, build_model
 from nsa_dist import shard_batch
 from ranks import Ranks, start_ranks
+from sampling import sample
 from settings import Settings, from_table
 from train import (
     Result,
@@ -163,3 +164,34 @@ def plain_gradients(settings: Settings) -> Gradients:
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
     return Gradients(float(loss), float(norm), grads)
+
+
+def local_batches(settings: Settings, steps: int) -> list[list[list[int]]]:
+    """Tokens that this rank's replica is given: of each step, of each micro-batch."""
+    ranks = start_ranks(settings)
+    streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
+    return [
+        [
+            batch.unshard(batch.tokens)[0].tolist()
+            for batch in step_batches(settings, streams, step, ranks)
+        ]
+        for step in range(steps)
+    ]
+
+
+def sampled_and_naive(settings: Settings, prompt: list[int]) -> tuple[list[int], list[int]]:
+    """Twelve sampled tokens, and the same draws from the logits of the bare text, unpadded."""
+    ranks = start_ranks(settings)
+    model = build_model(settings, 256, ranks)
+    # Far from uniform, so that logits of another place would choose other tokens.
+    options: dict[str, Any] = {"temperature": 0.02, "seed": 3, "window": 70}
+    found = sample(model, prompt, 12, ranks, layout=settings.parallel.layout, **options)
+    plain = Decoder(settings, 256).double()
+    plain.reset_parameters(settings.run.seed)
+    generator, naive = torch.Generator().manual_seed(3), list(prompt)
+    with torch.no_grad():
+        for _ in range(12):
+            logits = plain(torch.tensor([naive[-70:]]))[0, -1]
+            weights = (logits / 0.02).softmax(-1)
+            naive.append(int(torch.multinomial(weights, 1, generator=generator)))
+    return found, naive[len(prompt) :]

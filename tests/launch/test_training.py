@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 
+from data import PackedStreams, load_corpus
 from settings import Settings, from_toml
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import (
     Gradients,
     first_gradients,
+    local_batches,
     one_target_gradients,
     plain_gradients,
     replaced,
     run_training,
+    sampled_and_naive,
     tiny,
 )
 from train import Result, learning_rate
@@ -89,6 +92,40 @@ def test_every_step_is_the_same_on_any_number_of_ranks(
     assert math.isclose(result.validation_loss, expected.validation_loss, rel_tol=relative)
     assert expected.losses[-1] < 0.8 * expected.losses[0]
     assert bool(sum(result.received.values())) == (cp > 1)
+
+
+@pytest.mark.parametrize("size, cp", [(1, 1), *SPREADS], ids=["dp1_cp1", *SPREAD_IDS])
+def test_replicas_share_the_same_streams_in_the_same_order(
+    ranks_of: RanksOf, root: Path, size: int, cp: int
+) -> None:
+    steps, batch, micro = 9, 8, 2
+    settings = tiny(root, data={"global_batch": batch, "micro_batch": micro}, parallel={"cp": cp})
+    streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
+    found = ranks_of(size).run(local_batches, settings, steps)
+    for rank in range(size):
+        assert found[rank] == found[rank // cp * cp]
+    for step in range(steps):
+        given = [tokens for rank in range(0, size, cp) for tokens in found[rank][step]]
+        firsts = range(step * batch, (step + 1) * batch, micro)
+        expected = [
+            [*streams[first].tokens[0].tolist(), *streams[first + 1].tokens[0].tolist()]
+            for first in firsts
+        ]
+        assert given == expected
+    # Several epochs went by.
+    assert steps * batch > 2 * streams.per_epoch
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("prompt", [1, 63, 100], ids="prompt_{}".format)
+def test_a_sample_is_drawn_from_the_logits_of_the_last_token(
+    ranks_of: RanksOf, root: Path, size: int, prompt: int
+) -> None:
+    text = [(7 * i) % 251 for i in range(prompt)]
+    settings = tiny(root, parallel={"cp": size})
+    for found, naive in ranks_of(size).run(sampled_and_naive, settings, text):
+        assert found == naive
+        assert len(set(found)) > 1
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "zigzag_per_document"])
