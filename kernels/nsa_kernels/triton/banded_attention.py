@@ -285,7 +285,7 @@ class BandedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = banded_backward(
-            *ctx.saved_tensors, last_dim_contiguous(grad_o), ctx.segments, ctx.band, ctx.scale
-        )
+        q, k, v, o, lse = ctx.saved_tensors
+        grad_o = last_dim_contiguous(grad_o)
+        grads = banded_backward(q, k, v, o, lse, grad_o, ctx.segments, ctx.band, ctx.scale)
         return *grads, None, None, None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
+from nsa_kernels.triton.band import Band
 from nsa_kernels.triton.banded_attention import BandedAttention
-from nsa_kernels.triton.tiles import Band
 
 
 def compressed_attention(
