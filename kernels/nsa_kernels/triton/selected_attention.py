@@ -1,0 +1,303 @@
+"""The selection branch: attention to the tokens of the chosen blocks (Eq. 11, arXiv 2502.11089).
+
+What binds is the traffic of keys and values from the L2 cache, not arithmetic: a block has 2 l' D
+numbers for the R rows of one token. So a program takes a tile of neighbouring tokens of one KV head,
+BM = BT*R rows of one matrix, and walks the blocks that any of them chose: one that several chose is
+loaded once, and the matrix instructions have rows enough. A block that a token did not choose
+leaves the token's running maximum, sum and accumulator as they are, bit for bit, and blocks come in
+ascending order for every token, so that a query's output depends neither on its neighbours in the
+tile nor on where its document was cut. Multiply-adds are written out and the compiler may make no
+other, since blocks at the causal edge take another branch of the code than those before.
+
+Letters: N local rows, H query heads, G KV heads, R = H/G, Dk and Dv widths, E and F own and fetched
+rows, B selection blocks, n chosen blocks, l' tokens of a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nsa_kernels.segments import QuerySegments
+from nsa_kernels.triton.selected_backward import selected_backward
+from nsa_kernels.triton.selected_lists import (
+    EDGES,
+    block_lists,
+    first_of,
+    load_block,
+    near,
+    token_tile,
+    walk_shape,
+)
+from nsa_kernels.triton.tiles import (
+    LOG2E,
+    PIECE,
+    last_dim_contiguous,
+    padded,
+    precision,
+    query_tiles,
+)
+
+
+@triton.jit
+def _attend(b_acc, b_max, b_sum, b_s, b_v, scale_log2, PRECISION: tl.constexpr):
+    """One step of the online softmax: logits b_s [BM, BN], not scaled, and values b_v [BN, PDV]."""
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+    # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
+    b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
+    b_scale = tl.exp2(b_max - b_safe)
+    b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_safe[:, None]))
+    b_sum = tl.fma(b_sum, b_scale, tl.sum(b_p, 1))
+    b_acc = b_acc * b_scale[:, None]
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    return b_acc, b_new, b_sum
+
+
+@triton.jit
+def _attend_block(
+    b_acc,
+    b_max,
+    b_sum,
+    b_q,
+    p_k,
+    p_v,
+    stride_k,
+    stride_v,
+    chose,
+    b_seen,
+    limit,
+    scale_log2,
+    EDGE: tl.constexpr,
+    APART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    PDK: tl.constexpr,
+    PDV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attention of the rows that `chose` the block to it; at an EDGE to its first b_seen tokens.
+
+    With APART the block is summed by itself and then added.
+    """
+    b_a, b_m, b_l = b_acc, b_max, b_sum
+    if APART:
+        b_a, b_l = tl.zeros_like(b_acc), tl.zeros_like(b_sum)
+        b_m = tl.full(b_max.shape, -float("inf"), dtype=tl.float32)
+    for start in tl.static_range(0, BLOCK, BN):
+        b_k = load_block(p_k, stride_k, start, limit, BN, DK, PDK, EDGE)  # [BN, PDK]
+        b_v = load_block(p_v, stride_v, start, limit, BN, DV, PDV, EDGE)  # [BN, PDV]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+        seen = chose[:, None]
+        if EDGE:
+            seen = seen & (start + tl.arange(0, BN)[None, :] < b_seen[:, None])
+        b_s = tl.where(seen, b_s, -float("inf"))
+        b_a, b_m, b_l = _attend(b_a, b_m, b_l, b_s, b_v, scale_log2, PRECISION)
+    if APART:
+        b_new = tl.maximum(b_max, b_m)
+        b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
+        b_old, b_add = tl.exp2(b_max - b_safe), tl.exp2(b_m - b_safe)
+        b_a = tl.fma(b_acc, b_old[:, None], b_a * b_add[:, None])
+        b_l = tl.fma(b_sum, b_old, b_l * b_add)
+        b_m = b_new
+    return b_a, b_m, b_l
+
+
+@triton.jit
+def _forward_kernel(
+    q,
+    k_own,
+    v_own,
+    k_fetched,
+    v_fetched,
+    o,
+    lse,
+    tiles,
+    lists,
+    counts,
+    num_own,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_fkt,
+    stride_fkh,
+    stride_fvt,
+    stride_fvh,
+    scale_log2,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    LENGTH: tl.constexpr,
+    EDGE_BLOCKS: tl.constexpr,
+    APART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    PDK: tl.constexpr,
+    PDV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_tile = tl.program_id(0).to(tl.int64)
+    i_g = tl.program_id(1)
+    first_row = tl.load(tiles + i_tile * 4)
+    num_tokens = tl.load(tiles + i_tile * 4 + 1).to(tl.int32)
+    position = tl.load(tiles + i_tile * 4 + 2).to(tl.int32)
+    p_list = lists + (i_tile * G + i_g) * LENGTH
+    count = tl.load(counts + i_tile * G + i_g)
+
+    o_m = tl.arange(0, BM)
+    o_dk = tl.arange(0, PDK)
+    token, head = o_m // R, i_g * R + o_m % R
+    m_m = (token < num_tokens) & (token < BT)
+    row = first_row + token
+    p_q = q + (row * stride_qt + head * stride_qh)[:, None] + o_dk[None, :]
+    b_q = tl.load(p_q, mask=m_m[:, None] & (o_dk < DK)[None, :], other=0.0)  # [BM, PDK]
+    k_own += i_g * stride_kh
+    v_own += i_g * stride_vh
+    k_fetched += i_g * stride_fkh
+    v_fetched += i_g * stride_fvh
+
+    b_acc = tl.zeros([BM, PDV], dtype=tl.float32)
+    b_max = tl.full([BM], -float("inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BM], dtype=tl.float32)
+    # Read ahead, so that the addresses of keys and values never wait for it.
+    entry = tl.load(p_list + EDGE_BLOCKS, mask=count > 0, other=0)
+    for i in tl.range(0, count):
+        following = tl.load(p_list + EDGE_BLOCKS + 1 + i, mask=i + 1 < count, other=0)
+        start = entry >> 24
+        p_k, stride_k = first_of(k_own, k_fetched, start, num_own, stride_kt, stride_fkt)
+        p_v, stride_v = first_of(v_own, v_fetched, start, num_own, stride_vt, stride_fvt)
+        chose = ((entry.to(tl.int32) >> token) & 1) != 0
+        b_acc, b_max, b_sum = _attend_block(
+            b_acc, b_max, b_sum, b_q, p_k, p_v, stride_k, stride_v, chose, token, BLOCK,
+            scale_log2, False, APART, BLOCK, BN, DK, DV, PDK, PDV, PRECISION,
+        )  # fmt: skip
+        entry = following
+    first_edge = (position + 1) // BLOCK
+    for i in tl.range(0, EDGE_BLOCKS, num_stages=1):
+        entry = tl.load(p_list + i)
+        if entry != 0:
+            start = entry >> 24
+            p_k, stride_k = first_of(k_own, k_fetched, start, num_own, stride_kt, stride_fkt)
+            p_v, stride_v = first_of(v_own, v_fetched, start, num_own, stride_vt, stride_fvt)
+            chose = ((entry.to(tl.int32) >> token) & 1) != 0
+            b_seen = position + token + 1 - (first_edge + i) * BLOCK
+            limit = ((entry >> 16) & 255).to(tl.int32)
+            b_acc, b_max, b_sum = _attend_block(
+                b_acc, b_max, b_sum, b_q, p_k, p_v, stride_k, stride_v, chose, b_seen, limit,
+                scale_log2, True, APART, BLOCK, BN, DK, DV, PDK, PDV, PRECISION,
+            )  # fmt: skip
+
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # With nothing seen the maximum is -inf.
+    b_o = b_acc / b_sum[:, None]
+    b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
+    o_dv = tl.arange(0, PDV)
+    row_head = row * (G * R) + head
+    p_o = o + row_head[:, None] * DV + o_dv[None, :]
+    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_m[:, None] & (o_dv < DV)[None, :])
+    tl.store(lse + row_head, b_lse, mask=m_m)
+
+
+class _SelectedAttention(torch.autograd.Function):
+    """o = softmax(scale q k^T) v over the tokens <= t of the chosen blocks, and its log-sum-exp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k_own: Tensor,
+        v_own: Tensor,
+        k_fetched: Tensor,
+        v_fetched: Tensor,
+        selected: Tensor,
+        block_rows: Tensor,
+        block_lengths: Tensor,
+        segments: QuerySegments,
+        select_block: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        q = last_dim_contiguous(q)
+        sources = [near(x, select_block) for x in (k_own, v_own, k_fetched, v_fetched)]
+        selected, block_rows, block_lengths = (
+            last_dim_contiguous(x) for x in (selected, block_rows, block_lengths)
+        )
+        num_rows, heads, dk = q.shape
+        groups, dv = v_own.shape[1:]
+        o = q.new_empty(num_rows, heads, dv)
+        lse = q.new_empty(num_rows, heads, dtype=torch.float32)
+        if num_rows:
+            ratio = heads // groups
+            shape = walk_shape(q, v_own, select_block)
+            tokens, rows = token_tile(ratio)
+            tiles = query_tiles(segments, tokens, "selected_base").table
+            lists, counts = block_lists(
+                selected, block_rows, block_lengths, tiles, tokens, select_block
+            )
+            _forward_kernel[(len(tiles), groups)](
+                q, *sources, o, lse, tiles, lists, counts, k_own.shape[0], *q.stride()[:2],
+                *(stride for x in sources for stride in x.stride()[:2]), scale * LOG2E,
+                G=groups, R=ratio, LENGTH=lists.shape[-1], EDGE_BLOCKS=EDGES,
+                APART=selected.shape[-1] * select_block > PIECE * shape.keys,
+                BLOCK=select_block, BT=tokens, BM=rows, BN=shape.keys, DK=dk, DV=dv,
+                PDK=padded(dk), PDV=padded(dv), PRECISION=precision(q),
+                num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False,
+            )  # fmt: skip
+        ctx.save_for_backward(q, *sources, o, lse, selected, block_rows, block_lengths)
+        ctx.segments, ctx.select_block, ctx.scale = segments, select_block, scale
+        ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = selected_backward(
+            *ctx.saved_tensors,
+            last_dim_contiguous(grad_o),
+            ctx.segments,
+            ctx.select_block,
+            ctx.scale,
+        )
+        return *grads, None, None, None, None, None, None
+
+
+def selected_attention(
+    q: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    k_fetched: Tensor,
+    v_fetched: Tensor,
+    selected: Tensor,
+    block_rows: Tensor,
+    block_lengths: Tensor,
+    segments: QuerySegments,
+    *,
+    select_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `Backend.selected_attention`."""
+    assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
+    assert scale > 0, scale
+    return _SelectedAttention.apply(
+        q,
+        k_own,
+        v_own,
+        k_fetched,
+        v_fetched,
+        selected,
+        block_rows,
+        block_lengths,
+        segments,
+        select_block,
+        scale,
+    )

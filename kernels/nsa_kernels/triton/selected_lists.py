@@ -1,0 +1,273 @@
+"""Who meets whom in the selection branch: a tile's blocks, and a block's queries.
+
+Forward and dq take a tile of neighbouring tokens of one segment and walk the blocks that any of
+them chose, in ascending order: `block_lists`. dk and dv take a block and walk the queries that
+chose it, in the order of their rows: `query_lists`. Both are made on the device from the choice,
+with sizes that follow from shapes alone, so that nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.segments import QuerySegments
+from nsa_kernels.triton.tiles import last_dim_contiguous, padded
+
+# Most tokens of a tile: bits of an entry's mask.
+MOST_TOKENS = 16
+# Blocks at the start of a list of which not all tokens of the tile may see all.
+EDGES = 2
+
+
+@triton.jit
+def first_of(own, fetched, row, num_own, stride_own, stride_fetched):
+    """Pointer to a row counted through the own and then the fetched rows, and their stride.
+
+    The stride is int32: so many rows apart are less than 2^31 elements in a block, see `near`.
+    """
+    p_own = own + row * stride_own
+    p = fetched + (row - num_own) * stride_fetched
+    own_stride = tl.cast(stride_own, tl.int32)
+    stride = tl.cast(stride_fetched, tl.int32)
+    if row < num_own:
+        p = p_own
+        stride = own_stride
+    return p, stride
+
+
+@triton.jit
+def load_block(
+    p, stride, start, limit, BN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows start..start+BN-1 of a block in a tile of PADDED columns; with MASKED zeros from limit.
+
+    Rows behind the limit, which nobody may see, may be anything, also no memory of ours.
+    """
+    o_n = start + tl.arange(0, BN)
+    o_d = tl.arange(0, PADDED)
+    p_rows = p + o_n[:, None] * stride + o_d[None, :]
+    if MASKED:
+        mask = (o_n < limit)[:, None] & (o_d < WIDTH)[None, :]
+        b = tl.load(p_rows, mask=mask, other=0.0)
+    elif WIDTH != PADDED:
+        b = tl.load(p_rows, mask=(o_d < WIDTH)[None, :], other=0.0)
+    else:
+        b = tl.load(p_rows)
+    return b
+
+
+@triton.jit
+def _block_lists_kernel(
+    selected,
+    block_rows,
+    block_lengths,
+    tiles,
+    lists,
+    counts,
+    stride_selected,
+    stride_selected_group,
+    stride_rows,
+    G: tl.constexpr,
+    NUM: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+    EDGE_BLOCKS: tl.constexpr,
+):
+    """The list of one tile and group; see `BlockLists`. NUM chosen blocks a token, BC >= BT NUM."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    i_g = tl.program_id(1)
+    first_row = tl.load(tiles + i_tile * 4)
+    num_tokens = tl.load(tiles + i_tile * 4 + 1).to(tl.int32)
+    position = tl.load(tiles + i_tile * 4 + 2).to(tl.int32)
+    base = tl.load(tiles + i_tile * 4 + 3)
+    last = position + num_tokens - 1
+    first_edge = (position + 1) // BLOCK  # Blocks before are seen whole by all.
+    p_selected = selected + first_row * stride_selected + i_g * stride_selected_group
+    p_rows = block_rows + i_g * stride_rows + base
+    p_list = lists + (i_tile * G + i_g) * LENGTH
+
+    o_c = tl.arange(0, BC)
+    token = o_c // NUM
+    p_c = p_selected + token.to(tl.int64) * stride_selected + o_c % NUM
+    b_j = tl.load(p_c, mask=token < num_tokens, other=-1).to(tl.int32)
+    bit = (1 << token).to(tl.int32)
+
+    for i in tl.static_range(EDGE_BLOCKS):
+        j = first_edge + i
+        choosers = tl.sum(tl.where(b_j == j, bit, 0), 0)
+        here = choosers > 0
+        row = tl.load(p_rows + j, mask=here, other=0)
+        length = tl.load(block_lengths + base + j, mask=here, other=0).to(tl.int32)
+        length = tl.minimum(length, last + 1 - j * BLOCK)
+        entry = tl.where(here, row * 16777216 + length * 65536 + choosers, 0)
+        tl.store(p_list + i, entry)
+
+    inner = (b_j >= 0) & (b_j < first_edge)
+    b_j = tl.where(inner, b_j, 2147483647)
+    choosers = tl.zeros([BC], dtype=tl.int32)
+    place = tl.zeros([BC], dtype=tl.int32)  # How many of the tile's blocks come before.
+    for start in tl.range(0, BC, BK):
+        o_k = start + tl.arange(0, BK)
+        token_k = o_k // NUM
+        p_k = p_selected + token_k.to(tl.int64) * stride_selected + o_k % NUM
+        b_k = tl.load(p_k, mask=token_k < num_tokens, other=-1).to(tl.int32)
+        b_k = tl.where((b_k >= 0) & (b_k < first_edge), b_k, 2147483647)
+        same = b_j[:, None] == b_k[None, :]  # [BC, BK]
+        choosers += tl.sum(tl.where(same, (1 << token_k).to(tl.int32)[None, :], 0), 1)
+        # A block counts where the first token that chose it names it.
+        again = tl.max(tl.where(same & (o_c[:, None] < o_k[None, :]), 1, 0), 0)
+        counts_once = (again == 0) & (b_k != 2147483647)
+        before = counts_once[None, :] & (b_k[None, :] < b_j[:, None])
+        place += tl.sum(tl.where(before, 1, 0), 1)
+    first = inner & ((choosers & (bit - 1)) == 0)
+    row = tl.load(p_rows + b_j, mask=first, other=0)
+    entry = row * 16777216 + BLOCK * 65536 + choosers
+    tl.store(p_list + EDGE_BLOCKS + place, entry, mask=first)
+    tl.store(counts + i_tile * G + i_g, tl.sum(tl.where(first, 1, 0), 0))
+
+
+def near(x: Tensor, select_block: int) -> Tensor:
+    """x [rows, G, D] with a contiguous last dimension and blocks that span less than 2^31."""
+    x = last_dim_contiguous(x)
+    return x if x.stride(0) * select_block < 1 << 31 else x.contiguous()
+
+
+class WalkShape(NamedTuple):
+    """Keys of a tile, the warps of a program and the tiles in flight."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+def token_tile(ratio: int) -> tuple[int, int]:
+    """Tokens of a tile and rows of its matrix: 64 rows fill a Hopper matrix instruction.
+
+    Groups of one or two heads take fewer: tokens that choose differently share little.
+    """
+    tokens = min(MOST_TOKENS, 64 // ratio)
+    return tokens, max(16, triton.next_power_of_2(tokens * ratio))
+
+
+def walk_shape(q: Tensor, v: Tensor, select_block: int) -> WalkShape:
+    """Of the forward and dq kernels; by widths, l' and dtype only, for the promise of bits."""
+    width = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    if q.dtype == torch.float32:
+        return WalkShape(min(32, select_block), 4, 1)
+    if width > 128:
+        return WalkShape(min(32, select_block), 8, 2)
+    return WalkShape(min(64, select_block), 4, 3)
+
+
+class KeyShape(NamedTuple):
+    """Query rows and keys of a tile, the warps of a program and the tiles in flight."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def key_shape(q: Tensor, v: Tensor, select_block: int) -> KeyShape:
+    """Of the kernel of dk and dv; by widths, l' and dtype only."""
+    width = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    if q.dtype == torch.float32:
+        return KeyShape(32, min(32, select_block), 4, 1)
+    if width > 128:
+        return KeyShape(64, min(64, select_block), 8, 1)
+    return KeyShape(64, select_block, 8 if select_block > 64 else 4, 2)
+
+
+class BlockLists(NamedTuple):
+    """The blocks that a tile's tokens chose, for each tile and group.
+
+    lists: int64 [tiles, G, EDGES + BT*n], an entry a block: the row where it starts, above 8 bits
+    for how many of its tokens to load, above 16 bits for which tokens of the tile chose it.
+    First the EDGES blocks from the first one that not all tokens see whole (0: chosen by none),
+    then, ascending, the chosen blocks before those.
+    counts: int32 [tiles, G], how many come after the edges.
+    """
+
+    lists: Tensor
+    counts: Tensor
+
+
+def block_lists(
+    selected: Tensor,
+    block_rows: Tensor,
+    block_lengths: Tensor,
+    tiles: Tensor,
+    tokens: int,
+    select_block: int,
+) -> BlockLists:
+    """selected [N, G, n], block_rows [G, B], block_lengths [B], tiles of at most `tokens` rows."""
+    _, groups, num = selected.shape
+    candidates = triton.next_power_of_2(tokens * num)
+    length = EDGES + tokens * num
+    device = selected.device
+    lists = torch.empty(len(tiles), groups, length, dtype=torch.int64, device=device)
+    counts = torch.empty(len(tiles), groups, dtype=torch.int32, device=device)
+    warps = 1 if candidates <= 64 else 4
+    _block_lists_kernel[(len(tiles), groups)](
+        selected, block_rows, block_lengths, tiles, lists, counts, *selected.stride()[:2],
+        block_rows.stride(0), G=groups, NUM=num, LENGTH=length, BT=tokens, BLOCK=select_block,
+        BC=candidates, BK=min(candidates, max(2, 1024 * warps // candidates)), EDGE_BLOCKS=EDGES,
+        num_warps=warps,
+    )  # fmt: skip
+    return BlockLists(lists, counts)
+
+
+class QueryLists(NamedTuple):
+    """The queries that chose a block, for each group and block, and who walks which of them.
+
+    queries: int64 [N*G*n], a block's queries one after another in the order of rows: the row above
+    a bit for whether it sees more than one key, above 8 bits for how many of the block's it sees.
+    starts: int64 [G*B + 1], where those of (group, block) g*B + b begin.
+    ends: int64 [G*B], how many programs the blocks up to this one have.
+    owner: int64 [programs], the g*B + b of a program; G*B for one too many.
+    """
+
+    queries: Tensor
+    starts: Tensor
+    ends: Tensor
+    owner: Tensor
+
+
+def query_lists(
+    selected: Tensor,
+    block_lengths: Tensor,
+    segments: QuerySegments,
+    select_block: int,
+    most: int,
+) -> QueryLists:
+    """For programs that walk over at most `most` queries of a block each."""
+    num_rows, groups, _ = selected.shape
+    num_blocks = block_lengths.shape[0]
+    device = selected.device
+    none = groups * num_blocks
+    chosen = selected >= 0
+    ids = (selected + segments.selected_bases[:, None, None]).where(chosen, 0)
+    offset = torch.arange(groups, device=device) * num_blocks
+    keys = (ids + offset[:, None]).where(chosen, none).to(torch.int32)
+    seen = segments.positions[:, None, None] + 1 - selected.long() * select_block
+    seen = seen.clamp(min=0).minimum(block_lengths[ids])
+    seen += (seen.where(chosen, 0).sum(dim=-1, keepdim=True) > 1).long() * 256
+    rows = torch.arange(num_rows, device=device)[:, None, None]
+    # Equal keys stay in the order of rows.
+    keys, order = keys.flatten().sort(stable=True)
+    queries = (rows * 512 + seen).flatten()[order]
+    bounds = torch.arange(none + 1, dtype=torch.int32, device=device)
+    starts = torch.searchsorted(keys, bounds)
+    ends = ((starts.diff() + most - 1) // most).cumsum(0)
+    programs = min(none, keys.numel()) + keys.numel() // most
+    numbers = torch.arange(programs, device=device)
+    return QueryLists(queries, starts, ends, torch.searchsorted(ends, numbers, right=True))
