@@ -1,0 +1,457 @@
+"""The choice of blocks from the compressed attention's probabilities (Eq. 9 to 12, 2502.11089).
+
+Two kernels take turns over chunks of the query rows, so that the scores between them need no more
+than WORKSPACE_BYTES at any length:
+
+    score    p = exp(scale q.k - lse) of every visible key, summed over the heads of a group and,
+             weighted, over the keys of each selection block;
+    choose   the highest of a query's scores, by bisection over their bits.
+
+Scores of different blocks do not depend on each other, so that long rows of keys are shared among
+programs. A tile of scores is computed with keys as its rows and (head, token) as its columns: then
+all heads of a token are in the registers of one thread, and their sum costs additions alone. Every
+block is summed by the same additions in the same order, wherever it stands, so that equal
+probabilities give equal scores and ties fall as the definition says. Bits depend neither on the
+chunks nor on which queries share a program.
+
+A key counts for the selection block where it begins and, where compression blocks overlap, for the
+one after it. So there are up to two planes of sums: score[j] = own[j] + passed_on[j - 1].
+
+Letters: N local rows, H query heads, G KV heads, R = H/G, PR = R padded to a power of two, C keys,
+B selection blocks, n chosen blocks, l compress_block, d compress_stride, l' select_block.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.segments import QuerySegments
+from nsa_kernels.triton.tiles import padded, precision, query_tiles
+
+# Most bytes of the scores and candidates that are kept between kernels. Bits do not depend on it.
+WORKSPACE_BYTES = 256 << 20
+# Key tiles of one program of the score kernel; more are shared out.
+SPAN_TILES = 64
+# Most scores that one program of the choose kernel ranks; more are ranked in parts, whose best are
+# ranked again. At least twice the places to fill.
+MOST_COLUMNS = 4096
+# Scores that a warp ranks at once: several short lines.
+LINE_ELEMENTS = 1024
+
+
+@triton.jit
+def _score_tiles(
+    scores,
+    m_store,
+    b_q,
+    b_lse,
+    b_t,
+    k,
+    base,
+    begin,
+    end,
+    limit,
+    stride_kt,
+    pitch,
+    scale,
+    OFFSET: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    PR: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    DK: tl.constexpr,
+    PDK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The sums of each key tile in [begin, end), stored at scores [BT]."""
+    o_d = tl.arange(0, PDK)
+    o_in = tl.arange(0, PER_BLOCK)
+    # How many of the l/d strides of a key fall into the block it begins in, and into the next.
+    b_own = tl.minimum(PER_BLOCK - o_in, OVERLAP).to(tl.float32)
+    b_next = tl.maximum(OVERLAP - PER_BLOCK + o_in, 0).to(tl.float32)
+    for start in tl.range(begin, end, BN):
+        o_j = start + tl.arange(0, BN)
+        row = base + o_j.to(tl.int64)
+        p_k = k + row[:, None] * stride_kt + o_d[None, :]
+        if MASKED:
+            b_k = tl.load(p_k, mask=(o_j < limit)[:, None] & (o_d < DK)[None, :], other=0.0)
+        elif DK != PDK:
+            b_k = tl.load(p_k, mask=(o_d < DK)[None, :], other=0.0)
+        else:
+            b_k = tl.load(p_k)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+        # The difference before log2(e): the largest logit is near lse, where it loses nothing.
+        b_p = tl.exp2((b_s * scale - b_lse[None, :]) * 1.4426950408889634)
+        if MASKED:
+            b_p = tl.where(o_j[:, None] * STRIDE + OFFSET <= b_t[None, :], b_p, 0.0)
+        b_h = tl.sum(tl.reshape(b_p, [BN, PR, BT]), 1)  # [BN, BT]
+        b_h = tl.reshape(b_h, [BN // PER_BLOCK, PER_BLOCK, BT])
+        o_b = start // PER_BLOCK + tl.arange(0, BN // PER_BLOCK)
+        p_out = scores[None, :] + o_b[:, None]  # [BN / PER_BLOCK, BT]
+        tl.store(p_out, tl.sum(b_h * b_own[None, :, None], 1), mask=m_store[None, :])
+        if OVERLAP > 1:
+            tl.store(p_out + pitch, tl.sum(b_h * b_next[None, :, None], 1), mask=m_store[None, :])
+
+
+@triton.jit
+def _score_kernel(
+    q,
+    k,
+    lse,
+    scores,
+    tiles,
+    end_tile,
+    begin_row,
+    end_row,
+    pitch,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    scale,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    PR: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    PLANES: tl.constexpr,
+    SPAN: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    DK: tl.constexpr,
+    PDK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """scores [end_row - begin_row, G, PLANES, pitch] of a query tile's rows and a span of keys."""
+    # Late tokens see most: starting with them leaves the short programs for the end.
+    i_tile = end_tile - 1 - tl.program_id(0)
+    i_g = tl.program_id(1)
+    first_row = tl.load(tiles + i_tile * 4)
+    num_tokens = tl.load(tiles + i_tile * 4 + 1).to(tl.int32)
+    position = tl.load(tiles + i_tile * 4 + 2).to(tl.int32)
+    base = tl.load(tiles + i_tile * 4 + 3)
+
+    last = position + num_tokens - 1
+    limit = tl.maximum(last - OFFSET + STRIDE, 0) // STRIDE  # Keys that the last query sees.
+    shared = tl.maximum(position - OFFSET + STRIDE, 0) // STRIDE // BN * BN
+    begin = tl.program_id(2) * SPAN
+    end = tl.minimum(begin + SPAN, limit)
+    if begin >= end:
+        return
+    shared = tl.minimum(tl.maximum(shared, begin), end)  # Before: all tiles seen by all.
+
+    o_m = tl.arange(0, PR * BT)
+    o_t = tl.arange(0, BT)
+    o_d = tl.arange(0, PDK)
+    # Tokens run fastest, see above.
+    token, head = o_m % BT, o_m // BT
+    m_m = (token < num_tokens) & (head < R)
+    row = first_row + token
+    p_q = q + (row * stride_qt + (i_g * R + head) * stride_qh)[:, None] + o_d[None, :]
+    m_q = m_m[:, None]
+    if DK != PDK:
+        m_q = m_q & (o_d < DK)[None, :]
+    b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, PDK]
+    # Infinity makes the probabilities of columns that are no head's zero.
+    b_lse = tl.load(lse + row * (G * R) + i_g * R + head, mask=m_m, other=float("inf"))
+    row_t = first_row + o_t
+    m_store = (o_t < num_tokens) & (row_t >= begin_row) & (row_t < end_row)
+    p_scores = scores + ((row_t - begin_row) * G + i_g) * PLANES * pitch  # [BT]
+    k += i_g * stride_kh
+    _score_tiles(
+        p_scores, m_store, b_q, b_lse, position + token, k, base, begin, shared, limit,
+        stride_kt, pitch, scale, OFFSET, STRIDE, PER_BLOCK, OVERLAP, False,
+        PR, BT, BN, DK, PDK, PRECISION,
+    )  # fmt: skip
+    _score_tiles(
+        p_scores, m_store, b_q, b_lse, position + token, k, base, shared, end, limit,
+        stride_kt, pitch, scale, OFFSET, STRIDE, PER_BLOCK, OVERLAP, True,
+        PR, BT, BN, DK, PDK, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _highest(b_key, want):
+    """Which `want` [L] of the keys >= 0 [L, W] are the highest, the first of equal ones.
+
+    All of them when there are fewer. Returns whether a key is one, how many of the line are, and
+    how many of those are before it.
+    """
+    # Invariant: count = keys >= low, and fewer than `want` keys are >= high.
+    low = want * 0
+    high = tl.max(b_key, 1) + 1
+    count = tl.sum((b_key >= 0).to(tl.int32), 1)
+    left = tl.max(((count > want) & (high - low > 1)).to(tl.int32), 0)
+    while left > 0:
+        middle = low + (high - low) // 2
+        above = tl.sum((b_key >= middle[:, None]).to(tl.int32), 1)
+        done = (count <= want) | (high - low <= 1)
+        enough = above >= want
+        high = tl.where(done | enough, high, middle)
+        enough = enough & (done == 0)
+        low = tl.where(enough, middle, low)
+        count = tl.where(enough, above, count)
+        left = tl.max(((count > want) & (high - low > 1)).to(tl.int32), 0)
+    above = (b_key > low[:, None]).to(tl.int32)
+    equal = (b_key == low[:, None]).to(tl.int32)
+    num_above = tl.sum(above, 1)
+    num_equal = tl.minimum(want - num_above, tl.sum(equal, 1))
+    before = tl.cumsum(above | (equal << 16), 1)  # W < 2^15: both counts in one.
+    equal_before = (before >> 16) - equal
+    above_before = (before & 0xFFFF) - above
+    chosen = (above > 0) | ((equal > 0) & (equal_before < num_equal[:, None]))
+    return (
+        chosen,
+        num_above + num_equal,
+        above_before + tl.minimum(equal_before, num_equal[:, None]),
+    )
+
+
+@triton.jit
+def _choose_kernel(
+    scores,
+    found,
+    out,
+    positions,
+    begin_row,
+    num_lines,
+    num_found,
+    pitch,
+    G: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    PLANES: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    NUM_SELECTED: tl.constexpr,
+    PN: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
+):
+    """The best blocks of L lines among W scores each, or among W of those found before.
+
+    A line is a query and KV head. FIRST: reads scores [lines, PLANES, pitch]; else found int32
+    [lines, 2, num_found]: the bits of scores, -1 for none, and their blocks, ascending. LAST:
+    writes out [N, G, n], with the forced blocks; else out is what another launch finds there, n for
+    each program.
+    """
+    i_part = tl.program_id(1)
+    o_w = i_part * W + tl.arange(0, W)
+    o_n = tl.arange(0, PN)
+    line = tl.program_id(0) * L + tl.arange(0, L)
+    m_l = line < num_lines
+    t = tl.load(positions + begin_row + line // G, mask=m_l, other=0).to(tl.int32)
+    num_blocks = t // (PER_BLOCK * STRIDE) + 1
+    # Eligible blocks: forced [0, first), free [first, end), forced [end, num_blocks).
+    first = tl.minimum(num_blocks, INIT)
+    end = tl.maximum(num_blocks - LOCAL, first)
+    want = tl.maximum(NUM_SELECTED - first - (num_blocks - end), 0)
+    o_line = line.to(tl.int64)
+
+    if FIRST:
+        # Blocks where no visible key begins have no sum, and their rows were never written.
+        num_keys = tl.maximum(t - OFFSET + STRIDE, 0) // STRIDE
+        written = tl.cdiv(num_keys, PER_BLOCK)[:, None]
+        m_w = m_l[:, None] & (o_w >= first[:, None]) & (o_w < end[:, None])  # [L, W]
+        p_s = scores + (o_line * PLANES * pitch)[:, None] + o_w
+        b_score = tl.load(p_s, mask=m_w & (o_w < written), other=0.0)
+        if PLANES > 1:
+            m_next = m_w & (o_w >= 1) & (o_w <= written)
+            b_score += tl.load(p_s + (pitch - 1), mask=m_next, other=0.0)
+        # Bits of floats that are not negative are in the order of the floats; NaN scores 0.
+        b_score = tl.where(b_score > 0.0, b_score, 0.0)
+        b_key = tl.where(m_w, b_score.to(tl.int32, bitcast=True), -1)
+        b_block = tl.broadcast_to(o_w[None, :], [L, W])
+    else:
+        p_found = found + (o_line * 2 * num_found)[:, None] + o_w
+        m_w = m_l[:, None] & (o_w < num_found)
+        b_key = tl.load(p_found, mask=m_w, other=-1)
+        b_block = tl.load(p_found + num_found, mask=m_w, other=-1)
+
+    m_chosen, num_chosen, b_place = _highest(b_key, want)
+    if LAST:
+        p_out = out + ((begin_row * G + o_line) * NUM_SELECTED)[:, None]
+        # Ascending: the free blocks are those between the forced ones.
+        tl.store(p_out + first[:, None] + b_place, b_block, mask=m_chosen)
+        b_local = (end - first - num_chosen)[:, None] + o_n
+        m_first = o_n < first[:, None]
+        b_rest = tl.where(m_first, o_n, tl.where(b_local < num_blocks[:, None], b_local, -1))
+        m_rest = (m_first | (o_n >= (first + num_chosen)[:, None])) & (o_n < NUM_SELECTED)
+        tl.store(p_out + o_n, b_rest, mask=m_rest & m_l[:, None])
+    else:
+        num_out = tl.num_programs(1) * NUM_SELECTED
+        p_out = out + (o_line * 2 * num_out + i_part * NUM_SELECTED)[:, None]
+        tl.store(p_out + b_place, b_key, mask=m_chosen)
+        tl.store(p_out + num_out + b_place, b_block, mask=m_chosen)
+        m_rest = (o_n >= num_chosen[:, None]) & (o_n < NUM_SELECTED) & m_l[:, None]
+        tl.store(p_out + o_n, tl.full([L, PN], -1, tl.int32), mask=m_rest)
+
+
+class _Shape(NamedTuple):
+    """columns: (head, token) pairs of a tile of scores; keys: its rows."""
+
+    columns: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def _shape(q: Tensor) -> _Shape:
+    if q.dtype == torch.float32:
+        return _Shape(columns=32, keys=64, warps=4, stages=2)
+    if padded(q.shape[-1]) <= 128:
+        return _Shape(columns=128, keys=64, warps=4, stages=2)
+    return _Shape(columns=64, keys=64, warps=4, stages=2)
+
+
+class _Chunk(NamedTuple):
+    """Query rows [begin, end), of which none has more than `blocks` blocks to choose from."""
+
+    begin: int
+    end: int
+    blocks: int
+
+
+def _chunks(segments: QuerySegments, size: int, select_block: int) -> Iterator[_Chunk]:
+    begin, blocks, left = 0, 0, size
+    for segment in segments.rows:
+        done = 0
+        while done < segment.length:
+            step = min(left, segment.length - done)
+            done += step
+            left -= step
+            blocks = max(blocks, (segment.position + done - 1) // select_block + 1)
+            if not left:
+                end = segment.start + done
+                yield _Chunk(begin, end, blocks)
+                begin, blocks, left = end, 0, size
+    if begin < segments.num_queries:
+        yield _Chunk(begin, segments.num_queries, blocks)
+
+
+def _pitch(blocks: int) -> int:
+    """Scores of a row: whole tiles of any shape."""
+    return triton.cdiv(blocks, 64) * 64
+
+
+def _row_bytes(blocks: int, groups: int, planes: int, num_selected: int) -> int:
+    """Workspace of a query row: scores and, where they are ranked in parts, what these hand on."""
+    parts = triton.cdiv(blocks, MOST_COLUMNS)
+    # 8 bytes for each block found; what later launches find of these is less than as much again.
+    found = 16 * parts * num_selected if parts > 1 else 0
+    return groups * (4 * planes * _pitch(blocks) + found)
+
+
+def _chunk_rows(blocks: int, groups: int, planes: int, num_selected: int) -> int:
+    return max(1, WORKSPACE_BYTES // _row_bytes(blocks, groups, planes, num_selected))
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    segments: QuerySegments,
+    *,
+    block: int,
+    stride: int,
+    select_block: int,
+    num_selected: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    scale: float,
+) -> Tensor:
+    """See `Backend.select_blocks`.
+
+    Its workspace is rows x G x (4 planes ceil64(B) + 16 ceil(B / 4096) n) bytes, the second part
+    only where B > 4096: planes is 1 where l = d and else 2, B the blocks of the longest row, rows
+    as many as make at most WORKSPACE_BYTES, and at least one.
+    """
+    assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
+    groups = k.shape[1]
+    selected = torch.empty((q.shape[0], groups, num_selected), dtype=torch.int32, device=q.device)
+    if not selected.numel():
+        return selected
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    lse = lse.contiguous()
+    planes = 1 if block == stride else 2
+    longest = max(s.position + s.length - 1 for s in segments.rows if s.length)
+    blocks = longest // select_block + 1
+    size = min(_chunk_rows(blocks, groups, planes, num_selected), q.shape[0])
+    workspace = torch.empty(
+        size * groups * planes * _pitch(blocks), dtype=torch.float32, device=q.device
+    )
+    shape = _shape(q)
+    head_columns = triton.next_power_of_2(q.shape[1] // groups)
+    tokens = shape.columns // head_columns
+    tiles = query_tiles(segments, tokens, "compressed_base")
+    starts = [row[0] for row in tiles.rows]
+    config = {
+        "G": groups,
+        "OFFSET": block - 1,
+        "STRIDE": stride,
+        "PER_BLOCK": select_block // stride,
+        "PLANES": planes,
+    }
+    for chunk in _chunks(segments, size, select_block):
+        pitch = _pitch(chunk.blocks)
+        first_tile = bisect.bisect_right(starts, chunk.begin) - 1
+        end_tile = bisect.bisect_left(starts, chunk.end)
+        spans = triton.cdiv(chunk.blocks * config["PER_BLOCK"], SPAN_TILES * shape.keys)
+        _score_kernel[(end_tile - first_tile, groups, spans)](
+            q, k, lse, workspace, tiles.table, end_tile, chunk.begin, chunk.end, pitch,
+            *q.stride()[:2], *k.stride()[:2], scale, R=q.shape[1] // groups, PR=head_columns,
+            OVERLAP=block // stride, SPAN=SPAN_TILES * shape.keys, BT=tokens, BN=shape.keys,
+            DK=q.shape[-1], PDK=padded(q.shape[-1]), PRECISION=precision(q), **config,
+            num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+        _choose(workspace, selected, segments.positions, chunk, num_init_blocks, num_local_blocks,
+                config)  # fmt: skip
+    return selected
+
+
+def _choose(
+    scores: Tensor,
+    selected: Tensor,
+    positions: Tensor,
+    chunk: _Chunk,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    config: dict[str, int],
+) -> None:
+    """Ranks the scores of a chunk, and what their parts hand on until there is one part."""
+    _, groups, num_selected = selected.shape
+    rows = chunk.end - chunk.begin
+    found, count = selected, chunk.blocks
+    while True:
+        first = found is selected
+        parts = triton.cdiv(count, MOST_COLUMNS)
+        width = min(max(16, triton.next_power_of_2(count)), MOST_COLUMNS)
+        out = selected
+        if parts > 1:
+            out = selected.new_empty(rows * groups * 2 * parts * num_selected)
+        lines = max(1, LINE_ELEMENTS // width)
+        _choose_kernel[(triton.cdiv(rows * groups, lines), parts)](
+            scores, found, out, positions, chunk.begin, rows * groups, count, _pitch(chunk.blocks),
+            INIT=num_init_blocks, LOCAL=num_local_blocks, NUM_SELECTED=num_selected,
+            PN=triton.next_power_of_2(num_selected), FIRST=first, LAST=parts == 1,
+            L=lines, W=width, **config, num_warps=max(1, width // LINE_ELEMENTS),
+        )  # fmt: skip
+        if parts == 1:
+            return
+        found, count = out, parts * num_selected

@@ -1,0 +1,367 @@
+"""The choice of blocks: by float64 scores where scores round, else as the oracle chooses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_kernels import QuerySegments, pytorch
+from nsa_kernels.reference import (
+    block_scores,
+    compressed_mask,
+    masked_softmax,
+    num_compressed,
+    select_blocks,
+)
+from nsa_kernels.triton import block_selection
+from tests.ops.op_cases import CASES, Case, Layout, case_id, fill, largest, random
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda")]
+
+
+@pytest.fixture(autouse=True)
+def _many_lines_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation takes the interpreter as long on one line as on a thousand."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(block_selection, "LINE_ELEMENTS", 1 << 13)
+
+
+@pytest.fixture
+def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a few rows, whose ends are not those of tiles, and lines ranked in parts."""
+    monkeypatch.setattr(block_selection, "WORKSPACE_BYTES", 47 * 1024)
+    monkeypatch.setattr(block_selection, "MOST_COLUMNS", 16)
+    monkeypatch.setattr(block_selection, "SPAN_TILES", 1)
+
+
+def choose(
+    case: Case, segments: QuerySegments, q: Tensor, k: Tensor, init: int = 1, local: int = 2
+) -> Tensor:
+    """int32 [N, G, n], with a log-sum-exp from elsewhere."""
+    blocks = {"block": case.block, "stride": case.stride, "scale": case.scale}
+    _, lse = pytorch.compressed_attention(q, k, k, segments, **blocks)
+    selected = block_selection.select_blocks(
+        q.to(DEVICE),
+        k.to(DEVICE),
+        lse.to(DEVICE),
+        segments.to(DEVICE),
+        select_block=case.select_block,
+        num_selected=case.num_selected,
+        num_init_blocks=init,
+        num_local_blocks=local,
+        **blocks,
+    )
+    return selected.cpu()
+
+
+def one(length: int) -> QuerySegments:
+    return QuerySegments.from_rows([(0, length, 0, 0, 0, 0)])
+
+
+def scores(case: Case, document: int, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
+    """[S, G, B] by the dense code in `dtype`, of the whole stream's q and compressed k."""
+    tokens = slice(case.bounds[document], case.bounds[document + 1])
+    keys = slice(case.compressed_bounds[document], case.compressed_bounds[document + 1])
+    mask = compressed_mask(case.documents[document], case.block, case.stride, q.device)
+    probs, _ = masked_softmax(q[tokens].to(dtype), k[keys].to(dtype), mask, case.scale)
+    return block_scores(probs, case.options)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    """q of the stream, compressed k of its documents."""
+    count = case.compressed_bounds[-1]
+    q = random(sum(case.documents), case.heads, case.key_width, dtype=dtype, gain=gain)
+    return q, random(count, case.groups, case.key_width, dtype=dtype)
+
+
+def assert_well_formed(
+    case: Case, selected: Tensor, positions: Tensor, init: int, local: int
+) -> None:
+    """Ascending, eligible, no more and no fewer than there are, -1 at the end, the forced there."""
+    eligible = positions // case.select_block + 1
+    for row, count in zip(selected, eligible.tolist(), strict=True):
+        for choice in row.tolist():
+            chosen = choice[: min(case.num_selected, count)]
+            assert chosen == sorted(set(chosen))
+            assert chosen[0] >= 0
+            assert chosen[-1] < count
+            assert choice[len(chosen) :] == [-1] * (case.num_selected - len(chosen))
+            forced = {*range(min(init, count)), *range(max(0, count - local), count)}
+            assert forced <= set(chosen)
+
+
+def assert_highest(
+    case: Case, selected: Tensor, q: Tensor, k: Tensor, init: int = 1, local: int = 2
+) -> None:
+    """Among blocks not forced, in float64: no unchosen one above a chosen one by more than tau,
+    4 x the largest error of the plain code's scores in this dtype."""
+    assert selected.dtype == torch.int32
+    assert selected.shape == (case.run_bounds[-1], case.groups, case.num_selected)
+    start = 0
+    for document, position, length in case.local_runs:
+        own = selected[start : start + length].long()
+        start += length
+        if not length:
+            continue
+        t = torch.arange(position, position + length)
+        assert_well_formed(case, own, t, init, local)
+        exact = scores(case, document, q, k, torch.float64)
+        tau = 4 * (scores(case, document, q, k, q.dtype).double() - exact).abs().max()
+        exact = exact[position : position + length]
+        num_blocks = exact.shape[-1]
+        last = (t // case.select_block)[:, None, None]
+        block = torch.arange(num_blocks)
+        free = (block >= init) & (block <= last - local)
+        chosen = torch.zeros(length, case.groups, num_blocks + 1, dtype=torch.bool)
+        chosen.scatter_(-1, own.where(own >= 0, num_blocks), True)
+        chosen = chosen[..., :-1]
+        worst_chosen = exact.masked_fill(~(chosen & free), math.inf).amin(dim=-1)
+        best_left = exact.masked_fill(chosen | ~free, -math.inf).amax(dim=-1)
+        assert (best_left - worst_chosen <= tau).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_chosen_scores_are_the_highest(case: Case, dtype: torch.dtype) -> None:
+    layout = Layout(case)
+    q, k = make_inputs(case, dtype)
+    selected = choose(case, layout.segments, q[case.local_rows], fill(k, layout.compressed_index))
+    assert_highest(case, selected, q, k)
+
+
+def small(name: str, **options: int) -> Case:
+    blocks = {"block": 4, "stride": 2, "select_block": 4, "heads": 2, "groups": 1}
+    return Case(name, (70, 33), ((0, 11, 59), (1, 0, 33)), **{**blocks, **options})
+
+
+OPTIONS = [
+    *[small(f"heads_{r}", heads=2 * r, groups=2) for r in (1, 3, 8)],
+    *[small(f"heads_{r}", heads=r) for r in (12, 16, 32)],
+    *[small(f"width_{d}", key_width=d) for d in (64, 80, 96, 128, 192, 256)],
+    *[small(f"chosen_{n}", num_selected=n) for n in (3, 5, 16, 64)],
+    small("no_overlap", block=8, stride=8, select_block=8),
+    small("no_overlap_of_4", block=4, stride=4, select_block=16),
+    small("overlap_4", block=8, stride=2, select_block=8),
+    small("overlap_8_of_8", block=16, stride=2, select_block=16),
+    small("overlap_2_of_16", block=4, stride=2, select_block=32),
+    small("overlap_32_of_64", block=64, stride=2, select_block=128),
+]
+
+
+@pytest.mark.parametrize("case", OPTIONS, ids=case_id)
+def test_options(case: Case) -> None:
+    layout = Layout(case)
+    q, k = make_inputs(case, torch.float32)
+    selected = choose(case, layout.segments, q[case.local_rows], fill(k, layout.compressed_index))
+    assert_highest(case, selected, q, k)
+
+
+@pytest.mark.parametrize(("init", "local"), [(0, 1), (0, 4), (3, 1), (2, 2)])
+def test_forced_blocks(init: int, local: int) -> None:
+    case = small("forced")
+    q, k = make_inputs(case, torch.float32)
+    keys = fill(k, Layout(case).compressed_index)
+    selected = choose(case, Layout(case).segments, q[case.local_rows], keys, init, local)
+    assert_highest(case, selected, q, k, init, local)
+
+
+def exact_inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each head reads a channel of its own, in which some keys outshine all before them: the last
+    of these has probability 1 to the bit, all others 0, and most blocks tie."""
+    group = case.heads // case.groups
+    q = torch.zeros(sum(case.documents), case.groups, group, case.key_width, dtype=dtype)
+    for r in range(group):
+        q[:, :, r, r] = 2048.0
+    shape = case.compressed_bounds[-1], case.groups, case.key_width
+    shines = torch.rand(shape) < 0.2
+    k = torch.where(shines, torch.arange(shape[0])[:, None, None] + 1.0, -1.0).to(dtype)
+    assert shape[0] < 256  # exact in bfloat16
+    return q.flatten(1, 2), k
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(CASES[0], num_selected=5),
+        replace(CASES[2], num_selected=6),
+        Case("no_overlap", (99, 64), block=4, stride=4, select_block=8, num_selected=5),
+        Case("much_overlap", (99, 64), block=8, stride=1, select_block=8, num_selected=5),
+    ],
+    ids=case_id,
+)
+@pytest.mark.parametrize(("init", "local"), [(1, 2), (0, 1), (3, 2)])
+def test_equals_the_oracle_where_scores_are_exact(
+    case: Case, dtype: torch.dtype, init: int, local: int
+) -> None:
+    layout = Layout(case)
+    q, k = exact_inputs(case, dtype)
+    options = replace(case.options, num_init_blocks=init, num_local_blocks=local)
+    expected = torch.cat(
+        [
+            select_blocks(scores(case, number, q, k, torch.float64), options)
+            for number in range(len(case.documents))
+        ]
+    )[case.local_rows]
+    keys = fill(k, layout.compressed_index)
+    selected = choose(case, layout.segments, q[case.local_rows], keys, init, local)
+    assert torch.equal(selected, expected)
+
+
+@pytest.mark.usefixtures("_same_bits_in_any_row")
+@pytest.mark.parametrize("gain", [0.0, 0.3])  # 0.3: probabilities that no float holds
+def test_trap_ties(gain: float) -> None:
+    """All keys equal: every inner block scores the same, and the lowest win."""
+    case = Case("one", (144,), block=4, stride=4, select_block=16, num_selected=5)
+    q = torch.full((144, case.heads, case.key_width), gain)
+    k = torch.full((36, case.groups, case.key_width), gain)
+    selected = choose(case, one(144), q, k)
+    # Complete blocks tie; the query's own may not be complete, and the first is forced.
+    expected = torch.tensor([0, 1, 2, 7, 8], dtype=torch.int32)
+    assert torch.equal(selected[143], expected.expand(case.groups, -1))
+    assert torch.equal(selected[16 * 6, 0], torch.tensor([0, 1, 2, 5, 6], dtype=torch.int32))
+
+
+@pytest.mark.usefixtures("small_workspace")
+def test_trap_ties_between_parts() -> None:
+    """No score but the forced blocks': the lowest win, in whichever parts of the line they are."""
+    case = small("ties", num_selected=4)
+    q = torch.zeros(70, case.heads, case.key_width)
+    k = torch.zeros(num_compressed(70, 4, 2), 1, case.key_width)
+    selected = choose(case, one(70), q, k, init=0, local=1)
+    # Block 0 has one key less in front of it than the others.
+    assert selected[69, 0].tolist() == [1, 2, 3, 17]
+
+
+def test_trap_k_larger_than_the_blocks_there_are() -> None:
+    case = Case("one", (70,), num_selected=9)
+    q, k = make_inputs(case, torch.float32)
+    selected = choose(case, one(70), q, k)
+    block = torch.arange(9, dtype=torch.int32)
+    eligible = torch.arange(70)[:, None, None] // 16
+    assert torch.equal(selected, block.where(block <= eligible, -1).expand(-1, 2, -1))
+
+
+@pytest.mark.parametrize(("shining", "expected"), [(7, [0, 3, 9]), (8, [0, 4, 9])])
+def test_trap_eq_9_sign(shining: int, expected: list[int]) -> None:
+    """Block j is touched by compression blocks 2j-1, 2j, 2j+1 (l = l' = 8, d = 4): the one before
+    it counts for it too, and the one after it does not."""
+    case = Case("one", (80,), heads=1, groups=1, block=8, stride=4, select_block=8, num_selected=3)
+    q = torch.zeros(80, 1, case.key_width)
+    q[..., 0] = 1000.0
+    k = torch.zeros(num_compressed(80, 8, 4), 1, case.key_width)
+    k[shining, 0, 0] = 1.0
+    selected = choose(case, one(80), q, k, init=1, local=1)
+    # 7 is tokens 28..35, in blocks 3 and 4: a tie, and the lower one wins.
+    assert selected[79, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("documents", [(), (0,), (1, 3, 2)], ids=str)
+def test_documents_without_compressed_tokens(documents: tuple[int, ...]) -> None:
+    case = Case("short", documents)
+    q, k = make_inputs(case, torch.float32)
+    selected = choose(case, Layout(case).segments, q, k[:0])
+    expected = torch.tensor([0, -1, -1, -1], dtype=torch.int32)
+    assert torch.equal(selected, expected.expand(sum(documents), case.groups, -1))
+
+
+@pytest.mark.parametrize("value", ["huge", "inf", "nan"])
+def test_future_and_other_documents_change_no_choice(value: str) -> None:
+    case = Case("two", (110, 50))
+    layout = Layout(case)
+    q, k = make_inputs(case, torch.float32)
+    keys = fill(k, layout.compressed_index)
+    before = choose(case, layout.segments, q, keys)
+    bad = {"huge": largest(torch.float32), "inf": math.inf, "nan": math.nan}[value]
+    for t in (48, 100):
+        disturbed, q_disturbed = keys.clone(), q.clone()
+        disturbed[layout.compressed_index * case.stride + case.block - 1 > t] *= -bad
+        q_disturbed[t + 1 :] *= -3
+        after = choose(case, layout.segments, q_disturbed, disturbed)
+        assert torch.equal(before[: t + 1], after[: t + 1])
+        # Whoever sees what is not finite still gets blocks that exist.
+        assert_well_formed(case, after[:110].long(), torch.arange(110), 1, 2)
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """What `run` returns, and the scores in its workspace, [N, G, planes, pitch]."""
+    chunks = []
+    rank = block_selection._choose
+
+    def keep(work: Tensor, selected: Tensor, positions: Tensor, chunk: object, *rest: object):
+        begin, end, blocks = chunk
+        shape = end - begin, selected.shape[1], rest[-1]["PLANES"], block_selection._pitch(blocks)
+        chunks.append(work[: math.prod(shape)].view(shape).cpu().clone())
+        rank(work, selected, positions, chunk, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block_selection, "_choose", keep)
+        selected = run()
+    pitch = max(x.shape[-1] for x in chunks)
+    pad = [torch.nn.functional.pad(x, (0, pitch - x.shape[-1])) for x in chunks]
+    return selected, torch.cat(pad)
+
+
+@pytest.mark.usefixtures("_same_bits_in_any_row")
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_bits_do_not_depend_on_split_chunks_or_parts(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Every score and choice of a row, from one segment and from pieces of a document."""
+    case = small("split", heads=8, num_selected=6)
+    case = replace(case, documents=(133,), runs=())
+    q, k = make_inputs(case, dtype)
+    expected, whole = captured(monkeypatch, lambda: choose(case, one(133), q, k))
+    assert_highest(case, expected, q, k)
+    cut = replace(case, runs=((0, 100, 33), (0, 3, 41), (0, 64, 1), (0, 97, 2)))
+    layout = Layout(cut)
+    rows = cut.local_rows
+    keys = fill(k, layout.compressed_index)
+    request.getfixturevalue("small_workspace")
+    selected, parts = captured(monkeypatch, lambda: choose(cut, layout.segments, q[rows], keys))
+    assert torch.equal(selected, expected[rows])
+    block = torch.arange(whole.shape[-1])
+    visible = (rows - case.block + case.stride).clamp(min=0) // case.stride
+    written = block * (case.select_block // case.stride) < visible[:, None, None, None]
+    a, b = (x.masked_fill(~written, 0.0) for x in (parts[..., : len(block)], whole[rows]))
+    assert written.any()
+    assert torch.equal(a, b)
+
+
+def test_strided_inputs() -> None:
+    case = small("strides", heads=8, groups=2)
+    layout = Layout(case)
+    q, k = make_inputs(case, torch.float32)
+    q, k = q[case.local_rows], fill(k, layout.compressed_index)
+    expected = choose(case, layout.segments, q, k)
+    fused = torch.cat([k.new_full((q.shape[0], 3, 16), math.nan), q], dim=1)[:, 3:]
+    turned = k.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not fused.is_contiguous()
+    assert turned.stride(-1) != 1
+    for a, b in ((fused, k), (q, turned), (fused, k.transpose(0, 1).contiguous().transpose(0, 1))):
+        assert torch.equal(choose(case, layout.segments, a, b), expected)
+
+
+def test_has_no_gradient() -> None:
+    case = small("one")
+    q, k = (x.requires_grad_() for x in make_inputs(case, torch.float32))
+    selected = choose(case, one(70), q[:70], k[: num_compressed(70, 4, 2)])
+    assert not selected.requires_grad
+
+
+def test_workspace_is_bounded() -> None:
+    """At any length, and for no row less than one of the workspace."""
+    for blocks, groups, num_selected in ((1 << 20, 4, 64), (1 << 10, 32, 16)):
+        pitch = block_selection._pitch(blocks)
+        assert pitch >= blocks
+        size = block_selection._chunk_rows(blocks, groups, 2, num_selected)
+        bytes_used = block_selection._row_bytes(blocks, groups, 2, num_selected) * size
+        assert size >= 1
+        assert bytes_used <= 256 << 20
