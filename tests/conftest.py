@@ -13,6 +13,10 @@ import torch
 
 from tests.distributed.ranks import Ranks
 
+# Without a GPU kernels run in Triton's interpreter. Triton reads this when it is imported, which
+# torch does below.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Many tests start processes of their own, and one thread fixes the order of every sum.
 torch.set_num_threads(1)
 # Also fills uninitialised tensors with NaN, so that a read of memory never written shows.

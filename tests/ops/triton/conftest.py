@@ -1,0 +1,40 @@
+"""Kernels run natively where there is a GPU, else in Triton's interpreter under a guard."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+INTERPRETED = not torch.cuda.is_available()
+if find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
+elif INTERPRETED:
+    assert os.environ.get("TRITON_INTERPRET") == "1", "set where all tests begin"
+
+
+@pytest.fixture(autouse=True)
+def _guard() -> Iterator[None]:
+    """Out-of-bounds accesses, races between programs and int32 overflow fail the test."""
+    if INTERPRETED:
+        from tests.ops.triton.guard import guarded
+
+        with guarded():
+            yield
+    else:
+        yield
+
+
+@pytest.fixture
+def _same_bits_in_any_row() -> Iterator[None]:
+    """For tests that compare bits: a dot's row must not depend on where it stands in the tile."""
+    if INTERPRETED:
+        from tests.ops.triton.guard import fixed_order_dot
+
+        with fixed_order_dot():
+            yield
+    else:
+        yield
