@@ -222,7 +222,7 @@ class NativeSparseAttention(nn.Module):
         attended, details = result if isinstance(result, tuple) else (result, None)
         out = self.o_proj(attended.flatten(2))
         if self.training and self.dropout > 0:
-            seed = torch.randint(1 << 62, ()).to(x.device)
+            seed = torch.randint(1 << 62, (), device="cpu").to(x.device)
             flat = out.flatten(0, 1)
             flat = token_dropout(flat, self.dropout, seed, plan.documents, plan.positions)
             out = flat.unflatten(0, rows)

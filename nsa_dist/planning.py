@@ -140,7 +140,8 @@ def get_plan(
     stamp = agree(values, problem, group, counter)
     assert cut is not None
     # A training step may be the next to find this plan, and autograd saves no inference tensors.
-    with torch.inference_mode(False):
+    # Whatever the default device is: plans are made on the host.
+    with torch.inference_mode(False), torch.device("cpu"):
         own = None if cu_seqlens is None else cu_seqlens.clone()
         plan = build_plan(config, cut, group.rank, group.size, batch, length, own)
         plan = replace(plan.to(device), fingerprint=stamp)

@@ -21,7 +21,8 @@ def inverse_frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
     section 3.2 (yarn).
     """
     dim = config.rotary_dim(head_dim)
-    exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    cpu = torch.device("cpu")  # Whatever the default device is.
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=cpu) / dim
     frequency = config.theta**-exponent
     if config.scaling == "none":
         return frequency
@@ -41,7 +42,7 @@ def inverse_frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
 
     first = max(math.floor(pair_of(config.beta_fast)), 0)
     last = min(math.ceil(pair_of(config.beta_slow)), dim - 1)
-    pairs = torch.arange(dim // 2, dtype=torch.float64)
+    pairs = torch.arange(dim // 2, dtype=torch.float64, device=cpu)
     stretch = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
     return stretch * stretched + (1 - stretch) * frequency
 

@@ -128,29 +128,30 @@ def make_sharding(
         if problem is not None:
             raise ValueError(problem)
 
-    multiple = cut.multiple
-    if cut.per_document and cu_seqlens is not None:
-        lengths = cu_seqlens.long().diff()
-        padded_lengths = (lengths + multiple - 1) // multiple * multiple
-        padded_length = int(padded_lengths.sum())
-        start = torch.repeat_interleave(padded_lengths.cumsum(0) - padded_lengths, lengths)
-        column = (
-            start
-            + torch.arange(length)
-            - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        )
-        ends = padded_lengths.cumsum(0)
-        cu_seqlens = torch.cat((ends.new_zeros(1), ends)).int()
-    else:
-        padded_length = (length + multiple - 1) // multiple * multiple
-        column = torch.arange(length)
-        if cu_seqlens is not None and padded_length > length:
-            cu_seqlens = torch.cat((cu_seqlens, cu_seqlens.new_tensor([padded_length])))
-    source = torch.full((padded_length,), -1, dtype=torch.int64)
-    source[column] = torch.arange(length)
-    columns = [
-        local_indices(cut, rank, 1, padded_length, cu_seqlens) for rank in range(context.size)
-    ]
+    with torch.device("cpu"):  # Whatever the default device is.
+        multiple = cut.multiple
+        if cut.per_document and cu_seqlens is not None:
+            lengths = cu_seqlens.long().diff()
+            padded_lengths = (lengths + multiple - 1) // multiple * multiple
+            padded_length = int(padded_lengths.sum())
+            start = torch.repeat_interleave(padded_lengths.cumsum(0) - padded_lengths, lengths)
+            column = (
+                start
+                + torch.arange(length)
+                - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+            )
+            ends = padded_lengths.cumsum(0)
+            cu_seqlens = torch.cat((ends.new_zeros(1), ends)).int()
+        else:
+            padded_length = (length + multiple - 1) // multiple * multiple
+            column = torch.arange(length)
+            if cu_seqlens is not None and padded_length > length:
+                cu_seqlens = torch.cat((cu_seqlens, cu_seqlens.new_tensor([padded_length])))
+        source = torch.full((padded_length,), -1, dtype=torch.int64)
+        source[column] = torch.arange(length)
+        columns = [
+            local_indices(cut, rank, 1, padded_length, cu_seqlens) for rank in range(context.size)
+        ]
     return Sharding(
         context=context,
         layout=layout,
@@ -278,14 +279,16 @@ def shard_batch(
     length = tokens.shape[1]
     sharding = make_sharding(length, cu_seqlens=cu_seqlens, layout=layout, group=group)
 
-    bounds = torch.tensor([0, length]) if cu_seqlens is None else cu_seqlens.cpu().long()
+    bounds = torch.tensor([0, length], device="cpu")
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.cpu().long()
     targets = torch.full_like(labels, IGNORED_LABEL)
     targets[:, :-1] = labels[:, 1:]
     last = (bounds[1:] - 1)[bounds.diff() > 0].to(labels.device)
     targets[:, last] = IGNORED_LABEL
 
     padded_bounds = sharding.cu_seqlens
-    columns = torch.arange(sharding.padded_length)
+    columns = torch.arange(sharding.padded_length, device="cpu")
     if padded_bounds is not None:
         start = padded_bounds.long()
         columns = columns - torch.repeat_interleave(start[:-1], start.diff())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nsa_dist import NativeSparseAttention, NSABlock, NSAConfig, RotaryConfig
+from nsa_dist import NativeSparseAttention, NSABlock, NSAConfig, RotaryConfig, shard_batch
 
 SMALL = NSAConfig(
     4,
@@ -145,3 +145,21 @@ def test_block_returns_details() -> None:
     out, details = block(x, return_details=True)
     assert torch.equal(out, block(x))
     assert details.selected.shape == (2, 40, 2, 4)
+
+
+def test_default_device_does_not_matter() -> None:
+    x = torch.randn(1, 40, HIDDEN)
+    tokens = torch.arange(40)[None]
+    layer = NativeSparseAttention(HIDDEN, SMALL, dropout=0.5, device="cpu")
+    config = replace(SMALL, window=10)  # Of which no plan is made yet.
+    other = NativeSparseAttention(HIDDEN, config, device="cpu")
+    torch.manual_seed(3)
+    expected = layer(x)
+    expected_batch = shard_batch(tokens)
+    with torch.device("meta"):
+        torch.manual_seed(3)
+        assert torch.equal(layer(x), expected)
+        assert other(x).device.type == "cpu"
+        batch = shard_batch(tokens)
+    assert torch.equal(batch.labels, expected_batch.labels)
+    assert torch.equal(batch.position_ids, expected_batch.position_ids)
