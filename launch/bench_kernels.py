@@ -68,7 +68,7 @@ def error_of(problem: Problem) -> float:
     found = [out[rows], *torch.autograd.grad(out, problem.inputs, grad)]
     expected = [exact, *torch.autograd.grad(exact, exact_inputs, weight.to(out.dtype).double())]
     errors = [
-        float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
+        float((a.double() - b).detach().norm() / b.detach().norm().clamp(min=1e-30))
         for a, b in zip(found, expected, strict=True)
     ]
     return max(errors)
