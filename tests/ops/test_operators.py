@@ -116,6 +116,17 @@ def test_the_same_bits_in_every_run(name: str) -> None:
 
 
 @every_operator
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_16_bits_are_computed_in_float32_and_rounded_once(name: str, dtype: torch.dtype) -> None:
+    narrow = inputs(name, dtype)
+    wide = [x.detach().float().requires_grad_() for x in narrow]
+    grad = some_gradient(OPERATORS[name].run(*narrow)[0])
+    found, expected = results(name, narrow, grad), results(name, wide, grad.float())
+    assert found[0].dtype == dtype
+    assert_same_bits(found, [y.to(x.dtype) for x, y in zip(found, expected, strict=True)])
+
+
+@every_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
     leaves = inputs(name, dtype)

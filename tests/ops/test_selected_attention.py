@@ -200,19 +200,23 @@ def test_blocks_not_chosen_change_no_bit(value: float) -> None:
     )
 
 
-def test_trap_nan_left_behind_in_a_masked_tile() -> None:
-    """The query's own block holds NaN behind the query: no NaN in it or in its gradients."""
-    case = Case("one", (64,))
-    segments = QuerySegments.from_rows([(0, 64, 0, 0, 0, 0)])
-    selected = random_choice(case)
+@pytest.mark.parametrize("where", ["keys", "values"])
+@pytest.mark.parametrize("value", [largest(torch.float32), math.inf, math.nan], ids=str)
+def test_trap_nan_left_behind_in_a_masked_tile(value: float, where: str) -> None:
+    """The query's own block holds NaN behind the query: no NaN in it or in its gradients, nor in
+    those of keys that no query sees."""
+    case = Case("one", (64,), ((0, 0, 45),))
+    segments = QuerySegments.from_rows([(0, 45, 0, 0, 0, 0)])
+    selected = random_choice(case)[:45]
     (q, k, v), grad_o = make_inputs(case, torch.float32)
+    q = q[:45]
     grad_o[40:] = 0
     leaves = [x.requires_grad_() for x in (q, k, v)]
     nothing = [x.detach()[:0] for x in (k, v)]
     results = []
-    for value in (0.5, math.nan):
+    for bad in (0.5, value):
         with torch.no_grad():
-            k[40:], v[40:] = value, value
+            (k if where == "keys" else v)[40] = bad
         o, lse = BACKEND.selected_attention(
             *leaves,
             *nothing,
@@ -222,10 +226,12 @@ def test_trap_nan_left_behind_in_a_masked_tile() -> None:
             select_block=16,
             scale=0.2,
         )
-        dq = torch.autograd.grad(o, q, grad_o)[0]
-        results.append((o[:40], lse[:40], dq[:40]))
-    assert o[48:].isnan().all()
-    assert lse[48:].isnan().all()
+        dq, dk, dv = torch.autograd.grad(o, leaves, grad_o)
+        results.append((o[:40], lse[:40], dq[:40], dk[45:], dv[45:]))
+    if not math.isfinite(value):
+        assert o[40:].isnan().all()
+        assert lse[40:].isnan().all()
+        assert dq[40:].isnan().any(dim=-1).all()
     for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)
 

@@ -118,6 +118,27 @@ def test_tokens_that_left_the_window_change_no_bit(small_tiles: None) -> None:
     assert_unchanged_bits(lambda: attend(case, layout, q, k, v), disturb, slice(100, None))
 
 
+@pytest.mark.parametrize("where", ["keys", "values"])
+@pytest.mark.parametrize("value", [largest(torch.float32), math.inf, math.nan], ids=str)
+def test_trap_nan_left_behind_in_a_masked_tile(value: float, where: str) -> None:
+    """Of a token that is not finite, nothing reaches the outputs and gradients of queries that do
+    not see it, nor the gradients of keys that no query who sees it sees."""
+    q, k, v = (torch.randn(60, 2, 8, requires_grad=True) for _ in range(3))
+    segments = QuerySegments.from_rows([(0, 60, 0, 0, 0, 0)])
+    grad_o = torch.randn(60, 2, 8)
+    results = []
+    for bad in (0.5, value):
+        with torch.no_grad():
+            (k if where == "keys" else v)[30] = bad  # seen by 30..36
+        o, lse = BACKEND.window_attention(q, k, v, segments, window=7, scale=0.3)
+        dq, dk, dv = torch.autograd.grad(o, (q, k, v), grad_o)
+        unaware = torch.cat([torch.arange(30), torch.arange(37, 60)])
+        unseen = torch.cat([torch.arange(24), torch.arange(37, 60)])
+        results.append((o[unaware], lse[unaware], dq[unaware], dk[unseen], dv[unseen]))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_not_finite_shows_in_those_who_see_it() -> None:
     q, k, v = (torch.randn(9, 1, 4) for _ in range(3))
     v[4, 0, 2] = math.inf

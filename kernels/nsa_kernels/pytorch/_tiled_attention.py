@@ -116,7 +116,7 @@ class TiledAttention(torch.autograd.Function):
             probs = tile.mask_(tile.logits(query, context, scale).softmax(dim=-1), 0.0)
             grad_v.next()[:, columns].baddbmm_(probs.mT, grad_out)
             grad_probs = tile.mask_(torch.bmm(grad_out, context.values[:, columns].mT), 0.0)
-            grad_logits = softmax_backward_(grad_probs, probs)
+            grad_logits = tile.mask_(softmax_backward_(grad_probs, probs), 0.0)
             grad_k.next()[:, columns].baddbmm_(grad_logits.mT, query, alpha=scale)
             grad_query = scaled_product(grad_logits, context.keys[:, columns], scale)
             m = tile.stop - tile.start

@@ -36,7 +36,6 @@ def _group_probabilities(
     logits[..., first:].masked_fill_(hidden, -math.inf)
     # Not exp(logit - lse): rounding of a large lse would weigh the heads of a group differently.
     probs = logits.softmax(dim=-1)
-    probs[..., first:].masked_fill_(hidden, 0.0)
     total = probs[:, 0]
     for r in range(1, probs.shape[1]):
         total += probs[:, r]
@@ -113,6 +112,7 @@ def select_blocks(
                 )
                 per_block, overlap = select_block // stride, block // stride
                 scores = _block_scores(probs, num_blocks, per_block, overlap)
+                # NaN: the query sees no key, or one that is not finite.
                 scores = scores.float().nan_to_num_(nan=0.0)
                 column = torch.arange(num_blocks, device=device)
                 forced = (column < num_init_blocks) | (column > own - num_local_blocks)

@@ -262,12 +262,14 @@ def _backward_of_head(
         if bad is not None:
             probs.masked_fill_(bad[pairs.slot].unsqueeze(1), math.nan)
         top = pairs.by_query(pairs.mask_(probs, -math.inf).amax(dim=-1)).amax(dim=1)  # [m, R]
-        pairs.mask_(probs.sub_(pairs.of_query(top).unsqueeze(-1)).exp_(), 0.0)
+        probs.sub_(pairs.of_query(top).unsqueeze(-1)).exp_()
         total = pairs.by_query(probs.sum(dim=-1)).sum(dim=1)
-        probs.div_(pairs.of_query(total.masked_fill_(total == 0, 1.0)).unsqueeze(-1))
+        # Also where a query sees nothing, or NaN, and with it all its pairs are NaN.
+        pairs.mask_(probs.div_(pairs.of_query(total).unsqueeze(-1)), 0.0)
         pairs.mask_(grad_logits, 0.0)
         delta = pairs.by_query((probs * grad_logits).sum(dim=-1)).sum(dim=1)
         grad_logits.sub_(pairs.of_query(delta).unsqueeze(-1)).mul_(probs)
+        pairs.mask_(grad_logits, 0.0)
         grad_query = torch.empty_like(query)
         grad_keys, grad_values = key_sum.next(), value_sum.next()
         for slot, of in pairs.blocks:
