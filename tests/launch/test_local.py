@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import local
 from settings import to_toml
@@ -16,10 +17,10 @@ from tests.launch.common import replaced, tiny
 LAUNCH = Path(local.__file__).parent
 
 
-def run(line: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(line: list[str], folder: Path, seconds: float = 150) -> subprocess.CompletedProcess[str]:
     environment = local.environment()
     return subprocess.run(
-        line, cwd=folder, env=environment, capture_output=True, text=True, timeout=150
+        line, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
     )
 
 
@@ -72,3 +73,15 @@ def test_tensorboard_missing_is_refused_by_name(
     settings = replaced(tiny(root), "run", tensorboard=True)
     with pytest.raises(ValueError, match=r"run\.tensorboard: found True.*not installed"):
         Report(settings, tmp_path, active=True, first_step=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_default_run_learns_from_the_library(tmp_path: Path) -> None:
+    config = LAUNCH.parent / "configs" / "default.toml"
+    line = local.command([str(config), "--run.folder", "out"], torch.cuda.device_count())
+    done = run(line, tmp_path, seconds=1100)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1]
+    record = json.loads(text)
+    assert record["validation_loss"] < 2.5 < 2.8 < record["unigram_loss"]
