@@ -10,6 +10,9 @@ import pytest
 import torch
 
 INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter takes bfloat16 for integers.
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 if find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 elif INTERPRETED:

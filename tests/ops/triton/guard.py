@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -220,7 +221,10 @@ def guarded() -> Iterator[None]:
         # Checked above at less cost; the interpreter's own check says nothing.
         unchecked = dataclasses.replace(options, sanitize_overflow=False)
         interpreter.interpreter_builder.options = unchecked
-        yield
+        with warnings.catch_warnings():
+            # What is masked may overflow or be NaN.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
     finally:
         interpreter.interpreter_builder.options = options
         for where, name, value in before:

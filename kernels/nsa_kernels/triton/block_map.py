@@ -1,0 +1,47 @@
+"""Which compression blocks contain a row of the buffer, found on the device without a wait."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BlockMap(NamedTuple):
+    """The blocks of l rows that start at given rows, no two at the same one, in order of rows.
+
+    starts: int64 [C], first rows, ascending. order: int32 [C], the number of each block as given.
+    owned: int32 [C], rows from its start up to the next block's start, at most l.
+    latest: int32 [E], of each row, the last of `starts` at or before it; -1: none.
+    block_at: int32 [E], the number, as given, of the block that starts at each row; -1: none.
+    step: int32 [1], a power of two that divides the distance of any two blocks that share rows
+    and share them with none between, or l where no blocks do; at most l / step blocks, rounded up,
+    contain a row.
+    """
+
+    starts: Tensor
+    order: Tensor
+    owned: Tensor
+    latest: Tensor
+    block_at: Tensor
+    step: Tensor
+
+    @classmethod
+    def of(cls, block_rows: Tensor, block: int, num_rows: int) -> BlockMap:
+        """block_rows int64 [C], of a buffer of num_rows rows; C at least 1."""
+        starts, order = block_rows.sort(stable=True)
+        gaps = torch.cat([starts.diff(), starts.new_full((1,), block)])
+        lowest_bit = torch.where(gaps < block, gaps & -gaps, block)
+        rows = torch.arange(num_rows, device=block_rows.device)
+        latest = torch.searchsorted(starts, rows, right=True) - 1
+        at = latest.clamp(min=0)
+        starts_here = (latest >= 0) & (starts[at] == rows)
+        return cls(
+            starts=starts,
+            order=order.int(),
+            owned=gaps.clamp(max=block).int(),
+            latest=latest.int(),
+            block_at=torch.where(starts_here, order[at], -1).int(),
+            step=lowest_bit.min().clamp(min=1).int().reshape(1),
+        )

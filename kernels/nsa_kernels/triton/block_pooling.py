@@ -1,0 +1,314 @@
+"""Weighted means over the rows of compression blocks: `mean`, `conv1d`, `attention_pool`.
+
+A program takes the [l, D] rows of one block and head, read where they stand. The position embedding
+of `conv1d` adds the same to every block and that of `attention_pool` the same to every block's
+logits, so both enter as a bias. The gradient of a row of x is gathered from the blocks that contain
+it, latest first: every sum has one owner, and nothing is added atomically.
+
+Letters: C blocks, G heads, P sets of weights (G or 1), l rows of a block, D width, E rows of x.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.triton.block_map import BlockMap
+from nsa_kernels.triton.block_projection import add_runs
+from nsa_kernels.triton.tiles import PIECE, padded
+
+MEAN, CONV1D, ATTENTION_POOL, COPY = 0, 1, 2, 3
+# Programs that share a gradient of weights out, for each head.
+RUNS = 64
+ROW_TILE_ELEMENTS = 4096
+
+
+@triton.jit
+def _block_tile(x, block_rows, i_c, i_g, stride_xe, stride_xg, o_l, o_d, mask):
+    """Rows of block i_c and head i_g in float32, [PL, PD]."""
+    row = tl.load(block_rows + i_c) + o_l
+    p_x = x + (row * stride_xe + i_g.to(tl.int64) * stride_xg)[:, None] + o_d[None, :]
+    return tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _shares(b_x, b_u, b_bias):
+    """softmax over the rows [PL] of x u + bias; the bias of rows that are none is -inf."""
+    b_logits = tl.sum(b_x * b_u[None, :], 1) + b_bias
+    b_p = tl.exp(b_logits - tl.max(b_logits, 0))
+    return b_p / tl.sum(b_p, 0)
+
+
+@triton.jit
+def _pool_kernel(
+    x,
+    block_rows,
+    w,
+    bias,
+    out,
+    stride_xe,
+    stride_xg,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    KIND: tl.constexpr,
+    PL: tl.constexpr,
+    PD: tl.constexpr,
+):
+    i_c, i_g = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G
+    i_p = i_g if PER_HEAD else 0
+    o_l, o_d = tl.arange(0, PL), tl.arange(0, PD)
+    mask = (o_l < L)[:, None] & (o_d < D)[None, :]
+    b_x = _block_tile(x, block_rows, i_c, i_g, stride_xe, stride_xg, o_l, o_d, mask)
+    i_out = i_c * G + i_g
+    if KIND == 3:
+        p_out = out + i_out * (L * D) + o_l[:, None] * D + o_d[None, :]
+        tl.store(p_out, b_x.to(out.dtype.element_ty), mask=mask)
+    else:
+        if KIND == 0:
+            b_out = tl.sum(b_x, 0) / L
+        elif KIND == 1:
+            p_w = w + i_p * (L * D) + o_l[:, None] * D + o_d[None, :]
+            b_out = tl.sum(b_x * tl.load(p_w, mask=mask, other=0.0), 0)
+            b_out += tl.load(bias + i_p * D + o_d, mask=o_d < D, other=0.0)
+        else:
+            b_u = tl.load(w + i_p * D + o_d, mask=o_d < D, other=0.0)
+            b_bias = tl.load(bias + i_p * L + o_l, mask=o_l < L, other=-float("inf"))
+            b_out = tl.sum(b_x * _shares(b_x, b_u, b_bias)[:, None], 0)
+        tl.store(out + i_out * D + o_d, b_out.to(out.dtype.element_ty), mask=o_d < D)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "blocks_a_program"])
+def _conv1d_weight_kernel(
+    x,
+    block_rows,
+    do,
+    dw,
+    num_blocks,
+    blocks_a_program,
+    stride_xe,
+    stride_xg,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    PL: tl.constexpr,
+    PD: tl.constexpr,
+    PIECE_BLOCKS: tl.constexpr,
+):
+    """Sum of do x over a run of blocks, to the program's own [l, D]."""
+    i_run, i_g = tl.program_id(0), tl.program_id(1)
+    o_l, o_d = tl.arange(0, PL), tl.arange(0, PD)
+    mask = (o_l < L)[:, None] & (o_d < D)[None, :]
+    begin = i_run * blocks_a_program
+    end = tl.minimum(begin + blocks_a_program, num_blocks)
+    b_dw = tl.zeros([PL, PD], dtype=tl.float32)
+    for piece in tl.range(begin, end, PIECE_BLOCKS):
+        b_part = tl.zeros([PL, PD], dtype=tl.float32)
+        for i_c in tl.range(piece, tl.minimum(piece + PIECE_BLOCKS, end)):
+            b_x = _block_tile(x, block_rows, i_c, i_g, stride_xe, stride_xg, o_l, o_d, mask)
+            p_do = do + (i_c * G + i_g.to(tl.int64)) * D + o_d
+            b_part += b_x * tl.load(p_do, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+        b_dw += b_part
+    p_dw = dw + (i_run * G + i_g) * (L * D) + o_l[:, None] * D + o_d[None, :]
+    tl.store(p_dw, b_dw, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "blocks_a_program"])
+def _attention_pool_backward_kernel(
+    x,
+    block_rows,
+    w,
+    bias,
+    do,
+    shares,
+    dlogits,
+    du,
+    num_blocks,
+    blocks_a_program,
+    stride_xe,
+    stride_xg,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    PL: tl.constexpr,
+    PD: tl.constexpr,
+    PIECE_BLOCKS: tl.constexpr,
+):
+    """Shares a and the logits' gradients a (do x - sum a do x) of a run of blocks, both [l].
+
+    And the run's sum of their products with x, to the program's own [D].
+    """
+    i_run, i_g = tl.program_id(0), tl.program_id(1)
+    i_p = i_g if PER_HEAD else 0
+    o_l, o_d = tl.arange(0, PL), tl.arange(0, PD)
+    mask = (o_l < L)[:, None] & (o_d < D)[None, :]
+    b_u = tl.load(w + i_p * D + o_d, mask=o_d < D, other=0.0)
+    b_bias = tl.load(bias + i_p * L + o_l, mask=o_l < L, other=-float("inf"))
+    begin = i_run * blocks_a_program
+    end = tl.minimum(begin + blocks_a_program, num_blocks)
+    b_du = tl.zeros([PD], dtype=tl.float32)
+    for piece in tl.range(begin, end, PIECE_BLOCKS):
+        b_part = tl.zeros([PD], dtype=tl.float32)
+        for i_c in tl.range(piece, tl.minimum(piece + PIECE_BLOCKS, end)):
+            b_x = _block_tile(x, block_rows, i_c, i_g, stride_xe, stride_xg, o_l, o_d, mask)
+            i_row = i_c * G + i_g.to(tl.int64)
+            b_do = tl.load(do + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+            b_a = _shares(b_x, b_u, b_bias)
+            b_da = tl.sum(b_x * b_do[None, :], 1)
+            b_dl = b_a * (b_da - tl.sum(b_a * b_da, 0))
+            tl.store(shares + i_row * L + o_l, b_a, mask=o_l < L)
+            tl.store(dlogits + i_row * L + o_l, b_dl, mask=o_l < L)
+            b_part += tl.sum(b_x * b_dl[:, None], 0)
+        b_du += b_part
+    tl.store(du + (i_run * G + i_g) * D + o_d, b_du, mask=o_d < D)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _row_gradient_kernel(
+    do,
+    w,
+    shares,
+    dlogits,
+    dx,
+    starts,
+    order,
+    latest,
+    p_step,
+    num_rows,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    KIND: tl.constexpr,
+    BM: tl.constexpr,
+    PD: tl.constexpr,
+):
+    """dx of a tile of rows, from each block that contains them."""
+    i_g = tl.program_id(1)
+    i_p = i_g if PER_HEAD else 0
+    o_e = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, PD)
+    m_e, m_d = o_e < num_rows, (o_d < D)[None, :]
+    latest_at = tl.load(latest + o_e, mask=m_e, other=-1)
+    if KIND == 2:
+        b_u = tl.load(w + i_p * D + o_d, mask=o_d < D, other=0.0)[None, :]
+    b_dx = tl.zeros([BM, PD], dtype=tl.float32)
+    for before in tl.range(0, tl.cdiv(L, tl.load(p_step))):
+        at = latest_at - before
+        m_at = at >= 0
+        r = (o_e - tl.load(starts + at, mask=m_at, other=0)).to(tl.int32)
+        m_at = m_at & (r < L)
+        i_c = tl.load(order + at, mask=m_at, other=0)
+        row = i_c.to(tl.int64) * G + i_g
+        mask = m_at[:, None] & m_d
+        if KIND == 3:
+            p_do = do + (row * L + r)[:, None] * D + o_d[None, :]
+            b_dx += tl.load(p_do, mask=mask, other=0.0).to(tl.float32)
+        else:
+            p_do = do + row[:, None] * D + o_d[None, :]
+            b_do = tl.load(p_do, mask=mask, other=0.0).to(tl.float32)  # [BM, PD]
+            if KIND == 0:
+                b_dx += b_do / L
+            elif KIND == 1:
+                p_w = w + (i_p * L + r)[:, None] * D + o_d[None, :]
+                b_dx += b_do * tl.load(p_w, mask=mask, other=0.0)
+            else:
+                b_a = tl.load(shares + row * L + r, mask=m_at, other=0.0)[:, None]
+                b_dl = tl.load(dlogits + row * L + r, mask=m_at, other=0.0)[:, None]
+                b_dx += b_a * b_do + b_dl * b_u
+    p_dx = dx + (o_e * G + i_g)[:, None] * D + o_d[None, :]
+    tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=m_e[:, None] & m_d)
+
+
+def _warps(block: int, width: int) -> int:
+    return max(1, min(8, padded(block) * padded(width) // 1024))
+
+
+def pool(
+    x: Tensor,
+    block_rows: Tensor,
+    block: int,
+    kind: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x [E, G, D] at blocks [C] -> [C, G, D]; for COPY the blocks themselves, [C, G, l, D].
+
+    Float32: CONV1D weight [P, l, D], bias [P, D]; ATTENTION_POOL weight [P, D], bias [P, l].
+    """
+    count, (_, groups, width) = block_rows.shape[0], x.shape
+    rows = (block,) if kind == COPY else ()
+    out = x.new_empty(count, groups, *rows, width)
+    if count:
+        _pool_kernel[(count * groups,)](
+            x, block_rows, x if weight is None else weight, x if bias is None else bias, out,
+            *x.stride()[:2], G=groups, L=block, D=width,
+            PER_HEAD=weight is not None and weight.shape[0] > 1, KIND=kind,
+            PL=triton.next_power_of_2(block), PD=padded(width), num_warps=_warps(block, width),
+        )  # fmt: skip
+    return out
+
+
+def _runs(count: int) -> tuple[int, int]:
+    """Programs that share the blocks out, and blocks for each."""
+    blocks = triton.cdiv(count, RUNS)
+    return triton.cdiv(count, blocks), blocks
+
+
+def conv1d_weight_gradient(
+    do: Tensor, x: Tensor, block_rows: Tensor, block: int, sets: int
+) -> Tensor:
+    """Float32 sum over blocks of do [C, G, D] times their rows -> [P, l, D]."""
+    (count, groups, width), (runs, blocks) = do.shape, _runs(do.shape[0])
+    sums = torch.empty(runs, groups, block, width, dtype=torch.float32, device=x.device)
+    _conv1d_weight_kernel[(runs, groups)](
+        x, block_rows, do, sums, count, blocks, *x.stride()[:2], G=groups, L=block, D=width,
+        PL=triton.next_power_of_2(block), PD=padded(width), PIECE_BLOCKS=PIECE,
+        num_warps=_warps(block, width),
+    )  # fmt: skip
+    return add_runs(sums if sets > 1 else sums.flatten(0, 1).unsqueeze(1))
+
+
+def attention_pool_backward(
+    do: Tensor, x: Tensor, block_rows: Tensor, query: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares [C, G, l], gradients of the logits [C, G, l], and sum of those times rows [P, D]."""
+    (count, groups, width), (runs, blocks) = do.shape, _runs(do.shape[0])
+    sets, block = bias.shape
+    shares = torch.empty(count, groups, block, dtype=torch.float32, device=x.device)
+    dlogits = torch.empty_like(shares)
+    sums = torch.empty(runs, groups, width, dtype=torch.float32, device=x.device)
+    _attention_pool_backward_kernel[(runs, groups)](
+        x, block_rows, query, bias, do, shares, dlogits, sums, count, blocks, *x.stride()[:2],
+        G=groups, L=block, D=width, PER_HEAD=sets > 1, PL=triton.next_power_of_2(block),
+        PD=padded(width), PIECE_BLOCKS=PIECE, num_warps=_warps(block, width),
+    )  # fmt: skip
+    return shares, dlogits, add_runs(sums if sets > 1 else sums.flatten(0, 1).unsqueeze(1))
+
+
+def pool_row_gradient(
+    do: Tensor,
+    block: int,
+    kind: int,
+    blocks: BlockMap,
+    weight: Tensor | None = None,
+    shares: Tensor | None = None,
+    dlogits: Tensor | None = None,
+) -> Tensor:
+    """dx [E, G, D] from do [C, G, D], for COPY [C, G, l, D]; the rest as `pool` takes it."""
+    groups, width, num_rows = do.shape[1], do.shape[-1], blocks.latest.shape[0]
+    dx = do.new_empty(num_rows, groups, width)
+    size = max(1, ROW_TILE_ELEMENTS // padded(width))
+    if dx.numel():
+        _row_gradient_kernel[(triton.cdiv(num_rows, size), groups)](
+            do, do if weight is None else weight, do if shares is None else shares,
+            do if dlogits is None else dlogits, dx, blocks.starts, blocks.order, blocks.latest,
+            blocks.step, num_rows, G=groups, L=block, D=width,
+            PER_HEAD=weight is not None and weight.shape[0] > 1, KIND=kind, BM=size,
+            PD=padded(width), num_warps=4,
+        )  # fmt: skip
+    return dx

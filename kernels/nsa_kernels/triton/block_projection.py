@@ -1,0 +1,391 @@
+"""Products of compression blocks with a matrix: the `mlp` and `linear` kinds, and their gradients.
+
+Blocks are read where they stand: row (block, head) of the left matrix is the block's l rows of x
+one after another, K = l*D long, gathered tile by tile and never stored. The position embedding e
+adds the same to every block, W vec(e), so it enters as a bias. A row's sum runs over K in tiles of
+a size given by widths and dtype, so its bits depend on that block alone.
+
+The gradient of a row of x is a product too, with one term for each block that contains the row:
+rows are taken by the block that starts last before them, so that a tile of rows at the same offset
+from their blocks meets one slice of the matrix at a time. Nothing is added atomically.
+
+Letters: C blocks, G heads, P sets of weights (G or 1), l rows of a block, D width, K = l*D, O
+columns of the product, E rows of x.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.triton.block_map import BlockMap
+from nsa_kernels.triton.tiles import PIECE, padded, precision
+
+PLAIN, SILU, SILU_BACKWARD = 0, 1, 2
+# Programs that share a gradient of weights out: enough to fill a GPU.
+PROGRAMS = 512
+
+
+@triton.jit
+def _block_and_head(o_m, i_p, G: tl.constexpr, PER_HEAD: tl.constexpr):
+    """Rows of a tile: all heads of a block after another, or blocks of the one head i_p."""
+    if PER_HEAD:
+        return o_m, o_m * 0 + i_p
+    else:
+        return o_m // G, o_m % G
+
+
+@triton.jit
+def _multiply_blocks(
+    b_acc,
+    p_x,
+    p_w,
+    m_m,
+    m_n,
+    begin,
+    end,
+    stride_xe,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the tiles [begin, end) of K of x W^T; p_x [BM], p_w [BN] point at the rows."""
+    for i_k in tl.range(begin, end):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_x, m_w = m_m[:, None], m_n[:, None]
+        if K % BK != 0:
+            m_x = m_x & (o_k < K)[None, :]
+            m_w = m_w & (o_k < K)[None, :]
+        o_x = (o_k // D).to(tl.int64) * stride_xe + o_k % D
+        b_x = tl.load(p_x[:, None] + o_x[None, :], mask=m_x, other=0.0)  # [BM, BK]
+        b_w = tl.load(p_w[:, None] + o_k[None, :], mask=m_w, other=0.0)  # [BN, BK]
+        b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision=PRECISION)
+    return b_acc
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _project_kernel(
+    x,
+    block_rows,
+    w,
+    bias,
+    out,
+    do,
+    down,
+    dh,
+    num_rows,
+    stride_xe,
+    stride_xg,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    O: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIECE_TILES: tl.constexpr,
+):
+    """h = x W^T + bias and out = h or silu(h); in the backward out = silu(h) and dh too.
+
+    There h's gradient is silu'(h) (do V) with the down projection V [WIDTH, O].
+    """
+    num_n: tl.constexpr = (O + BN - 1) // BN
+    i_p = tl.program_id(1)
+    i_m, i_n = tl.program_id(0) // num_n, tl.program_id(0) % num_n
+    o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
+    m_m = o_m < num_rows
+    block, head = _block_and_head(o_m, i_p, G, PER_HEAD)
+    first = tl.load(block_rows + block, mask=m_m, other=0)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_n = o_n < O
+    p_x = x + first * stride_xe + head * stride_xg
+    p_w = w + (i_p.to(tl.int64) * O + o_n) * K
+
+    num_k: tl.constexpr = (K + BK - 1) // BK
+    b_h = tl.zeros([BM, BN], dtype=tl.float32)
+    if num_k > PIECE_TILES:
+        for i_k in tl.range(0, num_k, PIECE_TILES):
+            b_h += _multiply_blocks(
+                tl.zeros([BM, BN], dtype=tl.float32), p_x, p_w, m_m, m_n,
+                i_k, tl.minimum(i_k + PIECE_TILES, num_k), stride_xe, D, K, BK, PRECISION,
+            )  # fmt: skip
+    else:
+        b_h = _multiply_blocks(b_h, p_x, p_w, m_m, m_n, 0, num_k, stride_xe, D, K, BK, PRECISION)
+    if HAS_BIAS:
+        b_h += tl.load(bias + i_p * O + o_n, mask=m_n, other=0.0)[None, :]
+
+    row = block * G + head
+    o_out = row[:, None] * O + o_n[None, :]
+    m_out = m_m[:, None] & m_n[None, :]
+    if ACTIVATION == 0:
+        tl.store(out + o_out, b_h.to(out.dtype.element_ty), mask=m_out)
+    else:
+        b_gate = tl.sigmoid(b_h)
+        tl.store(out + o_out, (b_h * b_gate).to(out.dtype.element_ty), mask=m_out)
+        if ACTIVATION == 2:
+            b_dout = tl.zeros([BM, BN], dtype=tl.float32)
+            p_do, p_down = do + row * WIDTH, down + i_p.to(tl.int64) * WIDTH * O + o_n
+            for c in tl.range(0, WIDTH, BK):
+                o_c = c + tl.arange(0, BK)
+                m_c = o_c < WIDTH
+                b_do = tl.load(
+                    p_do[:, None] + o_c[None, :], mask=m_m[:, None] & m_c[None, :], other=0.0
+                )  # [BM, BK]
+                b_v = tl.load(
+                    p_down[None, :] + o_c[:, None] * O, mask=m_c[:, None] & m_n[None, :], other=0.0
+                )  # [BK, BN]
+                b_dout = tl.dot(b_do, b_v, b_dout, input_precision=PRECISION)
+            b_dh = b_dout * (b_gate + b_gate * b_h * (1.0 - b_gate))
+            tl.store(dh + o_out, b_dh.to(dh.dtype.element_ty), mask=m_out)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _row_gradient_kernel(
+    dh,
+    w,
+    dx,
+    starts,
+    owned,
+    block_at,
+    p_step,
+    num_rows,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    O: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIECE_TILES: tl.constexpr,
+):
+    """dx of the rows i_r after the starts of a tile of blocks, where no later block starts."""
+    num_n: tl.constexpr = (D + BN - 1) // BN
+    i_p = tl.program_id(1)
+    i = tl.program_id(0)
+    i_n, i_r = i % num_n, i // num_n % L
+    o_m = (i // (num_n * L)).to(tl.int64) * BM + tl.arange(0, BM)
+    block, head = _block_and_head(o_m, i_p, G, PER_HEAD)
+    m_m = o_m < num_rows
+    m_m = i_r < tl.load(owned + block, mask=m_m, other=0)
+    row = tl.load(starts + block, mask=m_m, other=0) + i_r
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_n = o_n < D
+    p_w = w + i_p.to(tl.int64) * O * L * D + o_n
+
+    b_dx = tl.zeros([BM, BN], dtype=tl.float32)
+    # At offsets of the stride or more only the last blocks of a run own rows.
+    end = tl.where(tl.max(m_m.to(tl.int32), 0) > 0, L, i_r)
+    for r in tl.range(i_r, end, tl.load(p_step)):
+        m_at = m_m & (row >= r)
+        at = tl.load(block_at + (row - r), mask=m_at, other=-1)
+        m_at = at >= 0
+        p_dh = dh + (at.to(tl.int64) * G + head) * O
+        for piece in tl.range(0, O, PIECE_TILES * BK):
+            b_part = tl.zeros([BM, BN], dtype=tl.float32)
+            for k in tl.range(piece, tl.minimum(piece + PIECE_TILES * BK, O), BK):
+                o_k = k + tl.arange(0, BK)
+                m_k = o_k < O
+                b_dh = tl.load(
+                    p_dh[:, None] + o_k[None, :], mask=m_at[:, None] & m_k[None, :], other=0.0
+                )  # [BM, BK]
+                b_w = tl.load(
+                    p_w[None, :] + (o_k * (L * D) + r * D)[:, None],
+                    mask=m_k[:, None] & m_n[None, :],
+                    other=0.0,
+                )  # [BK, BN]
+                b_part = tl.dot(b_dh, b_w, b_part, input_precision=PRECISION)
+            b_dx += b_part
+    p_dx = dx + ((row * G + head) * D)[:, None] + o_n[None, :]
+    tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows", "tiles_a_program"])
+def _weight_gradient_kernel(
+    dh,
+    x,
+    block_rows,
+    dw,
+    num_rows,
+    tiles_a_program,
+    stride_xe,
+    stride_xg,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    O: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIECE_TILES: tl.constexpr,
+):
+    """dh^T x over a run of tiles of rows, to the program's own sums."""
+    num_n: tl.constexpr = (K + BN - 1) // BN
+    i_p, i_run = tl.program_id(2), tl.program_id(1)
+    o_o = tl.program_id(0) // num_n * BM + tl.arange(0, BM)
+    o_n = tl.program_id(0) % num_n * BN + tl.arange(0, BN)
+    m_o, m_n = o_o < O, o_n < K
+    o_x = (o_n // D).to(tl.int64) * stride_xe + o_n % D
+    begin = i_run * tiles_a_program
+    end = tl.minimum(begin + tiles_a_program, tl.cdiv(num_rows, BK))
+    b_dw = tl.zeros([BM, BN], dtype=tl.float32)
+    for piece in tl.range(begin, end, PIECE_TILES):
+        b_part = tl.zeros([BM, BN], dtype=tl.float32)
+        for i_k in tl.range(piece, tl.minimum(piece + PIECE_TILES, end)):
+            o_k = i_k * BK + tl.arange(0, BK).to(tl.int64)
+            m_k = o_k < num_rows
+            block, head = _block_and_head(o_k, i_p, G, PER_HEAD)
+            first = tl.load(block_rows + block, mask=m_k, other=0)
+            p_dh = dh + (block * G + head) * O
+            b_dh = tl.load(
+                p_dh[:, None] + o_o[None, :], mask=m_k[:, None] & m_o[None, :], other=0.0
+            )  # [BK, BM]
+            p_x = x + first * stride_xe + head * stride_xg
+            b_x = tl.load(
+                p_x[:, None] + o_x[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0
+            )  # [BK, BN]
+            b_part = tl.dot(tl.trans(b_dh), b_x, b_part, input_precision=PRECISION)
+        b_dw += b_part
+    row = (i_run * tl.num_programs(2) + i_p).to(tl.int64) * O + o_o
+    tl.store(dw + row[:, None] * K + o_n[None, :], b_dw, mask=m_o[:, None] & m_n[None, :])
+
+
+class _Tile(NamedTuple):
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def options(self, x: Tensor) -> dict[str, object]:
+        return {
+            "BM": self.rows,
+            "BN": self.columns,
+            "BK": self.depth,
+            "PRECISION": precision(x),
+            "PIECE_TILES": PIECE,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def _tile(x: Tensor, columns: int, depth: int, rows: int = 1 << 30) -> _Tile:
+    """By widths and dtype alone: the shape of a tile decides the order of sums."""
+    most = _Tile(64, 64, 32, 4, 2) if x.dtype == torch.float32 else _Tile(128, 128, 64, 8, 3)
+    return most._replace(
+        rows=min(most.rows, padded(rows)),
+        columns=min(most.columns, padded(columns)),
+        depth=min(most.depth, padded(depth)),
+    )
+
+
+def _per_head(weight: Tensor) -> bool:
+    return weight.shape[0] > 1
+
+
+def project(
+    x: Tensor,
+    block_rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int = PLAIN,
+) -> Tensor:
+    """x [E, G, D] at blocks [C], weight [P, O, l*D] in x.dtype, bias float32 [P, O] -> [C, G, O].
+
+    activation: PLAIN or SILU.
+    """
+    return _project(x, block_rows, weight, bias, activation, None, None)[0]
+
+
+def project_backward(
+    x: Tensor, block_rows: Tensor, weight: Tensor, bias: Tensor, do: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor]:
+    """silu(h) and the gradient of h = x W^T + bias, both [C, G, O].
+
+    do [C, G, WIDTH] is the gradient of silu(h) V^T with down V [P, WIDTH, O].
+    """
+    return _project(x, block_rows, weight, bias, SILU_BACKWARD, do, down)
+
+
+def _project(
+    x: Tensor,
+    block_rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    do: Tensor | None,
+    down: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    (_, groups, width), (sets, columns, depth) = x.shape, weight.shape
+    out = x.new_empty(block_rows.shape[0], groups, columns)
+    dh = torch.empty_like(out) if activation == SILU_BACKWARD else out
+    num_rows = out.shape[0] * groups // sets
+    tile = _tile(x, columns, depth)
+    grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(columns, tile.columns), sets)
+    if num_rows:
+        _project_kernel[grid](
+            x, block_rows, weight, weight if bias is None else bias, out,
+            out if do is None else do, weight if down is None else down, dh, num_rows,
+            *x.stride()[:2], G=groups, D=width, K=depth, O=columns,
+            WIDTH=1 if down is None else down.shape[1], PER_HEAD=_per_head(weight),
+            HAS_BIAS=bias is not None, ACTIVATION=activation, **tile.options(x),
+        )  # fmt: skip
+    return out, dh
+
+
+def row_gradient(dh: Tensor, weight: Tensor, block: int, blocks: BlockMap) -> Tensor:
+    """dx [E, G, D] of h = x W^T from dh [C, G, O] and weight [P, O, l*D]."""
+    (count, groups, columns), sets = dh.shape, weight.shape[0]
+    width = weight.shape[2] // block
+    dx = dh.new_zeros(blocks.latest.shape[0], groups, width)
+    num_rows = count * groups // sets
+    tile = _tile(dh, width, columns)
+    grid = (triton.cdiv(num_rows, tile.rows) * block * triton.cdiv(width, tile.columns), sets)
+    if num_rows:
+        _row_gradient_kernel[grid](
+            dh, weight, dx, blocks.starts, blocks.owned, blocks.block_at, blocks.step, num_rows,
+            G=groups, D=width, L=block, O=columns, PER_HEAD=_per_head(weight), **tile.options(dh),
+        )  # fmt: skip
+    return dx
+
+
+def weight_gradient(dh: Tensor, x: Tensor, block_rows: Tensor, depth: int, sets: int) -> Tensor:
+    """Float32 dW [P, O, l*D] of h = x W^T from dh [C, G, O] and x [E, G, D]; depth = l*D."""
+    count, groups, columns = dh.shape
+    num_rows = count * groups // sets
+    if not num_rows:
+        return torch.zeros(sets, columns, depth, dtype=torch.float32, device=x.device)
+    tile = _tile(x, depth, 64, columns)
+    tiles = triton.cdiv(columns, tile.rows) * triton.cdiv(depth, tile.columns)
+    num_tiles = triton.cdiv(num_rows, tile.depth)
+    runs = max(1, min(PROGRAMS // (tiles * sets), triton.cdiv(num_tiles, 8)))
+    tiles_a_program = triton.cdiv(num_tiles, runs)
+    runs = triton.cdiv(num_tiles, tiles_a_program)
+    sums = torch.empty(runs, sets, columns, depth, dtype=torch.float32, device=x.device)
+    _weight_gradient_kernel[(tiles, runs, sets)](
+        dh, x, block_rows, sums, num_rows, tiles_a_program, *x.stride()[:2],
+        G=groups, D=x.shape[2], K=depth, O=columns, PER_HEAD=sets > 1, **tile.options(x),
+    )  # fmt: skip
+    return add_runs(sums)
+
+
+def add_runs(sums: Tensor) -> Tensor:
+    """Sum over the first dimension as a tree: a fixed order, whatever the device."""
+    while sums.shape[0] > 1:
+        half = sums.shape[0] // 2
+        pairs = sums[:half] + sums[half : 2 * half]
+        sums = torch.cat([pairs, sums[2 * half :]])
+    return sums[0]

@@ -1,0 +1,119 @@
+"""The gated sum in Triton against the oracle's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_kernels.triton.combine import combine
+from tests.ops.accuracy import assert_2x
+from tests.ops.op_cases import case_id, random, same_bits
+from tests.ops.test_combine import dense
+from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED
+from tests.ops.triton.guard import far_apart
+
+NAMES = ["o", "d output 0", "d output 1", "d output 2"]
+
+
+def run(outputs: list[Tensor], gates: Tensor, grad: Tensor) -> list[Tensor]:
+    """The sum and the gradients of outputs and gates."""
+    leaves = [x.detach().requires_grad_() for x in (*outputs, gates)]
+    o = combine(leaves[:-1], leaves[-1])
+    return [o, *torch.autograd.grad(o, leaves, grad)]
+
+
+def assert_combines(outputs: list[Tensor], gates: Tensor, grad: Tensor) -> None:
+    dtype = outputs[0].dtype
+    ours = run(outputs, gates, grad)
+    exact = dense(outputs, gates, grad, torch.float64)
+    plain = dense(outputs, gates, grad, dtype)
+    names = [*NAMES[: len(outputs) + 1], "d gates"]
+    plain[-1] = plain[-1].to(gates.dtype)
+    coarsest = max(dtype, gates.dtype, key=lambda x: torch.finfo(x).eps)
+    for name, x, y, z in zip(names, ours, plain, exact, strict=True):
+        assert x.dtype == y.dtype
+        assert_2x(x, y, z, coarsest if name == "d gates" else dtype, name, heads=True)
+
+
+def make(
+    queries: int, branches: int, dtype: torch.dtype, heads: int = 3, width: int = 48
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    outputs = [random(queries, heads, width, dtype=dtype).to(DEVICE) for _ in range(branches)]
+    gates = random(queries, heads, branches, dtype=dtype).sigmoid().to(DEVICE)
+    return outputs, gates, random(queries, heads, width, dtype=dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("branches", [1, 2, 3])
+@pytest.mark.parametrize("queries", [0, 1, 37])
+def test_against_the_oracle(queries: int, branches: int, dtype: torch.dtype) -> None:
+    assert_combines(*make(queries, branches, dtype))
+
+
+@pytest.mark.parametrize("width", [16, 64, 80, 96, 128, 192, 256])
+def test_widths(width: int) -> None:
+    assert_combines(*make(70, 2, torch.float16, heads=2, width=width))
+
+
+@pytest.mark.parametrize("gates_dtype", [torch.float32, torch.float16], ids=case_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_gates_of_another_dtype(dtype: torch.dtype, gates_dtype: torch.dtype) -> None:
+    outputs, gates, grad = make(9, 3, dtype)
+    assert_combines(outputs, gates.to(gates_dtype), grad)
+
+
+def test_gates_of_all_tokens_are_one_row() -> None:
+    """Static gates are expanded over tokens; their gradient is that of every token's own."""
+    outputs, gates, grad = make(37, 3, torch.float32)
+    expanded = gates[:1].expand_as(gates)
+    found = run(outputs, expanded, grad)
+    expected = run(outputs, expanded.contiguous(), grad)
+    assert [same_bits(x, y) for x, y in zip(found, expected, strict=True)] == [True] * 5
+
+
+def test_views_of_any_strides() -> None:
+    outputs, gates, grad = make(21, 2, torch.float16)
+    expected = run(outputs, gates, grad)
+    fused = torch.full((21, 3, 5 * 48), torch.nan, dtype=torch.float16, device=DEVICE)
+    views = [fused[..., 48 * i : 48 * (i + 1)] for i in (1, 3)]
+    for view, output in zip(views, outputs, strict=True):
+        view.copy_(output)
+    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in outputs]
+    channels_first = [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in outputs]
+    moved_gates = gates.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    moved_grad = grad.transpose(0, 2).contiguous().transpose(0, 2)
+    for given in (views, heads_first, channels_first):
+        found = run(given, moved_gates, moved_grad)
+        assert [same_bits(x, y) for x, y in zip(found, expected, strict=True)] == [True] * 4
+
+
+def test_a_gradient_of_one_number_for_all() -> None:
+    outputs, gates, _ = make(5, 2, torch.float32)
+    one = torch.ones((), device=DEVICE).expand(5, 3, 48)
+    found, expected = run(outputs, gates, one), run(outputs, gates, one.contiguous())
+    assert [same_bits(x, y) for x, y in zip(found, expected, strict=True)] == [True] * 4
+
+
+def test_a_row_does_not_depend_on_where_it_stands() -> None:
+    outputs, gates, grad = make(90, 3, torch.float32)
+    whole = run(outputs, gates, grad)
+    for part in (slice(0, 7), slice(7, 64), slice(64, 90)):
+        found = run([x[part] for x in outputs], gates[part], grad[part])
+        assert [same_bits(x, y[part]) for x, y in zip(found, whole, strict=True)] == [True] * 5
+
+
+def test_a_gate_of_zero_silences_its_branch() -> None:
+    outputs, _, _ = make(3, 2, torch.float32)
+    gates = torch.tensor([[[1.0, 0.0]]], device=DEVICE).expand(3, 3, 2)
+    assert torch.equal(combine(outputs, gates), outputs[0])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="what overflows shows in the interpreter")
+@pytest.mark.parametrize("strides", [(1 << 28, 48, 1), (48, 1 << 30, 1)], ids=["rows", "heads"])
+def test_offsets_past_two_to_the_31(strides: tuple[int, int, int]) -> None:
+    outputs, gates, grad = make(11, 2, torch.float16)
+    expected = run(outputs, gates, grad)
+    apart = [far_apart(x, *strides) for x in outputs]
+    found = run(apart, far_apart(gates, *strides[:2], 1), far_apart(grad, *strides))
+    assert [same_bits(x, y) for x, y in zip(found, expected, strict=True)] == [True] * 4
