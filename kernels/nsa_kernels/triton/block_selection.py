@@ -15,7 +15,7 @@ probabilities give equal scores and ties fall as the definition says. Bits depen
 chunks nor on which queries share a program.
 
 A key counts for the selection block where it begins and, where compression blocks overlap, for the
-one after it. So there are up to two planes of sums: score[j] = own[j] + passed_on[j - 1].
+one after it. So a score is made of one or two parts: score[j] = own[j] + passed_on[j - 1].
 
 Letters: N local rows, H query heads, G KV heads, R = H/G, PR = R padded to a power of two, C keys,
 B selection blocks, n chosen blocks, l compress_block, d compress_stride, l' select_block.
@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
+from nsa_kernels.triton.highest import highest
 from nsa_kernels.triton.tiles import padded, precision, query_tiles
 
 # Most bytes of the scores and candidates that are kept between kernels. Bits do not depend on it.
@@ -97,10 +98,16 @@ def _score_tiles(
         b_h = tl.sum(tl.reshape(b_p, [BN, PR, BT]), 1)  # [BN, BT]
         b_h = tl.reshape(b_h, [BN // PER_BLOCK, PER_BLOCK, BT])
         o_b = start // PER_BLOCK + tl.arange(0, BN // PER_BLOCK)
-        p_out = scores[None, :] + o_b[:, None]  # [BN / PER_BLOCK, BT]
-        tl.store(p_out, tl.sum(b_h * b_own[None, :, None], 1), mask=m_store[None, :])
-        if OVERLAP > 1:
-            tl.store(p_out + pitch, tl.sum(b_h * b_next[None, :, None], 1), mask=m_store[None, :])
+        b_sum = tl.sum(b_h * b_own[None, :, None], 1)  # [BN / PER_BLOCK, BT]
+        if OVERLAP == 1:
+            tl.store(scores[None, :] + o_b[:, None], b_sum, mask=m_store[None, :])
+        else:
+            # One store of both, which takes less exchange between threads than two.
+            b_sum = tl.join(b_sum, tl.sum(b_h * b_next[None, :, None], 1))
+            o_p = tl.arange(0, 2)
+            o_b = o_b[:, None, None] + o_p[None, None, :]
+            p_out = scores[None, :, None] + (o_b * 2 + o_p[None, None, :])
+            tl.store(p_out, b_sum, mask=m_store[None, :, None] & (o_b < pitch))
 
 
 @triton.jit
@@ -126,7 +133,7 @@ def _score_kernel(
     STRIDE: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
-    PLANES: tl.constexpr,
+    PARTS: tl.constexpr,
     SPAN: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -134,7 +141,7 @@ def _score_kernel(
     PDK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """scores [end_row - begin_row, G, PLANES, pitch] of a query tile's rows and a span of keys."""
+    """scores [end_row - begin_row, G, PARTS, pitch] of a query tile's rows and a span of keys."""
     # Late tokens see most: starting with them leaves the short programs for the end.
     i_tile = end_tile - 1 - tl.program_id(0)
     i_g = tl.program_id(1)
@@ -168,7 +175,7 @@ def _score_kernel(
     b_lse = tl.load(lse + row * (G * R) + i_g * R + head, mask=m_m, other=float("inf"))
     row_t = first_row + o_t
     m_store = (o_t < num_tokens) & (row_t >= begin_row) & (row_t < end_row)
-    p_scores = scores + ((row_t - begin_row) * G + i_g) * PLANES * pitch  # [BT]
+    p_scores = scores + ((row_t - begin_row) * G + i_g) * PARTS * pitch  # [BT]
     k += i_g * stride_kh
     _score_tiles(
         p_scores, m_store, b_q, b_lse, position + token, k, base, begin, shared, limit,
@@ -180,43 +187,6 @@ def _score_kernel(
         stride_kt, pitch, scale, OFFSET, STRIDE, PER_BLOCK, OVERLAP, True,
         PR, BT, BN, DK, PDK, PRECISION,
     )  # fmt: skip
-
-
-@triton.jit
-def _highest(b_key, want):
-    """Which `want` [L] of the keys >= 0 [L, W] are the highest, the first of equal ones.
-
-    All of them when there are fewer. Returns whether a key is one, how many of the line are, and
-    how many of those are before it.
-    """
-    # Invariant: count = keys >= low, and fewer than `want` keys are >= high.
-    low = want * 0
-    high = tl.max(b_key, 1) + 1
-    count = tl.sum((b_key >= 0).to(tl.int32), 1)
-    left = tl.max(((count > want) & (high - low > 1)).to(tl.int32), 0)
-    while left > 0:
-        middle = low + (high - low) // 2
-        above = tl.sum((b_key >= middle[:, None]).to(tl.int32), 1)
-        done = (count <= want) | (high - low <= 1)
-        enough = above >= want
-        high = tl.where(done | enough, high, middle)
-        enough = enough & (done == 0)
-        low = tl.where(enough, middle, low)
-        count = tl.where(enough, above, count)
-        left = tl.max(((count > want) & (high - low > 1)).to(tl.int32), 0)
-    above = (b_key > low[:, None]).to(tl.int32)
-    equal = (b_key == low[:, None]).to(tl.int32)
-    num_above = tl.sum(above, 1)
-    num_equal = tl.minimum(want - num_above, tl.sum(equal, 1))
-    before = tl.cumsum(above | (equal << 16), 1)  # W < 2^15: both counts in one.
-    equal_before = (before >> 16) - equal
-    above_before = (before & 0xFFFF) - above
-    chosen = (above > 0) | ((equal > 0) & (equal_before < num_equal[:, None]))
-    return (
-        chosen,
-        num_above + num_equal,
-        above_before + tl.minimum(equal_before, num_equal[:, None]),
-    )
 
 
 @triton.jit
@@ -233,7 +203,7 @@ def _choose_kernel(
     OFFSET: tl.constexpr,
     STRIDE: tl.constexpr,
     PER_BLOCK: tl.constexpr,
-    PLANES: tl.constexpr,
+    PARTS: tl.constexpr,
     INIT: tl.constexpr,
     LOCAL: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
@@ -242,13 +212,15 @@ def _choose_kernel(
     LAST: tl.constexpr,
     L: tl.constexpr,
     W: tl.constexpr,
+    WORDS: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
-    """The best blocks of L lines among W scores each, or among W of those found before.
+    """The best blocks of L lines among W blocks each, or among W of those found before.
 
-    A line is a query and KV head. FIRST: reads scores [lines, PLANES, pitch]; else found int32
-    [lines, 2, num_found]: the bits of scores, -1 for none, and their blocks, ascending. LAST:
-    writes out [N, G, n], with the forced blocks; else out is what another launch finds there, n for
-    each program.
+    A line is a query and KV head, and has scores [lines, pitch, PARTS]. FIRST: among all blocks;
+    else among found int32 [lines, num_found], ascending, with -1 for none. LAST: writes out
+    [N, G, n], with the forced blocks; else out is what another launch finds there, n for each
+    program.
     """
     i_part = tl.program_id(1)
     o_w = i_part * W + tl.arange(0, W)
@@ -263,43 +235,54 @@ def _choose_kernel(
     want = tl.maximum(NUM_SELECTED - first - (num_blocks - end), 0)
     o_line = line.to(tl.int64)
 
+    # The bound of the wide load is coarse, which lets it be wide.
+    bound = (tl.cdiv(num_blocks, 64) * 64)[:, None]
+    p_s = scores + (o_line * PARTS * pitch)[:, None]
+    b_own = tl.zeros([L, W], tl.float32)
+    b_passed = tl.zeros([L, W], tl.float32)
     if FIRST:
-        # Blocks where no visible key begins have no sum, and their rows were never written.
-        num_keys = tl.maximum(t - OFFSET + STRIDE, 0) // STRIDE
-        written = tl.cdiv(num_keys, PER_BLOCK)[:, None]
-        m_w = m_l[:, None] & (o_w >= first[:, None]) & (o_w < end[:, None])  # [L, W]
-        p_s = scores + (o_line * PLANES * pitch)[:, None] + o_w
-        b_score = tl.load(p_s, mask=m_w & (o_w < written), other=0.0)
-        if PLANES > 1:
-            m_next = m_w & (o_w >= 1) & (o_w <= written)
-            b_score += tl.load(p_s + (pitch - 1), mask=m_next, other=0.0)
-        # Bits of floats that are not negative are in the order of the floats; NaN scores 0.
-        b_score = tl.where(b_score > 0.0, b_score, 0.0)
-        b_key = tl.where(m_w, b_score.to(tl.int32, bitcast=True), -1)
         b_block = tl.broadcast_to(o_w[None, :], [L, W])
+        if PARTS == 1:
+            b_own = tl.load(p_s + o_w, mask=m_l[:, None] & (o_w < bound), other=0.0)
+        else:
+            o_p = i_part * W * 2 + tl.arange(0, W * 2)
+            b_both = tl.load(p_s + o_p, mask=m_l[:, None] & (o_p < bound * 2), other=0.0)
+            b_own, b_passed = tl.split(tl.reshape(b_both, [L, W, 2]))
     else:
-        p_found = found + (o_line * 2 * num_found)[:, None] + o_w
-        m_w = m_l[:, None] & (o_w < num_found)
-        b_key = tl.load(p_found, mask=m_w, other=-1)
-        b_block = tl.load(p_found + num_found, mask=m_w, other=-1)
+        p_found = found + (o_line * num_found)[:, None]
+        b_block = tl.load(p_found + o_w, mask=m_l[:, None] & (o_w < num_found), other=-1)
+        b_own = tl.load(p_s + b_block * PARTS, mask=b_block >= 0, other=0.0)
+        if PARTS == 2:
+            b_passed = tl.load(p_s + b_block * 2 + 1, mask=b_block >= 0, other=0.0)
+    # Where no visible key begins, nothing was written.
+    written = tl.cdiv(tl.maximum(t - OFFSET + STRIDE, 0) // STRIDE, PER_BLOCK)[:, None]
+    b_score = tl.where(b_block < written, b_own, 0.0)
+    if PARTS == 2:
+        b_score += tl.where((b_block > 0) & (b_block <= written), b_passed, 0.0)
+    # Bits of floats that are not negative are in the order of the floats; NaN scores 0.
+    b_key = tl.where(b_score > 0.0, b_score, 0.0).to(tl.int32, bitcast=True)
+    m_free = (b_block >= first[:, None]) & (b_block < end[:, None]) & (want[:, None] > 0)
+    b_key = tl.where(m_free, b_key, -1)
 
-    m_chosen, num_chosen, b_place = _highest(b_key, want)
-    if LAST:
-        p_out = out + ((begin_row * G + o_line) * NUM_SELECTED)[:, None]
-        # Ascending: the free blocks are those between the forced ones.
-        tl.store(p_out + first[:, None] + b_place, b_block, mask=m_chosen)
-        b_local = (end - first - num_chosen)[:, None] + o_n
-        m_first = o_n < first[:, None]
-        b_rest = tl.where(m_first, o_n, tl.where(b_local < num_blocks[:, None], b_local, -1))
-        m_rest = (m_first | (o_n >= (first + num_chosen)[:, None])) & (o_n < NUM_SELECTED)
-        tl.store(p_out + o_n, b_rest, mask=m_rest & m_l[:, None])
+    b_column, count = highest(b_key, want, PN, WORDS, NEAR)
+    m_n = m_l[:, None] & (o_n < count[:, None])
+    if FIRST:
+        b_chosen = i_part * W + b_column
     else:
-        num_out = tl.num_programs(1) * NUM_SELECTED
-        p_out = out + (o_line * 2 * num_out + i_part * NUM_SELECTED)[:, None]
-        tl.store(p_out + b_place, b_key, mask=m_chosen)
-        tl.store(p_out + num_out + b_place, b_block, mask=m_chosen)
-        m_rest = (o_n >= num_chosen[:, None]) & (o_n < NUM_SELECTED) & m_l[:, None]
-        tl.store(p_out + o_n, tl.full([L, PN], -1, tl.int32), mask=m_rest)
+        b_chosen = tl.load(p_found + b_column, mask=m_n, other=-1)
+    if LAST:
+        # Ascending: the free blocks are those between the forced ones.
+        p_out = out + ((begin_row * G + o_line) * NUM_SELECTED)[:, None] + o_n
+        tl.store(p_out + first[:, None], b_chosen, mask=m_n)
+        m_first = o_n < first[:, None]
+        b_local = (end - first - count)[:, None] + o_n
+        b_rest = tl.where(m_first, o_n, tl.where(b_local < num_blocks[:, None], b_local, -1))
+        m_rest = (m_first | (o_n >= (first + count)[:, None])) & (o_n < NUM_SELECTED)
+        tl.store(p_out, b_rest, mask=m_rest & m_l[:, None])
+    else:
+        p_out = out + (o_line * tl.num_programs(1) * NUM_SELECTED + i_part * NUM_SELECTED)[:, None]
+        b_chosen = tl.where(o_n < count[:, None], b_chosen, -1)
+        tl.store(p_out + o_n, b_chosen, mask=m_l[:, None] & (o_n < NUM_SELECTED))
 
 
 class _Shape(NamedTuple):
@@ -349,16 +332,16 @@ def _pitch(blocks: int) -> int:
     return triton.cdiv(blocks, 64) * 64
 
 
-def _row_bytes(blocks: int, groups: int, planes: int, num_selected: int) -> int:
+def _row_bytes(blocks: int, groups: int, score_parts: int, num_selected: int) -> int:
     """Workspace of a query row: scores and, where they are ranked in parts, what these hand on."""
     parts = triton.cdiv(blocks, MOST_COLUMNS)
-    # 8 bytes for each block found; what later launches find of these is less than as much again.
-    found = 16 * parts * num_selected if parts > 1 else 0
-    return groups * (4 * planes * _pitch(blocks) + found)
+    # 4 bytes for each block found; what later launches find of these is less than as much again.
+    found = 8 * parts * num_selected if parts > 1 else 0
+    return groups * (4 * score_parts * _pitch(blocks) + found)
 
 
-def _chunk_rows(blocks: int, groups: int, planes: int, num_selected: int) -> int:
-    return max(1, WORKSPACE_BYTES // _row_bytes(blocks, groups, planes, num_selected))
+def _chunk_rows(blocks: int, groups: int, score_parts: int, num_selected: int) -> int:
+    return max(1, WORKSPACE_BYTES // _row_bytes(blocks, groups, score_parts, num_selected))
 
 
 @torch.no_grad()
@@ -378,8 +361,8 @@ def select_blocks(
 ) -> Tensor:
     """See `Backend.select_blocks`.
 
-    Its workspace is rows x G x (4 planes ceil64(B) + 16 ceil(B / 4096) n) bytes, the second part
-    only where B > 4096: planes is 1 where l = d and else 2, B the blocks of the longest row, rows
+    Its workspace is rows x G x (4 parts ceil64(B) + 8 ceil(B / 4096) n) bytes, the second part
+    only where B > 4096: parts is 1 where l = d and else 2, B the blocks of the longest row, rows
     as many as make at most WORKSPACE_BYTES, and at least one.
     """
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
@@ -389,12 +372,12 @@ def select_blocks(
         return selected
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     lse = lse.contiguous()
-    planes = 1 if block == stride else 2
+    score_parts = 1 if block == stride else 2
     longest = max(s.position + s.length - 1 for s in segments.rows if s.length)
     blocks = longest // select_block + 1
-    size = min(_chunk_rows(blocks, groups, planes, num_selected), q.shape[0])
+    size = min(_chunk_rows(blocks, groups, score_parts, num_selected), q.shape[0])
     workspace = torch.empty(
-        size * groups * planes * _pitch(blocks), dtype=torch.float32, device=q.device
+        size * groups * score_parts * _pitch(blocks), dtype=torch.float32, device=q.device
     )
     shape = _shape(q)
     head_columns = triton.next_power_of_2(q.shape[1] // groups)
@@ -406,7 +389,7 @@ def select_blocks(
         "OFFSET": block - 1,
         "STRIDE": stride,
         "PER_BLOCK": select_block // stride,
-        "PLANES": planes,
+        "PARTS": score_parts,
     }
     for chunk in _chunks(segments, size, select_block):
         pitch = _pitch(chunk.blocks)
@@ -444,13 +427,15 @@ def _choose(
         width = min(max(16, triton.next_power_of_2(count)), MOST_COLUMNS)
         out = selected
         if parts > 1:
-            out = selected.new_empty(rows * groups * 2 * parts * num_selected)
+            out = selected.new_empty(rows * groups * parts * num_selected)
         lines = max(1, LINE_ELEMENTS // width)
+        near = 4 // config["PARTS"]  # Blocks in the 16 bytes that a thread loads at once.
         _choose_kernel[(triton.cdiv(rows * groups, lines), parts)](
             scores, found, out, positions, chunk.begin, rows * groups, count, _pitch(chunk.blocks),
             INIT=num_init_blocks, LOCAL=num_local_blocks, NUM_SELECTED=num_selected,
             PN=triton.next_power_of_2(num_selected), FIRST=first, LAST=parts == 1,
-            L=lines, W=width, **config, num_warps=max(1, width // LINE_ELEMENTS),
+            L=lines, W=width, WORDS=min(max(32, width // 32), width // near), NEAR=near, **config,
+            num_warps=max(1, width // LINE_ELEMENTS),
         )  # fmt: skip
         if parts == 1:
             return

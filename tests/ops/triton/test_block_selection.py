@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nsa_kernels import QuerySegments, pytorch
 from nsa_kernels.reference import (
@@ -291,22 +293,21 @@ def test_future_and_other_documents_change_no_choice(value: str) -> None:
 
 
 def captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """What `run` returns, and the scores in its workspace, [N, G, planes, pitch]."""
+    """What `run` returns, and the scores in its workspace, [N, G, pitch, parts]."""
     chunks = []
     rank = block_selection._choose
 
-    def keep(work: Tensor, selected: Tensor, positions: Tensor, chunk: object, *rest: object):
-        begin, end, blocks = chunk
-        shape = end - begin, selected.shape[1], rest[-1]["PLANES"], block_selection._pitch(blocks)
+    def keep(work: Tensor, selected: Tensor, positions: Tensor, chunk: Any, *rest: Any) -> None:
+        pitch, parts = block_selection._pitch(chunk.blocks), rest[-1]["PARTS"]
+        shape = chunk.end - chunk.begin, selected.shape[1], pitch, parts
         chunks.append(work[: math.prod(shape)].view(shape).cpu().clone())
         rank(work, selected, positions, chunk, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(block_selection, "_choose", keep)
         selected = run()
-    pitch = max(x.shape[-1] for x in chunks)
-    pad = [torch.nn.functional.pad(x, (0, pitch - x.shape[-1])) for x in chunks]
-    return selected, torch.cat(pad)
+    pitch = max(x.shape[2] for x in chunks)
+    return selected, torch.cat([pad(x, (0, 0, 0, pitch - x.shape[2])) for x in chunks])
 
 
 @pytest.mark.usefixtures("_same_bits_in_any_row")
@@ -327,10 +328,12 @@ def test_bits_do_not_depend_on_split_chunks_or_parts(
     request.getfixturevalue("small_workspace")
     selected, parts = captured(monkeypatch, lambda: choose(cut, layout.segments, q[rows], keys))
     assert torch.equal(selected, expected[rows])
-    block = torch.arange(whole.shape[-1])
+    block = torch.arange(whole.shape[2])
     visible = (rows - case.block + case.stride).clamp(min=0) // case.stride
-    written = block * (case.select_block // case.stride) < visible[:, None, None, None]
-    a, b = (x.masked_fill(~written, 0.0) for x in (parts[..., : len(block)], whole[rows]))
+    written = -(-visible // (case.select_block // case.stride))[:, None, None]
+    # Sums of the keys that begin in block j, and of what those of block j - 1 pass on to it.
+    written = torch.stack([block < written, (block > 0) & (block <= written)], dim=-1)
+    a, b = (x.masked_fill(~written, 0.0) for x in (parts[:, :, : len(block)], whole[rows]))
     assert written.any()
     assert torch.equal(a, b)
 
