@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nsa_kernels import QuerySegments, Segment, get_backend
 from tests.ops.op_cases import CASES, Layout, same_bits
@@ -178,6 +179,19 @@ def test_several_forwards_before_their_backwards(name: str) -> None:
         out, leaves = outs[number], (first, second)[number]
         found = torch.autograd.grad(out, leaves, some_gradient(out))
         assert_same_bits(list(found), expected[number][-len(leaves) :])
+
+
+@every_operator
+def test_recomputation_gives_the_same_bits(name: str) -> None:
+    leaves = inputs(name)
+    expected = results(name, leaves)
+
+    def first(*leaves: Tensor) -> Tensor:
+        return OPERATORS[name].run(*leaves)[0]
+
+    out = checkpoint(first, *leaves, use_reentrant=False)
+    found = [out, *torch.autograd.grad(out, leaves, some_gradient(out))]
+    assert_same_bits(found, [expected[0], *expected[-len(leaves) :]])
 
 
 @every_operator

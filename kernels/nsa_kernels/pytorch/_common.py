@@ -36,25 +36,31 @@ def exact(function: Callable[..., Any]) -> Callable[..., Any]:
             for device_type in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device_type):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
-            for backend in (torch.backends.cuda, torch.backends.mkldnn):
-                stack.enter_context(_ieee_matmul(backend.matmul))
+            stack.enter_context(_ieee_matmul())
             return function(*args, **kwargs)
 
     return run
 
 
 @contextmanager
-def _ieee_matmul(matmul: Any) -> Iterator[None]:
-    option = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
-    found = getattr(matmul, option, "none")
-    if found in ("none", "ieee", False):
-        yield
+def _ieee_matmul() -> Iterator[None]:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
         return
-    setattr(matmul, option, False if found is True else "ieee")
+    options = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    reduced = [(x, x.fp32_precision) for x in options if x.fp32_precision not in ("none", "ieee")]
     try:
+        for option, _ in reduced:
+            option.fp32_precision = "ieee"
         yield
     finally:
-        setattr(matmul, option, found)
+        for option, found in reduced:
+            option.fp32_precision = found
 
 
 def heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
