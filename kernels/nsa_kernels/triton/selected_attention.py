@@ -1,13 +1,13 @@
 """The selection branch: attention to the tokens of the chosen blocks (Eq. 11, arXiv 2502.11089).
 
 What binds is the traffic of keys and values from the L2 cache, not arithmetic: a block has 2 l' D
-numbers for the R rows of one token. So a program takes a tile of neighbouring tokens of one KV head,
-BM = BT*R rows of one matrix, and walks the blocks that any of them chose: one that several chose is
-loaded once, and the matrix instructions have rows enough. A block that a token did not choose
-leaves the token's running maximum, sum and accumulator as they are, bit for bit, and blocks come in
-ascending order for every token, so that a query's output depends neither on its neighbours in the
-tile nor on where its document was cut. Multiply-adds are written out and the compiler may make no
-other, since blocks at the causal edge take another branch of the code than those before.
+numbers for the R rows of one token. So a program takes a tile of neighbouring tokens of one KV
+head, BM = BT*R rows of one matrix, and walks the blocks that any of them chose: one that several
+chose is loaded once, and the matrix instructions have rows enough. A block that a token did not
+choose leaves the token's running maximum, sum and accumulator as they are, bit for bit, and blocks
+come in ascending order for every token, so that a query's output depends neither on its neighbours
+in the tile nor on where its document was cut. Multiply-adds are written out and the compiler may
+make no other, since blocks at the causal edge take another branch of the code than those before.
 
 Letters: N local rows, H query heads, G KV heads, R = H/G, Dk and Dv widths, E and F own and fetched
 rows, B selection blocks, n chosen blocks, l' tokens of a block.
@@ -32,7 +32,7 @@ from nsa_kernels.triton.selected_lists import (
     load_block,
     near,
     token_tile,
-    walk_shape,
+    walk_shapes,
 )
 from nsa_kernels.triton.tiles import (
     LOG2E,
@@ -238,7 +238,7 @@ class _SelectedAttention(torch.autograd.Function):
         lse = q.new_empty(num_rows, heads, dtype=torch.float32)
         if num_rows:
             ratio = heads // groups
-            shape = walk_shape(q, v_own, select_block)
+            shape = walk_shapes(q, v_own, select_block)[0]
             tokens, rows = token_tile(ratio)
             tiles = query_tiles(segments, tokens, "selected_base").table
             lists, counts = block_lists(
@@ -263,10 +263,10 @@ class _SelectedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = selected_backward(
             *ctx.saved_tensors,
-            last_dim_contiguous(grad_o),
-            ctx.segments,
-            ctx.select_block,
-            ctx.scale,
+            do=last_dim_contiguous(grad_o),
+            segments=ctx.segments,
+            select_block=ctx.select_block,
+            scale=ctx.scale,
         )
         return *grads, None, None, None, None, None, None
 

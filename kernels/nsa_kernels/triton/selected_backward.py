@@ -11,6 +11,8 @@ A query that sees a single key has P = 1 and dS = 0, whatever rounding says.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,14 +25,17 @@ from nsa_kernels.triton.selected_lists import (
     first_of,
     key_shape,
     load_block,
+    load_columns,
+    load_tile,
     query_lists,
+    store_tile,
     token_tile,
-    walk_shape,
+    walk_shapes,
 )
 from nsa_kernels.triton.tiles import LOG2E, PIECE, padded, precision, query_tiles
 
-# Pieces of a block's list of queries that one program walks over.
-PIECES_A_PROGRAM = 8
+# Bytes for what programs of dk and dv leave to be added; more programs run in several launches.
+WORKSPACE = 256 << 20
 
 
 @triton.jit
@@ -190,15 +195,6 @@ def _dq_kernel(
 
 
 @triton.jit
-def _add_to(p, b, mask, first):
-    """Write b, or with more than the `first` piece there add to it."""
-    if first:
-        tl.store(p, b, mask=mask)
-    else:
-        tl.store(p, b + tl.load(p, mask=mask, other=0.0), mask=mask)
-
-
-@triton.jit
 def _dkv_kernel(
     q,
     k_own,
@@ -210,7 +206,8 @@ def _dkv_kernel(
     delta,
     dk,
     dv,
-    queries,
+    rows,
+    seen,
     starts,
     ends,
     owner,
@@ -230,11 +227,11 @@ def _dkv_kernel(
     stride_fvh,
     stride_dot,
     stride_doh,
+    first_program,
     scale,
     scale_log2,
     G: tl.constexpr,
     R: tl.constexpr,
-    PIECE_QUERIES: tl.constexpr,
     MOST: tl.constexpr,
     BLOCK: tl.constexpr,
     BQ: tl.constexpr,
@@ -247,72 +244,74 @@ def _dkv_kernel(
     PRECISION: tl.constexpr,
 ):
     """dk, dv of BN keys of a block from at most MOST of its queries, to a float32 workspace."""
-    i_program = tl.program_id(0).to(tl.int64)
+    i_program = first_program + tl.program_id(0)
     first_key = tl.program_id(1) * BN
     block = tl.load(owner + i_program)
-    if block < G * num_blocks:
-        i_g = block // num_blocks
-        before = tl.load(ends + block - 1, mask=block > 0, other=0)
-        begin = tl.load(starts + block) + (i_program - before) * MOST
-        end = tl.minimum(begin + MOST, tl.load(starts + block + 1))
-        start = tl.load(block_rows + block)
-        length = tl.load(block_lengths + block % num_blocks).to(tl.int32)
-        p_k, stride_k = first_of(
-            k_own + i_g * stride_kh, k_fetched + i_g * stride_fkh, start, num_own, stride_kt,
-            stride_fkt,
-        )  # fmt: skip
-        p_v, stride_v = first_of(
-            v_own + i_g * stride_vh, v_fetched + i_g * stride_fvh, start, num_own, stride_vt,
-            stride_fvt,
-        )  # fmt: skip
-        b_k = load_block(p_k, stride_k, first_key, length, BN, DK, PDK, True)  # [BN, PDK]
-        b_v = load_block(p_v, stride_v, first_key, length, BN, DV, PDV, True)  # [BN, PDV]
+    if block >= G * num_blocks:
+        return
+    i_g = block // num_blocks
+    before = tl.load(ends + block - 1, mask=block > 0, other=0)
+    begin = tl.load(starts + block) + (i_program - before) * MOST
+    num = tl.minimum(tl.load(starts + block + 1) - begin, MOST).to(tl.int32)
+    start = tl.load(block_rows + block)
+    length = tl.load(block_lengths + block % num_blocks).to(tl.int32)
+    p_k, stride_k = first_of(
+        k_own + i_g * stride_kh, k_fetched + i_g * stride_fkh, start, num_own, stride_kt,
+        stride_fkt,
+    )  # fmt: skip
+    p_v, stride_v = first_of(
+        v_own + i_g * stride_vh, v_fetched + i_g * stride_fvh, start, num_own, stride_vt,
+        stride_fvt,
+    )  # fmt: skip
+    b_k = load_block(p_k, stride_k, first_key, length, BN, DK, PDK, True)  # [BN, PDK]
+    b_v = load_block(p_v, stride_v, first_key, length, BN, DV, PDV, True)  # [BN, PDV]
 
-        o_m = tl.arange(0, BM)
-        o_dk = tl.arange(0, PDK)
-        o_dv = tl.arange(0, PDV)
-        o_n = first_key + tl.arange(0, BN)
-        place, head = o_m // R, i_g * R + o_m % R
-        row = i_program * BLOCK + o_n
-        p_dk = dk + row[:, None] * DK + o_dk[None, :]
-        p_dv = dv + row[:, None] * DV + o_dv[None, :]
-        m_dk = (o_n < length)[:, None] & (o_dk < DK)[None, :]
-        m_dv = (o_n < length)[:, None] & (o_dv < DV)[None, :]
-        for piece in tl.range(begin, end, PIECE_QUERIES, num_stages=1):
-            b_dk = tl.zeros([BN, PDK], dtype=tl.float32)
-            b_dv = tl.zeros([BN, PDV], dtype=tl.float32)
-            stop = tl.minimum(piece + PIECE_QUERIES, end)
-            for i in tl.range(piece, stop, BQ):
-                m_m = (i + place < stop) & (place < BQ)
-                entry = tl.load(queries + i + place, mask=m_m, other=0)
-                query = entry >> 9
-                b_seen = (entry & 255).to(tl.int32)  # 0 where masked
-                several = (entry & 256) != 0
-                p_q = q + (query * stride_qt + head * stride_qh)[:, None] + o_dk[None, :]
-                b_q = tl.load(p_q, mask=m_m[:, None] & (o_dk < DK)[None, :], other=0.0)
-                p_do = do + (query * stride_dot + head * stride_doh)[:, None] + o_dv[None, :]
-                b_do = tl.load(p_do, mask=m_m[:, None] & (o_dv < DV)[None, :], other=0.0)
-                row_head = query * (G * R) + head
-                b_lse = tl.load(lse + row_head, mask=m_m, other=0.0) * 1.4426950408889634
-                b_delta = tl.load(delta + row_head, mask=m_m, other=0.0)
-                seen = o_n[:, None] < b_seen[None, :]
-                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
-                b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_lse[None, :]))
-                b_p = tl.where(seen, b_p, 0.0)
-                b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-                b_ds = b_p * (b_dp - b_delta[None, :])
-                b_ds = tl.where(seen & several[None, :], b_ds, 0.0)
-                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-            _add_to(p_dk, b_dk * scale, m_dk, piece == begin)
-            _add_to(p_dv, b_dv, m_dv, piece == begin)
-            # What one thread wrote, another may read for the next piece.
-            tl.debug_barrier()
+    o_m = tl.arange(0, BM)
+    o_dk = tl.arange(0, PDK)
+    o_dv = tl.arange(0, PDV)
+    o_n = first_key + tl.arange(0, BN)
+    place = o_m // R
+    head = i_g * R + o_m % R
+    p_rows = rows + begin
+    p_seen = seen + begin
+    p_q = q + (head * stride_qh)[:, None] + o_dk[None, :]
+    p_do = do + (head * stride_doh)[:, None] + o_dv[None, :]
+    p_lse = lse + head
+    p_delta = delta + head
+    b_dk = tl.zeros([BN, PDK], dtype=tl.float32)
+    b_dv = tl.zeros([BN, PDV], dtype=tl.float32)
+    # Read ahead, so that the addresses of q and do never wait for it. Places without a query
+    # stand for the last one, and see nothing.
+    row = tl.load(p_rows + tl.minimum(place, num - 1)).to(tl.int64)
+    for i in tl.range(0, num, BQ):
+        following = tl.load(p_rows + tl.minimum(i + BQ + place, num - 1)).to(tl.int64)
+        b_q = load_columns(p_q + (row * stride_qt)[:, None], DK, PDK)  # [BM, PDK]
+        b_do = load_columns(p_do + (row * stride_dot)[:, None], DV, PDV)  # [BM, PDV]
+        b_lse = tl.load(p_lse + row * (G * R)) * 1.4426950408889634
+        b_delta = tl.load(p_delta + row * (G * R))
+        m_m = (i + place < num) & (place < BQ)
+        b_seen = tl.load(p_seen + i + place, mask=m_m, other=0).to(tl.int32)
+        b_several = b_seen >> 8
+        b_seen = b_seen & 255
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_lse[None, :]))
+        b_p = tl.where(o_n[:, None] < b_seen[None, :], b_p, 0.0)
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_ds = tl.where(o_n[:, None] < (b_seen * b_several)[None, :], b_ds, 0.0)
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        row = following
+    tile = (i_program - first_program) * BLOCK + first_key
+    store_tile(dk + tile * DK, b_dk * scale, BN, DK, PDK)
+    store_tile(dv + tile * DV, b_dv, BN, DV, PDV)
 
 
 @triton.jit
 def _add_programs_kernel(
     workspace,
+    carried,
+    carry,
     own,
     fetched,
     ends,
@@ -320,30 +319,44 @@ def _add_programs_kernel(
     block_lengths,
     num_blocks,
     num_own,
+    first_program,
+    end_program,
     G: tl.constexpr,
     BLOCK: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
     PD: tl.constexpr,
 ):
-    """Add what the programs of one block left in the workspace, in their order."""
+    """Add what programs first_program..end_program-1 of one block left in the workspace, in order.
+
+    On top of `carried`, what earlier programs of the block left; to `carry` when more will come.
+    """
     block = tl.program_id(0).to(tl.int64)
-    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    o_d = tl.arange(0, PD)
+    first_key = tl.program_id(1) * BN
     begin = tl.load(ends + block - 1, mask=block > 0, other=0)
     end = tl.load(ends + block)
-    if begin < end:
-        i_g = block // num_blocks
-        start = tl.load(block_rows + block)
-        length = tl.load(block_lengths + block % num_blocks).to(tl.int32)
-        mask = (o_n < length)[:, None] & (o_d < D)[None, :]
-        b_sum = tl.zeros([BN, PD], dtype=tl.float32)
-        for i in tl.range(begin, end):
-            p = workspace + (i * BLOCK + o_n)[:, None] * D + o_d[None, :]
-            b_sum += tl.load(p, mask=mask, other=0.0)
-        p_out, _ = first_of(own, fetched, start, num_own, G * D, G * D)
-        p_out += (i_g * D + o_n[:, None] * (G * D)) + o_d[None, :]
-        tl.store(p_out, b_sum.to(own.dtype.element_ty), mask=mask)
+    low = tl.maximum(begin, first_program)
+    high = tl.minimum(end, end_program)
+    if low >= high:
+        return
+    b_sum = tl.zeros([BN, PD], dtype=tl.float32)
+    if begin < low:
+        b_sum = load_tile(carried + first_key * D, BN, D, PD)
+    for i in tl.range(low, high):
+        p = workspace + ((i - first_program) * BLOCK + first_key) * D
+        b_sum += load_tile(p, BN, D, PD)
+    if end > high:
+        store_tile(carry + first_key * D, b_sum, BN, D, PD)
+        return
+    i_g = block // num_blocks
+    row = tl.load(block_rows + block)
+    length = tl.load(block_lengths + block % num_blocks).to(tl.int32)
+    p_out, _ = first_of(own, fetched, row, num_own, G * D, G * D)
+    o_n = first_key + tl.arange(0, BN)
+    o_d = tl.arange(0, PD)
+    p_out += i_g * D + o_n[:, None] * (G * D) + o_d[None, :]
+    mask = (o_n < length)[:, None] & (o_d < D)[None, :]
+    tl.store(p_out, b_sum.to(own.dtype.element_ty), mask=mask)
 
 
 def selected_backward(
@@ -364,58 +377,65 @@ def selected_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k_own, v_own, k_fetched and v_fetched, the arguments of forward.
 
-    o and do [N, H, Dv], lse [N, H]; the last dimension of each contiguous. Works in a float32 copy
-    of dk and dv of the blocks, and of one block more for each MOST queries that chose one.
+    o and do [N, H, Dv], lse [N, H]; the last dimension of each contiguous. Besides the lists of
+    selected_lists.py this takes a workspace of at most WORKSPACE bytes.
     """
     sources = (k_own, v_own, k_fetched, v_fetched)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in sources]
     if not q.shape[0] or not block_lengths.shape[0]:
         return dq.zero_(), *grads
-    groups = k_own.shape[1]
+    groups, widths = k_own.shape[1], (k_own.shape[-1], v_own.shape[-1])
     ratio = q.shape[1] // groups
     delta = torch.empty_like(lse)
     strides = [stride for x in (q, *sources, do) for stride in x.stride()[:2]]
-    shared = {
+    shared: dict[str, Any] = {
         "G": groups,
         "R": ratio,
         "BLOCK": select_block,
-        "DK": q.shape[-1],
-        "DV": v_own.shape[-1],
-        "PDK": padded(q.shape[-1]),
-        "PDV": padded(v_own.shape[-1]),
+        "DK": widths[0],
+        "DV": widths[1],
+        "PDK": padded(widths[0]),
+        "PDV": padded(widths[1]),
         "PRECISION": precision(q),
         "enable_fp_fusion": False,
     }
-    shape = walk_shape(q, v_own, select_block)
+    walk = walk_shapes(q, v_own, select_block)[1]
     tokens, rows = token_tile(ratio)
     tiles = query_tiles(segments, tokens, "selected_base").table
     lists, counts = block_lists(selected, block_rows, block_lengths, tiles, tokens, select_block)
     _dq_kernel[(len(tiles), groups)](
         q, *sources, o, do, lse, delta, dq, tiles, lists, counts, k_own.shape[0], *strides, scale,
         scale * LOG2E, LENGTH=lists.shape[-1], EDGE_BLOCKS=EDGES,
-        APART=selected.shape[-1] * select_block > PIECE * shape.keys, BT=tokens, BM=rows,
-        BN=shape.keys, **shared, num_warps=shape.warps, num_stages=shape.stages,
+        APART=selected.shape[-1] * select_block > PIECE * walk.keys, BT=tokens, BM=rows,
+        BN=walk.keys, **shared, num_warps=walk.warps, num_stages=walk.stages,
     )  # fmt: skip
+    del lists, counts
 
     shape = key_shape(q, v_own, select_block)
     at_once = shape.rows // ratio
-    most = at_once * PIECE * PIECES_A_PROGRAM
-    queries, starts, ends, owner = query_lists(
-        selected, block_lengths, segments, select_block, most
-    )
-    block_rows = block_rows.contiguous()
-    space = len(owner) * select_block
-    to_k, to_v = (x.new_empty(space, x.shape[-1], dtype=torch.float32) for x in (k_own, v_own))
-    blocks = (block_rows, block_lengths, block_lengths.shape[0], k_own.shape[0])
-    _dkv_kernel[(len(owner), select_block // shape.keys)](
-        q, *sources, do, lse, delta, to_k, to_v, queries, starts, ends, owner, *blocks, *strides,
-        scale, scale * LOG2E, PIECE_QUERIES=at_once * PIECE, MOST=most, BQ=at_once,
-        BM=shape.rows, BN=shape.keys, **shared, num_warps=shape.warps, num_stages=shape.stages,
-    )  # fmt: skip
-    for workspace, own, fetched in ((to_k, *grads[::2]), (to_v, *grads[1::2])):
-        _add_programs_kernel[(groups * block_lengths.shape[0], select_block // 16)](
-            workspace, own, fetched, ends, *blocks, G=groups, BLOCK=select_block, BN=16,
-            D=own.shape[-1], PD=padded(own.shape[-1]),
+    most = at_once * PIECE
+    queries = query_lists(selected, block_lengths, segments, select_block, most)
+    blocks = (block_rows.contiguous(), block_lengths, block_lengths.shape[0], k_own.shape[0])
+    programs = len(queries.owner)
+    space = [4 * select_block * width for width in widths]
+    step = max(1, min(programs, WORKSPACE // sum(space) - 4))
+
+    def empty(tiles: int) -> list[Tensor]:
+        return [q.new_empty(tiles, select_block, w, dtype=torch.float32) for w in widths]
+
+    workspace, carried, carry = empty(step), empty(1), empty(1)
+    for first in range(0, programs, step):
+        end = min(first + step, programs)
+        _dkv_kernel[(end - first, select_block // shape.keys)](
+            q, *sources, do, lse, delta, *workspace, *queries, *blocks, *strides, first, scale,
+            scale * LOG2E, MOST=most, BQ=at_once, BM=shape.rows, BN=shape.keys, **shared,
+            num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
+        for i, width in enumerate(widths):
+            _add_programs_kernel[(groups * block_lengths.shape[0], select_block // 16)](
+                workspace[i], carried[i], carry[i], grads[i], grads[i + 2], queries.ends, *blocks,
+                first, end, G=groups, BLOCK=select_block, BN=16, D=width, PD=padded(width),
+            )  # fmt: skip
+        carried, carry = carry, carried
     return dq, *grads

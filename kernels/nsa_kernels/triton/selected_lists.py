@@ -41,6 +41,34 @@ def first_of(own, fetched, row, num_own, stride_own, stride_fetched):
 
 
 @triton.jit
+def load_columns(p, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """The tile at pointers [rows, PADDED], zeros in the columns from WIDTH."""
+    if WIDTH != PADDED:
+        b = tl.load(p, mask=(tl.arange(0, PADDED) < WIDTH)[None, :], other=0.0)
+    else:
+        b = tl.load(p)
+    return b
+
+
+@triton.jit
+def load_tile(p, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Dense rows of WIDTH columns from p in a tile [ROWS, PADDED]."""
+    o_n, o_d = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    return load_columns(p + o_n[:, None] * WIDTH + o_d[None, :], WIDTH, PADDED)
+
+
+@triton.jit
+def store_tile(p, b, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Write the first WIDTH columns of b [ROWS, PADDED] as dense rows from p."""
+    o_d = tl.arange(0, PADDED)
+    p += tl.arange(0, ROWS)[:, None] * WIDTH + o_d[None, :]
+    if WIDTH != PADDED:
+        tl.store(p, b, mask=(o_d < WIDTH)[None, :])
+    else:
+        tl.store(p, b)
+
+
+@triton.jit
 def load_block(
     p, stride, start, limit, BN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -99,7 +127,7 @@ def _block_lists_kernel(
     token = o_c // NUM
     p_c = p_selected + token.to(tl.int64) * stride_selected + o_c % NUM
     b_j = tl.load(p_c, mask=token < num_tokens, other=-1).to(tl.int32)
-    bit = (1 << token).to(tl.int32)
+    bit = 1 << (token & 15)  # Places behind BT NUM hold no choice.
 
     for i in tl.static_range(EDGE_BLOCKS):
         j = first_edge + i
@@ -122,7 +150,7 @@ def _block_lists_kernel(
         b_k = tl.load(p_k, mask=token_k < num_tokens, other=-1).to(tl.int32)
         b_k = tl.where((b_k >= 0) & (b_k < first_edge), b_k, 2147483647)
         same = b_j[:, None] == b_k[None, :]  # [BC, BK]
-        choosers += tl.sum(tl.where(same, (1 << token_k).to(tl.int32)[None, :], 0), 1)
+        choosers += tl.sum(tl.where(same, (1 << (token_k & 15))[None, :], 0), 1)
         # A block counts where the first token that chose it names it.
         again = tl.max(tl.where(same & (o_c[:, None] < o_k[None, :]), 1, 0), 0)
         counts_once = (again == 0) & (b_k != 2147483647)
@@ -158,14 +186,16 @@ def token_tile(ratio: int) -> tuple[int, int]:
     return tokens, max(16, triton.next_power_of_2(tokens * ratio))
 
 
-def walk_shape(q: Tensor, v: Tensor, select_block: int) -> WalkShape:
+def walk_shapes(q: Tensor, v: Tensor, select_block: int) -> tuple[WalkShape, WalkShape]:
     """Of the forward and dq kernels; by widths, l' and dtype only, for the promise of bits."""
     width = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    few = min(32, select_block)
     if q.dtype == torch.float32:
-        return WalkShape(min(32, select_block), 4, 1)
+        return WalkShape(few, 4, 1), WalkShape(few, 4, 1)
     if width > 128:
-        return WalkShape(min(32, select_block), 8, 2)
-    return WalkShape(min(64, select_block), 4, 3)
+        return WalkShape(few, 8, 2), WalkShape(few, 8, 2)
+    # Two programs of 112 and 96 KB fit a Hopper multiprocessor.
+    return WalkShape(min(64, select_block), 4, 3), WalkShape(min(64, select_block), 4, 2)
 
 
 class KeyShape(NamedTuple):
@@ -183,8 +213,8 @@ def key_shape(q: Tensor, v: Tensor, select_block: int) -> KeyShape:
     if q.dtype == torch.float32:
         return KeyShape(32, min(32, select_block), 4, 1)
     if width > 128:
-        return KeyShape(64, min(64, select_block), 8, 1)
-    return KeyShape(64, select_block, 8 if select_block > 64 else 4, 2)
+        return KeyShape(32, min(64, select_block), 8, 2)
+    return KeyShape(32, select_block, 8 if select_block > 64 else 4, 3)
 
 
 class BlockLists(NamedTuple):
@@ -229,14 +259,15 @@ def block_lists(
 class QueryLists(NamedTuple):
     """The queries that chose a block, for each group and block, and who walks which of them.
 
-    queries: int64 [N*G*n], a block's queries one after another in the order of rows: the row above
-    a bit for whether it sees more than one key, above 8 bits for how many of the block's it sees.
+    rows: int32 [N*G*n], a block's queries one after another, ascending. seen: int16 [N*G*n], how
+    many of the block's tokens each of them sees, and 256 more when it sees more than one key.
     starts: int64 [G*B + 1], where those of (group, block) g*B + b begin.
     ends: int64 [G*B], how many programs the blocks up to this one have.
     owner: int64 [programs], the g*B + b of a program; G*B for one too many.
     """
 
-    queries: Tensor
+    rows: Tensor
+    seen: Tensor
     starts: Tensor
     ends: Tensor
     owner: Tensor
@@ -250,24 +281,23 @@ def query_lists(
     most: int,
 ) -> QueryLists:
     """For programs that walk over at most `most` queries of a block each."""
-    num_rows, groups, _ = selected.shape
+    _, groups, num = selected.shape
     num_blocks = block_lengths.shape[0]
     device = selected.device
     none = groups * num_blocks
     chosen = selected >= 0
     ids = (selected + segments.selected_bases[:, None, None]).where(chosen, 0)
+    seen = segments.positions[:, None, None] + 1 - selected.long() * select_block
+    seen = seen.clamp(min=0).minimum(block_lengths[ids]).where(chosen, 0).to(torch.int16)
+    seen += (seen.sum(dim=-1, keepdim=True) > 1).to(torch.int16) * 256
     offset = torch.arange(groups, device=device) * num_blocks
     keys = (ids + offset[:, None]).where(chosen, none).to(torch.int32)
-    seen = segments.positions[:, None, None] + 1 - selected.long() * select_block
-    seen = seen.clamp(min=0).minimum(block_lengths[ids])
-    seen += (seen.where(chosen, 0).sum(dim=-1, keepdim=True) > 1).long() * 256
-    rows = torch.arange(num_rows, device=device)[:, None, None]
     # Equal keys stay in the order of rows.
     keys, order = keys.flatten().sort(stable=True)
-    queries = (rows * 512 + seen).flatten()[order]
     bounds = torch.arange(none + 1, dtype=torch.int32, device=device)
     starts = torch.searchsorted(keys, bounds)
     ends = ((starts.diff() + most - 1) // most).cumsum(0)
     programs = min(none, keys.numel()) + keys.numel() // most
-    numbers = torch.arange(programs, device=device)
-    return QueryLists(queries, starts, ends, torch.searchsorted(ends, numbers, right=True))
+    owner = torch.searchsorted(ends, torch.arange(programs, device=device), right=True)
+    rows = (order // (groups * num)).to(torch.int32)
+    return QueryLists(rows, seen.flatten()[order], starts, ends, owner)
