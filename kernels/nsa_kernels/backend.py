@@ -25,7 +25,6 @@ from torch import Tensor
 from nsa_kernels import pytorch
 from nsa_kernels.segments import QuerySegments
 
-KINDS = ("mlp", "linear", "conv1d", "attention_pool", "mean")
 BACKENDS = ("auto", "pytorch")
 
 

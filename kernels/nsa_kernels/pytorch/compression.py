@@ -8,7 +8,7 @@ with one a head, else 1), n blocks (of all heads when they share a set), l rows,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,14 +116,8 @@ class _AttentionPool:
         return direct.add_(grad_placed), (grad_placed.sum(dim=1), grad_query)
 
 
-class _Kind(Protocol):
-    """x [P, n, l, D], params in the order of `params`, each [P, ...] -> [P, n, D]; its backward."""
-
-    params: Any
-    forward: Any
-    backward: Any
-
-
+# forward(x [P, n, l, D], *params [P, ...]) -> [P, n, D], backward(its gradient, x, *params) -> that
+# of x and those of params; params: their names, in this order.
 _KINDS: dict[str, Any] = {
     "mlp": _Mlp,
     "linear": _Linear,
