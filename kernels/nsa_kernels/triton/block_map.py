@@ -11,7 +11,7 @@ from torch import Tensor
 class BlockMap(NamedTuple):
     """The blocks of l rows that start at given rows, no two at the same one, in order of rows.
 
-    starts: int64 [C], first rows, ascending. order: int32 [C], the number of each block as given.
+    starts: int64 [C], first rows, ascending. order: int64 [C], the number of each block as given.
     owned: int32 [C], rows from its start up to the next block's start, at most l.
     latest: int32 [E], of each row, the last of `starts` at or before it; -1: none.
     block_at: int32 [E], the number, as given, of the block that starts at each row; -1: none.
@@ -39,7 +39,7 @@ class BlockMap(NamedTuple):
         starts_here = (latest >= 0) & (starts[at] == rows)
         return cls(
             starts=starts,
-            order=order.int(),
+            order=order,
             owned=gaps.clamp(max=block).int(),
             latest=latest.int(),
             block_at=torch.where(starts_here, order[at], -1).int(),

@@ -199,11 +199,11 @@ def _row_gradient_kernel(
     b_dx = tl.zeros([BM, PD], dtype=tl.float32)
     for before in tl.range(0, tl.cdiv(L, tl.load(p_step))):
         at = latest_at - before
-        m_at = at >= 0
-        r = (o_e - tl.load(starts + at, mask=m_at, other=0)).to(tl.int32)
-        m_at = m_at & (r < L)
-        i_c = tl.load(order + at, mask=m_at, other=0)
-        row = i_c.to(tl.int64) * G + i_g
+        m_first = at >= 0
+        i_c = tl.load(order + at, mask=m_first, other=0)
+        r = (o_e - tl.load(starts + at, mask=m_first, other=0)).to(tl.int32)
+        m_at = m_first & (r < L)
+        row = i_c * G + i_g
         mask = m_at[:, None] & m_d
         if KIND == 3:
             p_do = do + (row * L + r)[:, None] * D + o_d[None, :]
