@@ -48,10 +48,21 @@ LINE_ELEMENTS = 1024
 
 
 @triton.jit
+def _load(p_row, m_row, BEGIN: tl.constexpr, END: tl.constexpr, PADDED: tl.constexpr):
+    """Channels [BEGIN, END) of rows that start at p_row [X] in a tile [X, PADDED]."""
+    o_d = BEGIN + tl.arange(0, PADDED)
+    mask = m_row[:, None]
+    if BEGIN + PADDED != END:
+        mask = mask & (o_d < END)[None, :]
+    return tl.load(p_row[:, None] + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _score_tiles(
     scores,
     m_store,
     b_q,
+    b_q_rest,
     b_lse,
     b_t,
     k,
@@ -69,33 +80,32 @@ def _score_tiles(
     MASKED: tl.constexpr,
     PR: tl.constexpr,
     BT: tl.constexpr,
+    NEAR: tl.constexpr,
     BN: tl.constexpr,
     DK: tl.constexpr,
-    PDK: tl.constexpr,
+    D: tl.constexpr,
+    D_REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The sums of each key tile in [begin, end), stored at scores [BT]."""
-    o_d = tl.arange(0, PDK)
     o_in = tl.arange(0, PER_BLOCK)
     # How many of the l/d strides of a key fall into the block it begins in, and into the next.
     b_own = tl.minimum(PER_BLOCK - o_in, OVERLAP).to(tl.float32)
     b_next = tl.maximum(OVERLAP - PER_BLOCK + o_in, 0).to(tl.float32)
     for start in tl.range(begin, end, BN):
         o_j = start + tl.arange(0, BN)
-        row = base + o_j.to(tl.int64)
-        p_k = k + row[:, None] * stride_kt + o_d[None, :]
-        if MASKED:
-            b_k = tl.load(p_k, mask=(o_j < limit)[:, None] & (o_d < DK)[None, :], other=0.0)
-        elif DK != PDK:
-            b_k = tl.load(p_k, mask=(o_d < DK)[None, :], other=0.0)
-        else:
-            b_k = tl.load(p_k)
+        p_k = k + (base + o_j.to(tl.int64)) * stride_kt
+        m_j = o_j < limit if MASKED else tl.full([BN], True, tl.int1)
+        b_k = _load(p_k, m_j, 0, min(DK, D), D)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+        if D_REST > 0:
+            b_k = _load(p_k, m_j, D, DK, D_REST)
+            b_s = tl.dot(b_k, tl.trans(b_q_rest), b_s, input_precision=PRECISION)
         # The difference before log2(e): the largest logit is near lse, where it loses nothing.
         b_p = tl.exp2((b_s * scale - b_lse[None, :]) * 1.4426950408889634)
         if MASKED:
             b_p = tl.where(o_j[:, None] * STRIDE + OFFSET <= b_t[None, :], b_p, 0.0)
-        b_h = tl.sum(tl.reshape(b_p, [BN, PR, BT]), 1)  # [BN, BT]
+        b_h = tl.sum(tl.reshape(b_p, [BN, BT // NEAR, PR, NEAR]), 2)
         b_h = tl.reshape(b_h, [BN // PER_BLOCK, PER_BLOCK, BT])
         o_b = start // PER_BLOCK + tl.arange(0, BN // PER_BLOCK)
         b_sum = tl.sum(b_h * b_own[None, :, None], 1)  # [BN / PER_BLOCK, BT]
@@ -104,9 +114,9 @@ def _score_tiles(
         else:
             # One store of both, which takes less exchange between threads than two.
             b_sum = tl.join(b_sum, tl.sum(b_h * b_next[None, :, None], 1))
-            o_p = tl.arange(0, 2)
-            o_b = o_b[:, None, None] + o_p[None, None, :]
-            p_out = scores[None, :, None] + (o_b * 2 + o_p[None, None, :])
+            o_p = tl.arange(0, 2)[None, None, :]
+            o_b = o_b[:, None, None] + o_p
+            p_out = scores[None, :, None] + (o_b * 2 + o_p)
             tl.store(p_out, b_sum, mask=m_store[None, :, None] & (o_b < pitch))
 
 
@@ -136,12 +146,14 @@ def _score_kernel(
     PARTS: tl.constexpr,
     SPAN: tl.constexpr,
     BT: tl.constexpr,
+    NEAR: tl.constexpr,
     BN: tl.constexpr,
     DK: tl.constexpr,
-    PDK: tl.constexpr,
+    D: tl.constexpr,
+    D_REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """scores [end_row - begin_row, G, PARTS, pitch] of a query tile's rows and a span of keys."""
+    """scores [end_row - begin_row, G, pitch, PARTS] of a query tile's rows and a span of keys."""
     # Late tokens see most: starting with them leaves the short programs for the end.
     i_tile = end_tile - 1 - tl.program_id(0)
     i_g = tl.program_id(1)
@@ -159,33 +171,33 @@ def _score_kernel(
         return
     shared = tl.minimum(tl.maximum(shared, begin), end)  # Before: all tiles seen by all.
 
+    # Columns are (token // NEAR, head, token % NEAR), see above.
     o_m = tl.arange(0, PR * BT)
-    o_t = tl.arange(0, BT)
-    o_d = tl.arange(0, PDK)
-    # Tokens run fastest, see above.
-    token, head = o_m % BT, o_m // BT
+    token = o_m // (PR * NEAR) * NEAR + o_m % NEAR
+    head = o_m // NEAR % PR
     m_m = (token < num_tokens) & (head < R)
     row = first_row + token
-    p_q = q + (row * stride_qt + (i_g * R + head) * stride_qh)[:, None] + o_d[None, :]
-    m_q = m_m[:, None]
-    if DK != PDK:
-        m_q = m_q & (o_d < DK)[None, :]
-    b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM, PDK]
+    p_q = q + row * stride_qt + (i_g * R + head) * stride_qh
+    b_q = _load(p_q, m_m, 0, min(DK, D), D)  # [BM, D]
+    b_q_rest = b_q
+    if D_REST > 0:
+        b_q_rest = _load(p_q, m_m, D, DK, D_REST)
     # Infinity makes the probabilities of columns that are no head's zero.
     b_lse = tl.load(lse + row * (G * R) + i_g * R + head, mask=m_m, other=float("inf"))
+    o_t = tl.arange(0, BT)
     row_t = first_row + o_t
     m_store = (o_t < num_tokens) & (row_t >= begin_row) & (row_t < end_row)
     p_scores = scores + ((row_t - begin_row) * G + i_g) * PARTS * pitch  # [BT]
     k += i_g * stride_kh
     _score_tiles(
-        p_scores, m_store, b_q, b_lse, position + token, k, base, begin, shared, limit,
+        p_scores, m_store, b_q, b_q_rest, b_lse, position + token, k, base, begin, shared, limit,
         stride_kt, pitch, scale, OFFSET, STRIDE, PER_BLOCK, OVERLAP, False,
-        PR, BT, BN, DK, PDK, PRECISION,
+        PR, BT, NEAR, BN, DK, D, D_REST, PRECISION,
     )  # fmt: skip
     _score_tiles(
-        p_scores, m_store, b_q, b_lse, position + token, k, base, shared, end, limit,
+        p_scores, m_store, b_q, b_q_rest, b_lse, position + token, k, base, shared, end, limit,
         stride_kt, pitch, scale, OFFSET, STRIDE, PER_BLOCK, OVERLAP, True,
-        PR, BT, BN, DK, PDK, PRECISION,
+        PR, BT, NEAR, BN, DK, D, D_REST, PRECISION,
     )  # fmt: skip
 
 
@@ -302,6 +314,13 @@ def _shape(q: Tensor) -> _Shape:
     return _Shape(columns=64, keys=64, warps=4, stages=2)
 
 
+def _widths(width: int) -> tuple[int, int]:
+    """A power of two and another one or 0, of which tiles of `width` channels are made."""
+    first = max(16, 1 << (width.bit_length() - 1))
+    rest = padded(width - first) if width > first else 0
+    return (2 * first, 0) if rest == first else (first, rest)
+
+
 class _Chunk(NamedTuple):
     """Query rows [begin, end), of which none has more than `blocks` blocks to choose from."""
 
@@ -383,6 +402,7 @@ def select_blocks(
     head_columns = triton.next_power_of_2(q.shape[1] // groups)
     tokens = shape.columns // head_columns
     tiles = query_tiles(segments, tokens, "compressed_base")
+    width, rest = _widths(q.shape[-1])
     starts = [row[0] for row in tiles.rows]
     config = {
         "G": groups,
@@ -399,8 +419,8 @@ def select_blocks(
         _score_kernel[(end_tile - first_tile, groups, spans)](
             q, k, lse, workspace, tiles.table, end_tile, chunk.begin, chunk.end, pitch,
             *q.stride()[:2], *k.stride()[:2], scale, R=q.shape[1] // groups, PR=head_columns,
-            OVERLAP=block // stride, SPAN=SPAN_TILES * shape.keys, BT=tokens, BN=shape.keys,
-            DK=q.shape[-1], PDK=padded(q.shape[-1]), PRECISION=precision(q), **config,
+            OVERLAP=block // stride, SPAN=SPAN_TILES * shape.keys, BT=tokens, NEAR=min(tokens, 8),
+            BN=shape.keys, DK=q.shape[-1], D=width, D_REST=rest, PRECISION=precision(q), **config,
             num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
         _choose(workspace, selected, segments.positions, chunk, num_init_blocks, num_local_blocks,
