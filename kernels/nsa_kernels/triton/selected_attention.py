@@ -30,12 +30,13 @@ from nsa_kernels.triton.selected_lists import (
     block_lists,
     first_of,
     load_block,
+    logit_scale,
     near,
+    power,
     token_tile,
     walk_shapes,
 )
 from nsa_kernels.triton.tiles import (
-    LOG2E,
     PIECE,
     last_dim_contiguous,
     padded,
@@ -45,13 +46,13 @@ from nsa_kernels.triton.tiles import (
 
 
 @triton.jit
-def _attend(b_acc, b_max, b_sum, b_s, b_v, scale_log2, PRECISION: tl.constexpr):
+def _attend(b_acc, b_max, b_sum, b_s, b_v, logit_scale, PRECISION: tl.constexpr):
     """One step of the online softmax: logits b_s [BM, BN], not scaled, and values b_v [BN, PDV]."""
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * logit_scale)
     # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
     b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-    b_scale = tl.exp2(b_max - b_safe)
-    b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_safe[:, None]))
+    b_scale = power(b_max - b_safe, PRECISION)
+    b_p = power(tl.fma(b_s, logit_scale, -b_safe[:, None]), PRECISION)
     b_sum = tl.fma(b_sum, b_scale, tl.sum(b_p, 1))
     b_acc = b_acc * b_scale[:, None]
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
@@ -71,7 +72,7 @@ def _attend_block(
     chose,
     b_seen,
     limit,
-    scale_log2,
+    logit_scale,
     EDGE: tl.constexpr,
     APART: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -98,11 +99,11 @@ def _attend_block(
         if EDGE:
             seen = seen & (start + tl.arange(0, BN)[None, :] < b_seen[:, None])
         b_s = tl.where(seen, b_s, -float("inf"))
-        b_a, b_m, b_l = _attend(b_a, b_m, b_l, b_s, b_v, scale_log2, PRECISION)
+        b_a, b_m, b_l = _attend(b_a, b_m, b_l, b_s, b_v, logit_scale, PRECISION)
     if APART:
         b_new = tl.maximum(b_max, b_m)
         b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_old, b_add = tl.exp2(b_max - b_safe), tl.exp2(b_m - b_safe)
+        b_old, b_add = power(b_max - b_safe, PRECISION), power(b_m - b_safe, PRECISION)
         b_a = tl.fma(b_acc, b_old[:, None], b_a * b_add[:, None])
         b_l = tl.fma(b_sum, b_old, b_l * b_add)
         b_m = b_new
@@ -118,6 +119,7 @@ def _forward_kernel(
     v_fetched,
     o,
     lse,
+    log_sum,
     tiles,
     lists,
     counts,
@@ -132,7 +134,7 @@ def _forward_kernel(
     stride_fkh,
     stride_fvt,
     stride_fvh,
-    scale_log2,
+    logit_scale,
     G: tl.constexpr,
     R: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -172,16 +174,16 @@ def _forward_kernel(
     b_max = tl.full([BM], -float("inf"), dtype=tl.float32)
     b_sum = tl.zeros([BM], dtype=tl.float32)
     # Read ahead, so that the addresses of keys and values never wait for it.
-    entry = tl.load(p_list + EDGE_BLOCKS, mask=count > 0, other=0)
+    entry = tl.load(p_list + EDGE_BLOCKS)
     for i in tl.range(0, count):
-        following = tl.load(p_list + EDGE_BLOCKS + 1 + i, mask=i + 1 < count, other=0)
+        following = tl.load(p_list + EDGE_BLOCKS + tl.minimum(i + 1, count - 1))
         start = entry >> 24
         p_k, stride_k = first_of(k_own, k_fetched, start, num_own, stride_kt, stride_fkt)
         p_v, stride_v = first_of(v_own, v_fetched, start, num_own, stride_vt, stride_fvt)
         chose = ((entry.to(tl.int32) >> token) & 1) != 0
         b_acc, b_max, b_sum = _attend_block(
             b_acc, b_max, b_sum, b_q, p_k, p_v, stride_k, stride_v, chose, token, BLOCK,
-            scale_log2, False, APART, BLOCK, BN, DK, DV, PDK, PDV, PRECISION,
+            logit_scale, False, APART, BLOCK, BN, DK, DV, PDK, PDV, PRECISION,
         )  # fmt: skip
         entry = following
     first_edge = (position + 1) // BLOCK
@@ -196,16 +198,22 @@ def _forward_kernel(
             limit = ((entry >> 16) & 255).to(tl.int32)
             b_acc, b_max, b_sum = _attend_block(
                 b_acc, b_max, b_sum, b_q, p_k, p_v, stride_k, stride_v, chose, b_seen, limit,
-                scale_log2, True, APART, BLOCK, BN, DK, DV, PDK, PDV, PRECISION,
+                logit_scale, True, APART, BLOCK, BN, DK, DV, PDK, PDV, PRECISION,
             )  # fmt: skip
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # With nothing seen the maximum is -inf.
     b_o = b_acc / b_sum[:, None]
-    b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
+    if PRECISION == "ieee":
+        b_log_sum = b_max + tl.log(b_sum)
+        b_lse = b_log_sum
+    else:
+        b_log_sum = b_max + tl.log2(b_sum)
+        b_lse = b_log_sum * 0.6931471805599453
     o_dv = tl.arange(0, PDV)
     row_head = row * (G * R) + head
     p_o = o + row_head[:, None] * DV + o_dv[None, :]
     tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_m[:, None] & (o_dv < DV)[None, :])
+    tl.store(log_sum + row_head, b_log_sum, mask=m_m)
     tl.store(lse + row_head, b_lse, mask=m_m)
 
 
@@ -236,6 +244,7 @@ class _SelectedAttention(torch.autograd.Function):
         groups, dv = v_own.shape[1:]
         o = q.new_empty(num_rows, heads, dv)
         lse = q.new_empty(num_rows, heads, dtype=torch.float32)
+        log_sum = torch.empty_like(lse)  # lse as kernels count it
         if num_rows:
             ratio = heads // groups
             shape = walk_shapes(q, v_own, select_block)[0]
@@ -245,15 +254,15 @@ class _SelectedAttention(torch.autograd.Function):
                 selected, block_rows, block_lengths, tiles, tokens, select_block
             )
             _forward_kernel[(len(tiles), groups)](
-                q, *sources, o, lse, tiles, lists, counts, k_own.shape[0], *q.stride()[:2],
-                *(stride for x in sources for stride in x.stride()[:2]), scale * LOG2E,
-                G=groups, R=ratio, LENGTH=lists.shape[-1], EDGE_BLOCKS=EDGES,
-                APART=selected.shape[-1] * select_block > PIECE * shape.keys,
+                q, *sources, o, lse, log_sum, tiles, lists, counts, k_own.shape[0],
+                *(stride for x in (q, *sources) for stride in x.stride()[:2]),
+                logit_scale(q, scale), G=groups, R=ratio, LENGTH=lists.shape[-1],
+                EDGE_BLOCKS=EDGES, APART=selected.shape[-1] * select_block > PIECE * shape.keys,
                 BLOCK=select_block, BT=tokens, BM=rows, BN=shape.keys, DK=dk, DV=dv,
                 PDK=padded(dk), PDV=padded(dv), PRECISION=precision(q),
                 num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False,
             )  # fmt: skip
-        ctx.save_for_backward(q, *sources, o, lse, selected, block_rows, block_lengths)
+        ctx.save_for_backward(q, *sources, o, log_sum, selected, block_rows, block_lengths)
         ctx.segments, ctx.select_block, ctx.scale = segments, select_block, scale
         ctx.mark_non_differentiable(lse)
         return o, lse
@@ -261,13 +270,9 @@ class _SelectedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = selected_backward(
-            *ctx.saved_tensors,
-            do=last_dim_contiguous(grad_o),
-            segments=ctx.segments,
-            select_block=ctx.select_block,
-            scale=ctx.scale,
-        )
+        do = last_dim_contiguous(grad_o)
+        arguments = (*ctx.saved_tensors, do, ctx.segments, ctx.select_block, ctx.scale)
+        grads = selected_backward(*arguments)
         return *grads, None, None, None, None, None, None
 
 

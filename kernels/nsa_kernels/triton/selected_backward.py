@@ -27,12 +27,14 @@ from nsa_kernels.triton.selected_lists import (
     load_block,
     load_columns,
     load_tile,
+    logit_scale,
+    power,
     query_lists,
     store_tile,
     token_tile,
     walk_shapes,
 )
-from nsa_kernels.triton.tiles import LOG2E, PIECE, padded, precision, query_tiles
+from nsa_kernels.triton.tiles import PIECE, padded, precision, query_tiles
 
 # Bytes for what programs of dk and dv leave to be added; more programs run in several launches.
 WORKSPACE = 256 << 20
@@ -52,8 +54,9 @@ def _dq_block(
     chose,
     b_seen,
     limit,
-    scale_log2,
+    logit_scale,
     EDGE: tl.constexpr,
+    TO_DELTA: tl.constexpr,
     APART: tl.constexpr,
     BLOCK: tl.constexpr,
     BN: tl.constexpr,
@@ -63,10 +66,14 @@ def _dq_block(
     PDV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add dS K of one block, of the rows that `chose` it; with APART summed by itself first."""
+    """Add dS K of one block to b_dq, or with TO_DELTA the sum of P dP to b_delta.
+
+    Of the rows that `chose` it; with APART the block is summed by itself first.
+    """
     b_sum = b_dq
     if APART:
         b_sum = tl.zeros_like(b_dq)
+    b_part = tl.zeros_like(b_delta)
     for start in tl.static_range(0, BLOCK, BN):
         b_k = load_block(p_k, stride_k, start, limit, BN, DK, PDK, EDGE)  # [BN, PDK]
         b_v = load_block(p_v, stride_v, start, limit, BN, DV, PDV, EDGE)  # [BN, PDV]
@@ -75,12 +82,17 @@ def _dq_block(
             seen = seen & (start + tl.arange(0, BN)[None, :] < b_seen[:, None])
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_lse[:, None]))
-        b_ds = tl.where(seen, b_p * (b_dp - b_delta[:, None]), 0.0)
-        b_sum = tl.dot(b_ds.to(b_k.dtype), b_k, b_sum, input_precision=PRECISION)
+        b_p = power(tl.fma(b_s, logit_scale, -b_lse[:, None]), PRECISION)
+        if TO_DELTA:
+            b_part += tl.sum(tl.where(seen, b_p * b_dp, 0.0), 1)
+        else:
+            b_ds = tl.where(seen, b_p * (b_dp - b_delta[:, None]), 0.0)
+            b_sum = tl.dot(b_ds.to(b_k.dtype), b_k, b_sum, input_precision=PRECISION)
     if APART:
         b_sum += b_dq
-    return b_sum
+    if TO_DELTA:
+        b_delta += b_part
+    return b_sum, b_delta
 
 
 @triton.jit
@@ -92,7 +104,7 @@ def _dq_kernel(
     v_fetched,
     o,
     do,
-    lse,
+    log_sum,
     delta,
     dq,
     tiles,
@@ -112,11 +124,12 @@ def _dq_kernel(
     stride_dot,
     stride_doh,
     scale,
-    scale_log2,
+    logit_scale,
     G: tl.constexpr,
     R: tl.constexpr,
     LENGTH: tl.constexpr,
     EDGE_BLOCKS: tl.constexpr,
+    EXACT: tl.constexpr,
     APART: tl.constexpr,
     BLOCK: tl.constexpr,
     BT: tl.constexpr,
@@ -128,7 +141,11 @@ def _dq_kernel(
     PDV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of one tile of tokens, and delta for dk and dv."""
+    """dq of one tile of tokens, and delta for dk and dv.
+
+    EXACT: delta as the sum of P dP, in a walk of its own. For a query with few keys dP and delta
+    cancel, and then the rounding of o would be all that is left.
+    """
     i_tile = tl.program_id(0).to(tl.int64)
     i_g = tl.program_id(1)
     first_row = tl.load(tiles + i_tile * 4)
@@ -150,46 +167,52 @@ def _dq_kernel(
     b_q = tl.load(p_q, mask=m_dk, other=0.0)  # [BM, PDK]
     p_do = do + (row * stride_dot + head * stride_doh)[:, None] + o_dv[None, :]
     b_do = tl.load(p_do, mask=m_dv, other=0.0)  # [BM, PDV]
-    b_o = tl.load(o + row_head[:, None] * DV + o_dv[None, :], mask=m_dv, other=0.0)
-    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-    tl.store(delta + row_head, b_delta, mask=m_m)
-    b_lse = tl.load(lse + row_head, mask=m_m, other=0.0) * 1.4426950408889634
+    if EXACT:
+        b_delta = tl.zeros([BM], dtype=tl.float32)
+    else:
+        b_o = tl.load(o + row_head[:, None] * DV + o_dv[None, :], mask=m_dv, other=0.0)
+        b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    b_lse = tl.load(log_sum + row_head, mask=m_m, other=0.0)
     k_own += i_g * stride_kh
     v_own += i_g * stride_vh
     k_fetched += i_g * stride_fkh
     v_fetched += i_g * stride_fvh
 
     b_dq = tl.zeros([BM, PDK], dtype=tl.float32)
-    num_seen = tl.zeros([BM], dtype=tl.int32)
-    entry = tl.load(p_list + EDGE_BLOCKS, mask=count > 0, other=0)
-    for i in tl.range(0, count):
-        following = tl.load(p_list + EDGE_BLOCKS + 1 + i, mask=i + 1 < count, other=0)
-        start = entry >> 24
-        p_k, stride_k = first_of(k_own, k_fetched, start, num_own, stride_kt, stride_fkt)
-        p_v, stride_v = first_of(v_own, v_fetched, start, num_own, stride_vt, stride_fvt)
-        chose = ((entry.to(tl.int32) >> token) & 1) != 0
-        b_dq = _dq_block(
-            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_k, stride_v, chose, token, BLOCK,
-            scale_log2, False, APART, BLOCK, BN, DK, DV, PDK, PDV, PRECISION,
-        )  # fmt: skip
-        num_seen += tl.where(chose, BLOCK, 0)
-        entry = following
+    several = tl.zeros([BM], dtype=tl.int1)
     first_edge = (position + 1) // BLOCK
-    for i in tl.range(0, EDGE_BLOCKS, num_stages=1):
-        entry = tl.load(p_list + i)
-        if entry != 0:
+    for i_pass in tl.static_range(0 if EXACT else 1, 2):
+        entry = tl.load(p_list + EDGE_BLOCKS)
+        for i in tl.range(0, count):
+            following = tl.load(p_list + EDGE_BLOCKS + tl.minimum(i + 1, count - 1))
             start = entry >> 24
             p_k, stride_k = first_of(k_own, k_fetched, start, num_own, stride_kt, stride_fkt)
             p_v, stride_v = first_of(v_own, v_fetched, start, num_own, stride_vt, stride_fvt)
             chose = ((entry.to(tl.int32) >> token) & 1) != 0
-            b_seen = position + token + 1 - (first_edge + i) * BLOCK
-            limit = ((entry >> 16) & 255).to(tl.int32)
-            b_dq = _dq_block(
-                b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_k, stride_v, chose, b_seen,
-                limit, scale_log2, True, APART, BLOCK, BN, DK, DV, PDK, PDV, PRECISION,
+            b_dq, b_delta = _dq_block(
+                b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_k, stride_v, chose, token,
+                BLOCK, logit_scale, False, i_pass == 0, APART, BLOCK, BN, DK, DV, PDK, PDV,
+                PRECISION,
             )  # fmt: skip
-            num_seen += tl.where(chose, tl.maximum(b_seen, 0), 0)
-    b_dq = tl.where((num_seen > 1)[:, None], b_dq * scale, 0.0)
+            several = several | chose
+            entry = following
+        for i in tl.range(0, EDGE_BLOCKS, num_stages=1):
+            entry = tl.load(p_list + i)
+            if entry != 0:
+                start = entry >> 24
+                p_k, stride_k = first_of(k_own, k_fetched, start, num_own, stride_kt, stride_fkt)
+                p_v, stride_v = first_of(v_own, v_fetched, start, num_own, stride_vt, stride_fvt)
+                chose = ((entry.to(tl.int32) >> token) & 1) != 0
+                b_seen = position + token + 1 - (first_edge + i) * BLOCK
+                limit = ((entry >> 16) & 255).to(tl.int32)
+                b_dq, b_delta = _dq_block(
+                    b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_k, stride_v, chose, b_seen,
+                    limit, logit_scale, True, i_pass == 0, APART, BLOCK, BN, DK, DV, PDK, PDV,
+                    PRECISION,
+                )  # fmt: skip
+                several = several | (chose & (b_seen > 1))
+    tl.store(delta + row_head, b_delta, mask=m_m)
+    b_dq = tl.where(several[:, None], b_dq * scale, 0.0)
     p_dq = dq + row_head[:, None] * DK + o_dk[None, :]
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_dk)
 
@@ -202,7 +225,7 @@ def _dkv_kernel(
     k_fetched,
     v_fetched,
     do,
-    lse,
+    log_sum,
     delta,
     dk,
     dv,
@@ -229,7 +252,7 @@ def _dkv_kernel(
     stride_doh,
     first_program,
     scale,
-    scale_log2,
+    logit_scale,
     G: tl.constexpr,
     R: tl.constexpr,
     MOST: tl.constexpr,
@@ -250,7 +273,7 @@ def _dkv_kernel(
     if block >= G * num_blocks:
         return
     i_g = block // num_blocks
-    before = tl.load(ends + block - 1, mask=block > 0, other=0)
+    before = tl.where(block > 0, tl.load(ends + tl.maximum(block - 1, 0)), 0)
     begin = tl.load(starts + block) + (i_program - before) * MOST
     num = tl.minimum(tl.load(starts + block + 1) - begin, MOST).to(tl.int32)
     start = tl.load(block_rows + block)
@@ -276,7 +299,7 @@ def _dkv_kernel(
     p_seen = seen + begin
     p_q = q + (head * stride_qh)[:, None] + o_dk[None, :]
     p_do = do + (head * stride_doh)[:, None] + o_dv[None, :]
-    p_lse = lse + head
+    p_lse = log_sum + head
     p_delta = delta + head
     b_dk = tl.zeros([BN, PDK], dtype=tl.float32)
     b_dv = tl.zeros([BN, PDV], dtype=tl.float32)
@@ -287,7 +310,7 @@ def _dkv_kernel(
         following = tl.load(p_rows + tl.minimum(i + BQ + place, num - 1)).to(tl.int64)
         b_q = load_columns(p_q + (row * stride_qt)[:, None], DK, PDK)  # [BM, PDK]
         b_do = load_columns(p_do + (row * stride_dot)[:, None], DV, PDV)  # [BM, PDV]
-        b_lse = tl.load(p_lse + row * (G * R)) * 1.4426950408889634
+        b_lse = tl.load(p_lse + row * (G * R))
         b_delta = tl.load(p_delta + row * (G * R))
         m_m = (i + place < num) & (place < BQ)
         b_seen = tl.load(p_seen + i + place, mask=m_m, other=0).to(tl.int32)
@@ -295,7 +318,7 @@ def _dkv_kernel(
         b_seen = b_seen & 255
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_lse[None, :]))
+        b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), PRECISION)
         b_p = tl.where(o_n[:, None] < b_seen[None, :], b_p, 0.0)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         b_ds = b_p * (b_dp - b_delta[None, :])
@@ -333,7 +356,7 @@ def _add_programs_kernel(
     """
     block = tl.program_id(0).to(tl.int64)
     first_key = tl.program_id(1) * BN
-    begin = tl.load(ends + block - 1, mask=block > 0, other=0)
+    begin = tl.where(block > 0, tl.load(ends + tl.maximum(block - 1, 0)), 0)
     end = tl.load(ends + block)
     low = tl.maximum(begin, first_program)
     high = tl.minimum(end, end_program)
@@ -366,7 +389,7 @@ def selected_backward(
     k_fetched: Tensor,
     v_fetched: Tensor,
     o: Tensor,
-    lse: Tensor,
+    log_sum: Tensor,
     selected: Tensor,
     block_rows: Tensor,
     block_lengths: Tensor,
@@ -377,8 +400,9 @@ def selected_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k_own, v_own, k_fetched and v_fetched, the arguments of forward.
 
-    o and do [N, H, Dv], lse [N, H]; the last dimension of each contiguous. Besides the lists of
-    selected_lists.py this takes a workspace of at most WORKSPACE bytes.
+    o and do [N, H, Dv], log_sum [N, H] the log-sum-exp as forward kept it; the last dimension of
+    each contiguous. Besides the lists of selected_lists.py this takes a workspace of
+    at most WORKSPACE bytes.
     """
     sources = (k_own, v_own, k_fetched, v_fetched)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -387,7 +411,7 @@ def selected_backward(
         return dq.zero_(), *grads
     groups, widths = k_own.shape[1], (k_own.shape[-1], v_own.shape[-1])
     ratio = q.shape[1] // groups
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(log_sum)
     strides = [stride for x in (q, *sources, do) for stride in x.stride()[:2]]
     shared: dict[str, Any] = {
         "G": groups,
@@ -405,8 +429,9 @@ def selected_backward(
     tiles = query_tiles(segments, tokens, "selected_base").table
     lists, counts = block_lists(selected, block_rows, block_lengths, tiles, tokens, select_block)
     _dq_kernel[(len(tiles), groups)](
-        q, *sources, o, do, lse, delta, dq, tiles, lists, counts, k_own.shape[0], *strides, scale,
-        scale * LOG2E, LENGTH=lists.shape[-1], EDGE_BLOCKS=EDGES,
+        q, *sources, o, do, log_sum, delta, dq, tiles, lists, counts, k_own.shape[0], *strides,
+        scale, logit_scale(q, scale), LENGTH=lists.shape[-1], EDGE_BLOCKS=EDGES,
+        EXACT=q.dtype == torch.float32,
         APART=selected.shape[-1] * select_block > PIECE * walk.keys, BT=tokens, BM=rows,
         BN=walk.keys, **shared, num_warps=walk.warps, num_stages=walk.stages,
     )  # fmt: skip
@@ -428,8 +453,8 @@ def selected_backward(
     for first in range(0, programs, step):
         end = min(first + step, programs)
         _dkv_kernel[(end - first, select_block // shape.keys)](
-            q, *sources, do, lse, delta, *workspace, *queries, *blocks, *strides, first, scale,
-            scale * LOG2E, MOST=most, BQ=at_once, BM=shape.rows, BN=shape.keys, **shared,
+            q, *sources, do, log_sum, delta, *workspace, *queries, *blocks, *strides, first, scale,
+            logit_scale(q, scale), MOST=most, BQ=at_once, BM=shape.rows, BN=shape.keys, **shared,
             num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
         for i, width in enumerate(widths):

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
-from nsa_kernels.triton.tiles import last_dim_contiguous, padded
+from nsa_kernels.triton.tiles import LOG2E, last_dim_contiguous, padded
 
 # Most tokens of a tile: bits of an entry's mask.
 MOST_TOKENS = 16
@@ -38,6 +38,12 @@ def first_of(own, fetched, row, num_own, stride_own, stride_fetched):
         p = p_own
         stride = own_stride
     return p, stride
+
+
+@triton.jit
+def power(x, PRECISION: tl.constexpr):
+    """2^x, or e^x where a dot is exact: see `logit_scale`."""
+    return tl.exp(x) if PRECISION == "ieee" else tl.exp2(x)
 
 
 @triton.jit
@@ -132,11 +138,11 @@ def _block_lists_kernel(
     for i in tl.static_range(EDGE_BLOCKS):
         j = first_edge + i
         choosers = tl.sum(tl.where(b_j == j, bit, 0), 0)
-        here = choosers > 0
-        row = tl.load(p_rows + j, mask=here, other=0)
-        length = tl.load(block_lengths + base + j, mask=here, other=0).to(tl.int32)
-        length = tl.minimum(length, last + 1 - j * BLOCK)
-        entry = tl.where(here, row * 16777216 + length * 65536 + choosers, 0)
+        entry = tl.cast(0, tl.int64)
+        if choosers > 0:
+            length = tl.load(block_lengths + base + j).to(tl.int32)
+            length = tl.minimum(length, last + 1 - j * BLOCK)
+            entry = tl.load(p_rows + j) * 16777216 + length * 65536 + choosers
         tl.store(p_list + i, entry)
 
     inner = (b_j >= 0) & (b_j < first_edge)
@@ -161,6 +167,14 @@ def _block_lists_kernel(
     entry = row * 16777216 + BLOCK * 65536 + choosers
     tl.store(p_list + EDGE_BLOCKS + place, entry, mask=first)
     tl.store(counts + i_tile * G + i_g, tl.sum(tl.where(first, 1, 0), 0))
+
+
+def logit_scale(q: Tensor, scale: float) -> float:
+    """What logits are multiplied by in kernels, and the log-sum-exp that they keep is counted in.
+
+    Powers of 2 are cheaper; but rounding scale log2(e) loses digits that float32 has to keep.
+    """
+    return scale if q.dtype == torch.float32 else scale * LOG2E
 
 
 def near(x: Tensor, select_block: int) -> Tensor:
@@ -246,7 +260,7 @@ def block_lists(
     device = selected.device
     lists = torch.empty(len(tiles), groups, length, dtype=torch.int64, device=device)
     counts = torch.empty(len(tiles), groups, dtype=torch.int32, device=device)
-    warps = 1 if candidates <= 64 else 4
+    warps = max(1, min(8, candidates // 64))
     _block_lists_kernel[(len(tiles), groups)](
         selected, block_rows, block_lengths, tiles, lists, counts, *selected.stride()[:2],
         block_rows.stride(0), G=groups, NUM=num, LENGTH=length, BT=tokens, BLOCK=select_block,
