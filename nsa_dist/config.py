@@ -178,6 +178,13 @@ class NSAConfig:
         return self.head_dim**-0.5 if self.scale is None else float(self.scale)
 
     @property
+    def kernel_options(self) -> dict[str, int]:
+        """What a backend may be limited in."""
+        names = ("compress_block", "compress_stride", "select_block", "num_selected", "window")
+        widths = {"head_dim": self.head_dim, "v_head_dim": self.value_dim}
+        return widths | {name: getattr(self, name) for name in names}
+
+    @property
     def uses_compression(self) -> bool:
         """Whether compressed keys are made: the selected branch scores blocks with them too."""
         return "compressed" in self.branches or "selected" in self.branches

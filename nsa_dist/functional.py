@@ -97,6 +97,7 @@ def native_sparse_attention(
     try:
         ops = get_backend(backend)
         backend = ops.name
+        problem = problem or ops.refuses(q.dtype, config.kernel_options)
     except ValueError as error:
         problem = problem or str(error)
     if plan is None:

@@ -115,11 +115,13 @@ class NativeSparseAttention(nn.Module):
         super().__init__()
         self.context = context_group(group)
         make_layout(layout, self.context.size)
-        get_backend(backend)
         check_bool("bias", bias)
         check_bool("qk_norm", qk_norm)
         _check_sizes(hidden_size, norm_eps, dtype)
         _check_options(config, rotary, dropout, k_compressor, v_compressor)
+        refused = get_backend(backend).refuses(None, config.kernel_options)
+        if refused is not None:
+            raise ValueError(refused)
         self.hidden_size, self.config, self.rotary = hidden_size, config, rotary
         self.dropout, self.layout, self.backend = dropout, layout, backend
         self.communication = CommunicationCounter()

@@ -17,15 +17,19 @@ bits in each run. H and G may be a slice: one KV head and its R query heads.
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from importlib.util import find_spec
+from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from nsa_kernels import pytorch
 from nsa_kernels.segments import QuerySegments
 
-BACKENDS = ("auto", "pytorch")
+BACKENDS = ("auto", "pytorch", "triton")
 
 
 class Backend(Protocol):
@@ -34,6 +38,13 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """How `get_backend` calls it."""
+
+    def refuses(self, dtype: torch.dtype | None, options: dict[str, int]) -> str | None:
+        """What of a call this backend does not compute, as an error's text; None for nothing.
+
+        dtype of the inputs, None where not known yet; options: head_dim, v_head_dim,
+        compress_block, compress_stride, select_block, num_selected, window.
+        """
 
     def gather_blocks(self, x: Tensor, block_rows: Tensor, block: int) -> Tensor:
         """Copies blocks of rows out, for compressors that are any module.
@@ -135,8 +146,15 @@ class Backend(Protocol):
 def get_backend(name: str = "auto") -> Backend:
     """The backend called `name`; `auto` takes the best one for this machine.
 
-    Raises ValueError for any other name.
+    Raises ValueError for any other name, and for `triton` where it cannot run.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: found {name!r}; {', '.join(map(repr, BACKENDS))} work")
-    return pytorch
+    if name != "triton":
+        return pytorch
+    if find_spec("triton") is None:
+        raise ValueError("backend: found 'triton', which is not installed; 'pytorch' works")
+    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError("backend: found 'triton' without a CUDA device; 'pytorch' works")
+    # Not before it is asked for: machines without Triton import the rest.
+    return cast(Backend, importlib.import_module("nsa_kernels.triton"))

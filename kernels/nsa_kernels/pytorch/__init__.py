@@ -5,6 +5,10 @@ no tensor of size queries x keys is kept. The shape of a tile, and with it the o
 query takes part in, follows from positions alone, never from data.
 """
 
+from __future__ import annotations
+
+import torch
+
 from nsa_kernels.pytorch.block_selection import select_blocks
 from nsa_kernels.pytorch.combine import combine
 from nsa_kernels.pytorch.compressed_attention import compressed_attention
@@ -18,9 +22,15 @@ __all__ = [
     "compressed_attention",
     "gather_blocks",
     "name",
+    "refuses",
     "select_blocks",
     "selected_attention",
     "window_attention",
 ]
 
 name = "pytorch"
+
+
+def refuses(dtype: torch.dtype | None, options: dict[str, int]) -> str | None:
+    """See `Backend.refuses`: nothing that a config may hold."""
+    return None
