@@ -87,7 +87,7 @@ def _score_tiles(
     D_REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The sums of each key tile in [begin, end), stored at scores [BT]."""
+    """The sums of each key tile in [begin, end), stored at scores [NEAR, 1, BT / NEAR]."""
     o_in = tl.arange(0, PER_BLOCK)
     # How many of the l/d strides of a key fall into the block it begins in, and into the next.
     b_own = tl.minimum(PER_BLOCK - o_in, OVERLAP).to(tl.float32)
@@ -106,18 +106,17 @@ def _score_tiles(
         if MASKED:
             b_p = tl.where(o_j[:, None] * STRIDE + OFFSET <= b_t[None, :], b_p, 0.0)
         b_h = tl.sum(tl.reshape(b_p, [BN, BT // NEAR, PR, NEAR]), 2)
-        b_h = tl.reshape(b_h, [BN // PER_BLOCK, PER_BLOCK, BT])
-        o_b = start // PER_BLOCK + tl.arange(0, BN // PER_BLOCK)
-        b_sum = tl.sum(b_h * b_own[None, :, None], 1)  # [BN / PER_BLOCK, BT]
+        b_h = tl.reshape(b_h, [BN // PER_BLOCK, PER_BLOCK, BT // NEAR, NEAR])
+        b_sum = tl.sum(b_h * b_own[None, :, None, None], 1)
+        # This order of dimensions is that of the threads, which spares an exchange between warps.
+        b_sum = tl.permute(b_sum, (2, 0, 1))  # [NEAR, BN / PER_BLOCK, BT / NEAR]
+        o_b = (start // PER_BLOCK + tl.arange(0, BN // PER_BLOCK))[None, :, None]
         if OVERLAP == 1:
-            tl.store(scores[None, :] + o_b[:, None], b_sum, mask=m_store[None, :])
+            tl.store(scores + o_b, b_sum, mask=m_store)
         else:
-            # One store of both, which takes less exchange between threads than two.
-            b_sum = tl.join(b_sum, tl.sum(b_h * b_next[None, :, None], 1))
-            o_p = tl.arange(0, 2)[None, None, :]
-            o_b = o_b[:, None, None] + o_p
-            p_out = scores[None, :, None] + (o_b * 2 + o_p)
-            tl.store(p_out, b_sum, mask=m_store[None, :, None] & (o_b < pitch))
+            b_passed = tl.permute(tl.sum(b_h * b_next[None, :, None, None], 1), (2, 0, 1))
+            tl.store(scores + o_b * 2, b_sum, mask=m_store)
+            tl.store(scores + o_b * 2 + 3, b_passed, mask=m_store & (o_b + 1 < pitch))
 
 
 @triton.jit
@@ -184,10 +183,10 @@ def _score_kernel(
         b_q_rest = _load(p_q, m_m, D, DK, D_REST)
     # Infinity makes the probabilities of columns that are no head's zero.
     b_lse = tl.load(lse + row * (G * R) + i_g * R + head, mask=m_m, other=float("inf"))
-    o_t = tl.arange(0, BT)
+    o_t = tl.arange(0, BT // NEAR)[None, None, :] * NEAR + tl.arange(0, NEAR)[:, None, None]
     row_t = first_row + o_t
     m_store = (o_t < num_tokens) & (row_t >= begin_row) & (row_t < end_row)
-    p_scores = scores + ((row_t - begin_row) * G + i_g) * PARTS * pitch  # [BT]
+    p_scores = scores + ((row_t - begin_row) * G + i_g) * PARTS * pitch  # [NEAR, 1, BT / NEAR]
     k += i_g * stride_kh
     _score_tiles(
         p_scores, m_store, b_q, b_q_rest, b_lse, position + token, k, base, begin, shared, limit,
@@ -298,20 +297,24 @@ def _choose_kernel(
 
 
 class _Shape(NamedTuple):
-    """columns: (head, token) pairs of a tile of scores; keys: its rows."""
+    """columns: (head, token) pairs of a tile of scores; keys: its rows; registers: at most."""
 
     columns: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-def _shape(q: Tensor) -> _Shape:
-    if q.dtype == torch.float32:
-        return _Shape(columns=32, keys=64, warps=4, stages=2)
-    if padded(q.shape[-1]) <= 128:
+def _shape(dtype: torch.dtype, width: int, heads: int, capability: tuple[int, int]) -> _Shape:
+    if dtype == torch.float32:
+        return _Shape(columns=32, keys=64, warps=8, stages=2)
+    if heads < 8 or capability < (9, 0):
         return _Shape(columns=128, keys=64, warps=4, stages=2)
-    return _Shape(columns=64, keys=64, warps=4, stages=2)
+    if width <= 128:
+        # Two programs fill a multiprocessor of an sm_90, in registers and in shared memory.
+        return _Shape(columns=256, keys=64, warps=8, stages=3, registers=128)
+    return _Shape(columns=256, keys=64, warps=8, stages=2)
 
 
 def _widths(width: int) -> tuple[int, int]:
@@ -398,8 +401,9 @@ def select_blocks(
     workspace = torch.empty(
         size * groups * score_parts * _pitch(blocks), dtype=torch.float32, device=q.device
     )
-    shape = _shape(q)
     head_columns = triton.next_power_of_2(q.shape[1] // groups)
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    shape = _shape(q.dtype, q.shape[-1], head_columns, capability)
     tokens = shape.columns // head_columns
     tiles = query_tiles(segments, tokens, "compressed_base")
     width, rest = _widths(q.shape[-1])
@@ -421,7 +425,7 @@ def select_blocks(
             *q.stride()[:2], *k.stride()[:2], scale, R=q.shape[1] // groups, PR=head_columns,
             OVERLAP=block // stride, SPAN=SPAN_TILES * shape.keys, BT=tokens, NEAR=min(tokens, 8),
             BN=shape.keys, DK=q.shape[-1], D=width, D_REST=rest, PRECISION=precision(q), **config,
-            num_warps=shape.warps, num_stages=shape.stages,
+            num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
         )  # fmt: skip
         _choose(workspace, selected, segments.positions, chunk, num_init_blocks, num_local_blocks,
                 config)  # fmt: skip
@@ -444,7 +448,8 @@ def _choose(
     while True:
         first = found is selected
         parts = triton.cdiv(count, MOST_COLUMNS)
-        width = min(max(16, triton.next_power_of_2(count)), MOST_COLUMNS)
+        # Powers of 4: few kernels to compile.
+        width = min(1 << max(4, -(-(count - 1).bit_length() // 2) * 2), MOST_COLUMNS)
         out = selected
         if parts > 1:
             out = selected.new_empty(rows * groups * parts * num_selected)
