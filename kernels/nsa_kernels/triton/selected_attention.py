@@ -28,26 +28,57 @@ from nsa_kernels.triton.selected_backward import selected_backward
 from nsa_kernels.triton.selected_lists import (
     EDGES,
     block_lists,
-    first_of,
+    block_of,
     load_block,
-    logit_scale,
     near,
-    power,
     token_tile,
     walk_shapes,
 )
 from nsa_kernels.triton.tiles import (
     PIECE,
     last_dim_contiguous,
+    logit_scale,
     padded,
+    power,
     precision,
     query_tiles,
 )
 
 
 @triton.jit
-def _attend(b_acc, b_max, b_sum, b_s, b_v, logit_scale, PRECISION: tl.constexpr):
-    """One step of the online softmax: logits b_s [BM, BN], not scaled, and values b_v [BN, PDV]."""
+def _attend(
+    b_acc,
+    b_max,
+    b_sum,
+    b_q,
+    p_k,
+    p_v,
+    stride_k,
+    stride_v,
+    first_key,
+    chose,
+    b_seen,
+    limit,
+    logit_scale,
+    EDGE: tl.constexpr,
+    BN: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    PDK: tl.constexpr,
+    PDV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One step of the online softmax, over BN keys of a block, for the rows that `chose` it.
+
+    At an EDGE to the keys before b_seen of each row; none is there from `limit` on.
+    """
+    b_k = load_block(p_k, stride_k, first_key, limit, BN, DK, PDK, EDGE)  # [BN, PDK]
+    b_v = load_block(p_v, stride_v, first_key, limit, BN, DV, PDV, EDGE)  # [BN, PDV]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+    seen = chose[:, None]
+    if EDGE:
+        seen = seen & (first_key + tl.arange(0, BN)[None, :] < b_seen[:, None])
+    b_s = tl.where(seen, b_s, -float("inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * logit_scale)
     # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
     b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
@@ -60,54 +91,14 @@ def _attend(b_acc, b_max, b_sum, b_s, b_v, logit_scale, PRECISION: tl.constexpr)
 
 
 @triton.jit
-def _attend_block(
-    b_acc,
-    b_max,
-    b_sum,
-    b_q,
-    p_k,
-    p_v,
-    stride_k,
-    stride_v,
-    chose,
-    b_seen,
-    limit,
-    logit_scale,
-    EDGE: tl.constexpr,
-    APART: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BN: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    PDK: tl.constexpr,
-    PDV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Attention of the rows that `chose` the block to it; at an EDGE to its first b_seen tokens.
-
-    With APART the block is summed by itself and then added.
-    """
-    b_a, b_m, b_l = b_acc, b_max, b_sum
-    if APART:
-        b_a, b_l = tl.zeros_like(b_acc), tl.zeros_like(b_sum)
-        b_m = tl.full(b_max.shape, -float("inf"), dtype=tl.float32)
-    for start in tl.static_range(0, BLOCK, BN):
-        b_k = load_block(p_k, stride_k, start, limit, BN, DK, PDK, EDGE)  # [BN, PDK]
-        b_v = load_block(p_v, stride_v, start, limit, BN, DV, PDV, EDGE)  # [BN, PDV]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-        seen = chose[:, None]
-        if EDGE:
-            seen = seen & (start + tl.arange(0, BN)[None, :] < b_seen[:, None])
-        b_s = tl.where(seen, b_s, -float("inf"))
-        b_a, b_m, b_l = _attend(b_a, b_m, b_l, b_s, b_v, logit_scale, PRECISION)
-    if APART:
-        b_new = tl.maximum(b_max, b_m)
-        b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_old, b_add = power(b_max - b_safe, PRECISION), power(b_m - b_safe, PRECISION)
-        b_a = tl.fma(b_acc, b_old[:, None], b_a * b_add[:, None])
-        b_l = tl.fma(b_sum, b_old, b_l * b_add)
-        b_m = b_new
-    return b_a, b_m, b_l
+def _add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, PRECISION: tl.constexpr):
+    """Two accumulators, maxima and sums as one."""
+    b_new = tl.maximum(b_max, b_m)
+    b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
+    b_old, b_add = power(b_max - b_safe, PRECISION), power(b_m - b_safe, PRECISION)
+    b_acc = tl.fma(b_acc, b_old[:, None], b_a * b_add[:, None])
+    b_sum = tl.fma(b_sum, b_old, b_l * b_add)
+    return b_acc, b_new, b_sum
 
 
 @triton.jit
@@ -170,36 +161,53 @@ def _forward_kernel(
     k_fetched += i_g * stride_fkh
     v_fetched += i_g * stride_fvh
 
-    b_acc = tl.zeros([BM, PDV], dtype=tl.float32)
-    b_max = tl.full([BM], -float("inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BM], dtype=tl.float32)
+    # With APART the tiles of a block are summed by themselves (b_a, b_m, b_l) and then added.
+    b_a = tl.zeros([BM, PDV], dtype=tl.float32)
+    b_m = tl.full([BM], -float("inf"), dtype=tl.float32)
+    b_l = tl.zeros([BM], dtype=tl.float32)
+    b_acc, b_max, b_sum = b_a, b_m, b_l
+    TILES: tl.constexpr = BLOCK // BN
     # Read ahead, so that the addresses of keys and values never wait for it.
     entry = tl.load(p_list + EDGE_BLOCKS)
-    for i in tl.range(0, count):
-        following = tl.load(p_list + EDGE_BLOCKS + tl.minimum(i + 1, count - 1))
-        start = entry >> 24
-        p_k, stride_k = first_of(k_own, k_fetched, start, num_own, stride_kt, stride_fkt)
-        p_v, stride_v = first_of(v_own, v_fetched, start, num_own, stride_vt, stride_fvt)
-        chose = ((entry.to(tl.int32) >> token) & 1) != 0
-        b_acc, b_max, b_sum = _attend_block(
-            b_acc, b_max, b_sum, b_q, p_k, p_v, stride_k, stride_v, chose, token, BLOCK,
-            logit_scale, False, APART, BLOCK, BN, DK, DV, PDK, PDV, PRECISION,
+    for i in tl.range(0, count * TILES):
+        following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
+        p_k, p_v, stride_k, stride_v = block_of(
+            entry, k_own, v_own, k_fetched, v_fetched, num_own, stride_kt, stride_vt, stride_fkt,
+            stride_fvt,
         )  # fmt: skip
+        chose = ((entry.to(tl.int32) >> token) & 1) != 0
+        b_a, b_m, b_l = _attend(
+            b_a, b_m, b_l, b_q, p_k, p_v, stride_k, stride_v, i % TILES * BN, chose, token, BLOCK,
+            logit_scale, False, BN, DK, DV, PDK, PDV, PRECISION,
+        )  # fmt: skip
+        if APART and i % TILES == TILES - 1:
+            b_acc, b_max, b_sum = _add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, PRECISION)
+            b_a = tl.zeros([BM, PDV], dtype=tl.float32)
+            b_m = tl.full([BM], -float("inf"), dtype=tl.float32)
+            b_l = tl.zeros([BM], dtype=tl.float32)
         entry = following
     first_edge = (position + 1) // BLOCK
-    for i in tl.range(0, EDGE_BLOCKS, num_stages=1):
-        entry = tl.load(p_list + i)
-        if entry != 0:
-            start = entry >> 24
-            p_k, stride_k = first_of(k_own, k_fetched, start, num_own, stride_kt, stride_fkt)
-            p_v, stride_v = first_of(v_own, v_fetched, start, num_own, stride_vt, stride_fvt)
-            chose = ((entry.to(tl.int32) >> token) & 1) != 0
-            b_seen = position + token + 1 - (first_edge + i) * BLOCK
-            limit = ((entry >> 16) & 255).to(tl.int32)
-            b_acc, b_max, b_sum = _attend_block(
-                b_acc, b_max, b_sum, b_q, p_k, p_v, stride_k, stride_v, chose, b_seen, limit,
-                logit_scale, True, APART, BLOCK, BN, DK, DV, PDK, PDV, PRECISION,
+    for i in tl.range(0, EDGE_BLOCKS * TILES, num_stages=1):
+        entry = tl.load(p_list + i // TILES)
+        limit = ((entry >> 16) & 255).to(tl.int32)  # 0 for a block that no token chose
+        if i % TILES * BN < limit:
+            p_k, p_v, stride_k, stride_v = block_of(
+                entry, k_own, v_own, k_fetched, v_fetched, num_own, stride_kt, stride_vt,
+                stride_fkt, stride_fvt,
             )  # fmt: skip
+            chose = ((entry.to(tl.int32) >> token) & 1) != 0
+            b_seen = position + token + 1 - (first_edge + i // TILES) * BLOCK
+            b_a, b_m, b_l = _attend(
+                b_a, b_m, b_l, b_q, p_k, p_v, stride_k, stride_v, i % TILES * BN, chose, b_seen,
+                limit, logit_scale, True, BN, DK, DV, PDK, PDV, PRECISION,
+            )  # fmt: skip
+        if APART and i % TILES == TILES - 1:
+            b_acc, b_max, b_sum = _add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, PRECISION)
+            b_a = tl.zeros([BM, PDV], dtype=tl.float32)
+            b_m = tl.full([BM], -float("inf"), dtype=tl.float32)
+            b_l = tl.zeros([BM], dtype=tl.float32)
+    if not APART:
+        b_acc, b_max, b_sum = b_a, b_m, b_l
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # With nothing seen the maximum is -inf.
     b_o = b_acc / b_sum[:, None]
@@ -248,7 +256,7 @@ class _SelectedAttention(torch.autograd.Function):
         if num_rows:
             ratio = heads // groups
             shape = walk_shapes(q, v_own, select_block)[0]
-            tokens, rows = token_tile(ratio)
+            tokens, rows = token_tile(ratio, q.dtype)
             tiles = query_tiles(segments, tokens, "selected_base").table
             lists, counts = block_lists(
                 selected, block_rows, block_lengths, tiles, tokens, select_block

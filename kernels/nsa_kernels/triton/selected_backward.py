@@ -22,43 +22,41 @@ from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.selected_lists import (
     EDGES,
     block_lists,
+    block_of,
     first_of,
     key_shape,
     load_block,
     load_columns,
     load_tile,
-    logit_scale,
-    power,
     query_lists,
     store_tile,
     token_tile,
     walk_shapes,
 )
-from nsa_kernels.triton.tiles import PIECE, padded, precision, query_tiles
+from nsa_kernels.triton.tiles import PIECE, logit_scale, padded, power, precision, query_tiles
 
 # Bytes for what programs of dk and dv leave to be added; more programs run in several launches.
 WORKSPACE = 256 << 20
 
 
 @triton.jit
-def _dq_block(
+def _add_dq(
     b_dq,
+    b_delta,
     b_q,
     b_do,
     b_lse,
-    b_delta,
     p_k,
     p_v,
     stride_k,
     stride_v,
+    first_key,
     chose,
     b_seen,
     limit,
     logit_scale,
     EDGE: tl.constexpr,
     TO_DELTA: tl.constexpr,
-    APART: tl.constexpr,
-    BLOCK: tl.constexpr,
     BN: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -66,33 +64,24 @@ def _dq_block(
     PDV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add dS K of one block to b_dq, or with TO_DELTA the sum of P dP to b_delta.
+    """Add dS K over BN keys of a block to b_dq, or with TO_DELTA the sum of P dP to b_delta.
 
-    Of the rows that `chose` it; with APART the block is summed by itself first.
+    For the rows that `chose` the block; EDGE, b_seen and limit as in forward.
     """
-    b_sum = b_dq
-    if APART:
-        b_sum = tl.zeros_like(b_dq)
-    b_part = tl.zeros_like(b_delta)
-    for start in tl.static_range(0, BLOCK, BN):
-        b_k = load_block(p_k, stride_k, start, limit, BN, DK, PDK, EDGE)  # [BN, PDK]
-        b_v = load_block(p_v, stride_v, start, limit, BN, DV, PDV, EDGE)  # [BN, PDV]
-        seen = chose[:, None]
-        if EDGE:
-            seen = seen & (start + tl.arange(0, BN)[None, :] < b_seen[:, None])
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_p = power(tl.fma(b_s, logit_scale, -b_lse[:, None]), PRECISION)
-        if TO_DELTA:
-            b_part += tl.sum(tl.where(seen, b_p * b_dp, 0.0), 1)
-        else:
-            b_ds = tl.where(seen, b_p * (b_dp - b_delta[:, None]), 0.0)
-            b_sum = tl.dot(b_ds.to(b_k.dtype), b_k, b_sum, input_precision=PRECISION)
-    if APART:
-        b_sum += b_dq
+    b_k = load_block(p_k, stride_k, first_key, limit, BN, DK, PDK, EDGE)  # [BN, PDK]
+    b_v = load_block(p_v, stride_v, first_key, limit, BN, DV, PDV, EDGE)  # [BN, PDV]
+    seen = chose[:, None]
+    if EDGE:
+        seen = seen & (first_key + tl.arange(0, BN)[None, :] < b_seen[:, None])
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_p = power(tl.fma(b_s, logit_scale, -b_lse[:, None]), PRECISION)
     if TO_DELTA:
-        b_delta += b_part
-    return b_sum, b_delta
+        b_delta += tl.sum(tl.where(seen, b_p * b_dp, 0.0), 1)
+    else:
+        b_ds = tl.where(seen, b_p * (b_dp - b_delta[:, None]), 0.0)
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return b_dq, b_delta
 
 
 @triton.jit
@@ -179,38 +168,50 @@ def _dq_kernel(
     v_fetched += i_g * stride_fvh
 
     b_dq = tl.zeros([BM, PDK], dtype=tl.float32)
+    b_dq_sum = b_dq  # With APART the tiles of a block are summed by themselves and then added.
     several = tl.zeros([BM], dtype=tl.int1)
     first_edge = (position + 1) // BLOCK
+    TILES: tl.constexpr = BLOCK // BN
     for i_pass in tl.static_range(0 if EXACT else 1, 2):
         entry = tl.load(p_list + EDGE_BLOCKS)
-        for i in tl.range(0, count):
-            following = tl.load(p_list + EDGE_BLOCKS + tl.minimum(i + 1, count - 1))
-            start = entry >> 24
-            p_k, stride_k = first_of(k_own, k_fetched, start, num_own, stride_kt, stride_fkt)
-            p_v, stride_v = first_of(v_own, v_fetched, start, num_own, stride_vt, stride_fvt)
+        for i in tl.range(0, count * TILES):
+            following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
+            p_k, p_v, stride_k, stride_v = block_of(
+                entry, k_own, v_own, k_fetched, v_fetched, num_own, stride_kt, stride_vt,
+                stride_fkt, stride_fvt,
+            )  # fmt: skip
             chose = ((entry.to(tl.int32) >> token) & 1) != 0
-            b_dq, b_delta = _dq_block(
-                b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_k, stride_v, chose, token,
-                BLOCK, logit_scale, False, i_pass == 0, APART, BLOCK, BN, DK, DV, PDK, PDV,
+            b_dq, b_delta = _add_dq(
+                b_dq, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_k, stride_v, i % TILES * BN,
+                chose, token, BLOCK, logit_scale, False, i_pass == 0, BN, DK, DV, PDK, PDV,
                 PRECISION,
             )  # fmt: skip
+            if APART and i % TILES == TILES - 1:
+                b_dq_sum += b_dq
+                b_dq = tl.zeros([BM, PDK], dtype=tl.float32)
             several = several | chose
             entry = following
-        for i in tl.range(0, EDGE_BLOCKS, num_stages=1):
-            entry = tl.load(p_list + i)
-            if entry != 0:
-                start = entry >> 24
-                p_k, stride_k = first_of(k_own, k_fetched, start, num_own, stride_kt, stride_fkt)
-                p_v, stride_v = first_of(v_own, v_fetched, start, num_own, stride_vt, stride_fvt)
+        for i in tl.range(0, EDGE_BLOCKS * TILES, num_stages=1):
+            entry = tl.load(p_list + i // TILES)
+            limit = ((entry >> 16) & 255).to(tl.int32)
+            if i % TILES * BN < limit:
+                p_k, p_v, stride_k, stride_v = block_of(
+                    entry, k_own, v_own, k_fetched, v_fetched, num_own, stride_kt, stride_vt,
+                    stride_fkt, stride_fvt,
+                )  # fmt: skip
                 chose = ((entry.to(tl.int32) >> token) & 1) != 0
-                b_seen = position + token + 1 - (first_edge + i) * BLOCK
-                limit = ((entry >> 16) & 255).to(tl.int32)
-                b_dq, b_delta = _dq_block(
-                    b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_k, stride_v, chose, b_seen,
-                    limit, logit_scale, True, i_pass == 0, APART, BLOCK, BN, DK, DV, PDK, PDV,
+                b_seen = position + token + 1 - (first_edge + i // TILES) * BLOCK
+                b_dq, b_delta = _add_dq(
+                    b_dq, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_k, stride_v, i % TILES * BN,
+                    chose, b_seen, limit, logit_scale, True, i_pass == 0, BN, DK, DV, PDK, PDV,
                     PRECISION,
                 )  # fmt: skip
                 several = several | (chose & (b_seen > 1))
+            if APART and i % TILES == TILES - 1:
+                b_dq_sum += b_dq
+                b_dq = tl.zeros([BM, PDK], dtype=tl.float32)
+    if APART:
+        b_dq = b_dq_sum
     tl.store(delta + row_head, b_delta, mask=m_m)
     b_dq = tl.where(several[:, None], b_dq * scale, 0.0)
     p_dq = dq + row_head[:, None] * DK + o_dk[None, :]
@@ -425,7 +426,7 @@ def selected_backward(
         "enable_fp_fusion": False,
     }
     walk = walk_shapes(q, v_own, select_block)[1]
-    tokens, rows = token_tile(ratio)
+    tokens, rows = token_tile(ratio, q.dtype)
     tiles = query_tiles(segments, tokens, "selected_base").table
     lists, counts = block_lists(selected, block_rows, block_lengths, tiles, tokens, select_block)
     _dq_kernel[(len(tiles), groups)](

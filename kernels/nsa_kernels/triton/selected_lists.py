@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
-from nsa_kernels.triton.tiles import LOG2E, last_dim_contiguous, padded
+from nsa_kernels.triton.tiles import last_dim_contiguous, padded
 
 # Most tokens of a tile: bits of an entry's mask.
 MOST_TOKENS = 16
@@ -38,12 +38,6 @@ def first_of(own, fetched, row, num_own, stride_own, stride_fetched):
         p = p_own
         stride = own_stride
     return p, stride
-
-
-@triton.jit
-def power(x, PRECISION: tl.constexpr):
-    """2^x, or e^x where a dot is exact: see `logit_scale`."""
-    return tl.exp(x) if PRECISION == "ieee" else tl.exp2(x)
 
 
 @triton.jit
@@ -75,24 +69,34 @@ def store_tile(p, b, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constex
 
 
 @triton.jit
+def block_of(
+    entry, k_own, v_own, k_fetched, v_fetched, num_own, stride_kt, stride_vt, stride_fkt,
+    stride_fvt,
+):  # fmt: skip
+    """Of an entry of a block list: pointers to its keys and values and their row strides."""
+    row = entry >> 24
+    p_k, stride_k = first_of(k_own, k_fetched, row, num_own, stride_kt, stride_fkt)
+    p_v, stride_v = first_of(v_own, v_fetched, row, num_own, stride_vt, stride_fvt)
+    return p_k, p_v, stride_k, stride_v
+
+
+@triton.jit
 def load_block(
-    p, stride, start, limit, BN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    p, stride, first, limit, BN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows start..start+BN-1 of a block in a tile of PADDED columns; with MASKED zeros from limit.
+    """Rows first..first+BN-1 of a block in a tile of PADDED columns; with MASKED zeros from limit.
 
     Rows behind the limit, which nobody may see, may be anything, also no memory of ours.
     """
-    o_n = start + tl.arange(0, BN)
+    o_n = tl.arange(0, BN)
     o_d = tl.arange(0, PADDED)
-    p_rows = p + o_n[:, None] * stride + o_d[None, :]
+    p_rows = p + first * stride + o_n[:, None] * stride + o_d[None, :]
     if MASKED:
-        mask = (o_n < limit)[:, None] & (o_d < WIDTH)[None, :]
+        mask = (first + o_n < limit)[:, None] & (o_d < WIDTH)[None, :]
         b = tl.load(p_rows, mask=mask, other=0.0)
-    elif WIDTH != PADDED:
-        b = tl.load(p_rows, mask=(o_d < WIDTH)[None, :], other=0.0)
     else:
-        b = tl.load(p_rows)
+        b = load_columns(p_rows, WIDTH, PADDED)
     return b
 
 
@@ -169,14 +173,6 @@ def _block_lists_kernel(
     tl.store(counts + i_tile * G + i_g, tl.sum(tl.where(first, 1, 0), 0))
 
 
-def logit_scale(q: Tensor, scale: float) -> float:
-    """What logits are multiplied by in kernels, and the log-sum-exp that they keep is counted in.
-
-    Powers of 2 are cheaper; but rounding scale log2(e) loses digits that float32 has to keep.
-    """
-    return scale if q.dtype == torch.float32 else scale * LOG2E
-
-
 def near(x: Tensor, select_block: int) -> Tensor:
     """x [rows, G, D] with a contiguous last dimension and blocks that span less than 2^31."""
     x = last_dim_contiguous(x)
@@ -191,23 +187,22 @@ class WalkShape(NamedTuple):
     stages: int
 
 
-def token_tile(ratio: int) -> tuple[int, int]:
+def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
     """Tokens of a tile and rows of its matrix: 64 rows fill a Hopper matrix instruction.
 
     Groups of one or two heads take fewer: tokens that choose differently share little.
     """
-    tokens = min(MOST_TOKENS, 64 // ratio)
+    tokens = min(MOST_TOKENS, (32 if dtype == torch.float32 else 64) // ratio)
     return tokens, max(16, triton.next_power_of_2(tokens * ratio))
 
 
 def walk_shapes(q: Tensor, v: Tensor, select_block: int) -> tuple[WalkShape, WalkShape]:
     """Of the forward and dq kernels; by widths, l' and dtype only, for the promise of bits."""
-    width = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    few = min(32, select_block)
     if q.dtype == torch.float32:
-        return WalkShape(few, 4, 1), WalkShape(few, 4, 1)
-    if width > 128:
-        return WalkShape(few, 8, 2), WalkShape(few, 8, 2)
+        return WalkShape(16, 4, 1), WalkShape(16, 4, 1)
+    if max(padded(q.shape[-1]), padded(v.shape[-1])) > 128:
+        few = min(32, select_block)
+        return WalkShape(few, 8, 3), WalkShape(few, 8, 3)
     # Two programs of 112 and 96 KB fit a Hopper multiprocessor.
     return WalkShape(min(64, select_block), 4, 3), WalkShape(min(64, select_block), 4, 2)
 
@@ -223,11 +218,11 @@ class KeyShape(NamedTuple):
 
 def key_shape(q: Tensor, v: Tensor, select_block: int) -> KeyShape:
     """Of the kernel of dk and dv; by widths, l' and dtype only."""
-    width = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32:
-        return KeyShape(32, min(32, select_block), 4, 1)
-    if width > 128:
+        return KeyShape(32, min(32, select_block), 8, 1)
+    if max(padded(q.shape[-1]), padded(v.shape[-1])) > 128:
         return KeyShape(32, min(64, select_block), 8, 2)
+    # A tile of queries this small leaves two programs the registers for dk and dv.
     return KeyShape(32, select_block, 8 if select_block > 64 else 4, 3)
 
 
