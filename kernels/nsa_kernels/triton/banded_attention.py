@@ -26,11 +26,12 @@ from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.band import Band, load_rows, num_seen, sees
 from nsa_kernels.triton.banded_backward import banded_backward
 from nsa_kernels.triton.tiles import (
-    LOG2E,
     PIECE,
     attention_shapes,
     last_dim_contiguous,
+    logit_scale,
     padded,
+    power,
     precision,
     query_tiles,
 )
@@ -52,7 +53,7 @@ def _forward_tiles(
     limit,
     stride_kt,
     stride_vt,
-    scale_log2,
+    logit_scale,
     OFFSET: tl.constexpr,
     STRIDE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -72,20 +73,21 @@ def _forward_tiles(
         m_j = (o_j >= first) & (o_j < limit)
         row = base + o_j.to(tl.int64)
         b_k = load_rows(p_k, row * stride_kt, o_dk, m_j, DK, PDK)  # [BN, PDK]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2  # [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         if MASKED:
             b_s = tl.where(
                 sees(b_t[:, None], o_j[None, :], OFFSET, STRIDE, WINDOW), b_s, -float("inf")
             )
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * logit_scale)
         # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
         b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_scale = tl.exp2(b_max - b_safe)
-        b_p = tl.exp2(b_s - b_safe[:, None])
-        b_sum = b_sum * b_scale + tl.sum(b_p, 1)
+        b_scale = power(b_max - b_safe, PRECISION)
+        # Fused by hand: a tile that is masked for some must round as one that is not.
+        b_p = power(tl.fma(b_s, logit_scale, -b_safe[:, None]), PRECISION)
+        b_sum = tl.fma(b_sum, b_scale, tl.sum(b_p, 1))
         b_v = load_rows(p_v, row * stride_vt, o_dv, m_j, DV, PDV)  # [BN, PDV]
         b_acc = b_acc * b_scale[:, None]
-        b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_max = b_new
     return b_acc, b_max, b_sum
 
@@ -105,7 +107,7 @@ def _forward_kernel(
     stride_kh,
     stride_vt,
     stride_vh,
-    scale_log2,
+    logit_scale,
     H: tl.constexpr,
     R: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -131,7 +133,7 @@ def _forward_kernel(
     base = tl.load(tiles + i_tile * 4 + 3)
 
     o_m = tl.arange(0, BM)
-    token, head = o_m // R, i_g * R + o_m % R
+    token, head = o_m // R, (i_g * R + o_m % R).to(tl.int64)
     m_m = token < num_tokens
     if BT * R != BM:
         m_m = m_m & (token < BT)
@@ -152,8 +154,8 @@ def _forward_kernel(
         inner = tl.cdiv(tl.maximum(last - WINDOW + 1, 0), BN) * BN
         inner = tl.minimum(tl.maximum(inner, begin), tl.cdiv(limit, BN) * BN)
     shared = tl.maximum(shared, inner)
-    p_k = k + i_g * stride_kh
-    p_v = v + i_g * stride_vh
+    p_k = k + i_g.to(tl.int64) * stride_kh
+    p_v = v + i_g.to(tl.int64) * stride_vh
 
     b_acc = tl.zeros([BM, PDV], dtype=tl.float32)
     b_max = tl.full([BM], -float("inf"), dtype=tl.float32)
@@ -172,45 +174,49 @@ def _forward_kernel(
             if WINDOW > 0:
                 b_a, b_m, b_l = _forward_tiles(
                     b_a, b_m, b_l, b_q, p_k, p_v, b_t, base, start, low, first, limit, stride_kt,
-                    stride_vt, scale_log2, OFFSET, STRIDE, WINDOW, True,
+                    stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, True,
                     BN, DK, DV, PDK, PDV, PRECISION,
                 )  # fmt: skip
             b_a, b_m, b_l = _forward_tiles(
                 b_a, b_m, b_l, b_q, p_k, p_v, b_t, base, low, high, first, limit, stride_kt,
-                stride_vt, scale_log2, OFFSET, STRIDE, WINDOW, False,
+                stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, False,
                 BN, DK, DV, PDK, PDV, PRECISION,
             )  # fmt: skip
             b_a, b_m, b_l = _forward_tiles(
                 b_a, b_m, b_l, b_q, p_k, p_v, b_t, base, high, stop, first, limit, stride_kt,
-                stride_vt, scale_log2, OFFSET, STRIDE, WINDOW, True,
+                stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, True,
                 BN, DK, DV, PDK, PDV, PRECISION,
             )  # fmt: skip
             b_new = tl.maximum(b_max, b_m)
             b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-            b_old, b_add = tl.exp2(b_max - b_safe), tl.exp2(b_m - b_safe)
-            b_acc = b_acc * b_old[:, None] + b_a * b_add[:, None]
-            b_sum = b_sum * b_old + b_l * b_add
+            b_old, b_add = power(b_max - b_safe, PRECISION), power(b_m - b_safe, PRECISION)
+            b_acc = tl.fma(b_acc, b_old[:, None], b_a * b_add[:, None])
+            b_sum = tl.fma(b_sum, b_old, b_l * b_add)
             b_max = b_new
     else:
         if WINDOW > 0:
             b_acc, b_max, b_sum = _forward_tiles(
                 b_acc, b_max, b_sum, b_q, p_k, p_v, b_t, base, begin, inner, first, limit,
-                stride_kt, stride_vt, scale_log2, OFFSET, STRIDE, WINDOW, True,
+                stride_kt, stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, True,
                 BN, DK, DV, PDK, PDV, PRECISION,
             )  # fmt: skip
         b_acc, b_max, b_sum = _forward_tiles(
             b_acc, b_max, b_sum, b_q, p_k, p_v, b_t, base, inner, shared, first, limit,
-            stride_kt, stride_vt, scale_log2, OFFSET, STRIDE, WINDOW, False,
+            stride_kt, stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, False,
             BN, DK, DV, PDK, PDV, PRECISION,
         )  # fmt: skip
         b_acc, b_max, b_sum = _forward_tiles(
             b_acc, b_max, b_sum, b_q, p_k, p_v, b_t, base, shared, limit, first, limit,
-            stride_kt, stride_vt, scale_log2, OFFSET, STRIDE, WINDOW, True,
+            stride_kt, stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, True,
             BN, DK, DV, PDK, PDV, PRECISION,
         )  # fmt: skip
 
-    b_o = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # With nothing seen the maximum is -inf.
+    b_o = b_acc / b_sum[:, None]
+    if PRECISION == "ieee":
+        b_lse = b_max + tl.log(b_sum)
+    else:
+        b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
     o_dv = tl.arange(0, PDV)
     p_o = o + (row * H + head)[:, None] * DV + o_dv[None, :]
     tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_m[:, None] & (o_dv < DV)[None, :])
@@ -259,7 +265,7 @@ class BandedAttention(torch.autograd.Function):
                 *q.stride()[:2],
                 *k.stride()[:2],
                 *v.stride()[:2],
-                scale * LOG2E,
+                logit_scale(q, scale),
                 H=heads,
                 R=ratio,
                 OFFSET=band.offset,
@@ -277,6 +283,7 @@ class BandedAttention(torch.autograd.Function):
                 PIECE_TILES=PIECE,
                 num_warps=shape.warps,
                 num_stages=shape.stages,
+                enable_fp_fusion=False,
             )
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.segments, ctx.band, ctx.scale = segments, band, scale

@@ -16,14 +16,82 @@ from torch import Tensor
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.band import Band, load_rows, num_seen, sees
 from nsa_kernels.triton.tiles import (
-    LOG2E,
     PIECE,
     attention_shapes,
     key_tiles,
+    logit_scale,
     padded,
+    power,
     precision,
     query_tiles,
 )
+
+
+@triton.jit
+def _probabilities(
+    b_q,
+    b_do,
+    b_lse,
+    b_k,
+    b_v,
+    b_t,
+    o_j,
+    logit_scale,
+    OFFSET: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """P, 0 where the query does not see the key, and dP, both [BM, BN]."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    seen = sees(b_t[:, None], o_j[None, :], OFFSET, STRIDE, WINDOW)
+    b_p = tl.where(seen, power(tl.fma(b_s, logit_scale, -b_lse[:, None]), PRECISION), 0.0)
+    return b_p, tl.where(seen, tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION), 0.0)
+
+
+@triton.jit
+def _delta_tiles(
+    b_delta,
+    b_sum,
+    b_q,
+    b_do,
+    b_lse,
+    p_k,
+    p_v,
+    b_t,
+    base,
+    begin,
+    end,
+    first,
+    limit,
+    stride_kt,
+    stride_vt,
+    logit_scale,
+    OFFSET: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BN: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    PDK: tl.constexpr,
+    PDV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add P dP and P of each key tile in [begin, end) to delta and sum."""
+    o_dk = tl.arange(0, PDK)
+    o_dv = tl.arange(0, PDV)
+    for start in tl.range(begin, end, BN):
+        o_j = start + tl.arange(0, BN)
+        m_j = (o_j >= first) & (o_j < limit)
+        row = base + o_j.to(tl.int64)
+        b_k = load_rows(p_k, row * stride_kt, o_dk, m_j, DK, PDK)  # [BN, PDK]
+        b_v = load_rows(p_v, row * stride_vt, o_dv, m_j, DV, PDV)  # [BN, PDV]
+        b_p, b_dp = _probabilities(
+            b_q, b_do, b_lse, b_k, b_v, b_t, o_j, logit_scale, OFFSET, STRIDE, WINDOW, PRECISION
+        )
+        b_delta += tl.sum(b_p * b_dp, 1)
+        b_sum += tl.sum(b_p, 1)
+    return b_delta, b_sum
 
 
 @triton.jit
@@ -43,7 +111,7 @@ def _dq_tiles(
     limit,
     stride_kt,
     stride_vt,
-    scale_log2,
+    logit_scale,
     OFFSET: tl.constexpr,
     STRIDE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -63,13 +131,29 @@ def _dq_tiles(
         row = base + o_j.to(tl.int64)
         b_k = load_rows(p_k, row * stride_kt, o_dk, m_j, DK, PDK)  # [BN, PDK]
         b_v = load_rows(p_v, row * stride_vt, o_dv, m_j, DV, PDV)  # [BN, PDV]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-        seen = sees(b_t[:, None], o_j[None, :], OFFSET, STRIDE, WINDOW)
-        b_p = tl.where(seen, tl.exp2(b_s - b_lse[:, None]), 0.0)  # [BM, BN]
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_ds = tl.where(seen, b_p * (b_dp - b_delta[:, None]), 0.0)
-        b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)
+        b_p, b_dp = _probabilities(
+            b_q, b_do, b_lse, b_k, b_v, b_t, o_j, logit_scale, OFFSET, STRIDE, WINDOW, PRECISION
+        )
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
+
+
+@triton.jit
+def _load_lse(lse, o, mask, PRECISION: tl.constexpr):
+    """The log-sum-exp as `power` counts; 0, not -inf, where no key is seen."""
+    b_lse = tl.load(lse + o, mask=mask, other=0.0)
+    b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)
+    return b_lse if PRECISION == "ieee" else b_lse * 1.4426950408889634
+
+
+@triton.jit
+def _sees_several(t, OFFSET: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether the query at position t sees more than one key."""
+    count = num_seen(t, OFFSET, STRIDE)
+    if WINDOW > 0:
+        count = tl.minimum(count, WINDOW)
+    return count > 1
 
 
 @triton.jit
@@ -77,6 +161,7 @@ def _dq_kernel(
     q,
     k,
     v,
+    o,
     do,
     lse,
     delta,
@@ -92,12 +177,13 @@ def _dq_kernel(
     stride_dot,
     stride_doh,
     scale,
-    scale_log2,
+    logit_scale,
     H: tl.constexpr,
     R: tl.constexpr,
     OFFSET: tl.constexpr,
     STRIDE: tl.constexpr,
     WINDOW: tl.constexpr,
+    FEW_KEYS: tl.constexpr,
     BT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -108,6 +194,11 @@ def _dq_kernel(
     PRECISION: tl.constexpr,
     PIECE_TILES: tl.constexpr,
 ):
+    """dq of one tile of queries, and delta for dk and dv.
+
+    With at most FEW_KEYS keys delta is the mean of dP under P, in a walk of its own: dP and delta
+    may cancel there, and then the rounding of o and of the log-sum-exp would be what is left.
+    """
     i_tile = num_tiles - 1 - tl.program_id(0)
     i_g = tl.program_id(1)
     first_row = tl.load(tiles + i_tile * 4)
@@ -117,33 +208,51 @@ def _dq_kernel(
 
     o_m = tl.arange(0, BM)
     o_dk = tl.arange(0, PDK)
-    token, head = o_m // R, i_g * R + o_m % R
+    token, head = o_m // R, (i_g * R + o_m % R).to(tl.int64)
     m_m = (token < num_tokens) & (token < BT)
     row = first_row + token
     b_t = position + token
     b_q = load_rows(q, row * stride_qt + head * stride_qh, o_dk, m_m, DK, PDK)
-    b_do = load_rows(do, row * stride_dot + head * stride_doh, tl.arange(0, PDV), m_m, DV, PDV)
-    b_lse = tl.load(lse + row * H + head, mask=m_m, other=0.0) * 1.4426950408889634
-    b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)
-    b_delta = tl.load(delta + row * H + head, mask=m_m, other=0.0)
-
+    o_dv = tl.arange(0, PDV)
+    b_do = load_rows(do, row * stride_dot + head * stride_doh, o_dv, m_m, DV, PDV)
+    row_head = row * H + head
+    b_lse = _load_lse(lse, row_head, m_m, PRECISION)
     last = position + num_tokens - 1
     limit = num_seen(last, OFFSET, STRIDE)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(position - WINDOW + 1, 0)
     begin = first // BN * BN
+    p_k = k + i_g.to(tl.int64) * stride_kh
+    p_v = v + i_g.to(tl.int64) * stride_vh
+    b_o = load_rows(o, row_head * DV, o_dv, m_m, DV, PDV)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    if limit - begin <= FEW_KEYS:
+        b_delta = tl.zeros([BM], dtype=tl.float32)
+        b_sum = tl.zeros([BM], dtype=tl.float32)
+        for piece in tl.range(begin, limit, PIECE_TILES * BN):
+            b_delta_piece, b_sum_piece = _delta_tiles(
+                tl.zeros([BM], dtype=tl.float32), tl.zeros([BM], dtype=tl.float32), b_q, b_do,
+                b_lse, p_k, p_v, b_t, base,
+                piece, tl.minimum(piece + PIECE_TILES * BN, limit), first, limit,
+                stride_kt, stride_vt, logit_scale,
+                OFFSET, STRIDE, WINDOW, BN, DK, DV, PDK, PDV, PRECISION,
+            )  # fmt: skip
+            b_delta += b_delta_piece
+            b_sum += b_sum_piece
+        b_delta /= tl.where(b_sum == 0.0, 1.0, b_sum)
+    tl.store(delta + row_head, b_delta, mask=m_m)
     b_dq = tl.zeros([BM, PDK], dtype=tl.float32)
     for piece in tl.range(begin, limit, PIECE_TILES * BN):
         b_dq += _dq_tiles(
-            tl.zeros([BM, PDK], dtype=tl.float32), b_q, b_do, b_lse, b_delta,
-            k + i_g * stride_kh, v + i_g * stride_vh, b_t, base,
+            tl.zeros([BM, PDK], dtype=tl.float32), b_q, b_do, b_lse, b_delta, p_k, p_v, b_t, base,
             piece, tl.minimum(piece + PIECE_TILES * BN, limit), first, limit,
-            stride_kt, stride_vt, scale_log2,
+            stride_kt, stride_vt, logit_scale,
             OFFSET, STRIDE, WINDOW, BN, DK, DV, PDK, PDV, PRECISION,
         )  # fmt: skip
-    p_dq = dq + (row * H + head)[:, None] * DK + o_dk[None, :]
-    tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=m_m[:, None] & (o_dk < DK)[None, :])
+    b_dq = tl.where(_sees_several(b_t, OFFSET, STRIDE, WINDOW)[:, None], b_dq * scale, 0.0)
+    p_dq = dq + row_head[:, None] * DK + o_dk[None, :]
+    tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_m[:, None] & (o_dk < DK)[None, :])
 
 
 @triton.jit
@@ -167,7 +276,7 @@ def _dkv_kernel(
     stride_dot,
     stride_doh,
     scale,
-    scale_log2,
+    logit_scale,
     G: tl.constexpr,
     H: tl.constexpr,
     R: tl.constexpr,
@@ -203,11 +312,12 @@ def _dkv_kernel(
     o_j = first_key // BN * BN + o_n
     m_j = (o_j >= first_key) & (o_j < end_key)
     key_row = base + o_j.to(tl.int64)
-    b_k = load_rows(k + i_g * stride_kh, key_row * stride_kt, o_dk, m_j, DK, PDK)
-    b_v = load_rows(v + i_g * stride_vh, key_row * stride_vt, o_dv, m_j, DV, PDV)
+    i_g_wide = i_g.to(tl.int64)
+    b_k = load_rows(k + i_g_wide * stride_kh, key_row * stride_kt, o_dk, m_j, DK, PDK)
+    b_v = load_rows(v + i_g_wide * stride_vh, key_row * stride_vt, o_dv, m_j, DV, PDV)
 
     o_m = tl.arange(0, BM)
-    token, head = o_m // R, i_g * R + o_m % R
+    token, head = o_m // R, (i_g * R + o_m % R).to(tl.int64)
     b_dk = tl.zeros([BN, PDK], dtype=tl.float32)
     b_dv = tl.zeros([BN, PDV], dtype=tl.float32)
     for piece in tl.range(first_tile, end_tile, PIECE_TILES):
@@ -222,17 +332,21 @@ def _dkv_kernel(
             row = first_row + token
             b_q = load_rows(q, row * stride_qt + head * stride_qh, o_dk, m_m, DK, PDK)
             b_do = load_rows(do, row * stride_dot + head * stride_doh, o_dv, m_m, DV, PDV)
-            b_lse = tl.load(lse + row * H + head, mask=m_m, other=0.0) * 1.4426950408889634
-            b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)
+            b_lse = _load_lse(lse, row * H + head, m_m, PRECISION)
             b_delta = tl.load(delta + row * H + head, mask=m_m, other=0.0)
-            seen = sees((position + token)[None, :], o_j[:, None], OFFSET, STRIDE, WINDOW)
+            b_t = position + token
+            seen = sees(b_t[None, :], o_j[:, None], OFFSET, STRIDE, WINDOW)
             seen = seen & m_m[None, :] & m_j[:, None]
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale_log2  # [BN, BM]
-            b_p = tl.where(seen, tl.exp2(b_s - b_lse[None, :]), 0.0)
-            b_dv_piece += tl.dot(b_p.to(b_do.dtype), b_do, input_precision=PRECISION)
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+            b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), PRECISION)
+            several = _sees_several(b_t, OFFSET, STRIDE, WINDOW)[None, :]
+            if PRECISION == "ieee":
+                b_p = tl.where(several, b_p, 1.0)
+            b_p = tl.where(seen, b_p, 0.0)
+            b_dv_piece = tl.dot(b_p.to(b_do.dtype), b_do, b_dv_piece, input_precision=PRECISION)
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-            b_ds = tl.where(seen, b_p * (b_dp - b_delta[None, :]), 0.0)
-            b_dk_piece += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION)
+            b_ds = tl.where(seen & several, b_p * (b_dp - b_delta[None, :]), 0.0)
+            b_dk_piece = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk_piece, input_precision=PRECISION)
         b_dk += b_dk_piece
         b_dv += b_dv_piece
 
@@ -272,19 +386,9 @@ def _add_parts_kernel(
     tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _delta_kernel(
-    o, do, delta, num_rows, stride_dot, stride_doh, H: tl.constexpr, BM: tl.constexpr,
-    DV: tl.constexpr, PDV: tl.constexpr,
-):  # fmt: skip
-    """delta = sum over channels of o do: what the softmax's gradient subtracts from every dP."""
-    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, PDV)
-    mask = (i < num_rows)[:, None] & (o_d < DV)[None, :]
-    b_o = tl.load(o + i[:, None] * DV + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    p_do = do + (i // H * stride_dot + i % H * stride_doh)[:, None] + o_d[None, :]
-    b_do = tl.load(p_do, mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta + i, tl.sum(b_o * b_do, 1), mask=i < num_rows)
+def few_keys(q: Tensor) -> int:
+    """Up to how many keys the sum that dP cancels with is computed anew: see `_dq_kernel`."""
+    return 1 << 30 if q.dtype == torch.float32 else 128
 
 
 def banded_backward(
@@ -308,10 +412,6 @@ def banded_backward(
     if not q.shape[0]:
         return dq, dk, dv
     delta = torch.empty_like(lse)
-    _delta_kernel[(triton.cdiv(lse.numel(), 64),)](
-        o, do, delta, lse.numel(), *do.stride()[:2], H=q.shape[1], BM=64,
-        DV=v.shape[-1], PDV=padded(v.shape[-1]),
-    )  # fmt: skip
     groups, ratio = k.shape[1], q.shape[1] // k.shape[1]
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2])
     shared = {
@@ -330,8 +430,9 @@ def banded_backward(
     _, shape, key_shape = attention_shapes(q, v)
     tiles = query_tiles(segments, shape.rows // ratio, band.column)
     _dq_kernel[(len(tiles.rows), groups)](
-        q, k, v, do, lse, delta, dq, tiles.table, len(tiles.rows), *strides, scale, scale * LOG2E,
-        BT=shape.rows // ratio, BM=shape.rows, BN=shape.keys, **shared,
+        q, k, v, o, do, lse, delta, dq, tiles.table, len(tiles.rows), *strides, scale,
+        logit_scale(q, scale), FEW_KEYS=few_keys(q), BT=shape.rows // ratio,
+        BM=shape.rows, BN=shape.keys, **shared,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
 
@@ -348,8 +449,8 @@ def banded_backward(
         to_v = v.new_empty(rows, *v.shape[1:], dtype=torch.float32)
     _dkv_kernel[(len(programs.table), groups)](
         q, k, v, do, lse, delta, to_k, to_v, tiles.table, programs.table, *strides, scale,
-        scale * LOG2E, G=groups, SHARED_OUT=shared_out, BT=tokens, BM=key_shape.rows, BN=size,
-        **shared, num_warps=key_shape.warps, num_stages=key_shape.stages,
+        logit_scale(q, scale), G=groups, SHARED_OUT=shared_out, BT=tokens, BM=key_shape.rows,
+        BN=size, **shared, num_warps=key_shape.warps, num_stages=key_shape.stages,
     )  # fmt: skip
     if shared_out:
         for workspace, out in ((to_k, dk), (to_v, dv)):

@@ -35,7 +35,6 @@ from nsa_kernels.triton.selected_lists import (
     walk_shapes,
 )
 from nsa_kernels.triton.tiles import (
-    PIECE,
     last_dim_contiguous,
     logit_scale,
     padded,
@@ -167,25 +166,27 @@ def _forward_kernel(
     b_l = tl.zeros([BM], dtype=tl.float32)
     b_acc, b_max, b_sum = b_a, b_m, b_l
     TILES: tl.constexpr = BLOCK // BN
-    # Read ahead, so that the addresses of keys and values never wait for it.
-    entry = tl.load(p_list + EDGE_BLOCKS)
-    for i in tl.range(0, count * TILES):
-        following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
-        p_k, p_v, stride_k, stride_v = block_of(
-            entry, k_own, v_own, k_fetched, v_fetched, num_own, stride_kt, stride_vt, stride_fkt,
-            stride_fvt,
-        )  # fmt: skip
-        chose = ((entry.to(tl.int32) >> token) & 1) != 0
-        b_a, b_m, b_l = _attend(
-            b_a, b_m, b_l, b_q, p_k, p_v, stride_k, stride_v, i % TILES * BN, chose, token, BLOCK,
-            logit_scale, False, BN, DK, DV, PDK, PDV, PRECISION,
-        )  # fmt: skip
-        if APART and i % TILES == TILES - 1:
-            b_acc, b_max, b_sum = _add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, PRECISION)
-            b_a = tl.zeros([BM, PDV], dtype=tl.float32)
-            b_m = tl.full([BM], -float("inf"), dtype=tl.float32)
-            b_l = tl.zeros([BM], dtype=tl.float32)
-        entry = following
+    # Asked outside: for a loop of no turns, ptxas would let every wgmma wait for the one before.
+    if count > 0:
+        # Read ahead, so that the addresses of keys and values never wait for it.
+        entry = tl.load(p_list + EDGE_BLOCKS)
+        for i in tl.range(0, count * TILES):
+            following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
+            p_k, p_v, stride_k, stride_v = block_of(
+                entry, k_own, v_own, k_fetched, v_fetched, num_own, stride_kt, stride_vt,
+                stride_fkt, stride_fvt,
+            )  # fmt: skip
+            chose = ((entry.to(tl.int32) >> token) & 1) != 0
+            b_a, b_m, b_l = _attend(
+                b_a, b_m, b_l, b_q, p_k, p_v, stride_k, stride_v, i % TILES * BN, chose, token,
+                BLOCK, logit_scale, False, BN, DK, DV, PDK, PDV, PRECISION,
+            )  # fmt: skip
+            if APART and i % TILES == TILES - 1:
+                b_acc, b_max, b_sum = _add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, PRECISION)
+                b_a = tl.zeros([BM, PDV], dtype=tl.float32)
+                b_m = tl.full([BM], -float("inf"), dtype=tl.float32)
+                b_l = tl.zeros([BM], dtype=tl.float32)
+            entry = following
     first_edge = (position + 1) // BLOCK
     for i in tl.range(0, EDGE_BLOCKS * TILES, num_stages=1):
         entry = tl.load(p_list + i // TILES)
@@ -255,7 +256,7 @@ class _SelectedAttention(torch.autograd.Function):
         log_sum = torch.empty_like(lse)  # lse as kernels count it
         if num_rows:
             ratio = heads // groups
-            shape = walk_shapes(q, v_own, select_block)[0]
+            shape = walk_shapes(q, v_own, selected.shape[-1], select_block)[0]
             tokens, rows = token_tile(ratio, q.dtype)
             tiles = query_tiles(segments, tokens, "selected_base").table
             lists, counts = block_lists(
@@ -265,7 +266,7 @@ class _SelectedAttention(torch.autograd.Function):
                 q, *sources, o, lse, log_sum, tiles, lists, counts, k_own.shape[0],
                 *(stride for x in (q, *sources) for stride in x.stride()[:2]),
                 logit_scale(q, scale), G=groups, R=ratio, LENGTH=lists.shape[-1],
-                EDGE_BLOCKS=EDGES, APART=selected.shape[-1] * select_block > PIECE * shape.keys,
+                EDGE_BLOCKS=EDGES, APART=shape.apart,
                 BLOCK=select_block, BT=tokens, BM=rows, BN=shape.keys, DK=dk, DV=dv,
                 PDK=padded(dk), PDV=padded(dv), PRECISION=precision(q),
                 num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False,

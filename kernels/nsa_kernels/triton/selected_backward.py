@@ -173,24 +173,25 @@ def _dq_kernel(
     first_edge = (position + 1) // BLOCK
     TILES: tl.constexpr = BLOCK // BN
     for i_pass in tl.static_range(0 if EXACT else 1, 2):
-        entry = tl.load(p_list + EDGE_BLOCKS)
-        for i in tl.range(0, count * TILES):
-            following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
-            p_k, p_v, stride_k, stride_v = block_of(
-                entry, k_own, v_own, k_fetched, v_fetched, num_own, stride_kt, stride_vt,
-                stride_fkt, stride_fvt,
-            )  # fmt: skip
-            chose = ((entry.to(tl.int32) >> token) & 1) != 0
-            b_dq, b_delta = _add_dq(
-                b_dq, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_k, stride_v, i % TILES * BN,
-                chose, token, BLOCK, logit_scale, False, i_pass == 0, BN, DK, DV, PDK, PDV,
-                PRECISION,
-            )  # fmt: skip
-            if APART and i % TILES == TILES - 1:
-                b_dq_sum += b_dq
-                b_dq = tl.zeros([BM, PDK], dtype=tl.float32)
-            several = several | chose
-            entry = following
+        if count > 0:
+            entry = tl.load(p_list + EDGE_BLOCKS)
+            for i in tl.range(0, count * TILES):
+                following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
+                p_k, p_v, stride_k, stride_v = block_of(
+                    entry, k_own, v_own, k_fetched, v_fetched, num_own, stride_kt, stride_vt,
+                    stride_fkt, stride_fvt,
+                )  # fmt: skip
+                chose = ((entry.to(tl.int32) >> token) & 1) != 0
+                b_dq, b_delta = _add_dq(
+                    b_dq, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_k, stride_v, i % TILES * BN,
+                    chose, token, BLOCK, logit_scale, False, i_pass == 0, BN, DK, DV, PDK, PDV,
+                    PRECISION,
+                )  # fmt: skip
+                if APART and i % TILES == TILES - 1:
+                    b_dq_sum += b_dq
+                    b_dq = tl.zeros([BM, PDK], dtype=tl.float32)
+                several = several | chose
+                entry = following
         for i in tl.range(0, EDGE_BLOCKS * TILES, num_stages=1):
             entry = tl.load(p_list + i // TILES)
             limit = ((entry >> 16) & 255).to(tl.int32)
@@ -425,7 +426,7 @@ def selected_backward(
         "PRECISION": precision(q),
         "enable_fp_fusion": False,
     }
-    walk = walk_shapes(q, v_own, select_block)[1]
+    walk = walk_shapes(q, v_own, selected.shape[-1], select_block)[1]
     tokens, rows = token_tile(ratio, q.dtype)
     tiles = query_tiles(segments, tokens, "selected_base").table
     lists, counts = block_lists(selected, block_rows, block_lengths, tiles, tokens, select_block)
@@ -433,7 +434,7 @@ def selected_backward(
         q, *sources, o, do, log_sum, delta, dq, tiles, lists, counts, k_own.shape[0], *strides,
         scale, logit_scale(q, scale), LENGTH=lists.shape[-1], EDGE_BLOCKS=EDGES,
         EXACT=q.dtype == torch.float32,
-        APART=selected.shape[-1] * select_block > PIECE * walk.keys, BT=tokens, BM=rows,
+        APART=walk.apart, BT=tokens, BM=rows,
         BN=walk.keys, **shared, num_warps=walk.warps, num_stages=walk.stages,
     )  # fmt: skip
     del lists, counts

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
-from nsa_kernels.triton.tiles import last_dim_contiguous, padded
+from nsa_kernels.triton.tiles import PIECE, last_dim_contiguous, padded
 
 # Most tokens of a tile: bits of an entry's mask.
 MOST_TOKENS = 16
@@ -180,11 +180,15 @@ def near(x: Tensor, select_block: int) -> Tensor:
 
 
 class WalkShape(NamedTuple):
-    """Keys of a tile, the warps of a program and the tiles in flight."""
+    """Keys of a tile, the warps of a program, the tiles in flight.
+
+    apart: whether the tiles of a block are summed by themselves, for too many to add in a row.
+    """
 
     keys: int
     warps: int
     stages: int
+    apart: bool
 
 
 def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -196,15 +200,17 @@ def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
     return tokens, max(16, triton.next_power_of_2(tokens * ratio))
 
 
-def walk_shapes(q: Tensor, v: Tensor, select_block: int) -> tuple[WalkShape, WalkShape]:
-    """Of the forward and dq kernels; by widths, l' and dtype only, for the promise of bits."""
+def walk_shapes(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkShape, WalkShape]:
+    """Of the forward and dq kernels; by widths, dtype, n and l' only, for the promise of bits."""
+    wide = max(padded(q.shape[-1]), padded(v.shape[-1])) > 128
+    keys = min(16 if q.dtype == torch.float32 else 32 if wide else 64, select_block)
+    apart = num * select_block > PIECE * keys
     if q.dtype == torch.float32:
-        return WalkShape(16, 4, 1), WalkShape(16, 4, 1)
-    if max(padded(q.shape[-1]), padded(v.shape[-1])) > 128:
-        few = min(32, select_block)
-        return WalkShape(few, 8, 3), WalkShape(few, 8, 3)
+        return WalkShape(keys, 4, 1, apart), WalkShape(keys, 4, 1, apart)
+    if wide or apart:
+        return WalkShape(keys, 8, 3, apart), WalkShape(keys, 8, 3, apart)
     # Two programs of 112 and 96 KB fit a Hopper multiprocessor.
-    return WalkShape(min(64, select_block), 4, 3), WalkShape(min(64, select_block), 4, 2)
+    return WalkShape(keys, 4, 3, apart), WalkShape(keys, 4, 2, apart)
 
 
 class KeyShape(NamedTuple):

@@ -11,6 +11,8 @@ import itertools
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments, Segment
@@ -126,6 +128,20 @@ def _programs_of_keys(
 def precision(x: Tensor) -> str:
     """How a dot of this dtype is computed: float32 exactly, never in TF32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def power(x, PRECISION: tl.constexpr):
+    """2^x, or e^x where a dot is exact: see `logit_scale`."""
+    return tl.exp(x) if PRECISION == "ieee" else tl.exp2(x)
+
+
+def logit_scale(q: Tensor, scale: float) -> float:
+    """What logits are multiplied by in kernels, and the log-sum-exp that they keep is counted in.
+
+    Powers of 2 are cheaper; but rounding scale log2(e) loses digits that float32 has to keep.
+    """
+    return scale if q.dtype == torch.float32 else scale * LOG2E
 
 
 def padded(width: int) -> int:
