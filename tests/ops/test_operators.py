@@ -250,7 +250,7 @@ def test_on_a_gpu(name: str) -> None:
 def test_backends() -> None:
     assert get_backend() is get_backend("auto") is get_backend("pytorch")
     assert BACKEND.name == "pytorch"
-    with pytest.raises(ValueError, match="backend: found 'cuda'; 'auto', 'pytorch' work"):
+    with pytest.raises(ValueError, match="backend: found 'cuda'; 'auto', 'pytorch', 'triton' work"):
         get_backend("cuda")
 
 

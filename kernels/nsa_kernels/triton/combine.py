@@ -144,7 +144,7 @@ def _backward_kernel(
 
 def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Kernels take three; where there are fewer branches the first stands in and is not read."""
-    return [*tensors, *tensors[:1] * (3 - len(tensors))]
+    return [*tensors, *[tensors[0]] * (3 - len(tensors))]
 
 
 def _shape(x: Tensor) -> dict[str, int]:
