@@ -100,7 +100,7 @@ def _add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, PRECISION: tl.constexpr):
     return b_acc, b_new, b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_own"])
 def _forward_kernel(
     q,
     k_own,

@@ -84,7 +84,7 @@ def _add_dq(
     return b_dq, b_delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_own"])
 def _dq_kernel(
     q,
     k_own,
@@ -219,7 +219,7 @@ def _dq_kernel(
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_dk)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_own", "first_program"])
 def _dkv_kernel(
     q,
     k_own,
@@ -236,6 +236,7 @@ def _dkv_kernel(
     starts,
     ends,
     owner,
+    order,
     block_rows,
     block_lengths,
     num_blocks,
@@ -269,7 +270,7 @@ def _dkv_kernel(
     PRECISION: tl.constexpr,
 ):
     """dk, dv of BN keys of a block from at most MOST of its queries, to a float32 workspace."""
-    i_program = first_program + tl.program_id(0)
+    i_program = tl.load(order + first_program + tl.program_id(0))
     first_key = tl.program_id(1) * BN
     block = tl.load(owner + i_program)
     if block >= G * num_blocks:
@@ -327,12 +328,12 @@ def _dkv_kernel(
         b_ds = tl.where(o_n[:, None] < (b_seen * b_several)[None, :], b_ds, 0.0)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
         row = following
-    tile = (i_program - first_program) * BLOCK + first_key
+    tile = (i_program - first_program).to(tl.int32) * BLOCK + first_key
     store_tile(dk + tile * DK, b_dk * scale, BN, DK, PDK)
     store_tile(dv + tile * DV, b_dv, BN, DV, PDV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_own", "first_program", "end_program"])
 def _add_programs_kernel(
     workspace,
     carried,
@@ -442,18 +443,18 @@ def selected_backward(
     shape = key_shape(q, v_own, select_block)
     at_once = shape.rows // ratio
     most = at_once * PIECE
-    queries = query_lists(selected, block_lengths, segments, select_block, most)
+    space = [4 * select_block * width for width in widths]
+    launch = max(1, WORKSPACE // sum(space) - 4)
+    queries = query_lists(selected, block_lengths, segments, select_block, most, launch)
     blocks = (block_rows.contiguous(), block_lengths, block_lengths.shape[0], k_own.shape[0])
     programs = len(queries.owner)
-    space = [4 * select_block * width for width in widths]
-    step = max(1, min(programs, WORKSPACE // sum(space) - 4))
 
     def empty(tiles: int) -> list[Tensor]:
         return [q.new_empty(tiles, select_block, w, dtype=torch.float32) for w in widths]
 
-    workspace, carried, carry = empty(step), empty(1), empty(1)
-    for first in range(0, programs, step):
-        end = min(first + step, programs)
+    workspace, carried, carry = empty(min(launch, programs)), empty(1), empty(1)
+    for first in range(0, programs, launch):
+        end = min(first + launch, programs)
         _dkv_kernel[(end - first, select_block // shape.keys)](
             q, *sources, do, log_sum, delta, *workspace, *queries, *blocks, *strides, first, scale,
             logit_scale(q, scale), MOST=most, BQ=at_once, BM=shape.rows, BN=shape.keys, **shared,

@@ -279,6 +279,8 @@ class QueryLists(NamedTuple):
     starts: int64 [G*B + 1], where those of (group, block) g*B + b begin.
     ends: int64 [G*B], how many programs the blocks up to this one have.
     owner: int64 [programs], the g*B + b of a program; G*B for one too many.
+    order: int64 [programs], in which order to start them: of one launch those first whose queries
+    are first, since programs that run together then read the same queries.
     """
 
     rows: Tensor
@@ -286,6 +288,7 @@ class QueryLists(NamedTuple):
     starts: Tensor
     ends: Tensor
     owner: Tensor
+    order: Tensor
 
 
 def query_lists(
@@ -294,9 +297,10 @@ def query_lists(
     segments: QuerySegments,
     select_block: int,
     most: int,
+    launch: int,
 ) -> QueryLists:
-    """For programs that walk over at most `most` queries of a block each."""
-    _, groups, num = selected.shape
+    """For programs that walk over at most `most` queries of a block each, `launch` at a time."""
+    num_rows, groups, num = selected.shape
     num_blocks = block_lengths.shape[0]
     device = selected.device
     none = groups * num_blocks
@@ -308,11 +312,17 @@ def query_lists(
     offset = torch.arange(groups, device=device) * num_blocks
     keys = (ids + offset[:, None]).where(chosen, none).to(torch.int32)
     # Equal keys stay in the order of rows.
-    keys, order = keys.flatten().sort(stable=True)
+    keys, by_block = keys.flatten().sort(stable=True)
+    rows = (by_block // (groups * num)).to(torch.int32)
     bounds = torch.arange(none + 1, dtype=torch.int32, device=device)
     starts = torch.searchsorted(keys, bounds)
     ends = ((starts.diff() + most - 1) // most).cumsum(0)
-    programs = min(none, keys.numel()) + keys.numel() // most
-    owner = torch.searchsorted(ends, torch.arange(programs, device=device), right=True)
-    rows = (order // (groups * num)).to(torch.int32)
-    return QueryLists(rows, seen.flatten()[order], starts, ends, owner)
+
+    programs = torch.arange(min(none, len(rows)) + len(rows) // most, device=device)
+    owner = torch.searchsorted(ends, programs, right=True)
+    last = owner.clamp(max=none - 1)  # Programs too many stand behind all others.
+    before = torch.cat([ends.new_zeros(1), ends])[last]
+    first = rows[(starts[last] + (programs - before) * most).clamp(max=len(rows) - 1)]
+    first = first.where(owner < none, num_rows)
+    order = ((programs // launch * groups + last // num_blocks) * (num_rows + 1) + first).argsort()
+    return QueryLists(rows, seen.flatten()[by_block], starts, ends, owner, order)
