@@ -75,8 +75,7 @@ def _project_kernel(
     w,
     bias,
     out,
-    do,
-    down,
+    dout,
     dh,
     num_rows,
     stride_xe,
@@ -85,7 +84,6 @@ def _project_kernel(
     D: tl.constexpr,
     K: tl.constexpr,
     O: tl.constexpr,
-    WIDTH: tl.constexpr,
     PER_HEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -95,10 +93,7 @@ def _project_kernel(
     PRECISION: tl.constexpr,
     PIECE_TILES: tl.constexpr,
 ):
-    """h = x W^T + bias and out = h or silu(h); in the backward out = silu(h) and dh too.
-
-    There h's gradient is silu'(h) (do V) with the down projection V [WIDTH, O].
-    """
+    """h = x W^T + bias and out = h or silu(h); in the backward also dh = silu'(h) dout."""
     num_n: tl.constexpr = (O + BN - 1) // BN
     i_p = tl.program_id(1)
     i_m, i_n = tl.program_id(0) // num_n, tl.program_id(0) % num_n
@@ -133,20 +128,49 @@ def _project_kernel(
         b_gate = tl.sigmoid(b_h)
         tl.store(out + o_out, (b_h * b_gate).to(out.dtype.element_ty), mask=m_out)
         if ACTIVATION == 2:
-            b_dout = tl.zeros([BM, BN], dtype=tl.float32)
-            p_do, p_down = do + row * WIDTH, down + i_p.to(tl.int64) * WIDTH * O + o_n
-            for c in tl.range(0, WIDTH, BK):
-                o_c = c + tl.arange(0, BK)
-                m_c = o_c < WIDTH
-                b_do = tl.load(
-                    p_do[:, None] + o_c[None, :], mask=m_m[:, None] & m_c[None, :], other=0.0
-                )  # [BM, BK]
-                b_v = tl.load(
-                    p_down[None, :] + o_c[:, None] * O, mask=m_c[:, None] & m_n[None, :], other=0.0
-                )  # [BK, BN]
-                b_dout = tl.dot(b_do, b_v, b_dout, input_precision=PRECISION)
+            b_dout = tl.load(dout + o_out, mask=m_out, other=0.0)
             b_dh = b_dout * (b_gate + b_gate * b_h * (1.0 - b_gate))
             tl.store(dh + o_out, b_dh.to(dh.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def _add_blocks(
+    b_dx,
+    dh,
+    p_w,
+    block_at,
+    row,
+    head,
+    m_m,
+    m_n,
+    i_r,
+    step,
+    begin,
+    end,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    O: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the tiles [begin, end) of O of the blocks that start i_r, i_r + step, ... rows before."""
+    num_tiles: tl.constexpr = (O + BK - 1) // BK
+    for i_tile in tl.range(begin, end):
+        r = i_r + i_tile // num_tiles * step
+        m_at = m_m & (row >= r)
+        at = tl.load(block_at + (row - r), mask=m_at, other=-1)
+        m_at = at >= 0
+        o_k = i_tile % num_tiles * BK + tl.arange(0, BK)
+        m_dh, m_w = m_at[:, None], m_n[None, :]
+        if O % BK != 0:
+            m_dh = m_dh & (o_k < O)[None, :]
+            m_w = m_w & (o_k < O)[:, None]
+        p_dh = dh + (at.to(tl.int64) * G + head) * O
+        b_dh = tl.load(p_dh[:, None] + o_k[None, :], mask=m_dh, other=0.0)  # [BM, BK]
+        b_w = tl.load(p_w[None, :] + (o_k * (L * D) + r * D)[:, None], mask=m_w, other=0.0)
+        b_dx = tl.dot(b_dh, b_w, b_dx, input_precision=PRECISION)  # b_w [BK, BN]
+    return b_dx
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -184,29 +208,23 @@ def _row_gradient_kernel(
     m_n = o_n < D
     p_w = w + i_p.to(tl.int64) * O * L * D + o_n
 
-    b_dx = tl.zeros([BM, BN], dtype=tl.float32)
     # At offsets of the stride or more only the last blocks of a run own rows.
-    end = tl.where(tl.max(m_m.to(tl.int32), 0) > 0, L, i_r)
-    for r in tl.range(i_r, end, tl.load(p_step)):
-        m_at = m_m & (row >= r)
-        at = tl.load(block_at + (row - r), mask=m_at, other=-1)
-        m_at = at >= 0
-        p_dh = dh + (at.to(tl.int64) * G + head) * O
-        for piece in tl.range(0, O, PIECE_TILES * BK):
-            b_part = tl.zeros([BM, BN], dtype=tl.float32)
-            for k in tl.range(piece, tl.minimum(piece + PIECE_TILES * BK, O), BK):
-                o_k = k + tl.arange(0, BK)
-                m_k = o_k < O
-                b_dh = tl.load(
-                    p_dh[:, None] + o_k[None, :], mask=m_at[:, None] & m_k[None, :], other=0.0
-                )  # [BM, BK]
-                b_w = tl.load(
-                    p_w[None, :] + (o_k * (L * D) + r * D)[:, None],
-                    mask=m_k[:, None] & m_n[None, :],
-                    other=0.0,
-                )  # [BK, BN]
-                b_part = tl.dot(b_dh, b_w, b_part, input_precision=PRECISION)
-            b_dx += b_part
+    step = tl.load(p_step)
+    num_tiles: tl.constexpr = (O + BK - 1) // BK
+    end = tl.where(tl.max(m_m.to(tl.int32), 0) > 0, tl.cdiv(L - i_r, step) * num_tiles, 0)
+    b_dx = tl.zeros([BM, BN], dtype=tl.float32)
+    if (L + 1) // 2 * num_tiles > PIECE_TILES:
+        for i_tile in tl.range(0, end, PIECE_TILES):
+            b_dx += _add_blocks(
+                tl.zeros([BM, BN], dtype=tl.float32), dh, p_w, block_at, row, head, m_m, m_n, i_r,
+                step, i_tile, tl.minimum(i_tile + PIECE_TILES, end),
+                G, D, L, O, BK, PRECISION,
+            )  # fmt: skip
+    else:
+        b_dx = _add_blocks(
+            b_dx, dh, p_w, block_at, row, head, m_m, m_n, i_r, step, 0, end,
+            G, D, L, O, BK, PRECISION,
+        )  # fmt: skip
     p_dx = dx + ((row * G + head) * D)[:, None] + o_n[None, :]
     tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
@@ -300,24 +318,29 @@ def project(
     x: Tensor,
     block_rows: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     activation: int = PLAIN,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x [E, G, D] at blocks [C], weight [P, O, l*D] in x.dtype, bias float32 [P, O] -> [C, G, O].
 
-    activation: PLAIN or SILU.
+    activation: PLAIN or SILU; dtype: of the result, x's if None.
     """
-    return _project(x, block_rows, weight, bias, activation, None, None)[0]
+    out = x.new_empty(block_rows.shape[0], x.shape[1], weight.shape[1], dtype=dtype or x.dtype)
+    _project(x, block_rows, weight, bias, activation, out, out, out)
+    return out
 
 
 def project_backward(
-    x: Tensor, block_rows: Tensor, weight: Tensor, bias: Tensor, do: Tensor, down: Tensor
+    x: Tensor, block_rows: Tensor, weight: Tensor, bias: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """silu(h) and the gradient of h = x W^T + bias, both [C, G, O].
+    """silu(h) and the gradient of h = x W^T + bias, both [C, G, O] in x.dtype.
 
-    do [C, G, WIDTH] is the gradient of silu(h) V^T with down V [P, WIDTH, O].
+    dout: float32 [C, G, O], the gradient of silu(h).
     """
-    return _project(x, block_rows, weight, bias, SILU_BACKWARD, do, down)
+    out, dh = (torch.empty_like(dout, dtype=x.dtype) for _ in range(2))
+    _project(x, block_rows, weight, bias, SILU_BACKWARD, out, dout, dh)
+    return out, dh
 
 
 def _project(
@@ -326,24 +349,20 @@ def _project(
     weight: Tensor,
     bias: Tensor | None,
     activation: int,
-    do: Tensor | None,
-    down: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    out: Tensor,
+    dout: Tensor,
+    dh: Tensor,
+) -> None:
     (_, groups, width), (sets, columns, depth) = x.shape, weight.shape
-    out = x.new_empty(block_rows.shape[0], groups, columns)
-    dh = torch.empty_like(out) if activation == SILU_BACKWARD else out
     num_rows = out.shape[0] * groups // sets
     tile = _tile(x, columns, depth)
     grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(columns, tile.columns), sets)
     if num_rows:
         _project_kernel[grid](
-            x, block_rows, weight, weight if bias is None else bias, out,
-            out if do is None else do, weight if down is None else down, dh, num_rows,
-            *x.stride()[:2], G=groups, D=width, K=depth, O=columns,
-            WIDTH=1 if down is None else down.shape[1], PER_HEAD=_per_head(weight),
+            x, block_rows, weight, weight if bias is None else bias, out, dout, dh, num_rows,
+            *x.stride()[:2], G=groups, D=width, K=depth, O=columns, PER_HEAD=_per_head(weight),
             HAS_BIAS=bias is not None, ACTIVATION=activation, **tile.options(x),
         )  # fmt: skip
-    return out, dh
 
 
 def row_gradient(dh: Tensor, weight: Tensor, block: int, blocks: BlockMap) -> Tensor:
@@ -353,6 +372,8 @@ def row_gradient(dh: Tensor, weight: Tensor, block: int, blocks: BlockMap) -> Te
     dx = dh.new_zeros(blocks.latest.shape[0], groups, width)
     num_rows = count * groups // sets
     tile = _tile(dh, width, columns)
+    if (block + 1) // 2 * triton.cdiv(columns, tile.depth) > PIECE:
+        tile = tile._replace(stages=2)  # A sum in pieces leaves no registers for more.
     grid = (triton.cdiv(num_rows, tile.rows) * block * triton.cdiv(width, tile.columns), sets)
     if num_rows:
         _row_gradient_kernel[grid](

@@ -5,9 +5,9 @@ block_pooling.py (`conv1d`, `attention_pool`, `mean`). Products are computed in 
 sums in float32, so weights of another dtype are rounded to it, while position embeddings and what
 multiplies them stay in float32. A token's bits depend on nothing but its own block and the weights.
 
-No two blocks may start at the same row. Backward keeps one [C, G, l*D] matrix of nothing: its
-workspace is two [C, G, hidden] in x's dtype for `mlp`, two float32 [C, G, l] for `attention_pool`,
-and float32 sums of weights' gradients, at most PROGRAMS tiles of them.
+No two blocks may start at the same row. The workspace of a backward is two [C, G, hidden] in x's
+dtype and one in float32 for `mlp`, two float32 [C, G, l] for `attention_pool`, and float32 sums of
+weights' gradients, of at most PROGRAMS tiles and RUNS blocks.
 
 Letters: E rows, G KV heads, D width, C blocks, l rows of a block, P sets of weights (G with one a
 head, else 1).
@@ -89,17 +89,19 @@ class _Mlp:
     def forward(blocks: _Blocks, position: Tensor, up: Tensor, down: Tensor) -> Tensor:
         dtype = blocks.x.dtype
         active = project(blocks.x, blocks.rows, up.to(dtype), _bias(up, position), SILU)
-        return project(active, blocks.itself(), down.to(dtype), None)
+        return project(active, blocks.itself(), down.to(dtype))
 
     @staticmethod
     def backward(
         do: Tensor, blocks: _Blocks, position: Tensor, up: Tensor, down: Tensor
     ) -> Gradients:
-        dtype, hidden = blocks.x.dtype, up.shape[1]
+        dtype, itself = blocks.x.dtype, blocks.itself()
+        transposed = down.to(dtype).mT.contiguous()
+        d_active = project(do, itself, transposed, dtype=torch.float32)
         active, dh = project_backward(
-            blocks.x, blocks.rows, up.to(dtype), _bias(up, position), do, down.to(dtype)
+            blocks.x, blocks.rows, up.to(dtype), _bias(up, position), d_active
         )
-        d_down = weight_gradient(do, active, blocks.itself(), hidden, blocks.sets)
+        d_down = weight_gradient(do, active, itself, up.shape[1], blocks.sets)
         dx, d_position, d_up = _product_gradients(dh, blocks, position, up)
         return dx, (d_position, d_up, d_down)
 
