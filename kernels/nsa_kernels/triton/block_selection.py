@@ -60,6 +60,7 @@ def _load(p_row, m_row, BEGIN: tl.constexpr, END: tl.constexpr, PADDED: tl.const
 @triton.jit
 def _score_tiles(
     scores,
+    o_scores,
     m_store,
     b_q,
     b_q_rest,
@@ -87,7 +88,7 @@ def _score_tiles(
     D_REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The sums of each key tile in [begin, end), stored at scores [NEAR, 1, BT / NEAR]."""
+    """The sums of each key tile in [begin, end), stored at o_scores [NEAR, 1, BT / NEAR]."""
     o_in = tl.arange(0, PER_BLOCK)
     # How many of the l/d strides of a key fall into the block it begins in, and into the next.
     b_own = tl.minimum(PER_BLOCK - o_in, OVERLAP).to(tl.float32)
@@ -111,15 +112,16 @@ def _score_tiles(
         # This order of dimensions is that of the threads, which spares an exchange between warps.
         b_sum = tl.permute(b_sum, (2, 0, 1))  # [NEAR, BN / PER_BLOCK, BT / NEAR]
         o_b = (start // PER_BLOCK + tl.arange(0, BN // PER_BLOCK))[None, :, None]
+        p_out = scores + (o_scores + o_b * (1 if OVERLAP == 1 else 2))
         if OVERLAP == 1:
-            tl.store(scores + o_b, b_sum, mask=m_store)
+            tl.store(p_out, b_sum, mask=m_store)
         else:
             b_passed = tl.permute(tl.sum(b_h * b_next[None, :, None, None], 1), (2, 0, 1))
-            tl.store(scores + o_b * 2, b_sum, mask=m_store)
-            tl.store(scores + o_b * 2 + 3, b_passed, mask=m_store & (o_b + 1 < pitch))
+            tl.store(p_out, b_sum, mask=m_store)
+            tl.store(p_out + 3, b_passed, mask=m_store & (o_b + 1 < pitch))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["end_tile", "begin_row", "end_row"])
 def _score_kernel(
     q,
     k,
@@ -186,21 +188,22 @@ def _score_kernel(
     o_t = tl.arange(0, BT // NEAR)[None, None, :] * NEAR + tl.arange(0, NEAR)[:, None, None]
     row_t = first_row + o_t
     m_store = (o_t < num_tokens) & (row_t >= begin_row) & (row_t < end_row)
-    p_scores = scores + ((row_t - begin_row) * G + i_g) * PARTS * pitch  # [NEAR, 1, BT / NEAR]
+    # In 32 bits, as the workspace is small.
+    o_scores = ((row_t - begin_row).to(tl.int32) * G + i_g) * PARTS * pitch
     k += i_g * stride_kh
     _score_tiles(
-        p_scores, m_store, b_q, b_q_rest, b_lse, position + token, k, base, begin, shared, limit,
-        stride_kt, pitch, scale, OFFSET, STRIDE, PER_BLOCK, OVERLAP, False,
+        scores, o_scores, m_store, b_q, b_q_rest, b_lse, position + token, k, base, begin, shared,
+        limit, stride_kt, pitch, scale, OFFSET, STRIDE, PER_BLOCK, OVERLAP, False,
         PR, BT, NEAR, BN, DK, D, D_REST, PRECISION,
     )  # fmt: skip
     _score_tiles(
-        p_scores, m_store, b_q, b_q_rest, b_lse, position + token, k, base, shared, end, limit,
-        stride_kt, pitch, scale, OFFSET, STRIDE, PER_BLOCK, OVERLAP, True,
+        scores, o_scores, m_store, b_q, b_q_rest, b_lse, position + token, k, base, shared, end,
+        limit, stride_kt, pitch, scale, OFFSET, STRIDE, PER_BLOCK, OVERLAP, True,
         PR, BT, NEAR, BN, DK, D, D_REST, PRECISION,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin_row", "num_lines", "num_found"])
 def _choose_kernel(
     scores,
     found,
@@ -306,22 +309,29 @@ class _Shape(NamedTuple):
     registers: int | None = None
 
 
-def _shape(dtype: torch.dtype, width: int, heads: int, capability: tuple[int, int]) -> _Shape:
-    if dtype == torch.float32:
-        return _Shape(columns=32, keys=64, warps=8, stages=2)
-    if heads < 8 or capability < (9, 0):
-        return _Shape(columns=128, keys=64, warps=4, stages=2)
-    if width <= 128:
-        # Two programs fill a multiprocessor of an sm_90, in registers and in shared memory.
-        return _Shape(columns=256, keys=64, warps=8, stages=3, registers=128)
-    return _Shape(columns=256, keys=64, warps=8, stages=2)
-
-
 def _widths(width: int) -> tuple[int, int]:
     """A power of two and another one or 0, of which tiles of `width` channels are made."""
     first = max(16, 1 << (width.bit_length() - 1))
     rest = padded(width - first) if width > first else 0
     return (2 * first, 0) if rest == first else (first, rest)
+
+
+def _shape(
+    dtype: torch.dtype, widths: tuple[int, int], heads: int, capability: tuple[int, int]
+) -> _Shape:
+    if dtype == torch.float32:
+        return _Shape(columns=32, keys=64, warps=8, stages=2)
+    if widths[1]:
+        # With more warps the compiler would lay out the results of the two products differently.
+        stages = 3 if sum(widths) <= 128 else 2
+        return _Shape(columns=128 if heads >= 8 else 64, keys=64, warps=4, stages=stages)
+    if heads < 8 or capability[0] not in (9, 10):
+        return _Shape(columns=128, keys=64, warps=8, stages=2)
+    if widths[0] == 256:
+        return _Shape(columns=256, keys=64, warps=8, stages=2)
+    # On an sm_90, two programs fill the registers and the shared memory of a multiprocessor.
+    registers = 128 if capability == (9, 0) else None
+    return _Shape(columns=256, keys=64, warps=8, stages=3, registers=registers)
 
 
 class _Chunk(NamedTuple):
@@ -349,6 +359,10 @@ def _chunks(segments: QuerySegments, size: int, select_block: int) -> Iterator[_
         yield _Chunk(begin, segments.num_queries, blocks)
 
 
+def _first_row(tile: tuple[int, int, int, int]) -> int:
+    return tile[0]
+
+
 def _pitch(blocks: int) -> int:
     """Scores of a row: whole tiles of any shape."""
     return triton.cdiv(blocks, 64) * 64
@@ -363,7 +377,9 @@ def _row_bytes(blocks: int, groups: int, score_parts: int, num_selected: int) ->
 
 
 def _chunk_rows(blocks: int, groups: int, score_parts: int, num_selected: int) -> int:
-    return max(1, WORKSPACE_BYTES // _row_bytes(blocks, groups, score_parts, num_selected))
+    size = WORKSPACE_BYTES // _row_bytes(blocks, groups, score_parts, num_selected)
+    # Whole tiles where that is possible: one that is cut by a chunk's end is computed twice.
+    return max(1, size // 64 * 64 if size > 64 else size)
 
 
 @torch.no_grad()
@@ -383,9 +399,9 @@ def select_blocks(
 ) -> Tensor:
     """See `Backend.select_blocks`.
 
-    Its workspace is rows x G x (4 parts ceil64(B) + 8 ceil(B / 4096) n) bytes, the second part
-    only where B > 4096: parts is 1 where l = d and else 2, B the blocks of the longest row, rows
-    as many as make at most WORKSPACE_BYTES, and at least one.
+    Its workspace is rows x G x (4 p ceil64(B) + 8 ceil(B / 4096) n) bytes, the second term only
+    where B > 4096. B are the blocks up to the last query's, p is 1 where l = d and else 2, and rows
+    are as many as make at most WORKSPACE_BYTES, and at least one.
     """
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
     groups = k.shape[1]
@@ -403,11 +419,10 @@ def select_blocks(
     )
     head_columns = triton.next_power_of_2(q.shape[1] // groups)
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-    shape = _shape(q.dtype, q.shape[-1], head_columns, capability)
+    widths = _widths(q.shape[-1])
+    shape = _shape(q.dtype, widths, head_columns, capability)
     tokens = shape.columns // head_columns
     tiles = query_tiles(segments, tokens, "compressed_base")
-    width, rest = _widths(q.shape[-1])
-    starts = [row[0] for row in tiles.rows]
     config = {
         "G": groups,
         "OFFSET": block - 1,
@@ -417,14 +432,15 @@ def select_blocks(
     }
     for chunk in _chunks(segments, size, select_block):
         pitch = _pitch(chunk.blocks)
-        first_tile = bisect.bisect_right(starts, chunk.begin) - 1
-        end_tile = bisect.bisect_left(starts, chunk.end)
+        first_tile = bisect.bisect_right(tiles.rows, chunk.begin, key=_first_row) - 1
+        end_tile = bisect.bisect_left(tiles.rows, chunk.end, key=_first_row)
         spans = triton.cdiv(chunk.blocks * config["PER_BLOCK"], SPAN_TILES * shape.keys)
         _score_kernel[(end_tile - first_tile, groups, spans)](
             q, k, lse, workspace, tiles.table, end_tile, chunk.begin, chunk.end, pitch,
             *q.stride()[:2], *k.stride()[:2], scale, R=q.shape[1] // groups, PR=head_columns,
             OVERLAP=block // stride, SPAN=SPAN_TILES * shape.keys, BT=tokens, NEAR=min(tokens, 8),
-            BN=shape.keys, DK=q.shape[-1], D=width, D_REST=rest, PRECISION=precision(q), **config,
+            BN=shape.keys, DK=q.shape[-1], D=widths[0], D_REST=widths[1],
+            PRECISION=precision(q), **config,
             num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
         )  # fmt: skip
         _choose(workspace, selected, segments.positions, chunk, num_init_blocks, num_local_blocks,

@@ -165,6 +165,19 @@ def test_options(case: Case) -> None:
     assert_highest(case, selected, q, k)
 
 
+@pytest.mark.parametrize("heads", [1, 16])
+@pytest.mark.parametrize("columns", [32, 64, 128, 256])
+def test_tile_shapes(columns: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of tokens a tile, whichever this device would take."""
+    shape = block_selection._Shape(columns=columns, keys=64, warps=4, stages=2)
+    monkeypatch.setattr(block_selection, "_shape", lambda *_: shape)
+    case = small("shape", heads=heads)
+    layout = Layout(case)
+    q, k = make_inputs(case, torch.float16)
+    selected = choose(case, layout.segments, q[case.local_rows], fill(k, layout.compressed_index))
+    assert_highest(case, selected, q, k)
+
+
 @pytest.mark.parametrize(("init", "local"), [(0, 1), (0, 4), (3, 1), (2, 2)])
 def test_forced_blocks(init: int, local: int) -> None:
     case = small("forced")
@@ -368,3 +381,56 @@ def test_workspace_is_bounded() -> None:
         bytes_used = block_selection._row_bytes(blocks, groups, 2, num_selected) * size
         assert size >= 1
         assert bytes_used <= 256 << 20
+
+
+def scores_of(
+    positions: Tensor, q: Tensor, k: Tensor, case: Case, dtype: torch.dtype, num_blocks: int
+) -> Tensor:
+    """[m, G, B] of some queries of one document, by the dense code in `dtype`."""
+    last = torch.arange(k.shape[0], device=q.device) * case.stride + case.block - 1
+    mask = last <= positions[:, None]
+    probs, _ = masked_softmax(q.to(dtype), k.to(dtype), mask, case.scale)
+    probs = probs.sum(dim=2)
+    per_block, overlap = case.select_block // case.stride, case.block // case.stride
+    probs = pad(probs, (overlap - 1, per_block * num_blocks - probs.shape[-1]))
+    width = per_block * num_blocks
+    shifted = (probs[..., b : b + width] for b in range(overlap))
+    return torch.stack(tuple(shifted)).sum(dim=0).unflatten(-1, (-1, per_block)).sum(dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("length", "select_block"),
+    [
+        (140, 4),
+        *(pytest.param(s, b, marks=pytest.mark.gpu) for s, b in ((65536, 64), (131072, 16))),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_long_document(length: int, select_block: int, dtype: torch.dtype) -> None:
+    """Some queries of a document of which a chunk holds but a part, lines of several parts too."""
+    case = Case("long", (length,), heads=16, groups=1, key_width=64, num_selected=16)
+    case = replace(case, block=select_block, stride=select_block // 2, select_block=select_block)
+    segments = one(length).to(DEVICE)
+    count = num_compressed(length, case.block, case.stride)
+    q = random(length, 16, 64, dtype=dtype).to(DEVICE)
+    k = random(count, 1, 64, dtype=dtype).to(DEVICE)
+    rows = torch.randperm(length, device=DEVICE)[:50]
+    mask = torch.arange(count, device=DEVICE) * case.stride + case.block - 1 <= rows[:, None]
+    lse = torch.full((length, 16), math.nan, device=DEVICE)
+    lse[rows] = masked_softmax(q[rows].double(), k.double(), mask, case.scale)[1].float()
+    options = {"num_selected": 16, "num_init_blocks": 1, "num_local_blocks": 2}
+    blocks = {"block": case.block, "stride": case.stride, "select_block": select_block}
+    selected = block_selection.select_blocks(
+        q, k, lse, segments, **blocks, **options, scale=case.scale
+    )
+    assert_well_formed(case, selected[rows].cpu().long(), rows.cpu(), 1, 2)
+    num_blocks = -(-length // select_block)
+    exact = scores_of(rows, q[rows], k, case, torch.float64, num_blocks)
+    plain = scores_of(rows, q[rows], k, case, dtype, num_blocks)
+    tau = 4 * (plain.double() - exact).abs().max()
+    block, own = torch.arange(num_blocks, device=DEVICE), (rows // select_block)[:, None, None]
+    free = (block >= 1) & (block <= own - 2)
+    chosen = (selected[rows].long().unsqueeze(-1) == block).any(dim=2)
+    worst_chosen = exact.masked_fill(~(chosen & free), math.inf).amin(dim=-1)
+    best_left = exact.masked_fill(chosen | ~free, -math.inf).amax(dim=-1)
+    assert (best_left - worst_chosen <= tau).all()
