@@ -173,7 +173,8 @@ def _dq_kernel(
     first_edge = (position + 1) // BLOCK
     TILES: tl.constexpr = BLOCK // BN
     for i_pass in tl.static_range(0 if EXACT else 1, 2):
-        if count > 0:
+        # As in forward; not asked where that costs registers and does not help.
+        if TILES == 1 or count > 0:
             entry = tl.load(p_list + EDGE_BLOCKS)
             for i in tl.range(0, count * TILES):
                 following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
@@ -279,6 +280,9 @@ def _dkv_kernel(
     before = tl.where(block > 0, tl.load(ends + tl.maximum(block - 1, 0)), 0)
     begin = tl.load(starts + block) + (i_program - before) * MOST
     num = tl.minimum(tl.load(starts + block + 1) - begin, MOST).to(tl.int32)
+    # Never so; but for a loop of no turns, ptxas would let every wgmma wait for the one before.
+    if num <= 0:
+        return
     start = tl.load(block_rows + block)
     length = tl.load(block_lengths + block % num_blocks).to(tl.int32)
     p_k, stride_k = first_of(
