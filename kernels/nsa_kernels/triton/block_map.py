@@ -29,7 +29,20 @@ class BlockMap(NamedTuple):
 
     @classmethod
     def of(cls, block_rows: Tensor, block: int, num_rows: int) -> BlockMap:
-        """block_rows int64 [C], of a buffer of num_rows rows; C at least 1."""
+        """block_rows int64 [C], of a buffer of num_rows rows; C at least 1.
+
+        Kept with the tensor: keys, values and all layers of a batch have the same blocks.
+        """
+        if block_rows.is_inference():  # whose changes are not counted
+            return cls._made(block_rows, block, num_rows)
+        kept = block_rows.__dict__.setdefault("_block_maps", {})
+        name = (block, num_rows, block_rows._version)
+        if name not in kept:
+            kept[name] = cls._made(block_rows, block, num_rows)
+        return kept[name]
+
+    @classmethod
+    def _made(cls, block_rows: Tensor, block: int, num_rows: int) -> BlockMap:
         starts, order = block_rows.sort(stable=True)
         gaps = torch.cat([starts.diff(), starts.new_full((1,), block)])
         lowest_bit = torch.where(gaps < block, gaps & -gaps, block)

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.triton.block_map import BlockMap
-from nsa_kernels.triton.block_projection import add_runs
 from nsa_kernels.triton.tiles import PIECE, padded
 
 MEAN, CONV1D, ATTENTION_POOL, COPY = 0, 1, 2, 3
@@ -259,6 +258,11 @@ def _runs(count: int) -> tuple[int, int]:
     return triton.cdiv(count, blocks), blocks
 
 
+def _sum(sums: Tensor, sets: int) -> Tensor:
+    """Over programs [runs, G, ...], and over heads that share weights: [P, ...]."""
+    return sums.sum(dim=0) if sets > 1 else sums.sum(dim=(0, 1)).unsqueeze(0)
+
+
 def conv1d_weight_gradient(
     do: Tensor, x: Tensor, block_rows: Tensor, block: int, sets: int
 ) -> Tensor:
@@ -270,7 +274,7 @@ def conv1d_weight_gradient(
         PL=triton.next_power_of_2(block), PD=padded(width), PIECE_BLOCKS=PIECE,
         num_warps=_warps(block, width),
     )  # fmt: skip
-    return add_runs(sums if sets > 1 else sums.flatten(0, 1).unsqueeze(1))
+    return _sum(sums, sets)
 
 
 def attention_pool_backward(
@@ -287,7 +291,7 @@ def attention_pool_backward(
         G=groups, L=block, D=width, PER_HEAD=sets > 1, PL=triton.next_power_of_2(block),
         PD=padded(width), PIECE_BLOCKS=PIECE, num_warps=_warps(block, width),
     )  # fmt: skip
-    return shares, dlogits, add_runs(sums if sets > 1 else sums.flatten(0, 1).unsqueeze(1))
+    return shares, dlogits, _sum(sums, sets)
 
 
 def pool_row_gradient(

@@ -400,13 +400,4 @@ def weight_gradient(dh: Tensor, x: Tensor, block_rows: Tensor, depth: int, sets:
         dh, x, block_rows, sums, num_rows, tiles_a_program, *x.stride()[:2],
         G=groups, D=x.shape[2], K=depth, O=columns, PER_HEAD=sets > 1, **tile.options(x),
     )  # fmt: skip
-    return add_runs(sums)
-
-
-def add_runs(sums: Tensor) -> Tensor:
-    """Sum over the first dimension as a tree: a fixed order, whatever the device."""
-    while sums.shape[0] > 1:
-        half = sums.shape[0] // 2
-        pairs = sums[:half] + sums[half : 2 * half]
-        sums = torch.cat([pairs, sums[2 * half :]])
-    return sums[0]
+    return sums.sum(dim=0)
