@@ -317,7 +317,7 @@ def test_offsets_past_two_to_the_31st() -> None:
     o, _ = attend_plain(case, *copies, selected)
     grads = torch.autograd.grad(o, copies, grad_o)
     # The last so far apart that a block of it passes 2^31 by itself.
-    strides = [(1 << 26, 1 << 22, 1), (1 << 26, 1 << 24, 1), (1 << 27, 1 << 24, 1)]
+    strides = [(1 << 26, 1 << 22, 1), (1 << 26, 1 << 24, 1), (1 << 28, 1 << 24, 1)]
     far = [far_apart(x, *s).requires_grad_() for x, s in zip(inputs, strides, strict=True)]
     far_o, _ = attend_plain(case, *far, selected)
     assert same_bits(o, far_o)
