@@ -214,9 +214,7 @@ def _choose_kernel(
     num_found,
     pitch,
     G: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     INIT: tl.constexpr,
     LOCAL: tl.constexpr,
@@ -242,7 +240,7 @@ def _choose_kernel(
     line = tl.program_id(0) * L + tl.arange(0, L)
     m_l = line < num_lines
     t = tl.load(positions + begin_row + line // G, mask=m_l, other=0).to(tl.int32)
-    num_blocks = t // (PER_BLOCK * STRIDE) + 1
+    num_blocks = t // SELECT_BLOCK + 1
     # Eligible blocks: forced [0, first), free [first, end), forced [end, num_blocks).
     first = tl.minimum(num_blocks, INIT)
     end = tl.maximum(num_blocks - LOCAL, first)
@@ -268,11 +266,11 @@ def _choose_kernel(
         b_own = tl.load(p_s + b_block * PARTS, mask=b_block >= 0, other=0.0)
         if PARTS == 2:
             b_passed = tl.load(p_s + b_block * 2 + 1, mask=b_block >= 0, other=0.0)
-    # Where no visible key begins, nothing was written.
-    written = tl.cdiv(tl.maximum(t - OFFSET + STRIDE, 0) // STRIDE, PER_BLOCK)[:, None]
-    b_score = tl.where(b_block < written, b_own, 0.0)
+    # Nothing was written where no visible key begins: in front of block 0, and, as l <= l', in the
+    # query's own block and after, of which none is free.
+    b_score = b_own
     if PARTS == 2:
-        b_score += tl.where((b_block > 0) & (b_block <= written), b_passed, 0.0)
+        b_score += tl.where(b_block > 0, b_passed, 0.0)
     # Bits of floats that are not negative are in the order of the floats; NaN scores 0.
     b_key = tl.where(b_score > 0.0, b_score, 0.0).to(tl.int32, bitcast=True)
     m_free = (b_block >= first[:, None]) & (b_block < end[:, None]) & (want[:, None] > 0)
@@ -411,6 +409,7 @@ def select_blocks(
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     lse = lse.contiguous()
     score_parts = 1 if block == stride else 2
+    per_block = select_block // stride
     longest = max(s.position + s.length - 1 for s in segments.rows if s.length)
     blocks = longest // select_block + 1
     size = min(_chunk_rows(blocks, groups, score_parts, num_selected), q.shape[0])
@@ -423,28 +422,22 @@ def select_blocks(
     shape = _shape(q.dtype, widths, head_columns, capability)
     tokens = shape.columns // head_columns
     tiles = query_tiles(segments, tokens, "compressed_base")
-    config = {
-        "G": groups,
-        "OFFSET": block - 1,
-        "STRIDE": stride,
-        "PER_BLOCK": select_block // stride,
-        "PARTS": score_parts,
-    }
     for chunk in _chunks(segments, size, select_block):
         pitch = _pitch(chunk.blocks)
         first_tile = bisect.bisect_right(tiles.rows, chunk.begin, key=_first_row) - 1
         end_tile = bisect.bisect_left(tiles.rows, chunk.end, key=_first_row)
-        spans = triton.cdiv(chunk.blocks * config["PER_BLOCK"], SPAN_TILES * shape.keys)
+        spans = triton.cdiv(chunk.blocks * per_block, SPAN_TILES * shape.keys)
         _score_kernel[(end_tile - first_tile, groups, spans)](
             q, k, lse, workspace, tiles.table, end_tile, chunk.begin, chunk.end, pitch,
-            *q.stride()[:2], *k.stride()[:2], scale, R=q.shape[1] // groups, PR=head_columns,
-            OVERLAP=block // stride, SPAN=SPAN_TILES * shape.keys, BT=tokens, NEAR=min(tokens, 8),
-            BN=shape.keys, DK=q.shape[-1], D=widths[0], D_REST=widths[1],
-            PRECISION=precision(q), **config,
-            num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
+            *q.stride()[:2], *k.stride()[:2], scale, G=groups, R=q.shape[1] // groups,
+            PR=head_columns, OFFSET=block - 1, STRIDE=stride, PER_BLOCK=per_block,
+            OVERLAP=block // stride, PARTS=score_parts, SPAN=SPAN_TILES * shape.keys, BT=tokens,
+            NEAR=min(tokens, 8), BN=shape.keys, DK=q.shape[-1], D=widths[0], D_REST=widths[1],
+            PRECISION=precision(q), num_warps=shape.warps, num_stages=shape.stages,
+            maxnreg=shape.registers,
         )  # fmt: skip
-        _choose(workspace, selected, segments.positions, chunk, num_init_blocks, num_local_blocks,
-                config)  # fmt: skip
+        _choose(workspace, selected, segments.positions, chunk, score_parts, select_block,
+                num_init_blocks, num_local_blocks)  # fmt: skip
     return selected
 
 
@@ -453,9 +446,10 @@ def _choose(
     selected: Tensor,
     positions: Tensor,
     chunk: _Chunk,
+    score_parts: int,
+    select_block: int,
     num_init_blocks: int,
     num_local_blocks: int,
-    config: dict[str, int],
 ) -> None:
     """Ranks the scores of a chunk, and what their parts hand on until there is one part."""
     _, groups, num_selected = selected.shape
@@ -470,12 +464,13 @@ def _choose(
         if parts > 1:
             out = selected.new_empty(rows * groups * parts * num_selected)
         lines = max(1, LINE_ELEMENTS // width)
-        near = 4 // config["PARTS"]  # Blocks in the 16 bytes that a thread loads at once.
+        near = 4 // score_parts  # Blocks in the 16 bytes that a thread loads at once.
         _choose_kernel[(triton.cdiv(rows * groups, lines), parts)](
             scores, found, out, positions, chunk.begin, rows * groups, count, _pitch(chunk.blocks),
-            INIT=num_init_blocks, LOCAL=num_local_blocks, NUM_SELECTED=num_selected,
-            PN=triton.next_power_of_2(num_selected), FIRST=first, LAST=parts == 1,
-            L=lines, W=width, WORDS=min(max(32, width // 32), width // near), NEAR=near, **config,
+            G=groups, SELECT_BLOCK=select_block, PARTS=score_parts, INIT=num_init_blocks,
+            LOCAL=num_local_blocks, NUM_SELECTED=num_selected,
+            PN=triton.next_power_of_2(num_selected), FIRST=first, LAST=parts == 1, L=lines, W=width,
+            WORDS=min(max(32, width // 32), width // near), NEAR=near,
             num_warps=max(1, width // LINE_ELEMENTS),
         )  # fmt: skip
         if parts == 1:

@@ -207,6 +207,7 @@ def exact_inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     [
         replace(CASES[0], num_selected=5),
         replace(CASES[2], num_selected=6),
+        Case("three_heads", (99, 64), heads=3, groups=1, block=4, stride=2, select_block=8),
         Case("no_overlap", (99, 64), block=4, stride=4, select_block=8, num_selected=5),
         Case("much_overlap", (99, 64), block=8, stride=1, select_block=8, num_selected=5),
     ],
@@ -310,11 +311,13 @@ def captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Tensor]) -> tupl
     chunks = []
     rank = block_selection._choose
 
-    def keep(work: Tensor, selected: Tensor, positions: Tensor, chunk: Any, *rest: Any) -> None:
-        pitch, parts = block_selection._pitch(chunk.blocks), rest[-1]["PARTS"]
+    def keep(
+        work: Tensor, selected: Tensor, positions: Tensor, chunk: Any, parts: int, *rest: Any
+    ) -> None:
+        pitch = block_selection._pitch(chunk.blocks)
         shape = chunk.end - chunk.begin, selected.shape[1], pitch, parts
         chunks.append(work[: math.prod(shape)].view(shape).cpu().clone())
-        rank(work, selected, positions, chunk, *rest)
+        rank(work, selected, positions, chunk, parts, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(block_selection, "_choose", keep)
