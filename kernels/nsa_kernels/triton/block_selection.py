@@ -298,7 +298,7 @@ def _choose_kernel(
 
 
 class _Shape(NamedTuple):
-    """columns: (head, token) pairs of a tile of scores; keys: its rows; registers: at most."""
+    """columns: (head, token) pairs of a tile of scores; keys: its rows; registers: of a thread."""
 
     columns: int
     keys: int
@@ -315,7 +315,11 @@ def _widths(width: int) -> tuple[int, int]:
 
 
 def _shape(
-    dtype: torch.dtype, widths: tuple[int, int], heads: int, capability: tuple[int, int]
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    heads: int,
+    per_block: int,
+    capability: tuple[int, int],
 ) -> _Shape:
     if dtype == torch.float32:
         return _Shape(columns=32, keys=64, warps=8, stages=2)
@@ -323,13 +327,16 @@ def _shape(
         # With more warps the compiler would lay out the results of the two products differently.
         stages = 3 if sum(widths) <= 128 else 2
         return _Shape(columns=128 if heads >= 8 else 64, keys=64, warps=4, stages=stages)
-    if heads < 8 or capability[0] not in (9, 10):
+    # Few heads or short blocks leave many sums of a tile for a thread.
+    if heads < 8 or heads * per_block < 16 or capability[0] not in (9, 10):
         return _Shape(columns=128, keys=64, warps=8, stages=2)
-    if widths[0] == 256:
-        return _Shape(columns=256, keys=64, warps=8, stages=2)
-    # On an sm_90, two programs fill the registers and the shared memory of a multiprocessor.
-    registers = 128 if capability == (9, 0) else None
-    return _Shape(columns=256, keys=64, warps=8, stages=3, registers=registers)
+    shape = _Shape(columns=256, keys=64, warps=8, stages=2)
+    if widths[0] <= 128 and capability == (9, 0):
+        # Two programs fill the registers of a multiprocessor, and with three stages its shared
+        # memory, when exchanging a tile's scores between threads takes no more than 1 KiB of it.
+        scores = shape.columns // heads * (shape.keys // per_block)
+        shape = shape._replace(registers=128, stages=3 if 4 * scores <= 1024 else 2)
+    return shape
 
 
 class _Chunk(NamedTuple):
@@ -419,8 +426,10 @@ def select_blocks(
     head_columns = triton.next_power_of_2(q.shape[1] // groups)
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     widths = _widths(q.shape[-1])
-    shape = _shape(q.dtype, widths, head_columns, capability)
+    shape = _shape(q.dtype, widths, head_columns, per_block, capability)
     tokens = shape.columns // head_columns
+    # 128 columns of a warp: their heads are summed in one thread, or in few.
+    near = min(tokens, 8, 128 // head_columns)
     tiles = query_tiles(segments, tokens, "compressed_base")
     for chunk in _chunks(segments, size, select_block):
         pitch = _pitch(chunk.blocks)
@@ -432,7 +441,7 @@ def select_blocks(
             *q.stride()[:2], *k.stride()[:2], scale, G=groups, R=q.shape[1] // groups,
             PR=head_columns, OFFSET=block - 1, STRIDE=stride, PER_BLOCK=per_block,
             OVERLAP=block // stride, PARTS=score_parts, SPAN=SPAN_TILES * shape.keys, BT=tokens,
-            NEAR=min(tokens, 8), BN=shape.keys, DK=q.shape[-1], D=widths[0], D_REST=widths[1],
+            NEAR=near, BN=shape.keys, DK=q.shape[-1], D=widths[0], D_REST=widths[1],
             PRECISION=precision(q), num_warps=shape.warps, num_stages=shape.stages,
             maxnreg=shape.registers,
         )  # fmt: skip
