@@ -42,7 +42,7 @@ class ModelSettings:
     bias: bool = False  # biases in the attention's projections
     qk_norm: bool = False  # RMSNorm over each head of queries and keys
     dropout: float = 0.0  # on the attention's output
-    backend: str = "auto"  # implementation of nsa's operations
+    backend: str = "auto"  # of nsa: auto (triton on NVIDIA GPUs, else pytorch), pytorch, triton
     recompute: bool = False  # recompute each block's activations in backward
 
     def __post_init__(self) -> None:

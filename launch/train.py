@@ -35,6 +35,7 @@ from data import (
 )
 from model import Decoder, build_model
 from nsa_dist import ShardedBatch, shard_batch
+from nsa_kernels import get_backend
 from ranks import Ranks, start_ranks
 from report import Report, show_bytes
 from sampling import sample
@@ -248,7 +249,8 @@ def train(settings: Settings, ranks: Ranks) -> Result:
             f"{sum(p.numel() for p in model.parameters()):,} parameters; "
             f"{corpus.training.tokens.numel():,} {report.unit}s in "
             f"{len(corpus.training.names)} documents, {len(corpus.held_out.names)} held out; "
-            f"dp {ranks.dp} x cp {ranks.cp} on {ranks.device.type}; {folder}"
+            f"dp {ranks.dp} x cp {ranks.cp} on {ranks.device.type}; "
+            f"{attention_name(settings, ranks.device)} attention; {folder}"
         )
         mark, logged = time.perf_counter(), first_step
         for step in range(first_step, run.steps):
@@ -309,6 +311,13 @@ def train(settings: Settings, ranks: Ranks) -> Result:
         )
         summarise(result, report, run.log_every)
     return result
+
+
+def attention_name(settings: Settings, device: torch.device) -> str:
+    """The attention of the run, with the backend that computes it."""
+    if settings.model.attention != "nsa":
+        return settings.model.attention
+    return f"nsa ({get_backend(settings.model.backend, device).name} backend)"
 
 
 def by_kind(received: Sequence[float]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from nsa_dist.checks import DTYPES, check, check_tensor, describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.compressor import BlockCompressor, compressor_options
 from nsa_dist.config import NSAConfig, RotaryConfig
+from nsa_dist.crossover import hint_at_crossover
 from nsa_dist.flow import Flow, Rotary
 from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.plan import Plan
@@ -74,7 +75,8 @@ def native_sparse_attention(
         layout: "contiguous", "zigzag" or "zigzag_per_document": how tokens were sharded.
         group: process group or one-dimensional DeviceMesh over which the sequence is split; None
             for one rank.
-        backend: "auto" or a name that ``nsa_kernels.get_backend`` knows.
+        backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a name that
+            ``nsa_kernels.get_backend`` knows. One that cannot compute the call refuses it.
         plan: from ``get_plan``, when the caller has it already; it stands for ``cu_seqlens`` and
             ``layout``.
         communication: where moved bytes are counted.
@@ -95,7 +97,7 @@ def native_sparse_attention(
         k_compressor, v_compressor, config
     )
     try:
-        ops = get_backend(backend)
+        ops = get_backend(backend, q.device)
         backend = ops.name
         problem = problem or ops.refuses(q.dtype, config.kernel_options)
     except ValueError as error:
@@ -132,6 +134,8 @@ def native_sparse_attention(
             "longest document's, work"
         )
 
+    if context.rank == 0:
+        hint_at_crossover(plan.longest, q.device)
     flow = Flow(ops, config, plan, context, counter, rotary)
     shape = q.shape[:2]
     out, lse, selected = flow.run(

@@ -85,7 +85,9 @@ class NativeSparseAttention(nn.Module):
         layout: how the sequence is split: "contiguous", "zigzag" or "zigzag_per_document".
         group: process group or one-dimensional DeviceMesh over which it is split; None for one
             rank.
-        backend: "auto", or a name that ``nsa_kernels.get_backend`` knows.
+        backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a name that
+            ``nsa_kernels.get_backend`` knows. One that cannot compute the config refuses it: when
+            the layer is built where the device is given, else at the first call.
 
     Attributes:
         communication: bytes moved by this layer, by kind, since its last ``reset``.
@@ -119,7 +121,9 @@ class NativeSparseAttention(nn.Module):
         check_bool("qk_norm", qk_norm)
         _check_sizes(hidden_size, norm_eps, dtype)
         _check_options(config, rotary, dropout, k_compressor, v_compressor)
-        refused = get_backend(backend).refuses(None, config.kernel_options)
+        # A layer made on the host may be moved to a GPU; one made there stays.
+        placed = device if device is not None and torch.device(device).type == "cuda" else None
+        refused = get_backend(backend, placed).refuses(None, config.kernel_options)
         if refused is not None:
             raise ValueError(refused)
         self.hidden_size, self.config, self.rotary = hidden_size, config, rotary
@@ -234,6 +238,11 @@ class NativeSparseAttention(nn.Module):
         check_tensor("x", x, "a tensor")
         rows = tuple(x.shape[:2]) if x.ndim >= 2 else (0, 0)
         problem = self._problem(x, position_ids)
+        backend = self.backend
+        try:
+            backend = get_backend(backend, x.device).name
+        except ValueError as error:
+            problem = problem or str(error)
         return get_plan(
             self.config,
             self.layout,
@@ -249,7 +258,7 @@ class NativeSparseAttention(nn.Module):
                 "rotary": repr(self.rotary),
                 "qk_norm": "False" if self.q_norm is None else f"True, eps {self.q_norm.eps}",
                 "dropout": repr(self.dropout),
-                "backend": get_backend(self.backend).name,
+                "backend": backend,
                 "autocast": str(_autocast_dtype(x.device.type)),
             },
             problem=problem,
@@ -295,11 +304,19 @@ class NativeSparseAttention(nn.Module):
             )
         return None
 
+    @property
+    def _backend_name(self) -> str:
+        """The backend that runs where the weights are now."""
+        if self.backend != "auto":
+            return self.backend
+        return get_backend("auto", self.q_proj.weight.device).name
+
     def extra_repr(self) -> str:
         config = self.config
         return (
             f"hidden_size={self.hidden_size}, heads={config.num_heads}/{config.num_kv_heads}, "
-            f"branches={config.branches}, layout={self.layout}, ranks={self.context.size}"
+            f"branches={config.branches}, layout={self.layout}, ranks={self.context.size}, "
+            f"backend={self._backend_name}"
         )
 
 

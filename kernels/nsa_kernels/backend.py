@@ -30,6 +30,7 @@ from nsa_kernels import pytorch
 from nsa_kernels.segments import QuerySegments
 
 BACKENDS = ("auto", "pytorch", "triton")
+LEAST_CAPABILITY = (8, 0)
 
 
 class Backend(Protocol):
@@ -143,18 +144,38 @@ class Backend(Protocol):
         """Eq. 5, the gated sum: one [N, H, Dv] a branch, gates [N, H, branches] -> [N, H, Dv]."""
 
 
-def get_backend(name: str = "auto") -> Backend:
-    """The backend called `name`; `auto` takes the best one for this machine.
+def get_backend(name: str = "auto", device: torch.device | str | None = None) -> Backend:
+    """The backend called `name`, for tensors on `device` (None where that is not known yet).
+
+    `auto` takes `triton` for an NVIDIA GPU of compute capability 8.0 or more, where Triton is
+    installed, and `pytorch` for everything else.
 
     Raises ValueError for any other name, and for `triton` where it cannot run.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: found {name!r}; {', '.join(map(repr, BACKENDS))} work")
-    if name != "triton":
+    device = None if device is None else torch.device(device)
+    if name == "pytorch" or (name == "auto" and (device is None or device.type != "cuda")):
         return pytorch
-    if find_spec("triton") is None:
-        raise ValueError("backend: found 'triton', which is not installed; 'pytorch' works")
-    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ValueError("backend: found 'triton' without a CUDA device; 'pytorch' works")
+    missing = _missing_for_triton(device)
+    if missing is not None:
+        if name == "auto":
+            return pytorch
+        raise ValueError(f"backend: found 'triton' {missing}; 'pytorch' works")
     # Not before it is asked for: machines without Triton import the rest.
     return cast(Backend, importlib.import_module("nsa_kernels.triton"))
+
+
+def _missing_for_triton(device: torch.device | None) -> str | None:
+    """Why the Triton backend cannot run on `device` (None: on any of this machine), or None."""
+    if find_spec("triton") is None:
+        return "without the package triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "without an NVIDIA GPU"
+    if device is not None and device.type != "cuda":
+        return f"for tensors on {device}"
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"on {torch.cuda.get_device_name(device)}, of a compute capability below 8.0"
+    return None

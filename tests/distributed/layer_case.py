@@ -43,6 +43,7 @@ class LayerCase:
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
     checkpoint: bool = False
     device: str = "cpu"
+    backend: str = "pytorch"
     seed: int = 0
 
     @property
@@ -66,7 +67,7 @@ class LayerCase:
             layout=self.layout,
             group=group,
             dtype=torch.float64,
-            **options,
+            **{"backend": self.backend} | options,
         )
         with torch.no_grad():
             for name, parameter in layer.named_parameters():

@@ -248,10 +248,53 @@ def test_on_a_gpu(name: str) -> None:
 
 
 def test_backends() -> None:
-    assert get_backend() is get_backend("auto") is get_backend("pytorch")
-    assert BACKEND.name == "pytorch"
+    pytorch = get_backend("pytorch")
+    assert get_backend() is get_backend("auto") is get_backend("auto", "cpu") is pytorch
+    assert pytorch.name == "pytorch"
     with pytest.raises(ValueError, match="backend: found 'cuda'; 'auto', 'pytorch', 'triton' work"):
         get_backend("cuda")
+
+
+def _on_a_machine(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, cuda: str | None = "13.0"
+) -> None:
+    """A machine with a GPU of that capability; None for no GPU."""
+    pytest.importorskip("nsa_kernels.triton")  # Now, while kernels would be interpreted.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+
+
+def test_triton_runs_on_nvidia_gpus_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    _on_a_machine(monkeypatch, (9, 0))
+    assert get_backend("auto", "cuda").name == get_backend("triton").name == "triton"
+    assert get_backend("auto").name == get_backend("auto", "cpu").name == "pytorch"
+    assert get_backend("pytorch", "cuda").name == "pytorch"
+    with pytest.raises(ValueError, match="backend: found 'triton' for tensors on cpu; 'pytorch'"):
+        get_backend("triton", "cpu")
+
+
+@pytest.mark.parametrize(
+    "capability, cuda, missing",
+    [
+        ((7, 5), "13.0", "on Some GPU, of a compute capability below 8.0"),
+        ((9, 4), None, "without an NVIDIA GPU"),
+        (None, "13.0", "without an NVIDIA GPU"),
+    ],
+    ids=["old", "not_nvidia", "no_gpu"],
+)
+def test_triton_is_refused_where_it_cannot_run(
+    capability: tuple[int, int] | None,
+    cuda: str | None,
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _on_a_machine(monkeypatch, capability, cuda)
+    assert get_backend("auto", "cuda").name == "pytorch"
+    with pytest.raises(ValueError, match=f"backend: found 'triton' {missing}; 'pytorch' works"):
+        get_backend("triton", "cuda")
 
 
 def test_segments_describe_every_row_once() -> None:

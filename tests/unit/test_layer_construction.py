@@ -163,3 +163,27 @@ def test_default_device_does_not_matter() -> None:
         batch = shard_batch(tokens)
     assert torch.equal(batch.labels, expected_batch.labels)
     assert torch.equal(batch.position_ids, expected_batch.position_ids)
+
+
+def test_a_layer_shows_its_backend() -> None:
+    assert "backend=pytorch" in repr(NativeSparseAttention(HIDDEN, SMALL))
+    assert "backend=pytorch" in repr(NativeSparseAttention(HIDDEN, SMALL, backend="pytorch"))
+
+
+@pytest.mark.gpu
+def test_a_layer_on_a_gpu_runs_on_triton() -> None:
+    """And refuses what Triton does not compute: where it is made, or when it first runs."""
+    refused = "head_dim: found 8 with backend 'triton'"
+    with pytest.raises(ValueError, match=refused):
+        NativeSparseAttention(HIDDEN, SMALL, device="cuda")
+    layer = NativeSparseAttention(HIDDEN, SMALL)
+    x = torch.randn(1, 40, HIDDEN)
+    assert layer(x).shape == x.shape
+    layer.cuda()
+    assert "backend=triton" in repr(layer)
+    with pytest.raises(ValueError, match=refused):
+        layer(x.cuda())
+    wide = NativeSparseAttention(HIDDEN, replace(SMALL, head_dim=16, select_block=16)).cuda()
+    assert wide(x.cuda()).isfinite().all()
+    with pytest.raises(ValueError, match=r"dtype: found torch.float64 with backend 'triton'"):
+        wide.double()(x.cuda().double())

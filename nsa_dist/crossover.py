@@ -1,0 +1,36 @@
+"""The length below which dense attention is faster, said once a process."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+# Tokens of a document at which forward and backward together take as long as cuDNN's dense
+# attention, by GPU; with the shapes of SHAPES. launch/bench_kernels.py measures it.
+CROSSOVER = {"NVIDIA H200": 14_000}
+SHAPES = "bfloat16, 64 query heads, 4 KV heads, width 128"
+
+_said: set[str] = set()
+
+
+def hint_at_crossover(longest: int, device: torch.device) -> None:
+    """Warn when the longest document is shorter than the crossover measured on this GPU.
+
+    Args:
+        longest: tokens of the longest document of the batch.
+        device: where the attention runs; nothing is said of GPUs that were not measured.
+    """
+    if device.type == "cuda" and not torch.compiler.is_compiling() and not _said:
+        _hint(longest, torch.cuda.get_device_name(device))
+
+
+def _hint(longest: int, gpu: str) -> None:
+    crossover = CROSSOVER.get(gpu, 0)
+    if longest < crossover and gpu not in _said:
+        _said.add(gpu)
+        warnings.warn(
+            f"the longest document has {longest} tokens; on {gpu} dense attention is faster up to "
+            f"about {crossover} ({SHAPES}; see docs/benchmarks.md)",
+            stacklevel=4,
+        )
