@@ -16,6 +16,7 @@ from nsa_kernels import QuerySegments, Segment, get_backend
 from tests.ops.op_cases import CASES, Layout, same_bits
 
 BACKEND = get_backend("pytorch")
+DEVICE = "cpu"  # with BACKEND and OPERATORS, what other backends' tests replace
 T, H, G, D, BLOCK, STRIDE, SELECT = 200, 4, 2, 16, 8, 4, 16
 
 
@@ -87,7 +88,8 @@ every_operator = pytest.mark.parametrize("name", OPERATORS)
 
 
 def inputs(name: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in OPERATORS[name].shapes]
+    shapes = OPERATORS[name].shapes
+    return [torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_() for shape in shapes]
 
 
 def some_gradient(out: Tensor) -> Tensor:
@@ -98,10 +100,10 @@ def results(
     name: str,
     leaves: list[Tensor],
     grad: Tensor | None = None,
-    operators: dict[str, Operator] = OPERATORS,
+    operators: dict[str, Operator] | None = None,
 ) -> list[Tensor]:
     """Everything the operator returns, and the gradients of all inputs."""
-    out = operators[name].run(*leaves)
+    out = (operators or OPERATORS)[name].run(*leaves)
     grad = some_gradient(out[0]) if grad is None else grad
     return [*out, *torch.autograd.grad(out[0], leaves, grad)]
 
@@ -132,7 +134,7 @@ def test_16_bits_are_computed_in_float32_and_rounded_once(name: str, dtype: torc
 def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
     leaves = inputs(name, dtype)
     expected = results(name, leaves)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         found = results(name, leaves)
     assert_same_bits(found, expected)
 
@@ -200,14 +202,14 @@ def test_views_of_any_strides(name: str) -> None:
     leaves = inputs(name)
     views = []
     for x in leaves:
-        fused = torch.full((*x.shape[:-1], 3 * x.shape[-1]), torch.nan)
+        fused = torch.full((*x.shape[:-1], 3 * x.shape[-1]), torch.nan, device=DEVICE)
         view = fused[..., 1 : 1 + x.shape[-1]]
         views.append(view.copy_(x.detach()).requires_grad_())
     swapped = [
         x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in leaves
     ]
     shape = OPERATORS[name].run(*leaves)[0].shape
-    grad = torch.randn(shape[1:]).expand(shape)
+    grad = torch.randn(shape[1:], device=DEVICE).expand(shape)
     expected = results(name, leaves, grad.contiguous())
     for found in (results(name, views, grad), results(name, swapped, grad)):
         assert_same_bits(found, expected)
