@@ -396,7 +396,7 @@ def build_plan(
         batch=batch,
         local_length=length // size,
         longest=max(stream.doc_length.tolist(), default=0),
-        segments=QuerySegments.from_rows(table.tolist()),
+        segments=QuerySegments.from_table(table),
         positions=concat_ranges(position, count),
         documents=of_tokens(doc),
         selected_base=of_tokens(selected_base),

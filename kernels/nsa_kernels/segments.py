@@ -43,16 +43,16 @@ class Segment(NamedTuple):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuerySegments:
     """The segments of N local rows, each row in exactly one, in ascending order of rows.
 
-    rows: the segments on the host; table: the same, int64 [M, 6] in the order of Segment's fields,
-    on the compute device; num_queries: N. Made by `from_rows`.
+    host: int64 [M, 6] on the CPU, a segment a row in the order of Segment's fields; table: the
+    same on the compute device; num_queries: N. Made by `from_rows` or `from_table`.
     """
 
-    rows: tuple[Segment, ...]
-    table: Tensor = field(compare=False, repr=False)
+    host: Tensor = field(repr=False)
+    table: Tensor = field(repr=False)
     num_queries: int
 
     @classmethod
@@ -63,25 +63,36 @@ class QuerySegments:
 
         Raises ValueError when the segments leave a row out, overlap or are out of order.
         """
-        segments = tuple(Segment(*map(int, row)) for row in rows)
-        end = 0
-        for number, segment in enumerate(segments):
-            if segment.start != end or segment.length < 0 or segment.position < 0:
-                raise ValueError(
-                    f"segments: segment {number} has start {segment.start}, length "
-                    f"{segment.length}, position {segment.position}; found after {end} rows, "
-                    f"start {end} and a length and position of at least 0 work"
-                )
-            end += segment.length
-        table = torch.tensor(segments, dtype=torch.int64).reshape(
-            len(segments), len(Segment._fields)
-        )
-        return cls(segments, table.to(device), end)
+        segments = list(rows)
+        table = torch.tensor(segments, dtype=torch.int64)
+        return cls.from_table(table.view(len(segments), len(Segment._fields))).to(device)
+
+    @classmethod
+    def from_table(cls, table: Tensor) -> QuerySegments:
+        """From such rows as an int64 tensor [M, 6]; raises what `from_rows` raises."""
+        host = table.cpu()
+        start, length, position = host[:, 0], host[:, 1], host[:, 2]
+        end = length.cumsum(0)
+        wrong = (start != end - length) | (length < 0) | (position < 0)
+        if wrong.any():
+            number = int(wrong.nonzero()[0])
+            rows = int(end[number] - length[number])
+            raise ValueError(
+                f"segments: segment {number} has start {int(start[number])}, length "
+                f"{int(length[number])}, position {int(position[number])}; found after {rows} "
+                f"rows, start {rows} and a length and position of at least 0 work"
+            )
+        return cls(host, host, int(end[-1]) if len(host) else 0)
+
+    @cached_property
+    def rows(self) -> tuple[Segment, ...]:
+        """The segments one by one."""
+        return tuple(Segment(*row) for row in self.host.tolist())
 
     def to(self, device: torch.device | str) -> QuerySegments:
         """The same segments with the table on `device`; itself when it is there already."""
         table = self.table.to(device)
-        return self if table is self.table else QuerySegments(self.rows, table, self.num_queries)
+        return self if table is self.table else QuerySegments(self.host, table, self.num_queries)
 
     @cached_property
     def positions(self) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 class Band(NamedTuple):
@@ -19,10 +21,14 @@ class Band(NamedTuple):
     window: int
     column: str
 
-    def keys(self, first: int, last: int) -> tuple[int, int]:
-        """Keys [begin, end) that some query at positions first..last sees."""
-        begin = max(0, first - self.window + 1) if self.window else 0
-        return begin, max(0, last - self.offset + self.stride) // self.stride
+    def keys(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [begin, end) that some query at positions first..last sees, for each pair."""
+        begin = first - self.window + 1 if self.window else torch.zeros_like(first)
+        return begin.clamp(min=0), (last - self.offset + self.stride).clamp(min=0) // self.stride
+
+    def most_keys(self, last: int) -> int:
+        """Keys up to the last one that the query at position `last` sees."""
+        return max(0, last - self.offset + self.stride) // self.stride
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from torch import Tensor
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.band import Band, load_rows, num_seen, sees
 from nsa_kernels.triton.banded_backward import banded_backward
+from nsa_kernels.triton.library import empty_as, operator
 from nsa_kernels.triton.tiles import (
     PIECE,
     attention_shapes,
@@ -34,6 +35,7 @@ from nsa_kernels.triton.tiles import (
     power,
     precision,
     query_tiles,
+    segments_of,
 )
 
 
@@ -223,76 +225,123 @@ def _forward_kernel(
     tl.store(lse + row * H + head, b_lse, mask=m_m)
 
 
-class BandedAttention(torch.autograd.Function):
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, band: Band, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
+    num_rows, heads, dk = q.shape
+    groups, dv = k.shape[1], v.shape[-1]
+    ratio = heads // groups
+    o, lse = _outputs(q, v)
+    shape = attention_shapes(q, v)[0]
+    tokens = shape.rows // ratio
+    tiles = query_tiles(segments, tokens, band.column)
+    keys = band.window + tokens if band.window else band.most_keys(tiles.last)
+    if num_rows:
+        _forward_kernel[(len(tiles.host), groups)](
+            q,
+            k,
+            v,
+            o,
+            lse,
+            tiles.table,
+            len(tiles.host),
+            *q.stride()[:2],
+            *k.stride()[:2],
+            *v.stride()[:2],
+            logit_scale(q, scale),
+            H=heads,
+            R=ratio,
+            OFFSET=band.offset,
+            STRIDE=band.stride,
+            WINDOW=band.window,
+            LONG=keys > (PIECE - 1) * shape.keys,
+            BT=tokens,
+            BM=shape.rows,
+            BN=shape.keys,
+            DK=dk,
+            DV=dv,
+            PDK=padded(dk),
+            PDV=padded(dv),
+            PRECISION=precision(q),
+            PIECE_TILES=PIECE,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
+            enable_fp_fusion=False,
+        )
+    return o, lse
+
+
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """o and lse, not yet written."""
+    o = q.new_empty(*q.shape[:2], v.shape[-1])
+    return o, q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+_BAND = "Tensor segments, int offset, int stride, int window, str column, float scale"
+
+
+@operator(f"banded_attention(Tensor q, Tensor k, Tensor v, {_BAND}) -> (Tensor, Tensor)")
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    *band, scale = arguments
+    return _forward(q, k, v, segments_of(segments, q.device), Band(*band), scale)
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(q, v)
+
+
+@operator(
+    "banded_attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor grad_o, "
+    f"{_BAND}) -> (Tensor, Tensor, Tensor)"
+)
+def _attend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    grad_o: Tensor,
+    segments: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *band, scale = arguments
+    q, k, v, grad_o = (last_dim_contiguous(x) for x in (q, k, v, grad_o))
+    at = segments_of(segments, q.device)
+    return banded_backward(q, k, v, o, lse, grad_o, at, Band(*band), scale)
+
+
+@_attend_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_as(q), empty_as(k), empty_as(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, segments, *ctx.arguments = inputs
+    ctx.save_for_backward(q, k, v, *output, segments)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_o: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    *saved, segments = ctx.saved_tensors
+    grads = _attend_backward(*saved, grad_o, segments, *ctx.arguments)
+    return *grads, *[None] * (1 + len(ctx.arguments))
+
+
+_attend.register_autograd(_backward, setup_context=_save)
+
+
+def banded_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, band: Band, scale: float
+) -> tuple[Tensor, Tensor]:
     """o = softmax(scale q k^T) v over the band, with its log-sum-exp.
 
     Backward computes the probabilities P again from the log-sum-exp: dP = do v^T,
     dS = P (dP - sum of o do), dq = scale dS k, dk = scale dS^T q, dv = P^T do. Each sum has one
     owner, and long lists are shared out and added in order: no atomics.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        segments: QuerySegments,
-        band: Band,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
-        num_rows, heads, dk = q.shape
-        groups, dv = k.shape[1], v.shape[-1]
-        ratio = heads // groups
-        o = q.new_empty(num_rows, heads, dv)
-        lse = q.new_empty(num_rows, heads, dtype=torch.float32)
-        shape = attention_shapes(q, v)[0]
-        tokens = shape.rows // ratio
-        tiles = query_tiles(segments, tokens, band.column)
-        keys = max((band.keys(p, p + n - 1)[1] for _, n, p, _ in tiles.rows), default=0)
-        if band.window:
-            keys = band.window + tokens
-        if num_rows:
-            _forward_kernel[(len(tiles.rows), groups)](
-                q,
-                k,
-                v,
-                o,
-                lse,
-                tiles.table,
-                len(tiles.rows),
-                *q.stride()[:2],
-                *k.stride()[:2],
-                *v.stride()[:2],
-                logit_scale(q, scale),
-                H=heads,
-                R=ratio,
-                OFFSET=band.offset,
-                STRIDE=band.stride,
-                WINDOW=band.window,
-                LONG=keys > (PIECE - 1) * shape.keys,
-                BT=tokens,
-                BM=shape.rows,
-                BN=shape.keys,
-                DK=dk,
-                DV=dv,
-                PDK=padded(dk),
-                PDV=padded(dv),
-                PRECISION=precision(q),
-                PIECE_TILES=PIECE,
-                num_warps=shape.warps,
-                num_stages=shape.stages,
-                enable_fp_fusion=False,
-            )
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.segments, ctx.band, ctx.scale = segments, band, scale
-        ctx.mark_non_differentiable(lse)
-        return o, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        grad_o = last_dim_contiguous(grad_o)
-        grads = banded_backward(q, k, v, o, lse, grad_o, ctx.segments, ctx.band, ctx.scale)
-        return *grads, None, None, None
+    return _attend(q, k, v, segments.host, *band, scale)

@@ -429,8 +429,8 @@ def banded_backward(
     }
     _, shape, key_shape = attention_shapes(q, v)
     tiles = query_tiles(segments, shape.rows // ratio, band.column)
-    _dq_kernel[(len(tiles.rows), groups)](
-        q, k, v, o, do, lse, delta, dq, tiles.table, len(tiles.rows), *strides, scale,
+    _dq_kernel[(len(tiles.host), groups)](
+        q, k, v, o, do, lse, delta, dq, tiles.table, len(tiles.host), *strides, scale,
         logit_scale(q, scale), FEW_KEYS=few_keys(q), BT=shape.rows // ratio,
         BM=shape.rows, BN=shape.keys, **shared,
         num_warps=shape.warps, num_stages=shape.stages,

@@ -23,9 +23,7 @@ B selection blocks, n chosen blocks, l compress_block, d compress_stride, l' sel
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,7 +32,16 @@ from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.highest import highest
-from nsa_kernels.triton.tiles import padded, precision, query_tiles
+from nsa_kernels.triton.library import operator
+from nsa_kernels.triton.tiles import (
+    Chunk,
+    chunks,
+    padded,
+    positions,
+    precision,
+    query_tiles,
+    segments_of,
+)
 
 # Most bytes of the scores and candidates that are kept between kernels. Bits do not depend on it.
 WORKSPACE_BYTES = 256 << 20
@@ -339,35 +346,6 @@ def _shape(
     return shape
 
 
-class _Chunk(NamedTuple):
-    """Query rows [begin, end), of which none has more than `blocks` blocks to choose from."""
-
-    begin: int
-    end: int
-    blocks: int
-
-
-def _chunks(segments: QuerySegments, size: int, select_block: int) -> Iterator[_Chunk]:
-    begin, blocks, left = 0, 0, size
-    for segment in segments.rows:
-        done = 0
-        while done < segment.length:
-            step = min(left, segment.length - done)
-            done += step
-            left -= step
-            blocks = max(blocks, (segment.position + done - 1) // select_block + 1)
-            if not left:
-                end = segment.start + done
-                yield _Chunk(begin, end, blocks)
-                begin, blocks, left = end, 0, size
-    if begin < segments.num_queries:
-        yield _Chunk(begin, segments.num_queries, blocks)
-
-
-def _first_row(tile: tuple[int, int, int, int]) -> int:
-    return tile[0]
-
-
 def _pitch(blocks: int) -> int:
     """Scores of a row: whole tiles of any shape."""
     return triton.cdiv(blocks, 64) * 64
@@ -385,6 +363,106 @@ def _chunk_rows(blocks: int, groups: int, score_parts: int, num_selected: int) -
     size = WORKSPACE_BYTES // _row_bytes(blocks, groups, score_parts, num_selected)
     # Whole tiles where that is possible: one that is cut by a chunk's end is computed twice.
     return max(1, size // 64 * 64 if size > 64 else size)
+
+
+@operator(
+    "select_blocks(Tensor q, Tensor k, Tensor lse, Tensor segments, int block, int stride, "
+    "int select_block, int num_selected, int num_init_blocks, int num_local_blocks, float scale)"
+    " -> Tensor"
+)
+def _select_blocks(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    segments: Tensor,
+    block: int,
+    stride: int,
+    select_block: int,
+    num_selected: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    scale: float,
+) -> Tensor:
+    groups, at = k.shape[1], segments_of(segments, q.device)
+    selected = torch.empty((q.shape[0], groups, num_selected), dtype=torch.int32, device=q.device)
+    if not selected.numel():
+        return selected
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    lse = lse.contiguous()
+    score_parts = 1 if block == stride else 2
+    per_block = select_block // stride
+    head_columns = triton.next_power_of_2(q.shape[1] // groups)
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    widths = _widths(q.shape[-1])
+    shape = _shape(q.dtype, widths, head_columns, per_block, capability)
+    tokens = shape.columns // head_columns
+    # 128 columns of a warp: their heads are summed in one thread, or in few.
+    near = min(tokens, 8, 128 // head_columns)
+    tiles = query_tiles(at, tokens, "compressed_base")
+    blocks = tiles.last // select_block + 1
+    size = min(_chunk_rows(blocks, groups, score_parts, num_selected), q.shape[0])
+    workspace = torch.empty(
+        size * groups * score_parts * _pitch(blocks), dtype=torch.float32, device=q.device
+    )
+    for chunk in chunks(at, size, tokens, "compressed_base"):
+        blocks = chunk.last // select_block + 1
+        spans = triton.cdiv(blocks * per_block, SPAN_TILES * shape.keys)
+        _score_kernel[(chunk.end_tile - chunk.first_tile, groups, spans)](
+            q, k, lse, workspace, tiles.table, chunk.end_tile, chunk.begin, chunk.end,
+            _pitch(blocks), *q.stride()[:2], *k.stride()[:2], scale, G=groups,
+            R=q.shape[1] // groups, PR=head_columns, OFFSET=block - 1, STRIDE=stride,
+            PER_BLOCK=per_block, OVERLAP=block // stride, PARTS=score_parts,
+            SPAN=SPAN_TILES * shape.keys, BT=tokens, NEAR=near, BN=shape.keys, DK=q.shape[-1], D=widths[0], D_REST=widths[1],
+            PRECISION=precision(q), num_warps=shape.warps, num_stages=shape.stages,
+            maxnreg=shape.registers,
+        )  # fmt: skip
+        _choose(workspace, selected, positions(at), chunk, score_parts, select_block,
+                num_init_blocks, num_local_blocks)  # fmt: skip
+    return selected
+
+
+def _choose(
+    scores: Tensor,
+    selected: Tensor,
+    positions: Tensor,
+    chunk: Chunk,
+    score_parts: int,
+    select_block: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+) -> None:
+    """Ranks the scores of a chunk, and what their parts hand on until there is one part."""
+    _, groups, num_selected = selected.shape
+    rows = chunk.end - chunk.begin
+    blocks = chunk.last // select_block + 1
+    found, count = selected, blocks
+    while True:
+        first = found is selected
+        parts = triton.cdiv(count, MOST_COLUMNS)
+        # Powers of 4: few kernels to compile.
+        width = min(1 << max(4, -(-(count - 1).bit_length() // 2) * 2), MOST_COLUMNS)
+        out = selected
+        if parts > 1:
+            out = selected.new_empty(rows * groups * parts * num_selected)
+        lines = max(1, LINE_ELEMENTS // width)
+        near = 4 // score_parts  # Blocks in the 16 bytes that a thread loads at once.
+        _choose_kernel[(triton.cdiv(rows * groups, lines), parts)](
+            scores, found, out, positions, chunk.begin, rows * groups, count, _pitch(blocks),
+            G=groups, SELECT_BLOCK=select_block, PARTS=score_parts, INIT=num_init_blocks,
+            LOCAL=num_local_blocks, NUM_SELECTED=num_selected,
+            PN=triton.next_power_of_2(num_selected), FIRST=first, LAST=parts == 1, L=lines, W=width,
+            WORDS=min(max(32, width // 32), width // near), NEAR=near,
+            num_warps=max(1, width // LINE_ELEMENTS),
+        )  # fmt: skip
+        if parts == 1:
+            return
+        found, count = out, parts * num_selected
+
+
+@_select_blocks.register_fake
+def _(q: Tensor, k: Tensor, *arguments: Any) -> Tensor:
+    num_selected = arguments[5]
+    return q.new_empty(q.shape[0], k.shape[1], num_selected, dtype=torch.int32)
 
 
 @torch.no_grad()
@@ -409,79 +487,5 @@ def select_blocks(
     are as many as make at most WORKSPACE_BYTES, and at least one.
     """
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
-    groups = k.shape[1]
-    selected = torch.empty((q.shape[0], groups, num_selected), dtype=torch.int32, device=q.device)
-    if not selected.numel():
-        return selected
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    lse = lse.contiguous()
-    score_parts = 1 if block == stride else 2
-    per_block = select_block // stride
-    longest = max(s.position + s.length - 1 for s in segments.rows if s.length)
-    blocks = longest // select_block + 1
-    size = min(_chunk_rows(blocks, groups, score_parts, num_selected), q.shape[0])
-    workspace = torch.empty(
-        size * groups * score_parts * _pitch(blocks), dtype=torch.float32, device=q.device
-    )
-    head_columns = triton.next_power_of_2(q.shape[1] // groups)
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-    widths = _widths(q.shape[-1])
-    shape = _shape(q.dtype, widths, head_columns, per_block, capability)
-    tokens = shape.columns // head_columns
-    # 128 columns of a warp: their heads are summed in one thread, or in few.
-    near = min(tokens, 8, 128 // head_columns)
-    tiles = query_tiles(segments, tokens, "compressed_base")
-    for chunk in _chunks(segments, size, select_block):
-        pitch = _pitch(chunk.blocks)
-        first_tile = bisect.bisect_right(tiles.rows, chunk.begin, key=_first_row) - 1
-        end_tile = bisect.bisect_left(tiles.rows, chunk.end, key=_first_row)
-        spans = triton.cdiv(chunk.blocks * per_block, SPAN_TILES * shape.keys)
-        _score_kernel[(end_tile - first_tile, groups, spans)](
-            q, k, lse, workspace, tiles.table, end_tile, chunk.begin, chunk.end, pitch,
-            *q.stride()[:2], *k.stride()[:2], scale, G=groups, R=q.shape[1] // groups,
-            PR=head_columns, OFFSET=block - 1, STRIDE=stride, PER_BLOCK=per_block,
-            OVERLAP=block // stride, PARTS=score_parts, SPAN=SPAN_TILES * shape.keys, BT=tokens,
-            NEAR=near, BN=shape.keys, DK=q.shape[-1], D=widths[0], D_REST=widths[1],
-            PRECISION=precision(q), num_warps=shape.warps, num_stages=shape.stages,
-            maxnreg=shape.registers,
-        )  # fmt: skip
-        _choose(workspace, selected, segments.positions, chunk, score_parts, select_block,
-                num_init_blocks, num_local_blocks)  # fmt: skip
-    return selected
-
-
-def _choose(
-    scores: Tensor,
-    selected: Tensor,
-    positions: Tensor,
-    chunk: _Chunk,
-    score_parts: int,
-    select_block: int,
-    num_init_blocks: int,
-    num_local_blocks: int,
-) -> None:
-    """Ranks the scores of a chunk, and what their parts hand on until there is one part."""
-    _, groups, num_selected = selected.shape
-    rows = chunk.end - chunk.begin
-    found, count = selected, chunk.blocks
-    while True:
-        first = found is selected
-        parts = triton.cdiv(count, MOST_COLUMNS)
-        # Powers of 4: few kernels to compile.
-        width = min(1 << max(4, -(-(count - 1).bit_length() // 2) * 2), MOST_COLUMNS)
-        out = selected
-        if parts > 1:
-            out = selected.new_empty(rows * groups * parts * num_selected)
-        lines = max(1, LINE_ELEMENTS // width)
-        near = 4 // score_parts  # Blocks in the 16 bytes that a thread loads at once.
-        _choose_kernel[(triton.cdiv(rows * groups, lines), parts)](
-            scores, found, out, positions, chunk.begin, rows * groups, count, _pitch(chunk.blocks),
-            G=groups, SELECT_BLOCK=select_block, PARTS=score_parts, INIT=num_init_blocks,
-            LOCAL=num_local_blocks, NUM_SELECTED=num_selected,
-            PN=triton.next_power_of_2(num_selected), FIRST=first, LAST=parts == 1, L=lines, W=width,
-            WORDS=min(max(32, width // 32), width // near), NEAR=near,
-            num_warps=max(1, width // LINE_ELEMENTS),
-        )  # fmt: skip
-        if parts == 1:
-            return
-        found, count = out, parts * num_selected
+    options = (block, stride, select_block, num_selected, num_init_blocks, num_local_blocks)
+    return _select_blocks(q, k, lse, segments.host, *options, scale)

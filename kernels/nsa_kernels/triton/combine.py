@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.triton.library import empty_as, operator
 from nsa_kernels.triton.tiles import last_dim_contiguous, padded
 
 TILE_ELEMENTS = 4096
@@ -153,9 +154,9 @@ def _shape(x: Tensor) -> dict[str, int]:
     return {"H": x.shape[1], "D": x.shape[-1], "BM": rows, "PD": width}
 
 
-def combine_forward(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
-    """outputs: NB tensors [N, H, D], gates [N, H, NB] -> [N, H, D]."""
-    out = torch.empty(outputs[0].shape, dtype=outputs[0].dtype, device=outputs[0].device)
+@operator("combine(Tensor[] outputs, Tensor gates) -> Tensor")
+def _combine(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
+    out = empty_as(outputs[0])
     if out.numel():
         shape, num_rows = _shape(out), out.shape[0] * out.shape[1]
         inputs = _three([last_dim_contiguous(x) for x in outputs])
@@ -166,12 +167,16 @@ def combine_forward(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
     return out
 
 
-def combine_backward(
-    do: Tensor, outputs: Sequence[Tensor], gates: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of gates and of the outputs, in their dtypes; do [N, H, D]."""
+@_combine.register_fake
+def _(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
+    return empty_as(outputs[0])
+
+
+@operator("combine_backward(Tensor do, Tensor[] outputs, Tensor gates) -> Tensor[]")
+def _combine_backward(do: Tensor, outputs: Sequence[Tensor], gates: Tensor) -> list[Tensor]:
+    """do_b = g_b do of each branch, and dg_b = sum over channels of do o_b, in their dtypes."""
     dgates = torch.zeros(gates.shape, dtype=gates.dtype, device=gates.device)
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in outputs]
+    grads = [empty_as(x) for x in outputs]
     if do.numel():
         shape, num_rows = _shape(do), do.shape[0] * do.shape[1]
         do = last_dim_contiguous(do)
@@ -181,25 +186,29 @@ def combine_backward(
             *(s for x in inputs for s in x.stride()[:2]), *gates.stride(),
             NB=len(outputs), **shape, num_warps=4,
         )  # fmt: skip
-    return dgates, grads
+    return [*grads, dgates]
 
 
-class _Combine(torch.autograd.Function):
-    """o = sum_b g_b o_b; do_b = g_b do, dg_b = sum over channels of do o_b."""
+@_combine_backward.register_fake
+def _(do: Tensor, outputs: Sequence[Tensor], gates: Tensor) -> list[Tensor]:
+    return [empty_as(x) for x in (*outputs, gates)]
 
-    @staticmethod
-    def forward(ctx: Any, gates: Tensor, *outputs: Tensor) -> Tensor:
-        ctx.save_for_backward(gates, *outputs)
-        return combine_forward(outputs, gates)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        gates, *outputs = ctx.saved_tensors
-        grad_gates, grads = combine_backward(grad, outputs, gates)
-        return grad_gates, *grads
+def _save(ctx: Any, inputs: tuple[list[Tensor], Tensor], output: Tensor) -> None:
+    outputs, gates = inputs
+    ctx.save_for_backward(*outputs, gates)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], Tensor]:
+    *outputs, gates = ctx.saved_tensors
+    *grads, dgates = _combine_backward(grad, outputs, gates)
+    return grads, dgates
+
+
+_combine.register_autograd(_backward, setup_context=_save)
 
 
 def combine(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
     """See `Backend.combine`."""
     assert gates.shape == (*outputs[0].shape[:2], len(outputs)), (gates.shape, len(outputs))
-    return _Combine.apply(gates, *outputs)
+    return _combine(list(outputs), gates)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.band import Band
-from nsa_kernels.triton.banded_attention import BandedAttention
+from nsa_kernels.triton.banded_attention import banded_attention
 
 
 def compressed_attention(
@@ -21,4 +21,4 @@ def compressed_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `Backend.compressed_attention`."""
     band = Band(offset=block - 1, stride=stride, window=0, column="compressed_base")
-    return BandedAttention.apply(q, k, v, segments, band, scale)
+    return banded_attention(q, k, v, segments, band, scale)

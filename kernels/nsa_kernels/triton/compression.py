@@ -39,6 +39,7 @@ from nsa_kernels.triton.block_projection import (
     row_gradient,
     weight_gradient,
 )
+from nsa_kernels.triton.library import empty_as, operator
 
 Gradients = tuple[Tensor, tuple[Tensor, ...]]
 
@@ -203,7 +204,8 @@ def _sets(params: Sequence[Tensor], per_head: bool) -> list[Tensor]:
     return [(p if per_head else p.unsqueeze(0)).contiguous() for p in params]
 
 
-def compress_forward(
+@operator("compress(Tensor x, Tensor block_rows, int block, str kind, Tensor[] params) -> Tensor")
+def _compress(
     x: Tensor, block_rows: Tensor, block: int, kind: str, params: Sequence[Tensor]
 ) -> Tensor:
     """x [E, G, D], params in the order of the kind's `params` -> [C, G, D]."""
@@ -212,51 +214,70 @@ def compress_forward(
     return _KINDS[kind].forward(_Blocks(_aligned(x), block_rows, block, sets), *weights)
 
 
-def compress_backward(
+@_compress.register_fake
+def _(x: Tensor, block_rows: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(block_rows.shape[0], *x.shape[1:])
+
+
+@operator(
+    "compress_backward(Tensor do, Tensor x, Tensor block_rows, int block, str kind, "
+    "Tensor[] params) -> Tensor[]"
+)
+def _compress_backward(
     do: Tensor, x: Tensor, block_rows: Tensor, block: int, kind: str, params: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of x and params from do [C, G, D]."""
+) -> list[Tensor]:
+    """Gradients of x and of the params from do [C, G, D]."""
     if not do.numel():
-        return torch.zeros_like(x, memory_format=torch.contiguous_format), [
-            torch.zeros_like(p) for p in params
-        ]
+        return [empty_as(p).zero_() for p in (x, *params)]
     per_head = _is_per_head(params)
     weights = _sets(params, per_head)
     sets = weights[0].shape[0] if weights else 1
     blocks = _Blocks(_aligned(x), block_rows, block, sets)
     dx, grads = _KINDS[kind].backward(do.contiguous(), blocks, *weights)
-    return dx, [
-        (grad if per_head else grad.squeeze(0)).to(p.dtype).contiguous()
-        for grad, p in zip(grads, params, strict=True)
+    return [
+        dx,
+        *(
+            (grad if per_head else grad.squeeze(0)).to(p.dtype).contiguous()
+            for grad, p in zip(grads, params, strict=True)
+        ),
     ]
+
+
+@_compress_backward.register_fake
+def _(do: Tensor, x: Tensor, block_rows: Tensor, block: int, kind: str, params: Any) -> Any:
+    return [empty_as(p) for p in (x, *params)]
 
 
 def _is_per_head(params: Sequence[Tensor]) -> bool:
     return bool(params) and params[0].dim() == 3  # position [G, l, D] or [l, D]
 
 
-class _Compress(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, block_rows: Tensor, block: int, kind: str, *params: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, block_rows, *params)
-        ctx.block, ctx.kind = block, kind
-        return compress_forward(x, block_rows, block, kind, params)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        x, block_rows, *params = ctx.saved_tensors
-        dx, grads = compress_backward(do, x, block_rows, ctx.block, ctx.kind, params)
-        return dx, None, None, None, *grads
+def _save_compress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, block_rows, ctx.block, ctx.kind, params = inputs
+    ctx.save_for_backward(x, block_rows, *params)
 
 
-def gather_forward(x: Tensor, block_rows: Tensor, block: int) -> Tensor:
-    """x [E, G, D] -> [C, G, block, D]."""
+def _compress_gradients(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+    x, block_rows, *params = ctx.saved_tensors
+    dx, *grads = _compress_backward(do, x, block_rows, ctx.block, ctx.kind, params)
+    return dx, None, None, None, grads
+
+
+_compress.register_autograd(_compress_gradients, setup_context=_save_compress)
+
+
+@operator("gather_blocks(Tensor x, Tensor block_rows, int block) -> Tensor")
+def _gather_blocks(x: Tensor, block_rows: Tensor, block: int) -> Tensor:
     return pool(_aligned(x), block_rows, block, COPY)
 
 
-def gather_backward(do: Tensor, block_rows: Tensor, num_rows: int) -> Tensor:
+@_gather_blocks.register_fake
+def _(x: Tensor, block_rows: Tensor, block: int) -> Tensor:
+    return x.new_empty(block_rows.shape[0], x.shape[1], block, x.shape[2])
+
+
+@operator("gather_blocks_backward(Tensor do, Tensor block_rows, SymInt num_rows) -> Tensor")
+def _gather_blocks_backward(do: Tensor, block_rows: Tensor, num_rows: int) -> Tensor:
     """dx [num_rows, G, D] from do [C, G, block, D]."""
     if not do.numel():
         return do.new_zeros(num_rows, do.shape[1], do.shape[3])
@@ -265,22 +286,28 @@ def gather_backward(do: Tensor, block_rows: Tensor, num_rows: int) -> Tensor:
     return pool_row_gradient(do.contiguous(), block, COPY, blocks)
 
 
-class _GatherBlocks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, block_rows: Tensor, block: int) -> Tensor:
-        ctx.save_for_backward(block_rows)
-        ctx.num_rows = x.shape[0]
-        return gather_forward(x, block_rows, block)
+@_gather_blocks_backward.register_fake
+def _(do: Tensor, block_rows: Tensor, num_rows: int) -> Tensor:
+    return do.new_empty(num_rows, do.shape[1], do.shape[3])
 
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        (block_rows,) = ctx.saved_tensors
-        return gather_backward(do, block_rows, ctx.num_rows), None, None
+
+def _save_gather(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    x, block_rows, _ = inputs
+    ctx.save_for_backward(block_rows)
+    ctx.num_rows = x.shape[0]
+
+
+def _gather_gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    (block_rows,) = ctx.saved_tensors
+    return _gather_blocks_backward(do, block_rows, ctx.num_rows), None, None
+
+
+_gather_blocks.register_autograd(_gather_gradients, setup_context=_save_gather)
 
 
 def gather_blocks(x: Tensor, block_rows: Tensor, block: int) -> Tensor:
     """See `Backend.gather_blocks`. No two blocks may start at the same row."""
-    return _GatherBlocks.apply(x, block_rows, block)
+    return _gather_blocks(x, block_rows, block)
 
 
 def compress(
@@ -291,4 +318,4 @@ def compress(
         raise ValueError(f"compress: found {kind!r}; {', '.join(map(repr, _KINDS))} work")
     names = _KINDS[kind].params
     assert set(params) == set(names), (kind, sorted(params))
-    return _Compress.apply(x, block_rows, block, kind, *(params[name] for name in names))
+    return _compress(x, block_rows, block, kind, [params[name] for name in names])

@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nsa_kernels.segments import QuerySegments
+from nsa_kernels.triton.library import empty_as, operator
 from nsa_kernels.triton.selected_backward import selected_backward
 from nsa_kernels.triton.selected_lists import (
     EDGES,
@@ -41,6 +41,7 @@ from nsa_kernels.triton.tiles import (
     power,
     precision,
     query_tiles,
+    segments_of,
 )
 
 
@@ -226,63 +227,160 @@ def _forward_kernel(
     tl.store(lse + row_head, b_lse, mask=m_m)
 
 
-class _SelectedAttention(torch.autograd.Function):
-    """o = softmax(scale q k^T) v over the tokens <= t of the chosen blocks, and its log-sum-exp."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k_own: Tensor,
-        v_own: Tensor,
-        k_fetched: Tensor,
-        v_fetched: Tensor,
-        selected: Tensor,
-        block_rows: Tensor,
-        block_lengths: Tensor,
-        segments: QuerySegments,
-        select_block: int,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        q = last_dim_contiguous(q)
-        sources = [near(x, select_block) for x in (k_own, v_own, k_fetched, v_fetched)]
-        selected, block_rows, block_lengths = (
-            last_dim_contiguous(x) for x in (selected, block_rows, block_lengths)
+def _forward(
+    q: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    k_fetched: Tensor,
+    v_fetched: Tensor,
+    selected: Tensor,
+    block_rows: Tensor,
+    block_lengths: Tensor,
+    segments: QuerySegments,
+    select_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q = last_dim_contiguous(q)
+    sources = [near(x, select_block) for x in (k_own, v_own, k_fetched, v_fetched)]
+    num_rows, heads, dk = q.shape
+    groups, dv = v_own.shape[1:]
+    o, lse, log_sum = _outputs(q, v_own)
+    if num_rows:
+        ratio = heads // groups
+        shape = walk_shapes(q, v_own, selected.shape[-1], select_block)[0]
+        tokens, rows = token_tile(ratio, q.dtype)
+        tiles = query_tiles(segments, tokens, "selected_base").table
+        lists, counts = block_lists(
+            selected, block_rows, block_lengths, tiles, tokens, select_block
         )
-        num_rows, heads, dk = q.shape
-        groups, dv = v_own.shape[1:]
-        o = q.new_empty(num_rows, heads, dv)
-        lse = q.new_empty(num_rows, heads, dtype=torch.float32)
-        log_sum = torch.empty_like(lse)  # lse as kernels count it
-        if num_rows:
-            ratio = heads // groups
-            shape = walk_shapes(q, v_own, selected.shape[-1], select_block)[0]
-            tokens, rows = token_tile(ratio, q.dtype)
-            tiles = query_tiles(segments, tokens, "selected_base").table
-            lists, counts = block_lists(
-                selected, block_rows, block_lengths, tiles, tokens, select_block
-            )
-            _forward_kernel[(len(tiles), groups)](
-                q, *sources, o, lse, log_sum, tiles, lists, counts, k_own.shape[0],
-                *(stride for x in (q, *sources) for stride in x.stride()[:2]),
-                logit_scale(q, scale), G=groups, R=ratio, LENGTH=lists.shape[-1],
-                EDGE_BLOCKS=EDGES, APART=shape.apart,
-                BLOCK=select_block, BT=tokens, BM=rows, BN=shape.keys, DK=dk, DV=dv,
-                PDK=padded(dk), PDV=padded(dv), PRECISION=precision(q),
-                num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False,
-            )  # fmt: skip
-        ctx.save_for_backward(q, *sources, o, log_sum, selected, block_rows, block_lengths)
-        ctx.segments, ctx.select_block, ctx.scale = segments, select_block, scale
-        ctx.mark_non_differentiable(lse)
-        return o, lse
+        _forward_kernel[(len(tiles), groups)](
+            q, *sources, o, lse, log_sum, tiles, lists, counts, k_own.shape[0],
+            *(stride for x in (q, *sources) for stride in x.stride()[:2]),
+            logit_scale(q, scale), G=groups, R=ratio, LENGTH=lists.shape[-1],
+            EDGE_BLOCKS=EDGES, APART=shape.apart,
+            BLOCK=select_block, BT=tokens, BM=rows, BN=shape.keys, DK=dk, DV=dv,
+            PDK=padded(dk), PDV=padded(dv), PRECISION=precision(q),
+            num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+    return o, lse, log_sum
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        do = last_dim_contiguous(grad_o)
-        arguments = (*ctx.saved_tensors, do, ctx.segments, ctx.select_block, ctx.scale)
-        grads = selected_backward(*arguments)
-        return *grads, None, None, None, None, None, None
+
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """o, lse and the lse as kernels count it, not yet written."""
+    o, lse = q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return o, lse, torch.empty_like(lse)
+
+
+_SOURCES = "Tensor q, Tensor k_own, Tensor v_own, Tensor k_fetched, Tensor v_fetched"
+_CHOICE = "Tensor selected, Tensor block_rows, Tensor block_lengths, Tensor segments"
+
+
+@operator(
+    f"selected_attention({_SOURCES}, {_CHOICE}, int select_block, float scale)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _attend_blocks(
+    q: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    k_fetched: Tensor,
+    v_fetched: Tensor,
+    selected: Tensor,
+    block_rows: Tensor,
+    block_lengths: Tensor,
+    segments: Tensor,
+    select_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    selected, block_rows, block_lengths = (
+        last_dim_contiguous(x) for x in (selected, block_rows, block_lengths)
+    )
+    at = segments_of(segments, q.device)
+    return _forward(
+        q,
+        k_own,
+        v_own,
+        k_fetched,
+        v_fetched,
+        selected,
+        block_rows,
+        block_lengths,
+        at,
+        select_block,
+        scale,
+    )
+
+
+@_attend_blocks.register_fake
+def _(q: Tensor, k_own: Tensor, v_own: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(q, v_own)
+
+
+@operator(
+    f"selected_attention_backward({_SOURCES}, Tensor o, Tensor log_sum, Tensor grad_o, {_CHOICE}, "
+    "int select_block, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _attend_blocks_backward(
+    q: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    k_fetched: Tensor,
+    v_fetched: Tensor,
+    o: Tensor,
+    log_sum: Tensor,
+    grad_o: Tensor,
+    selected: Tensor,
+    block_rows: Tensor,
+    block_lengths: Tensor,
+    segments: Tensor,
+    select_block: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    k_own, v_own, k_fetched, v_fetched = (
+        near(x, select_block) for x in (k_own, v_own, k_fetched, v_fetched)
+    )
+    q, grad_o, selected, block_rows, block_lengths = (
+        last_dim_contiguous(x) for x in (q, grad_o, selected, block_rows, block_lengths)
+    )
+    at = segments_of(segments, q.device)
+    return selected_backward(
+        q,
+        k_own,
+        v_own,
+        k_fetched,
+        v_fetched,
+        o,
+        log_sum,
+        selected,
+        block_rows,
+        block_lengths,
+        grad_o,
+        at,
+        select_block,
+        scale,
+    )
+
+
+@_attend_blocks_backward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(map(empty_as, arguments[:5]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.select_block, ctx.scale = inputs
+    o, lse, log_sum = output
+    ctx.save_for_backward(*tensors[:5], o, log_sum, *tensors[5:])
+    ctx.mark_non_differentiable(lse, log_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_o: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grads = _attend_blocks_backward(*saved[:7], grad_o, *saved[7:], ctx.select_block, ctx.scale)
+    return *grads, *[None] * 6
+
+
+_attend_blocks.register_autograd(_backward, setup_context=_save)
 
 
 def selected_attention(
@@ -302,16 +400,7 @@ def selected_attention(
     """See `Backend.selected_attention`."""
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
     assert scale > 0, scale
-    return _SelectedAttention.apply(
-        q,
-        k_own,
-        v_own,
-        k_fetched,
-        v_fetched,
-        selected,
-        block_rows,
-        block_lengths,
-        segments,
-        select_block,
-        scale,
-    )
+    sources = (k_own, v_own, k_fetched, v_fetched)
+    choice = (selected, block_rows, block_lengths, segments.host)
+    o, lse, _ = _attend_blocks(q, *sources, *choice, select_block, scale)
+    return o, lse

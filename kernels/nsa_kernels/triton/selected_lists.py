@@ -16,7 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
-from nsa_kernels.triton.tiles import PIECE, last_dim_contiguous, padded
+from nsa_kernels.triton.tiles import (
+    PIECE,
+    last_dim_contiguous,
+    padded,
+    positions,
+    selected_bases,
+)
 
 # Most tokens of a tile: bits of an entry's mask.
 MOST_TOKENS = 16
@@ -305,8 +311,8 @@ def query_lists(
     device = selected.device
     none = groups * num_blocks
     chosen = selected >= 0
-    ids = (selected + segments.selected_bases[:, None, None]).where(chosen, 0)
-    seen = segments.positions[:, None, None] + 1 - selected.long() * select_block
+    ids = (selected + selected_bases(segments)[:, None, None]).where(chosen, 0)
+    seen = positions(segments)[:, None, None] + 1 - selected.long() * select_block
     seen = seen.clamp(min=0).minimum(block_lengths[ids]).where(chosen, 0).to(torch.int16)
     seen += (seen.sum(dim=-1, keepdim=True) > 1).to(torch.int16) * 256
     offset = torch.arange(groups, device=device) * num_blocks

@@ -1,13 +1,13 @@
 """Which program does what: tables of query and key tiles, and what the launchers share.
 
 The tables are made on the host from the segments, once for each tile size, and kept with the
-segments: all layers of a batch use the same ones.
+host's table of the segments: all layers of a batch use the same ones.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,17 +23,21 @@ LOG2E = 1.4426950408889634
 PIECE = 64
 # Query tiles that one program of a key tile's gradient walks over; more are shared out.
 QUERY_TILES_A_PROGRAM = 16 * PIECE
+# Tables of how many packings are found again by the values of the segments alone.
+REMEMBERED = 8
 
 
 class QueryTiles(NamedTuple):
     """Runs of at most BT query rows of one segment.
 
     table: int64 [tiles, 4] on the device: first row, rows, position of the first, row of key 0.
-    rows: the same on the host.
+    host: the same on the CPU.
+    last: the highest position of a row; -1 without rows.
     """
 
     table: Tensor
-    rows: list[tuple[int, int, int, int]]
+    host: Tensor
+    last: int
 
 
 class KeyTiles(NamedTuple):
@@ -50,79 +54,215 @@ class KeyTiles(NamedTuple):
     most: int
 
 
+class Chunk(NamedTuple):
+    """Query rows [begin, end), which tiles [first_tile, end_tile) hold; their highest position."""
+
+    begin: int
+    end: int
+    first_tile: int
+    end_tile: int
+    last: int
+
+
+class _Kept(NamedTuple):
+    """What is kept; on a GPU, the stream that made it and the event after that."""
+
+    value: Any
+    stream: int = 0
+    made: Any = None
+
+
+# Tables by the values [M, 6] of the segments, the latest last.
+_remembered: list[tuple[Tensor, dict[Any, _Kept]]] = []
+_remembering = threading.Lock()
+
+
+def segments_of(host: Tensor, device: torch.device) -> QuerySegments:
+    """The segments whose `host` it is, with their table on `device`.
+
+    What an operator makes of its arguments: tables that were kept are found again, for the same
+    tensor and for another one with the same values.
+    """
+    table = host
+    if device.type != "cpu":
+        table = _kept(host, device, "table", lambda: to_device(host, device))
+    return QuerySegments(host, table, _kept(host, device, "rows", lambda: int(host[:, 1].sum())))
+
+
 def query_tiles(segments: QuerySegments, size: int, column: str) -> QueryTiles:
     """The tiles of at most `size` query rows, key rows counted by `column` of the segment."""
-    return _kept(segments, ("query", size, column), lambda: _query_tiles(segments, size, column))
+    return kept(segments, ("query", size, column), lambda: _query_tiles(segments, size, column))
 
 
 def key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> KeyTiles:
     """The tiles of at most `keys` keys against the tiles of at most `queries` queries."""
-    name = ("key", band, queries, keys)
-    return _kept(segments, name, lambda: _key_tiles(segments, band, queries, keys))
+    name = ("key", band, queries, keys, QUERY_TILES_A_PROGRAM)
+    return kept(segments, name, lambda: _key_tiles(segments, band, queries, keys))
 
 
-def _kept(segments: QuerySegments, name: Any, make: Any) -> Any:
-    cache = segments.__dict__.setdefault("_tiles", {})
-    if name not in cache:
-        cache[name] = make()
-    return cache[name]
+def chunks(segments: QuerySegments, size: int, tokens: int, column: str) -> list[Chunk]:
+    """The local rows in runs of at most `size`, over the query tiles of at most `tokens` rows."""
+    name = ("chunks", size, tokens, column)
+    return kept(segments, name, lambda: _chunks(segments, size, tokens, column))
+
+
+def positions(segments: QuerySegments) -> Tensor:
+    """`QuerySegments.positions`."""
+    return kept(segments, "positions", lambda: segments.positions)
+
+
+def selected_bases(segments: QuerySegments) -> Tensor:
+    """`QuerySegments.selected_bases`."""
+    return kept(segments, "selected_bases", lambda: segments.selected_bases)
+
+
+def kept(segments: QuerySegments, name: Any, make: Callable[[], Any]) -> Any:
+    """What `make` made of these segments under that name, now or before.
+
+    It must not refer to the segments' tensors, or these would keep themselves alive.
+    """
+    return _kept(segments.host, segments.table.device, name, make)
+
+
+def _kept(host: Tensor, device: torch.device, name: Any, make: Callable[[], Any]) -> Any:
+    tables, place = _tables_of(host), (device, name)
+    found = tables.get(place)
+    if device.type != "cuda":
+        if found is None:
+            found = tables[place] = _Kept(make())
+        return found.value
+    stream = torch.cuda.current_stream(device)
+    if found is None:
+        value, made = make(), torch.cuda.Event()
+        made.record(stream)
+        found = tables[place] = _Kept(value, stream.cuda_stream, made)
+    elif found.stream != stream.cuda_stream and not torch.cuda.is_current_stream_capturing():
+        stream.wait_event(found.made)
+    return found.value
+
+
+def _tables_of(host: Tensor) -> dict[Any, _Kept]:
+    """Kept with the tensor as long as its values are the same."""
+    if host.is_inference():  # whose changes are not counted
+        return _tables_of_equal(host)
+    version, tables = host.__dict__.get("_tables", (None, None))
+    if version != host._version:
+        tables = _tables_of_equal(host)
+        host.__dict__["_tables"] = (host._version, tables)
+    return tables
+
+
+def _tables_of_equal(host: Tensor) -> dict[Any, _Kept]:
+    """Of the packings that were used last: copies of a tensor, made by whoever, have one set."""
+    with _remembering:
+        for at, (values, tables) in enumerate(_remembered):
+            if torch.equal(values, host):
+                _remembered.append(_remembered.pop(at))
+                return tables
+        tables = {}
+        _remembered.append((host.clone(), tables))
+        del _remembered[:-REMEMBERED]
+        return tables
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, ordered in its stream: nothing waits for what is queued there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _query_tiles(segments: QuerySegments, size: int, column: str) -> QueryTiles:
-    number = Segment._fields.index(column)
-    rows = [
-        (part.start, part.length, part.position, segment[number])
-        for segment in segments.rows
-        for part in segment.split(size)
-    ]
-    table = torch.tensor(rows, dtype=torch.int64).view(len(rows), 4)
-    return QueryTiles(table.to(segments.table.device), rows)
+    start, length, position = segments.host[:, :3].unbind(1)
+    base = segments.host[:, Segment._fields.index(column)]
+    count = (length + size - 1) // size
+    segment, number = _numbered(count)
+    done = number * size
+    host = torch.stack(
+        (
+            start[segment] + done,
+            (length[segment] - done).clamp(max=size),
+            position[segment] + done,
+            base[segment],
+        ),
+        dim=1,
+    )
+    last = int((host[:, 1] + host[:, 2]).max()) - 1 if len(host) else -1
+    return QueryTiles(to_device(host, segments.table.device), host, last)
+
+
+def _numbered(count: Tensor) -> tuple[Tensor, Tensor]:
+    """For `count` [M] items of each owner, one owner after another: owner and number of each."""
+    owner = torch.repeat_interleave(count)
+    first = count.cumsum(0) - count
+    return owner, torch.arange(len(owner), device="cpu") - first[owner]
 
 
 def _key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> KeyTiles:
-    tiles = query_tiles(segments, queries, band.column).rows
-    programs: list[tuple[int, ...]] = []
-    parts = [0]
-    at = 0
-    while at < len(tiles):
-        # Neighbouring tiles that count keys from one row see the same keys.
-        base, until = tiles[at][3], at
-        while until < len(tiles) and tiles[until][3] == base:
-            until += 1
-        seen = [band.keys(p, p + n - 1) for _, n, p, _ in tiles[at:until]]
-        _programs_of_keys(base, at, seen, keys, programs, parts)
-        at = until
+    _, length, position, base = query_tiles(segments, queries, band.column).host.unbind(1)
+    # Neighbouring tiles that count keys from one row see the same keys.
+    group = torch.zeros_like(base)
+    group[1:] = (base[1:] != base[:-1]).cumsum(0)
+    begin, end = band.keys(position, position + length - 1)
+    seeing = (begin < end).nonzero().squeeze(1)
+    group, begin, end, base = (x[seeing] for x in (group, begin, end, base))
+    _, group, count = group.unique_consecutive(return_inverse=True, return_counts=True)
+    first_of_group = count.cumsum(0) - count
+    low = torch.zeros_like(count).scatter_reduce(0, group, begin, "amin", include_self=False)
+    high = torch.zeros_like(count).scatter_reduce(0, group, end, "amax", include_self=False)
+
+    # Where later tiles of a group see earlier keys, all tiles are taken to see all of its keys.
+    same = group[1:] == group[:-1]
+    descends = ((begin[1:] < begin[:-1]) | (end[1:] < end[:-1])) & same
+    mixed = torch.zeros_like(count, dtype=torch.bool)
+    mixed[group[1:][descends]] = True
+    begin = torch.where(mixed[group], low[group], begin)
+    end = torch.where(mixed[group], high[group], end)
+
+    key_group, number = _numbered((high + keys - 1) // keys - low // keys)
+    key = (low // keys)[key_group] * keys + number * keys
+    stop = torch.minimum(key + keys, high[key_group])
+    # One search through all groups: each has a range of numbers of its own.
+    apart = int(high.max()) + 1 if len(high) else 1
+    first = torch.searchsorted(end + group * apart, key + key_group * apart, right=True)
+    until = torch.searchsorted(begin + group * apart, stop + key_group * apart)
+    seen = first < until
+    key, stop, key_group, first, until = (x[seen] for x in (key, stop, key_group, first, until))
+    first_tile, end_tile = seeing[first], seeing[until - 1] + 1
+
+    programs = (end_tile - first_tile + QUERY_TILES_A_PROGRAM - 1) // QUERY_TILES_A_PROGRAM
+    key_tile, number = _numbered(programs)
+    tile = first_tile[key_tile] + number * QUERY_TILES_A_PROGRAM
+    table = torch.stack(
+        (
+            base[first_of_group[key_group]][key_tile],
+            torch.maximum(key, low[key_group])[key_tile],
+            stop[key_tile],
+            tile,
+            torch.minimum(tile + QUERY_TILES_A_PROGRAM, end_tile[key_tile]),
+            key_tile,
+        ),
+        dim=1,
+    )
+    parts = torch.zeros(len(programs) + 1, dtype=torch.int32, device="cpu")
+    parts[1:] = programs.cumsum(0)
     device = segments.table.device
-    table = torch.tensor(programs, dtype=torch.int64).view(len(programs), 6)
-    most = max((b - a for a, b in itertools.pairwise(parts)), default=0)
-    return KeyTiles(table.to(device), torch.tensor(parts, dtype=torch.int32, device=device), most)
+    most = int(programs.max()) if len(programs) else 0
+    return KeyTiles(to_device(table, device), to_device(parts, device), most)
 
 
-def _programs_of_keys(
-    base: int,
-    first_tile: int,
-    seen: list[tuple[int, int]],
-    size: int,
-    programs: list[tuple[int, ...]],
-    parts: list[int],
-) -> None:
-    seeing = [(i, span) for i, span in enumerate(seen) if span[0] < span[1]]
-    if not seeing:
-        return
-    begin, end = min(span[0] for _, span in seeing), max(span[1] for _, span in seeing)
-    begins, ends = [span[0] for _, span in seeing], [span[1] for _, span in seeing]
-    ascending = begins == sorted(begins) and ends == sorted(ends)
-    for key in range(begin // size * size, end, size):
-        stop = min(key + size, end)
-        first, last = 0, len(seeing)
-        if ascending:
-            first, last = bisect.bisect_right(ends, key), bisect.bisect_left(begins, stop)
-        if first < last:
-            low, high = first_tile + seeing[first][0], first_tile + seeing[last - 1][0] + 1
-            for tile in range(low, high, QUERY_TILES_A_PROGRAM):
-                until = min(tile + QUERY_TILES_A_PROGRAM, high)
-                programs.append((base, max(key, begin), stop, tile, until, len(parts) - 1))
-            parts.append(len(programs))
+def _chunks(segments: QuerySegments, size: int, tokens: int, column: str) -> list[Chunk]:
+    start, length, position = segments.host[segments.host[:, 1] > 0][:, :3].unbind(1)
+    begin = torch.arange(0, segments.num_queries, size, device="cpu")
+    end = (begin + size).clamp(max=segments.num_queries)
+    # Positions ascend in a segment: the highest of a chunk ends it, or ends a segment in it.
+    at_end = torch.searchsorted(start + length, end - 1, right=True)
+    last = (position - start)[at_end] + end - 1
+    of_end = (start + length - 1) // size
+    last = last.scatter_reduce(0, of_end, position + length - 1, "amax")
+    first_rows = query_tiles(segments, tokens, column).host[:, 0].contiguous()
+    first_tile = torch.searchsorted(first_rows, begin, right=True) - 1
+    end_tile = torch.searchsorted(first_rows, end)
+    columns = (begin, end, first_tile, end_tile, last)
+    return [Chunk(*row) for row in torch.stack(columns, dim=1).tolist()]
 
 
 def precision(x: Tensor) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.band import Band
-from nsa_kernels.triton.banded_attention import BandedAttention
+from nsa_kernels.triton.banded_attention import banded_attention
 
 
 def window_attention(
@@ -14,4 +14,4 @@ def window_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `Backend.window_attention`."""
     band = Band(offset=0, stride=1, window=window, column="window_base")
-    return BandedAttention.apply(q, k, v, segments, band, scale)
+    return banded_attention(q, k, v, segments, band, scale)
