@@ -412,13 +412,19 @@ def _select_blocks(
             _pitch(blocks), *q.stride()[:2], *k.stride()[:2], scale, G=groups,
             R=q.shape[1] // groups, PR=head_columns, OFFSET=block - 1, STRIDE=stride,
             PER_BLOCK=per_block, OVERLAP=block // stride, PARTS=score_parts,
-            SPAN=SPAN_TILES * shape.keys, BT=tokens, NEAR=near, BN=shape.keys, DK=q.shape[-1], D=widths[0], D_REST=widths[1],
-            PRECISION=precision(q), num_warps=shape.warps, num_stages=shape.stages,
-            maxnreg=shape.registers,
+            SPAN=SPAN_TILES * shape.keys, BT=tokens, NEAR=near, BN=shape.keys, DK=q.shape[-1],
+            D=widths[0], D_REST=widths[1], PRECISION=precision(q), num_warps=shape.warps,
+            num_stages=shape.stages, maxnreg=shape.registers,
         )  # fmt: skip
         _choose(workspace, selected, positions(at), chunk, score_parts, select_block,
                 num_init_blocks, num_local_blocks)  # fmt: skip
     return selected
+
+
+@_select_blocks.register_fake
+def _(q: Tensor, k: Tensor, *arguments: Any) -> Tensor:
+    num_selected = arguments[5]
+    return q.new_empty(q.shape[0], k.shape[1], num_selected, dtype=torch.int32)
 
 
 def _choose(
@@ -457,12 +463,6 @@ def _choose(
         if parts == 1:
             return
         found, count = out, parts * num_selected
-
-
-@_select_blocks.register_fake
-def _(q: Tensor, k: Tensor, *arguments: Any) -> Tensor:
-    num_selected = arguments[5]
-    return q.new_empty(q.shape[0], k.shape[1], num_selected, dtype=torch.int32)
 
 
 @torch.no_grad()
