@@ -438,7 +438,7 @@ def banded_backward(
 
     tokens, size = key_shape.rows // ratio, key_shape.keys
     tiles = query_tiles(segments, tokens, band.column)
-    programs = key_tiles(segments, band, tokens, size)
+    programs = key_tiles(segments, band, tokens, size, groups)
     if not len(programs.table):
         return dq, dk, dv
     shared_out = programs.most > 1

@@ -21,8 +21,10 @@ from nsa_kernels.triton.band import Band
 LOG2E = 1.4426950408889634
 # Tiles added one after another; more are added in pieces, whose sums are then added.
 PIECE = 64
-# Query tiles that one program of a key tile's gradient walks over; more are shared out.
-QUERY_TILES_A_PROGRAM = 16 * PIECE
+# Programs that the gradients of keys should have: a few for each multiprocessor of a large GPU.
+PROGRAMS = 512
+# Query tiles that one of them walks over, at least and at most; longer lists are shared out.
+QUERY_TILES_A_PROGRAM = PIECE // 2, 16 * PIECE
 # Tables of how many packings are found again by the values of the segments alone.
 REMEMBERED = 8
 
@@ -94,10 +96,15 @@ def query_tiles(segments: QuerySegments, size: int, column: str) -> QueryTiles:
     return kept(segments, ("query", size, column), lambda: _query_tiles(segments, size, column))
 
 
-def key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> KeyTiles:
-    """The tiles of at most `keys` keys against the tiles of at most `queries` queries."""
-    name = ("key", band, queries, keys, QUERY_TILES_A_PROGRAM)
-    return kept(segments, name, lambda: _key_tiles(segments, band, queries, keys))
+def key_tiles(
+    segments: QuerySegments, band: Band, queries: int, keys: int, groups: int
+) -> KeyTiles:
+    """The tiles of at most `keys` keys against the tiles of at most `queries` queries.
+
+    groups: KV heads, each of which has the programs of the table.
+    """
+    name = ("key", band, queries, keys, groups, PROGRAMS, QUERY_TILES_A_PROGRAM)
+    return kept(segments, name, lambda: _key_tiles(segments, band, queries, keys, groups))
 
 
 def chunks(segments: QuerySegments, size: int, tokens: int, column: str) -> list[Chunk]:
@@ -196,7 +203,9 @@ def _numbered(count: Tensor) -> tuple[Tensor, Tensor]:
     return owner, torch.arange(len(owner), device="cpu") - first[owner]
 
 
-def _key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> KeyTiles:
+def _key_tiles(
+    segments: QuerySegments, band: Band, queries: int, keys: int, groups: int
+) -> KeyTiles:
     _, length, position, base = query_tiles(segments, queries, band.column).host.unbind(1)
     # Neighbouring tiles that count keys from one row see the same keys.
     group = torch.zeros_like(base)
@@ -228,16 +237,19 @@ def _key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> 
     key, stop, key_group, first, until = (x[seen] for x in (key, stop, key_group, first, until))
     first_tile, end_tile = seeing[first], seeing[until - 1] + 1
 
-    programs = (end_tile - first_tile + QUERY_TILES_A_PROGRAM - 1) // QUERY_TILES_A_PROGRAM
+    least, most = QUERY_TILES_A_PROGRAM
+    total = int((end_tile - first_tile).sum()) * groups
+    share = min(max(-(-total // PROGRAMS), least), most)
+    programs = (end_tile - first_tile + share - 1) // share
     key_tile, number = _numbered(programs)
-    tile = first_tile[key_tile] + number * QUERY_TILES_A_PROGRAM
+    tile = first_tile[key_tile] + number * share
     table = torch.stack(
         (
             base[first_of_group[key_group]][key_tile],
             torch.maximum(key, low[key_group])[key_tile],
             stop[key_tile],
             tile,
-            torch.minimum(tile + QUERY_TILES_A_PROGRAM, end_tile[key_tile]),
+            torch.minimum(tile + share, end_tile[key_tile]),
             key_tile,
         ),
         dim=1,
@@ -245,8 +257,8 @@ def _key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> 
     parts = torch.zeros(len(programs) + 1, dtype=torch.int32, device="cpu")
     parts[1:] = programs.cumsum(0)
     device = segments.table.device
-    most = int(programs.max()) if len(programs) else 0
-    return KeyTiles(to_device(table, device), to_device(parts, device), most)
+    shares = int(programs.max()) if len(programs) else 0
+    return KeyTiles(to_device(table, device), to_device(parts, device), shares)
 
 
 def _chunks(segments: QuerySegments, size: int, tokens: int, column: str) -> list[Chunk]:

@@ -58,7 +58,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of more than two tiles are cut up, and long lists shared out, in small inputs too."""
     for module in (tiles, banded_attention, banded_backward):
         monkeypatch.setattr(module, "PIECE", 2)
-    monkeypatch.setattr(tiles, "QUERY_TILES_A_PROGRAM", 3)
+    monkeypatch.setattr(tiles, "QUERY_TILES_A_PROGRAM", (3, 3))
 
 
 class Branch:
