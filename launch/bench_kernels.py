@@ -2,21 +2,19 @@
 
     python launch/bench_kernels.py --lengths 8192 32768 65536 --csv bench.csv --plot bench.png
 
-Each result is checked before it is timed, and a wrong one is not timed. Dense attention runs in the
-same process on the same queries, keys and values: cuDNN's and FlashAttention's kernels as torch has
-them. A ratio is dense time over ours, so above 1 is faster than dense. TFLOP/s count useful work:
-matrix products over the (query, key) pairs that the definition asks for, 2 (Dk + Dv) a pair and
-head forward, 2.5 times that backward; scores 2 Dk.
+Each result is checked before it is timed; a wrong one is not timed, and the program ends with
+status 1. Dense attention runs in the same process on queries, keys and values of the same shapes:
+cuDNN's and FlashAttention's kernels as torch has them. docs/benchmarks.md says what is counted.
 """
 
 from __future__ import annotations
 
-import csv
-import statistics
+import functools
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,199 +25,231 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench_problems import Options, Problem, problems, random_choices, recorded_choices
+from bench_meter import Meter
+from bench_options import DTYPES, Options, random_choices, recorded_choices
+from bench_problems import problems
+from bench_stream import Stream
+from bench_table import DENSE, Row, Shape, draw_plot, markdown, with_ratios, write_csv
+from bench_work import Flops, Peaks, fewest_bytes
 
-SAMPLED = 192
-"""Queries whose results are compared with float64; gradients are those of their outputs."""
-LARGEST_ERROR = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-"""Norm of the difference over the norm of the float64 result."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; milliseconds, GiB over inputs, TFLOP/s; ratio of dense over ours."""
-
-    operator: str
-    length: int
-    choices: str
-    forward_ms: float
-    backward_ms: float
-    forward_tflops: float
-    backward_tflops: float
-    peak_gib: float
-    forward_over_cudnn: float
-    both_over_cudnn: float
-    error: float
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
-def error_of(problem: Problem) -> float:
-    """Largest relative error of the sampled outputs and of all gradients of their sum."""
-    if problem.reference is None:
-        return 0.0
-    length = problem.inputs[0].shape[0]
-    device = problem.inputs[0].device
-    rows = torch.randperm(length, device=device)[: min(SAMPLED, length)].sort().values
-    out = problem.run(*problem.inputs)
-    exact_inputs = [x.detach().double().requires_grad_() for x in problem.inputs]
-    exact = problem.reference(rows, *exact_inputs)
-    weight = torch.randn_like(exact)
-    grad = torch.zeros_like(out)
-    grad[rows] = weight.to(out.dtype)
-    found = [out[rows], *torch.autograd.grad(out, problem.inputs, grad)]
-    expected = [exact, *torch.autograd.grad(exact, exact_inputs, weight.to(out.dtype).double())]
-    errors = [
-        float((a.double() - b).detach().norm() / b.detach().norm().clamp(min=1e-30))
-        for a, b in zip(found, expected, strict=True)
-    ]
-    return max(errors)
-
-
-def milliseconds(function: Callable[[], Any], repeats_ms: int) -> float:
-    """Median over repeats, by device events, after warming up."""
-    times = triton.testing.do_bench(function, warmup=50, rep=repeats_ms, return_mode="all")
-    return statistics.median(times)
-
-
-def measure(problem: Problem, options: Options) -> tuple[float, float, float]:
-    """Forward ms, backward ms, and peak GiB of one forward and backward over the inputs."""
+def measure(
+    row: Row,
+    inputs: Sequence[Tensor],
+    run: Callable[..., Tensor],
+    flops: Flops,
+    peaks: Peaks,
+    meter: Meter,
+) -> Row:
+    """The row with times, rates and memory of ``run`` on ``inputs``."""
+    out = run(*inputs)
+    grad = torch.randn_like(out) if out.requires_grad else None
+    forward_bytes, backward_bytes = fewest_bytes(inputs, out)
+    del out
     with torch.no_grad():
-        forward = milliseconds(lambda: problem.run(*problem.inputs), options.repeats_ms)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    if not problem.differentiable:
-        with torch.no_grad():
-            problem.run(*problem.inputs)
-        return forward, 0.0, (torch.cuda.max_memory_allocated() - before) / 2**30
-    out = problem.run(*problem.inputs)
-    grad = torch.randn_like(out)
-    torch.autograd.grad(out, problem.inputs, grad, retain_graph=True)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    backward = milliseconds(
-        lambda: torch.autograd.grad(out, problem.inputs, grad, retain_graph=True),
-        options.repeats_ms,
+        forward = meter.milliseconds(lambda: run(*inputs))
+    floor, bound = peaks.floor_ms(flops.forward, forward_bytes)
+    row = replace(
+        row,
+        forward_ms=forward,
+        forward_tflops=flops.forward / forward / 1e9 if flops.forward else None,
+        forward_gbs=forward_bytes / forward / 1e6,
+        bound=bound,
+        forward_of_floor=floor / forward,
+        matmul_tflops=peaks.tflops,
+        copy_tbs=peaks.tbytes,
     )
-    return forward, backward, peak
+    if grad is None:
+        return replace(row, peak_gib=meter.memory_gib(lambda: run(*inputs)))
+    peak = meter.memory_gib(lambda: torch.autograd.grad(run(*inputs), inputs, grad))
+    backward = backward_ms(meter, run(*inputs), inputs, grad)
+    return replace(
+        row,
+        backward_ms=backward,
+        backward_tflops=flops.backward / backward / 1e9 if flops.backward else None,
+        backward_gbs=backward_bytes / backward / 1e6,
+        backward_of_floor=peaks.floor_ms(flops.backward, backward_bytes)[0] / backward,
+        peak_gib=peak,
+    )
 
 
-def dense_times(options: Options, length: int, backend: SDPBackend) -> tuple[float, float]:
-    """Forward and backward ms of causal dense attention on the same shapes."""
-    dtype = getattr(torch, options.dtype)
+def backward_ms(meter: Meter, out: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> float:
+    """Milliseconds of one backward from ``out`` to the inputs."""
+    return meter.milliseconds(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
+
+
+def dense_rows(stream: Stream, blank: Row, peaks: Peaks, meter: Meter) -> Iterator[Row]:
+    """Causal dense attention of each backend on the same documents, as a batch."""
+    options, size = stream.options, stream.size
 
     def draw(heads: int, width: int) -> Tensor:
-        x = torch.randn(1, length, heads, width, dtype=dtype, device="cuda", requires_grad=True)
-        return x
+        return stream.draw(options.documents, size, heads, width)
 
     q = draw(options.heads, options.head_dim)
     k, v = draw(options.kv_heads, options.head_dim), draw(options.kv_heads, options.v_head_dim)
+    for name, backend in BACKENDS.items():
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        def run(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    return measure(Problem([q, k, v], run, None, 0.0), options)[:2]
+        row = replace(blank, operator=f"dense_{name}")
+        try:
+            flops = stream.flops["dense"]
+            yield measure(row, (q, k, v), run, flops, peaks, meter)
+        except RuntimeError as error:  # It has no kernel for these shapes, or no memory.
+            reason = str(error).splitlines()[0]
+            print(f"{stream.length:>8} dense {DENSE[name]}: not measured ({reason})", flush=True)
 
 
-def bench(options: Options) -> list[Row]:
-    """All rows, printed as they come."""
-    rows = []
-    limit = LARGEST_ERROR[getattr(torch, options.dtype)]
+def bench(options: Options, meter: Meter) -> tuple[list[Row], list[str]]:
+    """All rows, printed and written as they come, and what was wrong and not timed."""
+    # Before anything is timed, so that a file that does not match costs no time.
+    recorded = {
+        length: recorded_choices(options, length) if options.choices is not None else {}
+        for length in options.lengths
+    }
+    peaks = meter.peaks(DTYPES[options.dtype])
+    print(
+        f"{meter.gpu}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"commit {commit()}; {peaks.tflops:.0f} TFLOP/s of matmul, {peaks.tbytes:.2f} TB/s of copy",
+        flush=True,
+    )
+    rows: list[Row] = []
+    wrong: list[str] = []
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        filled = with_ratios(rows)
+        print(line(filled[-1]), flush=True)
+        if options.csv is not None:
+            write_csv(options.csv, filled)
+
     for length in options.lengths:
-        dense = (0.0, 0.0)
-        if options.dense:
-            for name, backend in (
-                ("flash", SDPBackend.FLASH_ATTENTION),
-                ("cudnn", SDPBackend.CUDNN_ATTENTION),
-            ):
-                dense = dense_times(options, length, backend)
-                print(
-                    f"{length:>8} dense {name:<21} {dense[0]:9.2f} {dense[1]:9.2f} ms", flush=True
-                )
-        choices, kind = random_choices(length, options.config, torch.device("cuda")), "random"
-        if options.choices is not None:
-            device = torch.device("cuda")
-            choices, kind = recorded_choices(options, length, device), options.choices.name
-        for name, problem in problems(options, length, choices):
-            if options.only and name not in options.only:
-                continue
-            error = error_of(problem)
-            if not error < limit:
-                sys.exit(f"{name} at {length}: relative error {error:.1e} passes {limit:.0e}")
-            forward, backward, peak = measure(problem, options)
-            row = Row(
-                name,
-                length,
-                kind if name == "selected_attention" else "",
-                forward,
-                backward,
-                problem.flops / forward / 1e9,
-                2.5 * problem.flops / backward / 1e9 if backward else 0.0,
-                peak,
-                dense[0] / forward,
-                sum(dense) / (forward + backward),
-                error,
-            )
-            rows.append(row)
-            print(
-                f"{length:>8} {name:<22} {kind if row.choices else '':<8} "
-                f"{forward:9.2f} {backward:9.2f} ms {row.forward_tflops:6.0f} "
-                f"{row.backward_tflops:6.0f} TFLOP/s {peak:6.2f} GiB "
-                f"{row.forward_over_cudnn:6.2f}x {row.both_over_cudnn:6.2f}x  {error:.1e}",
-                flush=True,
-            )
-            torch.cuda.empty_cache()
-    return rows
+        stream = Stream(options, length, meter.device)
+        wrong += bench_length(stream, recorded[length], peaks, meter, keep)
+        del stream  # Before the next is drawn.
+        torch.cuda.empty_cache()
+    return with_ratios(rows), wrong
 
 
+def bench_length(
+    stream: Stream,
+    recorded: dict[int, Tensor],
+    peaks: Peaks,
+    meter: Meter,
+    keep: Callable[[Row], None],
+) -> list[str]:
+    """Gives ``keep`` each row of one length; returns what was wrong and not timed."""
+    options, length = stream.options, stream.length
+    torch.manual_seed(0)
+    wrong = []
+    blank = Row("", length, "", 0.0, None, shape_of(options, meter.gpu), **_where())
+    if options.dense:
+        for row in dense_rows(stream, blank, peaks, meter):
+            keep(row)
+    random = random_choices(length, options.config, stream.device, options.documents)
+    name = options.choices.stem if options.choices is not None else ""
+    labelled = {f"{name} layer {i}": x.to(stream.device) for i, x in recorded.items()}
+    for problem in problems(stream, random, labelled, options.only):
+        torch.cuda.empty_cache()
+        verdict = problem.verdict()
+        if not verdict.right:
+            what = f"{problem.name} {problem.choices}".rstrip()
+            error, limit = f"{verdict.error:.1e}", f"{verdict.limit:.1e}"
+            wrong.append(f"{what} at {length}: error {error}, at most {limit} is right")
+            print(f"{length:>8} WRONG, not timed: {wrong[-1]}", flush=True)
+            continue
+        row = replace(
+            blank,
+            operator=problem.name,
+            choices=problem.choices,
+            error=verdict.error,
+            limit=verdict.limit,
+        )
+        inputs, run, flops = problem.inputs, problem.run, problem.flops
+        keep(measure(row, inputs, run, flops, peaks, meter))
+    return wrong
+
+
+def line(row: Row) -> str:
+    """What is printed of a row as soon as it is measured."""
+
+    def pair(first: float | None, second: float | None, width: int, digits: int) -> str:
+        texts = (
+            f"{x:{width}.{digits}f}" if x is not None else " " * width for x in (first, second)
+        )
+        return " ".join(texts)
+
+    parts = [
+        f"{row.length:>8} {row.operator:<21} {row.choices:<24}",
+        f"{pair(row.forward_ms, row.backward_ms, 9, 3)} ms",
+        f"{pair(row.forward_tflops, row.backward_tflops, 5, 0)} TFLOP/s",
+        f"{pair(*_percents(row), 4, 0)} % of floor ({row.bound})",
+        f"{row.peak_gib:7.2f} GiB" if row.peak_gib is not None else "",
+    ]
+    if row.bound == "bytes":
+        parts.append(f"{pair(row.forward_gbs, row.backward_gbs, 5, 0)} GB/s")
+    if row.operator == "whole":
+        for name, text in DENSE.items():
+            ratio = (getattr(row, f"forward_over_{name}"), getattr(row, f"both_over_{name}"))
+            if ratio[0] is not None:
+                parts.append(f"{pair(*ratio, 5, 2)} x {text}")
+    if row.error is not None:
+        parts.append(f"error {row.error:.1e}")
+    return "  ".join(part for part in parts if part)
+
+
+def _percents(row: Row) -> tuple[float | None, float | None]:
+    shares = (row.forward_of_floor, row.backward_of_floor)
+    first, second = (None if x is None else 100 * x for x in shares)
+    return first, second
+
+
+def shape_of(options: Options, gpu: str) -> Shape:
+    """What makes rows comparable."""
+    names = ["dtype", "heads", "kv_heads", "head_dim", "v_head_dim", "documents"]
+    names += ["compress_block", "compress_stride", "select_block", "num_selected", "window"]
+    return Shape(gpu=gpu, **{name: getattr(options, name) for name in names})
+
+
+def _where() -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+@functools.cache
 def commit() -> str:
-    """The checkout's commit, or "unknown"."""
+    """The checkout's commit, with -dirty where files differ from it, or "unknown"."""
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude", "*"]
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """The table with where it was measured."""
-    where = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit(),
-    }
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*asdict(rows[0]), *where])
-        writer.writeheader()
-        writer.writerows(asdict(row) | where for row in rows)
-
-
-def draw_plot(path: Path, rows: list[Row]) -> None:
-    """Forward and backward time of the whole attention against length, beside dense."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    whole = [row for row in rows if row.operator == "whole"]
-    lengths = [row.length for row in whole]
-    both = [row.forward_ms + row.backward_ms for row in whole]
-    axes.plot(lengths, [row.forward_ms for row in whole], "o-", label="forward")
-    axes.plot(lengths, both, "o-", label="forward + backward")
-    dense = [row.both_over_cudnn * ms for row, ms in zip(whole, both, strict=True)]
-    axes.plot(lengths, dense, "s--", label="dense (cuDNN), forward + backward")
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
-def main() -> None:
-    options = tyro.cli(Options)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = tyro.cli(Options, args=arguments)
     if not torch.cuda.is_available():
-        sys.exit("bench_kernels.py: needs a CUDA device")
-    rows = bench(options)
-    if options.csv is not None and rows:
-        write_csv(options.csv, rows)
+        sys.exit("bench_kernels.py: found no CUDA device; a machine with an NVIDIA GPU works")
+    try:
+        rows, wrong = bench(options, Meter(options.repeats_ms))
+    except ValueError as error:
+        sys.exit(f"bench_kernels.py: {error}")
+    if rows:
+        print(f"\n{markdown(rows)}")
     if options.plot is not None and rows:
         draw_plot(options.plot, rows)
+    if wrong:
+        sys.exit("bench_kernels.py: wrong results, not timed:\n  " + "\n  ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -1,288 +1,280 @@
-"""What bench_kernels.py times: each operator and the whole attention on one document."""
+"""What bench_kernels.py times: each operator and the whole attention on one stream."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from nsa_dist import BRANCHES, BlockCompressor, NSAConfig, native_sparse_attention
-from nsa_kernels import QuerySegments, get_backend
+from bench_judges import Judge, Run, Verdict, compare_choice, compare_sampled
+from bench_options import OPERATORS
+from bench_stream import Stream
+from bench_work import Flops
+from nsa_dist import BRANCHES, CommunicationCounter, get_plan
+from nsa_dist import native_sparse_attention as attention
+from nsa_dist.flow import Flow
+from nsa_dist.group import context_group
+from nsa_kernels import Backend, get_backend
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to run.
+class Problem:
+    """One operator on one stream.
 
     Args:
-        lengths: tokens of the one document.
-        heads, kv_heads, head_dim, v_head_dim: H, G, Dk, Dv.
-        compress_block, compress_stride, select_block, num_selected, window: as of NSAConfig.
-        dtype: bfloat16, float16 or float32.
-        backend: as of the layers.
-        only: operators to run, by name; all when empty.
-        choices: npz file with `selected` [layer, group, token, n]; random choices when None.
-        layer: layer of that file.
-        dense: time dense attention too.
-        repeats_ms: time spent on each measurement.
-        csv: file to write the table to.
-        plot: file to draw time against length to.
+        name: of ``OPERATORS``.
+        choices: what chose the blocks, where that matters, else "".
+        inputs: what gradients are taken of, in the order of ``run``'s arguments.
+        run: inputs -> one tensor.
+        judge: compares with float64 what ``run`` gives of ``inputs``.
+        flops: useful operations.
     """
 
-    lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)
-    heads: int = 64
-    kv_heads: int = 4
-    head_dim: int = 128
-    v_head_dim: int = 128
-    compress_block: int = 32
-    compress_stride: int = 16
-    select_block: int = 64
-    num_selected: int = 16
-    window: int = 512
-    dtype: str = "bfloat16"
-    backend: str = "triton"
-    only: tuple[str, ...] = ()
-    choices: Path | None = None
-    layer: int = 0
-    dense: bool = True
-    repeats_ms: int = 200
-    csv: Path | None = None
-    plot: Path | None = None
+    name: str
+    choices: str
+    inputs: list[Tensor]
+    run: Run
+    judge: Judge
+    flops: Flops
 
     @property
-    def config(self) -> NSAConfig:
-        return NSAConfig(
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            self.v_head_dim,
-            compress_block=self.compress_block,
-            compress_stride=self.compress_stride,
-            select_block=self.select_block,
-            num_selected=self.num_selected,
-            window=self.window,
+    def differentiable(self) -> bool:
+        return self.name != "block_selection"
+
+    def verdict(self) -> Verdict:
+        return self.judge(self.run, self.inputs)
+
+
+@dataclass(frozen=True)
+class GivenChoices:
+    """A backend that chooses, at the usual cost, and then has other blocks than it chose."""
+
+    inner: Backend
+    selected: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def select_blocks(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Backend.select_blocks`."""
+        self.inner.select_blocks(*args, **kwargs)
+        return self.selected
+
+
+def _compression(stream: Stream, _: str, __: Tensor | None) -> Problem:
+    config, exact = stream.config, get_backend("pytorch")
+    names = [name for name, _ in stream.compressors[0].named_parameters()]
+    kind, block, rows = config.compress, config.compress_block, stream.block_rows
+
+    def run(ops: Backend, rows: Tensor, k: Tensor, *weights: Tensor) -> Tensor:
+        return ops.compress(k, rows, block, kind, dict(zip(names, weights, strict=True)))
+
+    return Problem(
+        "compression",
+        "",
+        [stream.k, *stream.compressors[0].parameters()],
+        lambda *inputs: run(stream.ops, rows, *inputs),
+        compare_sampled(lambda at, *inputs: run(exact, rows[at], *inputs), by_row=0),
+        stream.flops["compression"],
+    )
+
+
+def _compressed_attention(stream: Stream, _: str, __: Tensor | None) -> Problem:
+    exact, segments, band = get_backend("pytorch"), stream.segments, stream.band
+    return Problem(
+        "compressed_attention",
+        "",
+        [stream.q, *stream.compressed],
+        lambda q, k, v: stream.ops.compressed_attention(q, k, v, segments, **band)[0],
+        compare_sampled(
+            lambda rows, q, k, v: exact.compressed_attention(
+                q, k, v, stream.segments_of(rows), **band
+            )[0],
+            by_row=1,
+        ),
+        stream.flops["compressed_attention"],
+    )
+
+
+def _block_selection(stream: Stream, _: str, __: Tensor | None) -> Problem:
+    config, (k, v) = stream.config, stream.compressed
+    with torch.no_grad():
+        lse = stream.ops.compressed_attention(stream.q, k, v, stream.segments, **stream.band)[1]
+    return Problem(
+        "block_selection",
+        "",
+        [stream.q, k],
+        lambda q, k: stream.ops.select_blocks(
+            *(q, k, lse, stream.segments),
+            **stream.band,
+            select_block=config.select_block,
+            num_selected=config.num_selected,
+            num_init_blocks=config.num_init_blocks,
+            num_local_blocks=config.num_local_blocks,
+        ),
+        compare_choice(stream, stream.q, k),
+        stream.flops["block_selection"],
+    )
+
+
+def _selected_attention(stream: Stream, label: str, choices: Tensor | None) -> Problem:
+    exact = get_backend("pytorch")
+    assert choices is not None
+    return Problem(
+        "selected_attention",
+        label,
+        [stream.q, stream.k, stream.v],
+        lambda q, k, v: stream.select(stream.ops, q, k, v, choices, stream.segments),
+        compare_sampled(
+            lambda rows, q, k, v: stream.select(
+                exact, q, k, v, choices[rows], stream.segments_of(rows)
+            ),
+            by_row=1,
+        ),
+        stream.flops["selected_attention"],
+    )
+
+
+def _window_attention(stream: Stream, _: str, __: Tensor | None) -> Problem:
+    exact = get_backend("pytorch")
+    return Problem(
+        "window_attention",
+        "",
+        [stream.q, stream.k, stream.v],
+        lambda q, k, v: stream.slide(stream.ops, q, k, v, stream.segments),
+        compare_sampled(
+            lambda rows, q, k, v: stream.slide(exact, q, k, v, stream.segments_of(rows)),
+            by_row=1,
+        ),
+        stream.flops["window_attention"],
+    )
+
+
+def _combine(stream: Stream, _: str, __: Tensor | None) -> Problem:
+    exact, config = get_backend("pytorch"), stream.config
+    shape = (stream.length, config.num_heads, config.value_dim)
+    return Problem(
+        "combine",
+        "",
+        [stream.gates, *(stream.draw(*shape) for _ in BRANCHES)],
+        lambda gates, *outputs: stream.ops.combine(outputs, gates),
+        compare_sampled(lambda rows, gates, *outputs: exact.combine(outputs, gates), by_row=4),
+        stream.flops["combine"],
+    )
+
+
+def _whole(stream: Stream, label: str, choices: Tensor | None) -> Problem:
+    """The attention from queries, keys, values and gates on.
+
+    Without recorded choices the public function runs, on blocks that it chooses from random data.
+    With them the same steps run, selection included, whose result is then replaced.
+    """
+    config, device, ops = stream.config, stream.device, stream.ops
+    bounds = torch.arange(stream.options.documents + 1, dtype=torch.int32) * stream.size
+    # Made once a batch, for all layers.
+    plan = get_plan(
+        *(config, "zigzag", None),
+        batch=1,
+        local_length=stream.length,
+        cu_seqlens=bounds,
+        dtype=stream.dtype,
+        device=device,
+    )
+
+    def run(q: Tensor, gates: Tensor, *rest: Tensor) -> Tensor:
+        keys, values = (dict(zip(BRANCHES, x, strict=True)) for x in (rest[:3], rest[3:6]))
+        if choices is not None:
+            given = cast(Backend, GivenChoices(ops, choices))
+            flow = Flow(given, config, plan, context_group(None), CommunicationCounter(), None)
+            return flow.run(q, keys, values, gates, *stream.compressors)[0]
+        return run_public(q, gates, keys, values)[0]
+
+    def run_public(
+        q: Tensor, gates: Tensor, keys: dict[str, Tensor], values: dict[str, Tensor], **more: Any
+    ) -> Any:
+        k, v = ({b: x[None] for b, x in given.items()} for given in (keys, values))
+        return attention(
+            q[None],
+            k,
+            v,
+            gates[None],
+            *stream.compressors,
+            config=config,
+            backend=ops.name,
+            plan=plan,
+            **more,
         )
 
+    def reference(rows: Tensor, q: Tensor, gates: Tensor, *rest: Tensor) -> Tensor:
+        exact, at = get_backend("pytorch"), stream.segments_of(rows)
+        (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), weights = rest[:3], rest[3:6], rest[6:]
+        half, blocks = len(names), stream.block_rows
+        k_cmp, v_cmp = (
+            exact.compress(
+                x, blocks, config.compress_block, config.compress, dict(zip(names, w, strict=True))
+            )
+            for x, w in ((k_cmp, weights[:half]), (v_cmp, weights[half:]))
+        )
+        outputs = [
+            exact.compressed_attention(q, k_cmp, v_cmp, at, **stream.band)[0],
+            stream.select(exact, q, k_slc, v_slc, chosen()[rows], at),
+            stream.slide(exact, q, k_win, v_win, at),
+        ]
+        return exact.combine(outputs, gates)
 
-@dataclass
-class Problem:
-    """One operator on one length.
+    def chosen() -> Tensor:
+        """The blocks of this run; whether they are right is block_selection's question."""
+        if choices is not None:
+            return choices
+        keys, values = (dict(zip(BRANCHES, x, strict=True)) for x in (inputs[2:5], inputs[5:8]))
+        with torch.no_grad():
+            q, gates = inputs[:2]
+            details = run_public(q, gates, keys, values, return_details=True)[1]
+        return details.selected[0]
+
+    groups = config.num_kv_heads
+    names = [name for name, _ in stream.compressors[0].named_parameters()]
+    inputs = [
+        *(stream.q, stream.gates),
+        *(stream.draw(stream.length, groups, config.head_dim) for _ in BRANCHES),
+        *(stream.draw(stream.length, groups, config.value_dim) for _ in BRANCHES),
+        *(p for compressor in stream.compressors for p in compressor.parameters()),
+    ]
+    # Compression, attention and the gated sum round one after another.
+    judge = compare_sampled(reference, by_row=2, operators=3)
+    return Problem("whole", label, inputs, run, judge, stream.flops["whole"])
+
+
+_BUILDERS: dict[str, Callable[[Stream, str, Tensor | None], Problem]] = {
+    "compression": _compression,
+    "compressed_attention": _compressed_attention,
+    "block_selection": _block_selection,
+    "selected_attention": _selected_attention,
+    "window_attention": _window_attention,
+    "combine": _combine,
+    "whole": _whole,
+}
+
+
+def problems(
+    stream: Stream, random: Tensor, recorded: dict[str, Tensor], only: tuple[str, ...] = ()
+) -> Iterator[Problem]:
+    """Every operator on the stream, one after another, each built when it is asked for.
 
     Args:
-        inputs: what gradients are taken of, in the order of ``run``'s arguments.
-        run: inputs -> output [S, H, Dv] (or any tensor).
-        reference: float64 inputs and rows -> output of those rows; None where it is not checked.
-        flops: useful, forward.
+        random: choices of the selected branch; the whole attention chooses its own.
+        recorded: more choices by label, of the selected branch and of the whole attention.
+        only: names to build; all when empty.
     """
-
-    inputs: list[Tensor]
-    run: Callable[..., Any]
-    reference: Callable[..., Tensor] | None
-    flops: float
-    differentiable: bool = True
-
-
-def random_choices(length: int, config: NSAConfig, device: torch.device) -> Tensor:
-    """Forced blocks and others at random, int32 [S, G, n], as ``select_blocks`` gives them."""
-    blocks = -(-length // config.select_block)
-    index = torch.arange(blocks, device=device)
-    out = torch.empty(
-        length, config.num_kv_heads, config.num_selected, dtype=torch.int32, device=device
-    )
-    for start in range(0, length, 4096):
-        t = torch.arange(start, min(start + 4096, length), device=device)
-        own = (t // config.select_block)[:, None, None]
-        score = torch.rand(len(t), config.num_kv_heads, blocks, device=device)
-        forced = (index < config.num_init_blocks) | (index > own - config.num_local_blocks)
-        score = score.masked_fill(forced, 2.0).masked_fill(index > own, -1.0)
-        value, best = score.topk(min(config.num_selected, blocks), dim=-1)
-        best = best.masked_fill(value < 0, blocks).sort(-1).values
-        best = best.masked_fill(best == blocks, -1)
-        out[start : start + len(t)] = torch.nn.functional.pad(
-            best, (0, config.num_selected - best.shape[-1]), value=-1
-        )
-    return out
-
-
-def recorded_choices(options: Options, length: int, device: torch.device) -> Tensor:
-    """Choices of a trained model, from ``options.choices``.
-
-    Raises:
-        ValueError: where the file's tokens, groups or n are not the run's.
-    """
-    import numpy
-
-    assert options.choices is not None
-    selected = torch.from_numpy(numpy.load(options.choices)["selected"][options.layer].copy())
-    config = options.config
-    expected = (config.num_kv_heads, length, config.num_selected)
-    if tuple(selected.shape) != expected:
-        raise ValueError(
-            f"choices: found [group, token, n] = {list(selected.shape)} in {options.choices}; "
-            f"{list(expected)} (kv_heads, lengths, num_selected of the run) works"
-        )
-    return selected.to(device, torch.int32).transpose(0, 1).contiguous()
-
-
-def problems(options: Options, length: int, choices: Tensor) -> Iterator[tuple[str, Problem]]:
-    """Every operator on one document of ``length`` tokens."""
-    config, device = options.config, torch.device("cuda")
-    dtype = getattr(torch, options.dtype)
-    ops, exact = get_backend(options.backend), get_backend("pytorch")
-    heads, groups, dk, dv = options.heads, options.kv_heads, options.head_dim, options.v_head_dim
-    scale = config.softmax_scale
-    block, stride, select = config.compress_block, config.compress_stride, config.select_block
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
-
-    segments = QuerySegments.from_rows([(0, length, 0, 0, 0, 0)], device)
-    q, k, v = draw(length, heads, dk), draw(length, groups, dk), draw(length, groups, dv)
-    blocks = max(0, (length - block) // stride + 1)
-    k_cmp, v_cmp = draw(blocks, groups, dk), draw(blocks, groups, dv)
-    t = torch.arange(length, dtype=torch.float64)
-    seen = ((t - block + 1).div(stride, rounding_mode="floor") + 1).clamp(min=0).sum().item()
-    in_window = (t + 1).clamp(max=config.window).sum().item()
-    tokens = torch.arange(length, device=device)[:, None, None]
-    in_blocks = (tokens + 1 - choices * select).clamp(0, select) * (choices >= 0)
-    chosen = in_blocks.sum().item() / groups
-    pair = 2.0 * heads * (dk + dv)
-
-    band: dict[str, Any] = {"block": block, "stride": stride, "scale": scale}
-    yield (
-        "compressed_attention",
-        Problem(
-            [q, k_cmp, v_cmp],
-            lambda q, k, v: ops.compressed_attention(q, k, v, segments, **band)[0],
-            lambda rows, q, k, v: exact.compressed_attention(
-                q[rows], k, v, _segments_of(rows, device), **band
-            )[0],
-            seen * pair,
-        ),
-    )
-    with torch.no_grad():
-        lse = ops.compressed_attention(q, k_cmp, v_cmp, segments, **band)[1]
-    yield (
-        "block_selection",
-        Problem(
-            [q, k_cmp],
-            lambda q, k: ops.select_blocks(
-                q,
-                k,
-                lse,
-                segments,
-                **band,
-                select_block=select,
-                num_selected=config.num_selected,
-                num_init_blocks=config.num_init_blocks,
-                num_local_blocks=config.num_local_blocks,
-            ),
-            None,
-            seen * 2.0 * heads * dk,
-            differentiable=False,
-        ),
-    )
-    starts = torch.arange(0, length, select, device=device)
-    lengths = (length - starts).clamp(max=select)
-    table = starts.expand(groups, -1).contiguous()
-    yield (
-        "selected_attention",
-        Problem(
-            [q, k, v],
-            lambda q, k, v: ops.selected_attention(
-                q,
-                k,
-                v,
-                k[:0],
-                v[:0],
-                choices,
-                table,
-                lengths,
-                segments,
-                select_block=select,
-                scale=scale,
-            )[0],
-            lambda rows, q, k, v: exact.selected_attention(
-                q[rows],
-                k,
-                v,
-                k[:0],
-                v[:0],
-                choices[rows],
-                table,
-                lengths,
-                _segments_of(rows, device),
-                select_block=select,
-                scale=scale,
-            )[0],
-            chosen * pair,
-        ),
-    )
-    yield (
-        "window_attention",
-        Problem(
-            [q, k, v],
-            lambda q, k, v: ops.window_attention(
-                q, k, v, segments, window=config.window, scale=scale
-            )[0],
-            lambda rows, q, k, v: exact.window_attention(
-                q[rows], k, v, _segments_of(rows, device), window=config.window, scale=scale
-            )[0],
-            in_window * pair,
-        ),
-    )
-    rows_of_blocks = torch.arange(blocks, device=device) * stride
-    compressor = BlockCompressor(config, dk, device=device, dtype=torch.float32)
-    weights = {name: p.detach() for name, p in compressor.named_parameters()}
-    hidden = config.compress_hidden or 2 * dk
-    yield (
-        "compression",
-        Problem(
-            [k],
-            lambda k: ops.compress(k, rows_of_blocks, block, config.compress, weights),
-            None,
-            2.0 * blocks * groups * hidden * (block + 1) * dk,
-        ),
-    )
-    gates = torch.rand(length, heads, 3, device=device, requires_grad=True)
-    outputs = [draw(length, heads, dv) for _ in range(3)]
-    yield (
-        "combine",
-        Problem(
-            [*outputs, gates],
-            lambda a, b, c, gates: ops.combine([a, b, c], gates),
-            lambda rows, a, b, c, gates: exact.combine([x[rows] for x in (a, b, c)], gates[rows]),
-            0.0,
-        ),
-    )
-    compressors = [BlockCompressor(config, width, device=device, dtype=dtype) for width in (dk, dv)]
-    keys = {b: draw(1, length, groups, dk) for b in BRANCHES}
-    values = {b: draw(1, length, groups, dv) for b in BRANCHES}
-    yield (
-        "whole",
-        Problem(
-            [q, gates, *keys.values(), *values.values()],
-            lambda q, gates, *kv: native_sparse_attention(
-                q[None],
-                dict(zip(BRANCHES, kv[:3], strict=True)),
-                dict(zip(BRANCHES, kv[3:], strict=True)),
-                gates[None],
-                *compressors,
-                config=config,
-                backend=options.backend,
-            ),
-            None,
-            (seen + chosen + in_window) * pair + seen * 2.0 * heads * dk,
-        ),
-    )
-
-
-def _segments_of(rows: Tensor, device: torch.device) -> QuerySegments:
-    """One segment a sampled row of the document."""
-    return QuerySegments.from_rows(
-        [(i, 1, t, 0, 0, 0) for i, t in enumerate(rows.tolist())], device
-    )
+    for name in OPERATORS:
+        if only and name not in only:
+            continue
+        if name not in ("selected_attention", "whole"):
+            yield _BUILDERS[name](stream, "", None)
+            continue
+        yield _BUILDERS[name](stream, "random", random if name == "selected_attention" else None)
+        for label, choices in recorded.items():
+            yield _BUILDERS[name](stream, label, choices)

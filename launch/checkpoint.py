@@ -84,6 +84,13 @@ def load_checkpoint(
     return int(state["step"])
 
 
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Restore the weights of one of ``checkpoints()`` in place, whatever wrote it; collective."""
+    state = {"model": get_model_state_dict(model)}
+    load(state, checkpoint_id=path)
+    set_model_state_dict(model, state["model"])
+
+
 def check_same_run(saved: Settings, now: Settings) -> None:
     """Refuse to continue a checkpoint with settings that would make it another run.
 

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 
+from checkpoint import checkpoints, load_weights
 from data import PackedStreams, load_corpus
 from model import Decoder, build_model
 from nsa_dist import shard_batch
 from ranks import Ranks, start_ranks
+from record_choices import Recording, RecordOptions
+from record_choices import run as run_recording
 from sampling import sample
 from settings import Settings, from_table
 from train import (
@@ -195,3 +198,23 @@ def sampled_and_naive(settings: Settings, prompt: list[int]) -> tuple[list[int],
             weights = (logits / 0.02).softmax(-1)
             naive.append(int(torch.multinomial(weights, 1, generator=generator)))
     return found, naive[len(prompt) :]
+
+
+def record_choices(options: RecordOptions) -> Recording:
+    """The choices that ``options`` ask for, and the file."""
+    return run_recording(options)
+
+
+def plain_choices(settings: Settings, text: bytes) -> torch.Tensor:
+    """int32 [layer, group, token, n] of the run's newest checkpoint, by unsharded blocks."""
+    model = build_model(settings, 256, start_ranks(settings))
+    load_weights(checkpoints(Path(settings.run.folder))[-1], model)
+    plain = Decoder(settings, 256).double()
+    plain.load_state_dict(full_state(model))
+    choices = []
+    with torch.no_grad():
+        x = plain.embedding(torch.tensor([list(text)]))
+        for block in plain.blocks:
+            x, details = block(x, return_details=True)
+            choices.append(details.selected[0].transpose(0, 1))
+    return torch.stack(choices)

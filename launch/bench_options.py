@@ -1,0 +1,223 @@
+"""What bench_kernels.py runs on: sizes, and the blocks that the selected branch is given.
+
+Choices are int32 [S, G, n], as ``Backend.select_blocks`` gives them: drawn at random, or recorded
+from a trained model by record_choices.py. Neighbouring tokens of a trained model choose alike,
+those of random choices do not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import zipfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_dist import NSAConfig
+from nsa_kernels.backend import BACKENDS
+from settings import check
+
+OPERATORS = (
+    *("compression", "compressed_attention", "block_selection", "selected_attention"),
+    *("window_attention", "combine", "whole"),
+)
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time the attention's operators and the whole attention on one GPU, beside dense attention.
+
+    Args:
+        lengths: tokens of the stream, a run for each.
+        documents: documents of equal length that the stream is packed of.
+        heads: query heads H.
+        kv_heads: KV heads G.
+        head_dim: width Dk of queries and keys.
+        v_head_dim: width Dv of values.
+        compress_block: tokens l of a compression block.
+        compress_stride: stride d of compression blocks.
+        select_block: tokens l' of a selection block.
+        num_selected: chosen blocks n of a query.
+        window: sliding window w.
+        dtype: bfloat16, float16 or float32.
+        backend: auto, triton or pytorch.
+        only: operators to run, by name; all when empty.
+        choices: npz file with `selected` [layer, group, token, n], timed beside random choices.
+        layers: layers of that file; all when empty.
+        dense: time torch's dense attention too.
+        repeats_ms: time spent on each measurement; three repeats at least.
+        csv: file to write the table to.
+        plot: file to draw time against length to.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+
+    lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)
+    documents: int = 1
+    heads: int = 64
+    kv_heads: int = 4
+    head_dim: int = 128
+    v_head_dim: int = 128
+    compress_block: int = 32
+    compress_stride: int = 16
+    select_block: int = 64
+    num_selected: int = 16
+    window: int = 512
+    dtype: str = "bfloat16"
+    backend: str = "triton"
+    only: tuple[str, ...] = ()
+    choices: Path | None = None
+    layers: tuple[int, ...] = ()
+    dense: bool = True
+    repeats_ms: int = 200
+    csv: Path | None = None
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        check(self.documents >= 1, "documents", self.documents, "1 or more works")
+        check(bool(self.lengths), "lengths", self.lengths, "one or more works")
+        for length in self.lengths:
+            works = f"positive multiples of documents = {self.documents} work"
+            check(length > 0 and length % self.documents == 0, "lengths", length, works)
+        check(self.dtype in DTYPES, "dtype", self.dtype, f"{', '.join(DTYPES)} work")
+        check(self.backend in BACKENDS, "backend", self.backend, f"{', '.join(BACKENDS)} work")
+        for name in self.only:
+            check(name in OPERATORS, "only", name, f"{', '.join(OPERATORS)} work")
+        check(self.repeats_ms > 0, "repeats_ms", self.repeats_ms, "1 or more works")
+        if self.choices is None:
+            check(not self.layers, "layers", self.layers, "layers of a file of --choices work")
+        else:
+            check(self.choices.is_file(), "choices", str(self.choices), "an existing file works")
+            works = "1 works with --choices, whose blocks are counted in one document"
+            check(self.documents == 1, "documents", self.documents, works)
+        for option, path in (("csv", self.csv), ("plot", self.plot)):
+            works = "a file in an existing folder works"
+            check(path is None or path.parent.is_dir(), option, str(path), works)
+        works = (
+            "it needs matplotlib, not installed here; pip install matplotlib, or no --plot, works"
+        )
+        check(not self.plot or find_spec("matplotlib") is not None, "plot", str(self.plot), works)
+        _ = self.config
+
+    @property
+    def config(self) -> NSAConfig:
+        return NSAConfig(
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.v_head_dim,
+            compress_block=self.compress_block,
+            compress_stride=self.compress_stride,
+            select_block=self.select_block,
+            num_selected=self.num_selected,
+            window=self.window,
+        )
+
+
+def random_choices(
+    length: int, config: NSAConfig, device: torch.device | str, documents: int = 1
+) -> Tensor:
+    """Forced blocks and others at random, int32 [S, G, n], for documents of equal length."""
+    size, n = length // documents, config.num_selected
+    blocks = -(-size // config.select_block)
+    index = torch.arange(blocks, device=device)
+    out = torch.full((length, config.num_kv_heads, n), -1, dtype=torch.int32, device=device)
+    # A few MiB of scores at a time, whatever the length.
+    rows = max(1, (1 << 24) // (blocks * config.num_kv_heads))
+    for start in range(0, length, rows):
+        t = torch.arange(start, min(start + rows, length), device=device) % size
+        own = (t // config.select_block)[:, None, None]
+        score = torch.rand(len(t), config.num_kv_heads, blocks, device=device)
+        forced = (index < config.num_init_blocks) | (index > own - config.num_local_blocks)
+        score = score.masked_fill(forced, 2.0).masked_fill(index > own, -1.0)
+        value, best = score.topk(min(n, blocks), dim=-1)
+        best = best.masked_fill(value < 0, blocks).sort(-1).values
+        best = best.masked_fill(best == blocks, -1)
+        out[start : start + len(t), :, : best.shape[-1]] = best
+    return out
+
+
+def recorded_choices(options: Options, length: int) -> dict[int, Tensor]:
+    """Choices of a trained model from ``options.choices``, by layer, int32 [S, G, n] on the CPU.
+
+    Raises:
+        ValueError: where the file cannot be read, its tokens, groups or n are not the run's, a
+            layer is not there, or a choice is none that this selection could make.
+    """
+    assert options.choices is not None
+    path, config = options.choices, options.config
+    arrays = _read_npz(path)
+    works = "an array selected [layer, group, token, n] of integers works"
+    check("selected" in arrays, "choices", sorted(arrays), f"{works} in {path}")
+    selected = arrays["selected"]
+    found = f"{selected.dtype} {list(selected.shape)}"
+    check(selected.ndim == 4 and selected.dtype.kind == "i", "choices", found, f"{works} in {path}")
+    expected = [config.num_kv_heads, length, config.num_selected]
+    if list(selected.shape[1:]) != expected:
+        raise ValueError(
+            f"choices: found [group, token, n] = {list(selected.shape[1:])} in {path}; {expected} "
+            "(--kv-heads, --lengths and --num-selected of the run) works"
+        )
+    if "select_block" in arrays:
+        block, works = int(arrays["select_block"]), f"--select-block {config.select_block}, works"
+        check(block == config.select_block, "choices", block, f"{path} made with the run's {works}")
+    layers = options.layers or tuple(range(selected.shape[0]))
+    choices = {}
+    for layer in layers:
+        works = f"0 to {selected.shape[0] - 1} work with {path}"
+        check(0 <= layer < selected.shape[0], "layers", layer, works)
+        chosen = torch.from_numpy(selected[layer].astype("int32")).transpose(0, 1).contiguous()
+        bad = first_bad_choice(chosen, config)
+        if bad is not None:
+            token, group = bad
+            raise ValueError(
+                f"choices: found {chosen[token, group].tolist()} for token {token} of layer "
+                f"{layer}, group {group} in {path}; ascending blocks up to the token's own, that "
+                f"one among them, as many as there are but at most {config.num_selected}, then -1 "
+                f"work (with --select-block {config.select_block})"
+            )
+        choices[layer] = chosen
+    return choices
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    try:
+        numpy = importlib.import_module("numpy")
+    except ImportError:
+        raise ValueError(
+            f"choices: found {path}, which needs numpy, not installed here; pip install numpy works"
+        ) from None
+    try:
+        with numpy.load(path) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"choices: found {path}; an npz file works ({error})") from None
+
+
+def first_bad_choice(chosen: Tensor, config: NSAConfig) -> tuple[int, int] | None:
+    """The first (token, group) of one document whose choice no selection makes, or None.
+
+    chosen: integer [S, G, n]. Good are ascending blocks up to the token's own, with that one, as
+    many as are eligible but at most n, then -1.
+    """
+    length, _, n = chosen.shape
+    own = (torch.arange(length, device=chosen.device) // config.select_block)[:, None]
+    count = (own + 1).clamp(max=n)
+    place = torch.arange(n, device=chosen.device)
+    filled = (place < count)[:, None]  # [S, 1, n]
+    before = torch.nn.functional.pad(chosen[..., :-1], (1, 0), value=-1)
+    good = torch.where(filled, chosen > before, chosen == -1).all(-1)
+    # Ascending, so that the last one is the largest.
+    good &= chosen.gather(-1, (count - 1)[:, None].expand(*chosen.shape[:2], 1))[..., 0] == own
+    bad = (~good).nonzero()
+    return None if not len(bad) else (int(bad[0, 0]), int(bad[0, 1]))

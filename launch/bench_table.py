@@ -1,0 +1,448 @@
+"""The table that bench_kernels.py measures: as CSV, as Markdown, as a plot.
+
+    python launch/bench_table.py FILE.csv [FILE.csv ...] [--docs docs/benchmarks.md]
+
+prints the Markdown tables of measurements, or puts them into a document between its two marks.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bench_options import OPERATORS
+from settings import check
+
+DENSE = {"cudnn": "cuDNN", "flash": "FlashAttention"}
+"""torch's kernels of dense attention; their rows are called dense_cudnn and dense_flash."""
+BEGIN, END = "<!-- numbers of {}: written by bench_table.py -->", "<!-- end of numbers -->"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What was run and where: rows of equal shapes can be compared."""
+
+    gpu: str
+    dtype: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    documents: int
+    compress_block: int
+    compress_stride: int
+    select_block: int
+    num_selected: int
+    window: int
+
+    def title(self) -> str:
+        widths = f"width {self.head_dim}"
+        if self.v_head_dim != self.head_dim:
+            widths = f"widths {self.head_dim} and {self.v_head_dim}"
+        documents = "one document" if self.documents == 1 else f"{self.documents} documents"
+        return (
+            f"{self.gpu}: {self.heads} heads in {self.kv_heads} groups, {widths}, {self.dtype}, "
+            f"l{self.compress_block} d{self.compress_stride} l'{self.select_block} "
+            f"n{self.num_selected} w{self.window}, {documents}"
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Args:
+        operator: of ``OPERATORS``, or dense_cudnn or dense_flash.
+        length: tokens.
+        choices: what chose the blocks, where that matters, else "".
+        forward_ms, backward_ms: medians; backward None for what has none.
+        forward_tflops, backward_tflops: useful TFLOP/s, None for what multiplies nothing.
+        forward_gbs, backward_gbs: GB/s if each input and output is moved once.
+        bound: what the floor of the operator is of, products or bytes.
+        forward_of_floor, backward_of_floor: the floor's time over the measured one.
+        peak_gib: largest memory of one forward and backward over the inputs.
+        error, limit: of the check before it was timed; None for dense attention.
+        forward_over_*, both_over_*: time of dense attention over this one's, forward, and forward
+            and backward.
+        forward_share, backward_share: of the whole attention's time; all its calls together.
+        matmul_tflops, copy_tbs: what this GPU was measured to reach.
+    """
+
+    operator: str
+    length: int
+    choices: str
+    forward_ms: float
+    backward_ms: float | None
+    shape: Shape
+    forward_tflops: float | None = None
+    backward_tflops: float | None = None
+    forward_gbs: float | None = None
+    backward_gbs: float | None = None
+    bound: str = ""
+    forward_of_floor: float | None = None
+    backward_of_floor: float | None = None
+    peak_gib: float | None = None
+    error: float | None = None
+    limit: float | None = None
+    forward_over_cudnn: float | None = None
+    both_over_cudnn: float | None = None
+    forward_over_flash: float | None = None
+    both_over_flash: float | None = None
+    forward_share: float | None = None
+    backward_share: float | None = None
+    matmul_tflops: float | None = None
+    copy_tbs: float | None = None
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+
+    @property
+    def both_ms(self) -> float:
+        return self.forward_ms + (self.backward_ms or 0.0)
+
+
+def find(rows: Iterable[Row], like: Row, operator: str, choices: str = "") -> Row | None:
+    """The last measurement of that operator at the length and shape of ``like``."""
+    found = [
+        row
+        for row in rows
+        if (row.operator, row.choices, row.length, row.shape)
+        == (operator, choices, like.length, like.shape)
+    ]
+    return found[-1] if found else None
+
+
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """The rows with ratios to dense attention and shares of the whole attention filled in."""
+    filled = []
+    for row in rows:
+        values: dict[str, float] = {}
+        for name in DENSE:
+            dense = find(rows, row, f"dense_{name}")
+            if dense is None or row.operator not in OPERATORS:
+                continue
+            values[f"forward_over_{name}"] = dense.forward_ms / row.forward_ms
+            if row.backward_ms is not None:
+                values[f"both_over_{name}"] = dense.both_ms / row.both_ms
+        whole = find(rows, row, "whole", row.choices or "random")
+        if whole is not None and row.operator in OPERATORS:
+            calls = 2 if row.operator == "compression" else 1  # Keys and values.
+            values["forward_share"] = calls * row.forward_ms / whole.forward_ms
+            if row.backward_ms is not None and whole.backward_ms:
+                values["backward_share"] = calls * row.backward_ms / whole.backward_ms
+        filled.append(replace(row, **values))  # type: ignore[arg-type]
+    return filled
+
+
+def crossover(rows: Sequence[Row], dense: str = "cudnn") -> float | None:
+    """Tokens from which the whole attention, forward and backward, is faster than dense.
+
+    Between the two measured lengths where that changes, the logarithm of the ratio is taken to be
+    linear in the logarithm of the length. None where the rows do not show a change for the better;
+    ``crossover_text`` says which side they are on.
+
+    Args:
+        rows: of one shape; of each length the whole attention on its own choices is used.
+    """
+    ratios = _ratios(rows, dense)
+    found = None
+    for (short, below), (long, above) in itertools.pairwise(ratios):
+        if below < 1 <= above:
+            part = math.log(below) / (math.log(below) - math.log(above))
+            found = short * (long / short) ** part
+        elif above < 1:
+            found = None
+    return found
+
+
+def _ratios(rows: Sequence[Row], dense: str) -> list[tuple[int, float]]:
+    """(length, dense time over ours), by length."""
+    found = {}
+    for row in rows:
+        other = find(rows, row, f"dense_{dense}")
+        if (row.operator, row.choices) == ("whole", "random") and other is not None:
+            found[row.length] = other.both_ms / row.both_ms
+    return sorted(found.items())
+
+
+def crossover_text(rows: Sequence[Row], dense: str = "cudnn") -> str:
+    """The crossover in words, "" where there is nothing to compare."""
+    ratios, tokens = _ratios(rows, dense), crossover(rows, dense)
+    if not ratios:
+        return ""
+    if tokens is not None:
+        return f"{tokens:,.0f}"
+    faster = ratios[-1][1] >= 1
+    return f"below {ratios[0][0]:,}" if faster else f"above {ratios[-1][0]:,}"
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """One line a row; what was not measured is empty."""
+    names = [f.name for f in fields(Row) if f.name != "shape"]
+    names += [f.name for f in fields(Shape)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            values = asdict(row)
+            values |= values.pop("shape")
+            for name, value in values.items():
+                if isinstance(value, float):
+                    values[name] = f"{value:.5g}"
+            writer.writerow(values)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows that ``write_csv`` wrote.
+
+    Raises:
+        ValueError: if the file is missing or has other columns.
+    """
+    check(path.is_file(), "csv", str(path), "an existing file works")
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, line in enumerate(csv.DictReader(file), start=2):
+            try:
+                shape = Shape(**_typed(Shape, line))
+                rows.append(Row(**_typed(Row, line), shape=shape))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"csv: found {path} line {number} ({type(error).__name__}: {error}); a file of "
+                    "bench_kernels.py --csv works"
+                ) from None
+    return rows
+
+
+def _typed(cls: type, line: dict[str, str]) -> dict[str, Any]:
+    kinds = {"str": str, "int": int, "float": float}
+    values: dict[str, Any] = {}
+    for f in fields(cls):
+        if f.name == "shape":
+            continue
+        kind, text = str(f.type), line[f.name]
+        values[f.name] = None if "None" in kind and not text else kinds[kind.split(" ")[0]](text)
+    return values
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Tables of every shape: the whole beside dense, the operators, recorded choices."""
+    rows = with_ratios(rows)
+    parts = []
+    for shape in dict.fromkeys(row.shape for row in rows):
+        own = [row for row in rows if row.shape == shape]
+        parts += [f"### {shape.title()}", _where(own)]
+        parts += [_whole_table(own), _operator_table(own), _choices_table(own)]
+    crossings = _crossover_table(rows)
+    if crossings:
+        parts += ["### Faster than dense attention from", crossings]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _where(rows: Sequence[Row]) -> str:
+    seen = dict.fromkeys((row.date, row.commit, row.torch, row.triton) for row in rows)
+    texts = [
+        f"{date}, commit {commit}, torch {torch}, triton {triton}"
+        for date, commit, torch, triton in seen
+    ]
+    rates = dict.fromkeys((row.matmul_tflops, row.copy_tbs) for row in rows if row.copy_tbs)
+    for tflops, tbytes in rates:
+        texts.append(f"peaks measured: {tflops:.0f} TFLOP/s of matmul, {tbytes:.2f} TB/s of copy")
+    return "; ".join(texts) + ". Pairs are forward / backward; of ratios, forward / both together."
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    if not lines:
+        return ""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, never in powers of ten."""
+    if value is None:
+        return ""
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{places}f}"
+
+
+def _pair(first: float | None, second: float | None) -> str:
+    texts = [_number(x) for x in (first, second) if x is not None]
+    return " / ".join(texts)
+
+
+def _percent(first: float | None, second: float | None) -> str:
+    return " / ".join(f"{100 * x:.0f}%" for x in (first, second) if x is not None)
+
+
+def _whole_table(rows: Sequence[Row]) -> str:
+    wholes = [row for row in rows if (row.operator, row.choices) == ("whole", "random")]
+    names = [n for n in DENSE if any(row.operator == f"dense_{n}" for row in rows)]
+    head = ["tokens", "whole, ms", "TFLOP/s", "GiB"]
+    for name in names:
+        head += [f"{DENSE[name]}, ms", "GiB", "ratio"]
+    lines = []
+    for row in sorted(wholes, key=lambda row: row.length):
+        line = [
+            str(row.length),
+            _pair(row.forward_ms, row.backward_ms),
+            _pair(row.forward_tflops, row.backward_tflops),
+            _number(row.peak_gib),
+        ]
+        for name in names:
+            dense = find(rows, row, f"dense_{name}")
+            ratio = (
+                getattr(row, f"forward_over_{name}"),
+                getattr(row, f"both_over_{name}"),
+            )
+            times = (dense.forward_ms, dense.backward_ms) if dense else (None, None)
+            line += [_pair(*times), _number(dense.peak_gib) if dense else "", _pair(*ratio)]
+        lines.append(line)
+    return _table(head, lines)
+
+
+def _operator_table(rows: Sequence[Row]) -> str:
+    """Of the longest stream of which the whole was measured."""
+    lengths = [row.length for row in rows if row.operator == "whole"]
+    lengths = lengths or [row.length for row in rows if row.operator in OPERATORS]
+    shown = [
+        row
+        for row in rows
+        if lengths
+        and row.length == max(lengths)
+        and row.operator in OPERATORS
+        and row.choices in ("", "random")
+    ]
+    lines = [
+        [
+            row.operator.replace("_", " ") + (", random choices" if row.choices else ""),
+            _pair(row.forward_ms, row.backward_ms),
+            _percent(row.forward_share, row.backward_share),
+            _pair(row.forward_tflops, row.backward_tflops),
+            _pair(row.forward_gbs, row.backward_gbs) if row.bound == "bytes" else "",
+            _percent(row.forward_of_floor, row.backward_of_floor),
+            _number(row.peak_gib),
+        ]
+        for row in shown
+    ]
+    operator = f"operator at {max(lengths)} tokens" if lengths else ""
+    return _table([operator, "ms", "share", "TFLOP/s", "GB/s", "of the floor", "GiB"], lines)
+
+
+def _choices_table(rows: Sequence[Row]) -> str:
+    """The selected branch and the whole on recorded choices, random ones beside them."""
+    recorded = {row.length for row in rows if row.choices not in ("", "random")}
+    lines = [
+        [
+            f"{row.operator.replace('_', ' ')}, {row.choices}",
+            str(row.length),
+            _pair(row.forward_ms, row.backward_ms),
+            _pair(row.forward_tflops, row.backward_tflops),
+            _pair(row.forward_over_cudnn, row.both_over_cudnn) if row.operator == "whole" else "",
+        ]
+        for row in rows
+        if row.choices and row.length in recorded
+    ]
+    return _table(["operator, choices", "tokens", "ms", "TFLOP/s", "ratio to cuDNN"], lines)
+
+
+def _crossover_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for shape in dict.fromkeys(row.shape for row in rows):
+        own = [row for row in rows if row.shape == shape]
+        texts = [crossover_text(own, name) for name in DENSE]
+        if any(texts):
+            lines.append([shape.title(), *texts])
+    return _table(["forward and backward", *(f"tokens, {name}" for name in DENSE.values())], lines)
+
+
+def draw_plot(path: Path, rows: Sequence[Row]) -> None:
+    """Forward, and forward and backward, of the whole and of dense attention against length."""
+    from matplotlib import pyplot
+
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    lines = {"whole": "this attention"} | {f"dense_{n}": text for n, text in DENSE.items()}
+    for color, (operator, label) in enumerate(lines.items()):
+        own = [
+            row
+            for row in rows
+            if row.operator == operator and row.choices in ("", "random") and row.shape == shapes[0]
+        ]
+        own.sort(key=lambda row: row.length)
+        lengths = [row.length for row in own]
+        for style, name, times in (
+            ("o-", "forward and backward", [row.both_ms for row in own]),
+            ("s:", "forward", [row.forward_ms for row in own]),
+        ):
+            if own:
+                axes.plot(lengths, times, style, color=f"C{color}", label=f"{label}, {name}")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
+    axes.set_title(shapes[0].title(), fontsize=7)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def with_numbers(document: str, numbers: str, name: str) -> str:
+    """The document with what stands between its marks for the file ``name`` replaced.
+
+    Raises:
+        ValueError: if the marks are not there, once each.
+    """
+    begin = BEGIN.format(name)
+    head, found, rest = document.partition(begin)
+    _, ended, tail = rest.partition(END)
+    if not found or not ended:
+        raise ValueError(f"docs: found a document without {begin!r} and then {END!r}; one works")
+    return f"{head}{begin}\n\n{numbers}\n{END}{tail}"
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """Print the tables of measurements as Markdown, or put them into a document.
+
+    Args:
+        csv: files of bench_kernels.py --csv; their rows are joined.
+        merged: file to write the joined rows to.
+        docs: document whose part between the marks is replaced; the marks name the merged file, or
+            the only one.
+        plot: file to draw time against length to, of the first shape.
+    """
+
+    csv: tyro.conf.Positional[tuple[Path, ...]]
+    merged: Path | None = None
+    docs: Path | None = None
+    plot: Path | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = tyro.cli(TableOptions, args=arguments)
+    try:
+        check(bool(options.csv), "csv", options.csv, "one file or more works")
+        rows = with_ratios([row for path in options.csv for row in read_csv(path)])
+        if options.merged is not None:
+            write_csv(options.merged, rows)
+        if options.docs is not None:
+            name = (options.merged or options.csv[0]).name
+            text = with_numbers(options.docs.read_text(encoding="utf-8"), markdown(rows), name)
+            options.docs.write_text(text, encoding="utf-8")
+        else:
+            print(markdown(rows))
+        if options.plot is not None:
+            draw_plot(options.plot, rows)
+    except (ValueError, ImportError) as error:
+        sys.exit(f"bench_table.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

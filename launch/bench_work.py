@@ -1,0 +1,109 @@
+"""How much useful work an operator does, and how long a GPU could take for it.
+
+Useful are the matrix products over the (query, key) pairs that the definition asks for, two
+operations a multiplication and addition: Q K^T and P V forward, 2 (Dk + Dv) a pair and query head;
+Q K^T again, dO V^T, P^T dO, dS K and dS^T Q backward, 2 (3 Dk + 2 Dv), which is 2.5 times forward
+for equal widths; the scores that blocks are chosen by 2 Dk; a compressor's two products forward,
+twice that backward. What a kernel computes beyond that, masked pairs and recomputation included,
+counts as time only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bench_options import Options
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Useful operations of one call, forward and backward."""
+
+    forward: float
+    backward: float
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """(query, key) pairs of one head over the whole stream, by what the keys are of."""
+
+    compressed: int
+    selected: int
+    window: int
+    dense: int
+
+
+def count_pairs(options: Options, length: int) -> Pairs:
+    """Pairs that the definition asks for; the selected ones do not depend on which blocks are."""
+    config, size = options.config, length // options.documents
+    block, stride, select = config.compress_block, config.compress_stride, config.select_block
+    compressed = selected = window = 0
+    for t in range(size):
+        compressed += max(0, (t - block + 1) // stride + 1)
+        # The own block is always chosen, and the only one that the query sees a part of.
+        selected += (min(config.num_selected, t // select + 1) - 1) * select + t % select + 1
+        window += min(t + 1, config.window)
+    counts = compressed, selected, window, size * (size + 1) // 2
+    return Pairs(*(options.documents * count for count in counts))
+
+
+def attention_flops(options: Options, pairs: int) -> Flops:
+    """A softmax attention over so many pairs of each query head."""
+    dk, dv, head_pairs = options.head_dim, options.v_head_dim, float(options.heads * pairs)
+    return Flops(2 * (dk + dv) * head_pairs, 2 * (3 * dk + 2 * dv) * head_pairs)
+
+
+def compression_flops(options: Options, length: int, width: int) -> Flops:
+    """The ``mlp`` compressor of keys or values of that width, gradients of its weights included."""
+    config, size = options.config, length // options.documents
+    blocks = max(0, (size - config.compress_block) // config.compress_stride + 1)
+    tokens = options.documents * blocks * options.kv_heads
+    hidden = config.compress_hidden or 2 * width
+    forward = 2.0 * tokens * hidden * (config.compress_block + 1) * width
+    return Flops(forward, 2 * forward)
+
+
+def operator_flops(options: Options, length: int) -> dict[str, Flops]:
+    """By operator, and of ``dense`` attention on the same stream."""
+    pairs = count_pairs(options, length)
+    flops = {
+        "compression": compression_flops(options, length, options.head_dim),
+        "compressed_attention": attention_flops(options, pairs.compressed),
+        "block_selection": Flops(2.0 * options.head_dim * options.heads * pairs.compressed, 0.0),
+        "selected_attention": attention_flops(options, pairs.selected),
+        "window_attention": attention_flops(options, pairs.window),
+        "combine": Flops(0.0, 0.0),
+    }
+    values = compression_flops(options, length, options.v_head_dim)
+    whole = sum(flops.values(), start=values)
+    return flops | {"whole": whole, "dense": attention_flops(options, pairs.dense)}
+
+
+def fewest_bytes(inputs: Iterable[Tensor], output: Tensor) -> tuple[int, int]:
+    """Bytes that any implementation moves, forward and backward: each tensor once.
+
+    Backward reads the inputs and the output's gradient and writes the inputs' gradients.
+    """
+    read = sum(x.numel() * x.element_size() for x in inputs)
+    written = output.numel() * output.element_size()
+    return read + written, 2 * read + written
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What this GPU was measured to reach: TFLOP/s of a large matrix product in the run's dtype,
+    and TB/s of a copy, bytes read and bytes written."""
+
+    tflops: float
+    tbytes: float
+
+    def floor_ms(self, flops: float, size: float) -> tuple[float, str]:
+        """Milliseconds for so many operations and bytes at these rates, and which of them bind."""
+        products, moved = flops / self.tflops / 1e9, size / self.tbytes / 1e9
+        return (products, "products") if products >= moved else (moved, "bytes")

@@ -1,0 +1,202 @@
+"""Record the blocks that a trained model chooses on a text, for bench_kernels.py --choices.
+
+    python launch/record_choices.py runs/NAME-TIME --text FILE [FILE ...] --length 32768
+
+The texts, end to end, are one document. The file has `selected` [layer, group, token, n], int16 or
+int32, blocks ascending and then -1, and `select_block`, the tokens of a block. Under torchrun the
+document is split over all processes, for lengths that one GPU does not hold.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+
+from bench_options import first_bad_choice
+from checkpoint import checkpoints, load_weights
+from data import make_tokenizer
+from model import Decoder, build_model
+from nsa_dist import NativeSparseAttention, shard_batch
+from ranks import Ranks, start_ranks
+from settings import Settings, check, from_toml
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """Record the blocks that a trained model chooses on a text.
+
+    Args:
+        folder: a run's folder, with checkpoints.
+        text: files that make the document, end to end.
+        length: tokens to read; all when None. More than the model was trained on work too.
+        step: the checkpoint's step; the newest when None.
+        out: npz file to write.
+        device: auto takes cuda where there is a GPU.
+        dtype: of the forward; auto as in training.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    text: tuple[Path, ...]
+    length: int | None = None
+    step: int | None = None
+    out: Path = Path("choices.npz")
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What a model chose.
+
+    Args:
+        selected: int32 [layer, group, token, n] on the CPU.
+        loss: mean over the document's targets, nats a token.
+    """
+
+    selected: Tensor
+    loss: float
+
+
+def find_checkpoint(options: RecordOptions) -> tuple[Path, Settings]:
+    """The checkpoint's folder and its run's settings, for one document over all processes.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or its model chooses no blocks.
+    """
+    found = {int(path.name.removeprefix("step_")): path for path in checkpoints(options.folder)}
+    works = "a run's folder with a complete checkpoint works"
+    check(bool(found), "folder", str(options.folder), works)
+    step = max(found) if options.step is None else options.step
+    check(step in found, "step", step, f"{', '.join(map(str, sorted(found)))} work")
+    settings = from_toml(found[step] / "settings.toml")
+    kind, branches = settings.model.attention, settings.attention.branches
+    check(kind == "nsa", "folder", f"model.attention = {kind!r}", "a run with 'nsa' works")
+    works = "a run with the selected branch works"
+    check("selected" in branches, "folder", f"attention.branches = {branches}", works)
+    return found[step], settings
+
+
+def read_tokens(options: RecordOptions, settings: Settings) -> Tensor:
+    """int64 [1, length], the first tokens of the texts.
+
+    Raises:
+        ValueError: if a file is missing, or the texts have fewer tokens.
+    """
+    for path in options.text:
+        check(path.is_file(), "text", str(path), "existing files work")
+    text = b"".join(path.read_bytes() for path in options.text)
+    tokens = make_tokenizer(settings.data.tokenizer).encode(text, str(options.text[0]))
+    most = tokens.numel()
+    length = most if options.length is None else options.length
+    check(most > 0, "text", ", ".join(map(str, options.text)), "files with some text work")
+    check(0 < length <= most, "length", length, f"1 to {most}, the tokens of the text, work")
+    return tokens[:length].to(torch.int64)[None]
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it, each forward of the model adds its layers' local choices, int32 [B, L, G, n]."""
+    choices: list[Tensor] = []
+
+    def ask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"return_details": True}
+
+    def take(_: nn.Module, __: Any, result: Any) -> Tensor:
+        out, details = result
+        choices.append(details.selected)
+        return out
+
+    layers = [m for m in model.modules() if isinstance(m, NativeSparseAttention)]
+    handles = [layer.register_forward_pre_hook(ask, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(take) for layer in layers]
+    try:
+        yield choices
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def record(model: Decoder, tokens: Tensor, ranks: Ranks) -> Recording:
+    """The choices of every layer on one document, tokens int64 [1, T]; collective."""
+    bounds = torch.tensor([0, tokens.shape[1]], dtype=torch.int32)
+    batch = shard_batch(
+        tokens.to(ranks.device), cu_seqlens=bounds, layout="zigzag", group=ranks.cp_mesh
+    )
+    model.eval()
+    with recorded(model) as choices:
+        # With labels no [T, vocabulary] of logits is made.
+        loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
+    # One layer's at a time on the device: [1, T, G, n] -> [G, T, n].
+    layers = [batch.unshard(chosen)[0].transpose(0, 1).cpu() for chosen in choices]
+    mean = float(ranks.total(loss)) / max(batch.num_targets, 1)
+    return Recording(torch.stack(layers), mean)
+
+
+def write_choices(path: Path, selected: Tensor, select_block: int) -> None:
+    """The npz file, int16 where that holds every block; parent folders are made."""
+    import numpy
+
+    small = int(selected.max()) <= torch.iinfo(torch.int16).max
+    array = selected.to(torch.int16 if small else torch.int32).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:  # numpy would add a suffix to a name.
+        numpy.savez_compressed(file, selected=array, select_block=numpy.int64(select_block))
+
+
+def run(options: RecordOptions) -> Recording:
+    """Load, read, record and write; collective, the same on every rank.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+    path, settings = find_checkpoint(options)
+    tokens = read_tokens(options, settings)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if dist.is_initialized():
+        world = dist.get_world_size()
+    settings = replace(
+        settings,
+        parallel=replace(settings.parallel, cp=world, dp=1, layout="zigzag"),
+        data=replace(settings.data, global_batch=1, micro_batch=1),
+        run=replace(settings.run, device=options.device, dtype=options.dtype),
+    )
+    ranks = start_ranks(settings)
+    model = build_model(settings, make_tokenizer(settings.data.tokenizer).vocab_size, ranks)
+    load_weights(path, model)
+    recording = record(model, tokens, ranks)
+    for layer, selected in enumerate(recording.selected):
+        bad = first_bad_choice(selected.transpose(0, 1), settings.attention)
+        assert bad is None, f"layer {layer} chose otherwise than it may at (token, group) {bad}"
+    if ranks.is_main:
+        write_choices(options.out, recording.selected, settings.attention.select_block)
+        size = list(recording.selected.shape)
+        print(
+            f"{path}: {recording.loss:.4f} nats/token on {tokens.numel():,} tokens; "
+            f"{options.out} has selected [layer, group, token, n] = {size}"
+        )
+    return recording
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = tyro.cli(RecordOptions, args=arguments)
+    try:
+        run(options)
+    except ValueError as error:
+        sys.exit(f"record_choices.py: {error}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

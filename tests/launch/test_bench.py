@@ -1,0 +1,436 @@
+"""The benchmark but for its clock: what it runs on, what it counts, what it refuses, its judges."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bench_kernels
+from bench_judges import scores
+from bench_options import OPERATORS, Options, first_bad_choice, random_choices, recorded_choices
+from bench_problems import Problem, problems
+from bench_stream import Stream
+from bench_table import read_csv
+from bench_work import Peaks, count_pairs, fewest_bytes, operator_flops
+from nsa_kernels.reference import ReferenceOptions, block_scores, selected_mask, window_mask
+
+numpy = pytest.importorskip("numpy")
+
+SMALL = Options(
+    lengths=(90,),
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    v_head_dim=32,
+    compress_block=8,
+    compress_stride=4,
+    select_block=16,
+    num_selected=4,
+    window=20,
+    dtype="float32",
+    backend="pytorch",
+    dense=False,
+)
+PACKED = replace(SMALL, documents=3)
+
+
+def stream_of(options: Options) -> tuple[Stream, Tensor]:
+    (length,) = options.lengths
+    choices = random_choices(length, options.config, "cpu", options.documents)
+    return Stream(options, length, "cpu"), choices
+
+
+def problem_of(options: Options, name: str) -> Problem:
+    stream, choices = stream_of(options)
+    (problem,) = problems(stream, choices, {}, only=(name,))
+    return problem
+
+
+def chosen_file(tmp_path: Path, options: Options, layers: int = 2, **arrays: Any) -> Path:
+    """A file of random choices, as record_choices.py writes them."""
+    (length,) = options.lengths
+    drawn = [random_choices(length, options.config, "cpu").transpose(0, 1) for _ in range(layers)]
+    values = {"selected": torch.stack(drawn).short().numpy(), **arrays}
+    path = tmp_path / "trained.npz"
+    numpy.savez(path, **{name: x for name, x in values.items() if x is not None})
+    return path
+
+
+# What it runs on.
+
+
+@pytest.mark.parametrize("options", [SMALL, PACKED], ids=["one document", "packed"])
+def test_random_choices_are_choices_that_a_selection_makes(options: Options) -> None:
+    choices = random_choices(90, options.config, "cpu", options.documents)
+    for document in choices.split(90 // options.documents):
+        assert first_bad_choice(document, options.config) is None
+        # The first and the two newest blocks are forced.
+        assert (document[:, :, 0] == 0).all()
+        newest = torch.arange(len(document))[:, None] // 16
+        assert ((document == (newest - 1).clamp(min=0)[..., None]).any(-1)).all()
+    if options is SMALL:
+        assert not torch.equal(choices[80], choices[85])
+
+
+def test_recorded_choices_are_read_by_layer(tmp_path: Path) -> None:
+    path = chosen_file(tmp_path, SMALL, select_block=numpy.int64(16))
+    options = replace(SMALL, choices=path)
+    with numpy.load(path) as file:
+        stored = torch.from_numpy(file["selected"]).int()
+    found = recorded_choices(options, 90)
+    assert list(found) == [0, 1]
+    assert all(torch.equal(found[i], stored[i].transpose(0, 1)) for i in (0, 1))
+    assert list(recorded_choices(replace(options, layers=(1,)), 90)) == [1]
+
+
+def test_choices_that_do_not_match_the_run_are_refused_by_name(tmp_path: Path) -> None:
+    good = random_choices(90, SMALL.config, "cpu").transpose(0, 1)[None].short().numpy()
+    late = good.copy()
+    late[0, 1, 40, 2] = 5
+    cases: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
+        ({}, {"lengths": (96,)}, r"\[2, 90, 4\] in .*; \[2, 96, 4\] \(--kv-heads, --lengths and"),
+        ({}, {"kv_heads": 4}, r"\[2, 90, 4\] in .*; \[4, 90, 4\]"),
+        ({}, {"num_selected": 5}, r"\[2, 90, 4\] in .*; \[2, 90, 5\]"),
+        ({}, {"layers": (1,)}, r"layers: found 1; 0 to 0 work"),
+        ({"select_block": 32}, {}, r"choices: found 32; .*--select-block 16, works"),
+        ({"selected": good[0]}, {}, r"choices: found 'int16 \[2, 90, 4\]'; an array selected"),
+        ({"selected": good.astype("float32")}, {}, r"choices: found 'float32"),
+        ({"selected": None, "other": good}, {}, r"choices: found \['other'\]; an array selected"),
+        ({"selected": late}, {}, r"choices: found \[.*5.*\] for token 40 of layer 0, group 1"),
+        ({}, {"select_block": 32}, r"token 16 of layer 0, group 0 .*--select-block 32"),
+    )
+    for arrays, change, message in cases:
+        path = chosen_file(tmp_path, SMALL, **{"selected": good, **arrays})
+        options = replace(SMALL, choices=path, **change)
+        with pytest.raises(ValueError, match=message):
+            recorded_choices(options, options.lengths[0])
+    path.write_text("no npz")
+    with pytest.raises(ValueError, match=r"choices: found .*trained\.npz; an npz file works"):
+        recorded_choices(replace(SMALL, choices=path), 90)
+
+
+# What it counts.
+
+
+@pytest.mark.parametrize("length, documents", [(90, 1), (90, 3), (7, 1), (33, 1)])
+def test_pairs_are_those_of_the_masks(length: int, documents: int) -> None:
+    options = replace(SMALL, lengths=(length,), documents=documents)
+    size = length // documents
+    choices = random_choices(size, options.config, "cpu")
+    seen = sum(4 * i + 7 <= t for t in range(size) for i in range(max(0, (size - 8) // 4 + 1)))
+    pairs = count_pairs(options, length)
+    assert pairs.compressed == documents * seen
+    of_groups = selected_mask(choices, 16).sum(dim=(0, 2)).tolist()
+    assert [documents * count for count in of_groups] == [pairs.selected, pairs.selected]
+    assert pairs.window == documents * int(window_mask(size, 20, torch.device("cpu")).sum())
+    assert pairs.dense == documents * sum(t + 1 for t in range(size))
+
+
+def test_flops_are_those_of_the_products() -> None:
+    flops, pairs = operator_flops(SMALL, 90), count_pairs(SMALL, 90)
+    # Rows times inner times columns of every product, twice: H = 4, Dk = 16, Dv = 32.
+    for name, count in (
+        ("compressed_attention", pairs.compressed),
+        ("selected_attention", pairs.selected),
+        ("window_attention", pairs.window),
+        ("dense", pairs.dense),
+    ):
+        assert flops[name].forward == 2 * 4 * count * (16 + 32)
+        assert flops[name].backward == 2 * 4 * count * (16 + 32 + 32 + 16 + 16)
+    assert flops["block_selection"].forward == 2 * 4 * pairs.compressed * 16
+    blocks = len([i for i in range(90) if 4 * i + 8 <= 90])
+    keys = 2 * 2 * blocks * (8 * 16 * 32 + 32 * 16)
+    values = 2 * 2 * blocks * (8 * 32 * 64 + 64 * 32)
+    assert flops["compression"].forward == keys
+    assert flops["compression"].backward == 2 * keys
+    parts = [flops[name] for name in OPERATORS if name != "whole"]
+    assert flops["whole"].forward == sum(part.forward for part in parts) + values
+    assert flops["whole"].backward == sum(part.backward for part in parts) + 2 * values
+    equal = operator_flops(replace(SMALL, v_head_dim=16), 90)["window_attention"]
+    assert equal.backward == 2.5 * equal.forward
+
+
+def test_the_floor_is_of_products_or_of_bytes() -> None:
+    peaks = Peaks(tflops=500.0, tbytes=4.0)
+    assert peaks.floor_ms(1e12, 4e9) == (2.0, "products")
+    assert peaks.floor_ms(1e12, 4e10) == (10.0, "bytes")
+    a, b = torch.zeros(3, 5), torch.zeros(7, dtype=torch.bfloat16)
+    assert fewest_bytes([a, b], a) == (60 + 14 + 60, 2 * 74 + 60)
+
+
+# Whether a result is right.
+
+
+@pytest.mark.parametrize("options", [SMALL, PACKED], ids=["one document", "packed"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_right_results_pass(options: Options, name: str) -> None:
+    verdict = problem_of(options, name).verdict()
+    assert verdict.right, verdict
+    # Near enough for a mistake to pass it.
+    assert verdict.limit < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [SMALL, PACKED], ids=["one document", "packed"])
+def test_the_kernels_pass_in_the_interpreter(options: Options) -> None:
+    pytest.importorskip("triton")
+    stream, choices = stream_of(replace(options, lengths=(60,), backend="triton"))
+    recorded = {"trained": random_choices(60, options.config, "cpu", options.documents)}
+    names = []
+    for problem in problems(stream, choices, recorded):
+        assert problem.verdict().right, problem.name
+        names.append((problem.name, problem.choices))
+    twice = [(name, label) for name in ("selected_attention", "whole") for label in recorded]
+    assert set(names) == {
+        (n, "random" if (n, "trained") in twice else "") for n in OPERATORS
+    } | set(twice)
+
+
+class Scaled(torch.autograd.Function):
+    """x, with one row's gradient scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row: int, factor: float) -> Tensor:
+        ctx.row, ctx.factor = row, factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.clone()
+        grad[ctx.row] *= ctx.factor
+        return grad, None, None
+
+
+def with_run(problem: Problem, change: Callable[[Tensor], Tensor]) -> Problem:
+    return replace(problem, run=lambda *inputs: change(problem.run(*inputs)))
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "block_selection"])
+def test_wrong_results_are_seen(name: str) -> None:
+    problem = problem_of(SMALL, name)
+    row = 20 if name == "compression" else 70
+    wrong: dict[str, Callable[[Tensor], Tensor]] = {
+        "a row": lambda out: out * (1 + 0.01 * (torch.arange(len(out)) == row)[:, None, None]),
+        "a head": lambda out: out * (1 + 0.01 * (torch.arange(out.shape[1]) == 1)[:, None]),
+        "NaN": lambda out: out.where(torch.arange(len(out))[:, None, None] != row, float("nan")),
+        "a gradient": lambda out: Scaled.apply(out, row, 1.01),
+        "no gradient": lambda out: Scaled.apply(out, row, 0.0),
+    }
+    for what, change in wrong.items():
+        assert not with_run(problem, change).verdict().right, what
+    assert problem.verdict().right
+
+
+def test_a_gradient_of_a_row_that_was_not_sampled_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench_judges.SAMPLED", 10)
+    problem = problem_of(SMALL, "window_attention")
+    assert problem.verdict().right
+
+    class Leaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor) -> Tensor:
+            return q.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad + 1e-6
+
+    leaking = replace(problem, run=lambda q, k, v: problem.run(Leaks.apply(q), k, v))
+    assert not leaking.verdict().right
+
+
+def test_scores_are_those_of_the_definition() -> None:
+    for documents in (1, 3):
+        stream = Stream(replace(SMALL, documents=documents), 90, "cpu")
+        size = stream.size
+        q = torch.randn(size, 4, 16, dtype=torch.float64)
+        k = torch.randn(stream.blocks, 2, 16, dtype=torch.float64)
+        found = scores(q, k, torch.arange(size), stream)
+        logits = torch.einsum("sgrd,kgd->sgrk", q.unflatten(1, (2, 2)), k) * 0.25
+        last = torch.arange(stream.blocks) * 4 + 7
+        hidden = (last > torch.arange(size)[:, None])[:, None, None]
+        probs = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
+        expected = block_scores(probs, ReferenceOptions.from_config(SMALL.config))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_wrong_choices_are_seen() -> None:
+    problem = problem_of(SMALL, "block_selection")
+    right = problem.run(*problem.inputs)
+    token, group = 89, 1
+    chosen = set(right[token, group].tolist())
+    free = [block for block in range(6) if block not in chosen]
+    # With 6 blocks of which the first and two are forced, one place is free.
+    (won,) = chosen - {0, 4, 5}
+    assert free
+
+    def with_choice(blocks: list[int]) -> bool:
+        changed = right.clone()
+        changed[token, group] = torch.tensor(blocks)
+        return replace(problem, run=lambda *_: changed).verdict().right
+
+    assert with_choice([0, won, 4, 5])
+    for blocks in (
+        *([0, other, 4, 5] for other in free),
+        [won, 0, 4, 5],
+        [0, won, 4, -1],
+        [won, *free[:1], 4, 5],
+        [0, won, 4, 6],
+        [0, 4, 5, 5],
+        [0, -1, 4, 5],
+    ):
+        assert not with_choice(blocks), blocks
+
+
+# The program but for its clock.
+
+
+class NoClock:
+    """A meter of a machine on which everything takes 2 ms."""
+
+    device, gpu = torch.device("cpu"), "a clock that stands"
+
+    def milliseconds(self, function: Callable[[], Any]) -> float:
+        function()
+        return 2.0
+
+    def memory_gib(self, function: Callable[[], Any]) -> float:
+        function()
+        return 1.0
+
+    def peaks(self, dtype: torch.dtype) -> Peaks:
+        return Peaks(700.0, 4.0)
+
+
+@pytest.mark.filterwarnings("ignore:Flash attention")
+def test_a_run_gives_a_row_of_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.attention import SDPBackend
+
+    # What a CPU has; the other is refused there as cuDNN is on some GPUs.
+    monkeypatch.setitem(bench_kernels.BACKENDS, "cudnn", SDPBackend.MATH)
+    path = chosen_file(tmp_path, SMALL)
+    table = tmp_path / "out.csv"
+    options = replace(SMALL, dense=True, choices=path, layers=(1,), csv=table)
+    rows, wrong = bench_kernels.bench(options, NoClock())  # type: ignore[arg-type]
+    assert wrong == []
+    labels = ["random", "trained layer 1"]
+    expected = [("dense_cudnn", ""), ("dense_flash", "")]
+    for name in OPERATORS:
+        chooses = name in ("selected_attention", "whole")
+        expected += [(name, label) for label in (labels if chooses else [""])]
+    printed = capsys.readouterr().out
+    found = [(row.operator, row.choices) for row in rows]
+    if "FlashAttention: not measured" in printed:
+        expected.remove(("dense_flash", ""))
+    assert found == expected
+    assert len(printed.splitlines()) == 1 + len(rows) + (("dense_flash", "") not in found)
+
+    flops = operator_flops(options, 90)
+    for row in rows:
+        name = row.operator if row.operator in OPERATORS else "dense"
+        assert row.forward_ms == 2.0
+        if flops[name].forward:
+            assert row.forward_tflops == pytest.approx(flops[name].forward / 2e9)
+        if name != "block_selection":
+            assert row.backward_ms == 2.0
+        if name != "dense":
+            assert row.error is not None and row.limit is not None and row.error <= row.limit
+            assert row.forward_over_cudnn == 1.0
+            assert row.forward_share == (2.0 if name == "compression" else 1.0)
+    assert [(row.operator, row.choices, row.error is None) for row in read_csv(table)] == [
+        (row.operator, row.choices, row.error is None) for row in rows
+    ]
+
+
+def test_a_wrong_result_is_not_timed_and_ends_the_program_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def twisted(*args: Any) -> Any:
+        for problem in problems(*args):
+            yield with_run(problem, lambda out: -out) if problem.name == "combine" else problem
+
+    monkeypatch.setattr(bench_kernels, "problems", twisted)
+    monkeypatch.setattr(bench_kernels, "Meter", lambda _: NoClock())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arguments = command_line(SMALL, "--only", "combine", "window_attention")
+    with pytest.raises(SystemExit) as error:
+        bench_kernels.main(arguments)
+    assert "combine at 90: error 2.0e+00, at most" in str(error.value.code)
+    printed = capsys.readouterr().out
+    assert "WRONG, not timed: combine at 90" in printed
+    timed = [text.split()[1] for text in printed.splitlines() if " ms " in text and "|" not in text]
+    assert timed == ["window_attention"]
+    assert "| window attention |" in printed
+
+
+def command_line(options: Options, *more: str) -> list[str]:
+    sizes = ("heads", "kv_heads", "head_dim", "v_head_dim", "compress_block", "compress_stride")
+    sizes += ("select_block", "num_selected", "window", "dtype", "backend")
+    pairs = [(f"--{name.replace('_', '-')}", str(getattr(options, name))) for name in sizes]
+    lengths = ["--lengths", *map(str, options.lengths)]
+    return [*itertools.chain(*pairs), *lengths, "--no-dense", *more]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--only", "softmax"], "only: found 'softmax'; compression, compressed_attention"),
+        (["--lengths", "0"], "lengths: found 0; positive multiples of documents = 1"),
+        (["--documents", "7"], "lengths: found 90; positive multiples of documents = 7"),
+        (["--documents", "0"], "documents: found 0; 1 or more works"),
+        (["--dtype", "int8"], "dtype: found 'int8'; bfloat16, float16, float32 work"),
+        (["--backend", "cuda"], "backend: found 'cuda'; auto, pytorch, triton work"),
+        (["--choices", "none.npz"], "choices: found 'none.npz'; an existing file works"),
+        (["--layers", "1"], "layers: found (1,); layers of a file of --choices work"),
+        (["--csv", "none/here.csv"], "csv: found 'none/here.csv'; a file in an existing folder"),
+        (["--kv-heads", "3"], "num_kv_heads: found 3; a divisor of num_heads=4"),
+        (["--repeats-ms", "0"], "repeats_ms: found 0; 1 or more works"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_are_refused_by_name(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        bench_kernels.main(command_line(SMALL, *arguments))
+    assert error.value.code == 2
+    output = capsys.readouterr()
+    # The message is set in a box, whose lines may break anywhere.
+    text = "".join((output.out + output.err).split()).replace("│", "")
+    assert message.replace(" ", "") in text
+
+
+def test_packed_documents_take_no_recorded_choices(tmp_path: Path) -> None:
+    path = chosen_file(tmp_path, SMALL)
+    with pytest.raises(ValueError, match="documents: found 3; 1 works with --choices"):
+        replace(PACKED, choices=path)
+
+
+def test_a_machine_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        bench_kernels.main(["--lengths", "64"])
+    assert str(error.value.code).startswith("bench_kernels.py: found no CUDA device;")
+
+
+def test_a_file_that_does_not_match_ends_the_program_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = chosen_file(tmp_path, SMALL)
+    monkeypatch.setattr(bench_kernels, "Meter", lambda _: NoClock())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arguments = command_line(replace(SMALL, lengths=(90, 96)), "--choices", str(path))
+    with pytest.raises(SystemExit) as error:
+        bench_kernels.main(arguments)
+    assert "[group, token, n] = [2, 90, 4]" in str(error.value.code)
+    assert "[2, 96, 4] (--kv-heads, --lengths and --num-selected" in str(error.value.code)
+    assert capsys.readouterr().out == ""

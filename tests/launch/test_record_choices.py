@@ -1,0 +1,161 @@
+"""Choices recorded from a checkpoint are those that the model makes, and the bench takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench_options import Options, first_bad_choice, recorded_choices
+from record_choices import RecordOptions, find_checkpoint, main, read_tokens, write_choices
+from settings import Settings
+from tests.distributed.ranks import Ranks
+from tests.launch.common import plain_choices, record_choices, replaced, run_training, tiny
+
+numpy = pytest.importorskip("numpy")
+RanksOf = Callable[[int], Ranks]
+LENGTH = 333
+# The attention of ``tiny``.
+SIZES = dict(heads=4, kv_heads=2, compress_block=8, compress_stride=4, select_block=8)
+
+
+@pytest.fixture(scope="module")
+def trained(ranks_of: RanksOf, root: Path) -> Settings:
+    """A run of a few steps on two ranks, with a checkpoint, and a text in two files beside it."""
+    options = {"steps": 4, "folder": str(root / "recorded"), "checkpoint_every": 2}
+    settings = tiny(root, parallel={"cp": 2}, run=options)
+    ranks_of(2).run(run_training, settings)
+    (root / "a.txt").write_text("the first of two texts, " * 9)
+    (root / "b.txt").write_text("and the second of them. " * 9)
+    return settings
+
+
+@pytest.fixture
+def options(trained: Settings, root: Path, tmp_path: Path) -> RecordOptions:
+    return RecordOptions(
+        folder=Path(trained.run.folder),
+        text=(root / "a.txt", root / "b.txt"),
+        length=LENGTH,
+        out=tmp_path / "sub" / "choices.npz",
+        device="cpu",
+        dtype="float64",
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_file_has_what_the_model_chooses(
+    ranks_of: RanksOf, trained: Settings, options: RecordOptions, size: int
+) -> None:
+    """Longer than the model was trained on, and no multiple of anything."""
+    recording = ranks_of(size).run(record_choices, options)[0]
+    text = b"".join(path.read_bytes() for path in options.text)[:LENGTH]
+    alone = replaced(trained, "parallel", cp=1)
+    (expected,) = ranks_of(1).run(plain_choices, alone, text)
+    with numpy.load(options.out) as file:
+        assert file["selected"].dtype == numpy.int16
+        assert int(file["select_block"]) == 8
+        found = torch.from_numpy(file["selected"]).int()
+    assert found.shape == (2, 2, LENGTH, 4)
+    assert torch.equal(found, expected)
+    assert torch.equal(recording.selected, expected)
+    # The forced blocks are not all: layers differ, and groups do.
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[:, 0], found[:, 1])
+    # A model of a few steps is a little better than one that knows nothing.
+    assert 1.0 < recording.loss < 5.6
+
+    bench = Options(lengths=(LENGTH,), choices=options.out, num_selected=4, **SIZES)
+    loaded = recorded_choices(bench, LENGTH)
+    assert list(loaded) == [0, 1]
+    for layer, choices in loaded.items():
+        assert choices.dtype == torch.int32
+        assert torch.equal(choices, expected[layer].transpose(0, 1))
+
+
+def test_blocks_beyond_int16_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "choices"
+    for last, dtype in ((32767, numpy.int16), (32768, numpy.int32)):
+        selected = torch.tensor([0, last, -1]).view(1, 1, 1, 3)
+        write_choices(path, selected, 64)
+        with numpy.load(path) as file:
+            assert file["selected"].dtype == dtype
+            assert file["selected"].flatten().tolist() == [0, last, -1]
+
+
+def test_a_choice_that_no_selection_makes_is_seen(trained: Settings) -> None:
+    config = trained.attention
+    good = torch.full((20, 2, 4), -1)
+    good[:8, :, 0] = 0
+    good[8:16, :, :2] = torch.tensor([0, 1])
+    good[16:, :, :3] = torch.tensor([0, 1, 2])
+    assert first_bad_choice(good, config) is None
+    for token, choice in (
+        (3, [0, 0, -1, -1]),
+        (9, [1, 0, -1, -1]),
+        (9, [0, 2, -1, -1]),
+        (9, [1, -1, -1, -1]),
+        (17, [0, 1, -1, -1]),
+        (17, [0, 1, 2, 3]),
+        (17, [-1, 0, 1, 2]),
+    ):
+        bad = good.clone()
+        bad[token, 1] = torch.tensor(choice)
+        assert first_bad_choice(bad, config) == (token, 1), choice
+
+
+def refused(options: RecordOptions, capsys: pytest.CaptureFixture[str]) -> str:
+    arguments = [str(options.folder), "--text", *map(str, options.text)]
+    arguments += ["--out", str(options.out), "--device", "cpu"]
+    for name in ("length", "step"):
+        if getattr(options, name) is not None:
+            arguments += [f"--{name}", str(getattr(options, name))]
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    capsys.readouterr()
+    return str(error.value)
+
+
+def test_what_does_not_work_is_refused_by_name(
+    options: RecordOptions, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    cases = (
+        ({"folder": tmp_path}, f"folder: found '{tmp_path}'; a run's folder"),
+        ({"step": 3}, "step: found 3; 2, 4 work"),
+        ({"text": (tmp_path / "none",)}, f"text: found '{tmp_path / 'none'}'; existing files"),
+        ({"text": (empty,)}, f"text: found '{empty}'; files with some text"),
+        ({"length": 433}, "length: found 433; 1 to 432, the tokens of the text"),
+        ({"length": 0}, "length: found 0; 1 to 432"),
+    )
+    for change, message in cases:
+        text = refused(replace(options, **change), capsys)
+        assert text.startswith(f"record_choices.py: {message}")
+    assert not options.out.exists()
+
+
+def test_models_that_choose_nothing_are_refused(options: RecordOptions, tmp_path: Path) -> None:
+    step = find_checkpoint(options)[0]
+    copy = tmp_path / "run" / "checkpoints" / step.name
+    copy.mkdir(parents=True)
+    (copy / ".metadata").touch()
+    settings = (step / "settings.toml").read_text()
+    changes = (
+        ('attention = "nsa"', 'attention = "dense"', "model.attention = 'dense'"),
+        ('["compressed", "selected", "window"]', '["window"]', "attention.branches"),
+    )
+    for old, new, message in changes:
+        assert old in settings
+        changed = settings.replace(old, new).replace("cp = 2", "cp = 1")
+        (copy / "settings.toml").write_text(changed)
+        with pytest.raises(ValueError, match=f"folder: found \"?'?{message}"):
+            find_checkpoint(replace(options, folder=tmp_path / "run"))
+
+
+def test_all_tokens_are_read_unless_told(options: RecordOptions) -> None:
+    settings = find_checkpoint(options)[1]
+    assert read_tokens(replace(options, length=None), settings).shape == (1, 432)
+    assert read_tokens(options, settings).shape == (1, LENGTH)
