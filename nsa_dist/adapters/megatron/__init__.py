@@ -1,0 +1,48 @@
+"""Native Sparse Attention in Megatron-core, by a layer spec.
+
+    from nsa_dist.adapters.megatron import get_gpt_layer_nsa_spec
+
+    spec = get_gpt_layer_nsa_spec(nsa_config)     # was: get_gpt_layer_local_spec()
+
+Tensor parallel ranks hold whole groups of heads; context parallel ranks share the sequence in
+Megatron's own order (2P chunks, rank r holds r and 2P-1-r; packed batches so in each document).
+``docs/megatron.md`` has the options, what is refused, and what lies where.
+
+Parameters of ``NSASelfAttention``, with h hidden size, d = kv_channels, H heads and G groups of R
+heads; *split* is over tensor parallel ranks along the first dimension, by groups, *whole* is equal
+on all:
+
+| name | shape | |
+|---|---|---|
+| ``linear_qkv.weight``, ``.bias`` | [G (R + nk + nv) d, h] | split |
+| ``linear_proj.weight``, ``.bias`` | [h, H d] | weight split along dimension 1, bias whole |
+| ``q_layernorm.weight`` | [d] | whole |
+| ``k_layernorm.weight`` | [d]; [nk, d] with independent K, V | whole |
+| ``gate.proj.weight``, ``.bias`` (linear) | [H nb, h], rows (head, branch) | whole |
+| ``gate.up.*``, ``gate.down.*`` (mlp) | [gate_hidden, h], [H nb, gate_hidden] | whole |
+| ``gate.logits`` (static) | [H, nb] | whole |
+| ``core_attention.k_compressor.*``, ``v_compressor.*`` | of ``BlockCompressor`` | whole; a leading
+  [G] and split with ``compress_per_head`` |
+
+Rows of ``linear_qkv``, group after group: the R query heads of the group, its nk keys in the order
+of ``NSAConfig.key_branches``, its nv values in the order of ``NSAConfig.branches``, d rows each.
+With shared K, V both are one, and this is the layout of Megatron's own ``SelfAttention``: a dense
+checkpoint loads, and only gates and compressors are new.
+"""
+
+from nsa_dist.adapters.megatron.attention import NSACoreAttention, NSASelfAttention
+from nsa_dist.adapters.megatron.modules import Norm
+from nsa_dist.adapters.megatron.spec import (
+    get_gpt_decoder_block_nsa_spec,
+    get_gpt_layer_nsa_spec,
+    make_packed_seq_params,
+)
+
+__all__ = [
+    "NSACoreAttention",
+    "NSASelfAttention",
+    "Norm",
+    "get_gpt_decoder_block_nsa_spec",
+    "get_gpt_layer_nsa_spec",
+    "make_packed_seq_params",
+]

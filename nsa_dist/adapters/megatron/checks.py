@@ -1,0 +1,209 @@
+"""What Megatron can ask for and this attention does not do, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nsa_dist.checks import check, describe
+from nsa_dist.config import NSAConfig
+from nsa_kernels import get_backend
+
+UNTRIED = "works with this attention; it has not been tried"
+
+# Options of TransformerConfig, the one value that works, and why. An option that a version of
+# Megatron lacks is not there to be set.
+ONLY: tuple[tuple[str, Any, str], ...] = (
+    ("attention_dropout", 0.0, "works: Native Sparse Attention has no dropout of probabilities"),
+    ("softmax_type", "vanilla", "works: a softmax with an offset is another function"),
+    ("window_size", None, "works: the window is NSAConfig's"),
+    ("window_attn_skip_freq", None, "works: which layers are dense is layers= of the block spec"),
+    ("attention_output_gate", False, "works: gates are NSAConfig's"),
+    ("apply_query_key_layer_scaling", False, "works: the scale is NSAConfig's"),
+    ("qk_clip", False, "works: the largest logits are not kept"),
+    ("log_max_attention_logit", False, "works: the largest logits are not kept"),
+    ("multi_latent_attention", False, "works: latent attention is another layer"),
+    ("experimental_attention_variant", None, "works: another variant is another layer"),
+    ("fp8", None, "works: the attention is 16 bits wide at least"),
+    ("fp4", None, "works: the attention is 16 bits wide at least"),
+    ("fp8_dot_product_attention", False, "works: the attention is 16 bits wide at least"),
+    ("fp8_multi_head_attention", False, "works: the attention is 16 bits wide at least"),
+    ("apply_rope_fusion", False, "works: the fused one is TransformerEngine's, not tried yet"),
+    ("fused_single_qkv_rope", False, "works: it takes one key and one value a KV head"),
+    ("mrope_section", None, UNTRIED),
+    (
+        "hybrid_context_parallel",
+        False,
+        "works: one group of context parallel ranks",
+    ),
+    ("hierarchical_context_parallel_sizes", None, "works: one group of context parallel ranks"),
+    ("mtp_num_layers", None, UNTRIED),
+    ("flash_decode", False, "works: this is for training only"),
+    ("cuda_graph_impl", "none", "works: plans are made on the host while the model runs"),
+    ("enable_cuda_graph", False, "works: plans are made on the host while the model runs"),
+    ("external_cuda_graph", False, "works: plans are made on the host while the model runs"),
+    ("fine_grained_activation_offloading", False, UNTRIED),
+    ("cpu_offloading", False, UNTRIED),
+    ("delay_wgrad_compute", False, UNTRIED),
+    ("overlap_moe_expert_parallel_comm", False, UNTRIED),
+    ("tp_comm_overlap", False, "works: it is TransformerEngine's, which has not been tried yet"),
+    ("batch_invariant_mode", False, UNTRIED),
+    ("test_mode", False, "works: it compares layers that this one lacks"),
+    ("use_kitchen", False, UNTRIED),
+    ("init_model_with_meta_device", False, UNTRIED),
+    ("enable_autocast", False, "works: Megatron's own mixed precision casts parameters"),
+)
+
+
+def check_build(
+    config: TransformerConfig,
+    nsa_config: NSAConfig,
+    submodules: SelfAttentionSubmodules,
+    attn_mask_type: AttnMaskType,
+    pg_collection: ProcessGroupCollection,
+    backend: str,
+) -> None:
+    """Raise ValueError for what the layer cannot do, before any of it is built."""
+    check(isinstance(nsa_config, NSAConfig), "nsa_config", nsa_config, "an NSAConfig works")
+    for option, value, works in ONLY:
+        found = getattr(config, option, value)
+        # Off is None for some versions and False for others.
+        off = not value and isinstance(value, (bool, type(None))) and found in (False, None)
+        check(found == value or off, option, found, f"{value!r} {works}")
+    _check_shapes(config, nsa_config)
+    _check_groups(config, pg_collection)
+    check(
+        not isinstance(config.cp_comm_type, list),
+        "cp_comm_type",
+        config.cp_comm_type,
+        "None or one string works (it is not read: blocks are fetched, not gathered)",
+    )
+    check(
+        attn_mask_type == AttnMaskType.causal,
+        "attn_mask_type",
+        attn_mask_type,
+        "AttnMaskType.causal works, for packed batches too",
+    )
+    _check_submodules(config, submodules)
+    device = None
+    if not config.use_cpu_initialization and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    refused = get_backend(backend, device).refuses(config.params_dtype, nsa_config.kernel_options)
+    if refused is not None:
+        raise ValueError(refused)
+
+
+def _check_shapes(config: TransformerConfig, nsa_config: NSAConfig) -> None:
+    check(
+        nsa_config.compress != "custom",
+        "compress",
+        nsa_config.compress,
+        "one of the built-in kinds works with Megatron",
+    )
+    check(
+        not nsa_config.compress_pre_rope,
+        "compress_pre_rope",
+        nsa_config.compress_pre_rope,
+        "False works: Megatron hands over rotated keys",
+    )
+    for option, megatron_option, found in (
+        ("num_heads", "num_attention_heads", nsa_config.num_heads),
+        ("num_kv_heads", "num_query_groups", nsa_config.num_kv_heads),
+        ("head_dim", "kv_channels", nsa_config.head_dim),
+        ("v_head_dim", "kv_channels", nsa_config.value_dim),
+    ):
+        wanted = getattr(config, megatron_option)
+        works = f"{wanted}, the TransformerConfig's {megatron_option}, works"
+        check(found == wanted, f"NSAConfig.{option}", found, works)
+    if config.softmax_scale is not None:
+        check(
+            config.softmax_scale == nsa_config.softmax_scale,
+            "softmax_scale",
+            config.softmax_scale,
+            f"None or the NSAConfig's {nsa_config.softmax_scale} works",
+        )
+
+
+def _check_groups(config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+    tp_size, groups = pg_collection.tp.size(), config.num_query_groups
+    divisors = [n for n in range(1, groups + 1) if groups % n == 0]
+    check(
+        groups % tp_size == 0,
+        "tensor_model_parallel_size",
+        tp_size,
+        f"a divisor of num_query_groups={groups} works ({divisors}): a rank holds whole groups",
+    )
+    for option, size in (
+        ("tensor_model_parallel_size", tp_size),
+        ("context_parallel_size", pg_collection.cp.size()),
+    ):
+        found = getattr(config, option)
+        check(found == size, option, found, f"{size}, the size of the process group, works")
+
+
+def _check_submodules(config: TransformerConfig, submodules: SelfAttentionSubmodules) -> None:
+    for name in ("linear_qkv", "linear_proj", "q_layernorm", "k_layernorm"):
+        module = _module(getattr(submodules, name))
+        origin = "" if module is None else module.__module__
+        check(
+            "transformer_engine" not in origin,
+            name,
+            getattr(module, "__qualname__", module),
+            "Megatron's own modules work; TransformerEngine's have not been tried yet",
+        )
+    for name in ("q_layernorm", "k_layernorm"):
+        module = _module(getattr(submodules, name))
+        has_weight = module not in (None, IdentityOp, L2Norm)
+        # Megatron adds up the gradient of these weights over TP ranks by this option alone.
+        check(
+            config.qk_layernorm == has_weight,
+            "qk_layernorm",
+            config.qk_layernorm,
+            f"{has_weight}, as the spec was made with, works for the TransformerConfig",
+        )
+
+
+def _module(spec: Any) -> Any:
+    return spec.module if isinstance(spec, ModuleSpec) else spec
+
+
+def check_call(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of ``Attention.forward`` that must be None."""
+    for option, works in (
+        ("inference_context", "None works: this is for training only, without a KV cache"),
+        ("inference_params", "None works: this is for training only, without a KV cache"),
+        ("key_value_states", "None works: this is self-attention"),
+        ("attention_bias", "None works"),
+    ):
+        if given.get(option) is not None:
+            found = given[option]
+            raise ValueError(f"{option}: found {describe(found)}; {works}")
+
+
+def check_packed(packed: PackedSeqParams) -> Tensor:
+    """Boundaries of the padded stream of a packed batch.
+
+    Raises:
+        ValueError: for what is not a packed batch on the layer's own context parallel group.
+    """
+    check(packed.qkv_format == "thd", "qkv_format", packed.qkv_format, "'thd' works")
+    for option in ("local_cp_size", "cp_group"):
+        found = getattr(packed, option, None)
+        works = "None works: a batch is split over the layer's context parallel group"
+        check(found is None, f"packed_seq_params.{option}", found, works)
+    padded = packed.cu_seqlens_q_padded
+    cu_seqlens = packed.cu_seqlens_q if padded is None else padded
+    if cu_seqlens is None:
+        raise ValueError("packed_seq_params.cu_seqlens_q: found None; int32 boundaries work")
+    return cu_seqlens

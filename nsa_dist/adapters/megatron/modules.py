@@ -1,0 +1,252 @@
+"""Parameters beside the projections: norms, gates and compressors under tensor parallelism.
+
+All are replicated over the tensor parallel ranks, but for compressors with weights of their own
+for each KV head. A replicated weight that meets a rank's own heads gets that rank's share of its
+gradient; the shares are added over the ranks in backward (``whole_gradient``). One that meets a
+rank's own tokens (under sequence parallelism) is marked ``sequence_parallel``, and Megatron's
+``finalize_model_grads`` adds the shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all_sp2hp,
+    copy_to_tensor_model_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor, nn
+
+from nsa_dist.checks import check
+from nsa_dist.compressor import BlockCompressor
+from nsa_dist.config import NSAConfig
+from nsa_dist.gates import LinearGate, MLPGate, StaticGate
+from nsa_kernels import Backend
+
+
+def parameter_device(config: TransformerConfig) -> torch.device:
+    """Where Megatron makes parameters."""
+    if config.use_cpu_initialization:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def fork_rng(device: torch.device) -> Any:
+    """A context that leaves the random state as it was."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def whole_gradient(weight: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+    """``weight``, whose gradient is added over the ranks that use it on their own heads."""
+    if tp_group.size() == 1:
+        return weight
+    return copy_to_tensor_model_parallel_region(weight, group=tp_group)
+
+
+@torch.no_grad()
+def _draw(parameter: Tensor, shape: torch.Size, own: slice, init: Callable[[Tensor], Any]) -> None:
+    """Fill a rank's part of a weight of ``shape`` so that the whole depends on no split."""
+    whole = torch.empty(shape, dtype=torch.float32, device=parameter.device)
+    init(whole)
+    parameter.copy_(whole[own])
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, as ``config.normalization`` says, that works on split sequences.
+
+    Takes the arguments with which Megatron builds its norms. The output has the dtype of the
+    weight, also where the residual stream is float32.
+
+    Args:
+        num_sets: weights of their own for each of several sets of heads; None for one weight.
+        normalization: what the spec was made for; None for whatever the config says.
+        per_head: applied to a rank's own heads of all tokens, not to its own tokens.
+
+    Parameters:
+        weight [hidden_size] or [num_sets, hidden_size], ones at start; bias, zeros, for LayerNorm.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        num_sets: int | None = None,
+        normalization: str | None = None,
+        per_head: bool = False,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        kind = config.normalization
+        works = "'RMSNorm' and 'LayerNorm' work"
+        check(kind in ("RMSNorm", "LayerNorm"), "normalization", kind, works)
+        check(
+            normalization in (None, kind),
+            "normalization",
+            normalization,
+            f"None or the TransformerConfig's {kind!r} works",
+        )
+        zero_centered = config.layernorm_zero_centered_gamma
+        works = "False works with this norm"
+        check(not zero_centered, "layernorm_zero_centered_gamma", zero_centered, works)
+        self.eps, self.width = eps, hidden_size
+        shape = (hidden_size,) if num_sets is None else (num_sets, hidden_size)
+        factory: dict[str, Any] = {
+            "device": parameter_device(config),
+            "dtype": config.params_dtype,
+        }
+        self.weight = nn.Parameter(torch.ones(shape, **factory))
+        self.bias = nn.Parameter(torch.zeros(shape, **factory)) if kind == "LayerNorm" else None
+        if not per_head:
+            for parameter in self.parameters():
+                parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] (with sets [..., num_sets, hidden_size]) -> the same."""
+        sets = self.weight.ndim == 2
+        weight, bias = (None, None) if sets else (self.weight, self.bias)
+        if self.bias is None:
+            x = F.rms_norm(x, (self.width,), weight, self.eps)
+        else:
+            x = F.layer_norm(x, (self.width,), weight, bias, self.eps)
+        if sets:
+            x = x * self.weight if self.bias is None else x * self.weight + self.bias
+        return x.to(self.weight.dtype)
+
+
+class ParallelCompressor(BlockCompressor):
+    """A compressor on a rank's own KV heads.
+
+    Args:
+        config: of the rank's own heads.
+        dim: width of what is compressed.
+        whole: config of all heads.
+        megatron: gives dtype, device and how weights are drawn.
+        tp_group: ranks that share the heads.
+
+    Weights that all heads share are replicated; those of each head are sharded with the heads,
+    along their first dimension. Matrices are drawn by ``init_method``.
+    """
+
+    def __init__(
+        self,
+        config: NSAConfig,
+        dim: int,
+        *,
+        whole: NSAConfig,
+        megatron: TransformerConfig,
+        tp_group: dist.ProcessGroup,
+    ) -> None:
+        device = parameter_device(megatron)
+        with fork_rng(device):
+            super().__init__(config, dim, device=device, dtype=megatron.params_dtype)
+        self.tp_group, self.per_head = tp_group, config.compress_per_head
+        heads, rank = config.num_kv_heads, tp_group.rank()
+        own = slice(rank * heads, (rank + 1) * heads) if self.per_head else slice(None)
+        for name, parameter in self.named_parameters():
+            if self.per_head:
+                set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+            is_matrix = self.kind in ("mlp", "linear") and name != "position"
+            if is_matrix and megatron.perform_initialization:
+                shape = parameter.shape
+                if self.per_head:
+                    shape = torch.Size((whole.num_kv_heads, *shape[1:]))
+                _draw(parameter, shape, own, megatron.init_method)
+
+    def forward(self, x: Tensor, block_rows: Tensor, backend: Backend) -> Tensor:
+        """[E, G, D] -> [C, G, D], as of ``BlockCompressor``."""
+        params: dict[str, Tensor] = dict(self.named_parameters())
+        if not self.per_head:
+            params = {name: whole_gradient(p, self.tp_group) for name, p in params.items()}
+        return backend.compress(x, block_rows, self.block, self.kind, params)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Weights of each head are split along their first dimension, others replicated."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(
+            state,
+            prefix,
+            dict.fromkeys(state, 0) if self.per_head else {},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
+
+def make_parallel_gate(config: NSAConfig, megatron: TransformerConfig) -> nn.Module:
+    """The gate module of all heads, replicated over tensor parallel ranks.
+
+    Weights are drawn by ``init_method``; the last bias, or the static logits, start at
+    ``gate_init``, the other bias at zero.
+    """
+    kind = {"linear": LinearGate, "mlp": MLPGate, "static": StaticGate}[config.gate]
+    device = parameter_device(megatron)
+    with fork_rng(device):
+        gate = kind(megatron.hidden_size, config, device=device, dtype=megatron.params_dtype)
+    if megatron.perform_initialization:
+        for name, parameter in gate.named_parameters():
+            if name.endswith("weight"):
+                _draw(parameter, parameter.shape, slice(None), megatron.init_method)
+        if isinstance(gate, MLPGate):
+            nn.init.zeros_(gate.up.bias)
+    if megatron.sequence_parallel and config.gate != "static":
+        for parameter in gate.parameters():
+            parameter.sequence_parallel = True  # type: ignore[attr-defined]
+    return gate
+
+
+def local_gate_logits(
+    gate: nn.Module, x: Tensor, tokens: torch.Size, tp_group: dist.ProcessGroup, *, split: bool
+) -> Tensor:
+    """Gate logits of a rank's own heads for all its context parallel rank's tokens.
+
+    Where the sequence is split over tensor parallel ranks, each makes the logits of its tokens for
+    all heads, and an all-to-all turns them: [T, 3H] moves in the place of the [T, hidden_size]
+    that a column parallel layer would gather.
+
+    Args:
+        x: [s, b, hidden_size]; [s/tp, b, hidden_size] with ``split``.
+        tokens: (s, b).
+
+    Returns:
+        [s, b, own heads * branches].
+    """
+    rank, size = tp_group.rank(), tp_group.size()
+
+    def own(weight: Tensor) -> Tensor:
+        """The rows of this rank's heads; all rows where the tokens are its own instead."""
+        if split:
+            return weight
+        return whole_gradient(weight, tp_group).chunk(size)[rank]
+
+    def every(weight: Tensor) -> Tensor:
+        return weight if split else whole_gradient(weight, tp_group)
+
+    if isinstance(gate, StaticGate):
+        logits = whole_gradient(gate.logits, tp_group).chunk(size)[rank]
+        return logits.flatten().expand(*tokens, -1)
+    if not split:
+        x = whole_gradient(x, tp_group)
+    if isinstance(gate, MLPGate):
+        x = F.silu(F.linear(x, every(gate.up.weight), every(gate.up.bias)))
+        last = gate.down
+    else:
+        assert isinstance(gate, LinearGate)
+        last = gate.proj
+    logits = F.linear(x, own(last.weight), own(last.bias))
+    if split:
+        logits = all_to_all_sp2hp(logits, group=tp_group).view(*tokens, -1)
+    return logits

@@ -1,0 +1,194 @@
+"""Layer and block specs: what a Megatron user writes in the place of Megatron's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from nsa_dist.adapters.megatron.attention import NSACoreAttention, NSASelfAttention
+from nsa_dist.adapters.megatron.modules import Norm
+from nsa_dist.checks import check
+from nsa_dist.config import NSAConfig
+
+
+def get_gpt_layer_nsa_spec(
+    nsa_config: NSAConfig, *args: Any, backend: str = "auto", **kwargs: Any
+) -> ModuleSpec:
+    """A GPT layer with Native Sparse Attention, in the place of ``get_gpt_layer_local_spec``.
+
+    Args:
+        nsa_config: what the attention computes; heads and widths are those of the
+            ``TransformerConfig``.
+        backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a backend's name.
+        args, kwargs: as of ``get_gpt_layer_local_spec``. ``normalization`` is the
+            TransformerConfig's when None.
+
+    Returns:
+        The spec of a ``TransformerLayer``. Under sequence parallelism without TransformerEngine and
+        apex Megatron has no last norm to go with it: use ``get_gpt_decoder_block_nsa_spec``.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+    bound = inspect.signature(get_gpt_layer_local_spec).bind(*args, **kwargs)
+    given = bound.arguments
+    for option in ("multi_latent_attention", "fp8", "use_kitchen"):
+        found = given.get(option)
+        check(not found, option, found, "None or False works with this attention")
+    # The norms are ours, so that Megatron's choice of norm (a module's variable) stays alone.
+    normalization = given.pop("normalization", None)
+    layer = get_gpt_layer_local_spec(*bound.args, **bound.kwargs)
+    return _with_our_norms(_with_nsa(layer, nsa_config, backend), normalization)
+
+
+def get_gpt_decoder_block_nsa_spec(
+    config: TransformerConfig,
+    nsa_config: NSAConfig,
+    *,
+    layers: Sequence[int | bool] | None = None,
+    backend: str = "auto",
+    qk_l2_norm: bool = False,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+) -> TransformerBlockSubmodules:
+    """All layers of a pipeline stage and the last norm, in the place of
+    ``get_gpt_decoder_block_spec``.
+
+    Args:
+        config: says how many layers there are, which of them are mixtures of experts, and the norm.
+        nsa_config, backend: as of ``get_gpt_layer_nsa_spec``.
+        layers: for each layer of the whole model 1 for Native Sparse Attention, 0 for Megatron's
+            dense attention; None for Native Sparse Attention everywhere.
+        qk_l2_norm, vp_stage, pp_rank: as of ``get_gpt_decoder_block_spec``.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+    count = config.num_layers
+    if layers is None:
+        layers = (1,) * count
+    check(
+        len(layers) == count and all(x in (0, 1) for x in layers),
+        "layers",
+        layers,
+        f"one 0 or 1 for each of num_layers={count} works",
+    )
+    if not all(layers):
+        size = config.context_parallel_size
+        works = "1 works with dense layers: Megatron's own dense attention is of one rank"
+        check(size == 1, "context_parallel_size", size, works)
+        # Otherwise layers are saved as slices of one tensor, which unlike layers are not.
+        same = not any(layers)
+        unlike = config.hetereogenous_dist_checkpoint
+        works = "True works where some layers are dense: unlike layers are saved apart"
+        check(same or unlike, "hetereogenous_dist_checkpoint", unlike, works)
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=False,
+        qk_l2_norm=qk_l2_norm,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
+    )
+    specs = [
+        _with_our_norms(_with_nsa(spec, nsa_config, backend) if layers[at] else spec)
+        for at, spec in zip(
+            _layers_of_stage(config, len(block.layer_specs), vp_stage, pp_rank),
+            block.layer_specs,
+            strict=True,
+        )
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
+
+
+def make_packed_seq_params(cu_seqlens: Tensor) -> PackedSeqParams:
+    """What Megatron's layers take for packed batches.
+
+    Args:
+        cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream over all context
+            parallel ranks, such as ``shard_batch(..., layout="zigzag_per_document").cu_seqlens``.
+            On the CPU it costs no copy from the device.
+    """
+    longest = int(cu_seqlens.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _layers_of_stage(
+    config: TransformerConfig, count: int, vp_stage: int | None, pp_rank: int | None
+) -> Sequence[int]:
+    """Numbers, from 0, of the layers that a pipeline stage builds."""
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        return layout.get_layer_id_list(
+            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return range(first, first + count)
+
+
+def _with_nsa(layer: ModuleSpec, nsa_config: NSAConfig, backend: str) -> ModuleSpec:
+    """A layer with its self-attention replaced."""
+    dense = layer.submodules.self_attention
+    assert dense.module is SelfAttention
+    attention = ModuleSpec(
+        module=NSASelfAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "nsa_config": nsa_config,
+            "backend": backend,
+        },
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=dense.submodules.linear_qkv,
+            core_attention=NSACoreAttention,
+            linear_proj=dense.submodules.linear_proj,
+            q_layernorm=dense.submodules.q_layernorm,
+            k_layernorm=dense.submodules.k_layernorm,
+        ),
+    )
+    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+
+
+def _with_our_norms(layer: ModuleSpec, normalization: str | None = None) -> ModuleSpec:
+    """A layer with every norm replaced by one that works on split sequences."""
+    norm = ModuleSpec(module=Norm, params={"normalization": normalization})
+    head_norm = ModuleSpec(module=Norm, params={"normalization": normalization, "per_head": True})
+    parts = layer.submodules
+    inner = parts.self_attention.submodules
+    inner = replace(
+        inner,
+        q_layernorm=_replaced(inner.q_layernorm, head_norm),
+        k_layernorm=_replaced(inner.k_layernorm, head_norm),
+    )
+    parts = replace(
+        parts,
+        input_layernorm=_replaced(parts.input_layernorm, norm),
+        pre_mlp_layernorm=_replaced(parts.pre_mlp_layernorm, norm),
+        self_attention=replace(parts.self_attention, submodules=inner),
+    )
+    return replace(layer, submodules=parts)
+
+
+def _replaced(old: Any, norm: ModuleSpec) -> Any:
+    return old if old in (None, IdentityOp, L2Norm) else norm

@@ -1,0 +1,44 @@
+"""Lets Megatron-core run on the CPU: its calls of torch.cuda answered by the CPU.
+
+For test processes of their own, and nowhere else: it changes torch for the whole process.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+FACTORIES = "zeros empty tensor ones full arange rand randn zeros_like empty_like".split()
+
+
+def _on_cpu(factory: Any) -> Any:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def install() -> None:
+    """Once in a process."""
+    if getattr(torch.cuda, "answered_by_cpu", False):
+        return
+    cpu = torch.device("cpu")
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    answers = {
+        "current_device": lambda: cpu,
+        "synchronize": lambda *_: None,
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "answered_by_cpu": True,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
