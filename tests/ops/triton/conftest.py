@@ -14,10 +14,19 @@ INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter takes bfloat16 for integers.
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+if not INTERPRETED:
+    # Products of the plain code, which sets the tolerance, are summed in float32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 if find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 elif INTERPRETED:
     assert os.environ.get("TRITON_INTERPRET") == "1", "set where all tests begin"
+
+
+def natively_all(interpreted: torch.dtype) -> list[torch.dtype]:
+    """Every dtype where there is a GPU; the interpreter is too slow for more than one each time."""
+    return [interpreted] if INTERPRETED else DTYPES
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

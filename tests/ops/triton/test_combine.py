@@ -10,7 +10,7 @@ from nsa_kernels.triton.combine import combine
 from tests.ops.accuracy import assert_2x
 from tests.ops.op_cases import case_id, random, same_bits
 from tests.ops.test_combine import dense
-from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED
+from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED, natively_all
 from tests.ops.triton.guard import far_apart
 
 NAMES = ["o", "d output 0", "d output 1", "d output 2"]
@@ -51,9 +51,10 @@ def test_against_the_oracle(queries: int, branches: int, dtype: torch.dtype) -> 
     assert_combines(*make(queries, branches, dtype))
 
 
+@pytest.mark.parametrize("dtype", natively_all(torch.float16), ids=case_id)
 @pytest.mark.parametrize("width", [16, 64, 80, 96, 128, 192, 256])
-def test_widths(width: int) -> None:
-    assert_combines(*make(70, 2, torch.float16, heads=2, width=width))
+def test_widths(width: int, dtype: torch.dtype) -> None:
+    assert_combines(*make(70, 2, dtype, heads=2, width=width))
 
 
 @pytest.mark.parametrize("gates_dtype", [torch.float32, torch.float16], ids=case_id)
@@ -72,10 +73,11 @@ def test_gates_of_all_tokens_are_one_row() -> None:
     assert [same_bits(x, y) for x, y in zip(found, expected, strict=True)] == [True] * 5
 
 
-def test_views_of_any_strides() -> None:
-    outputs, gates, grad = make(21, 2, torch.float16)
+@pytest.mark.parametrize("dtype", natively_all(torch.float16), ids=case_id)
+def test_views_of_any_strides(dtype: torch.dtype) -> None:
+    outputs, gates, grad = make(21, 2, dtype)
     expected = run(outputs, gates, grad)
-    fused = torch.full((21, 3, 5 * 48), torch.nan, dtype=torch.float16, device=DEVICE)
+    fused = torch.full((21, 3, 5 * 48), torch.nan, dtype=dtype, device=DEVICE)
     views = [fused[..., 48 * i : 48 * (i + 1)] for i in (1, 3)]
     for view, output in zip(views, outputs, strict=True):
         view.copy_(output)
@@ -95,8 +97,9 @@ def test_a_gradient_of_one_number_for_all() -> None:
     assert [same_bits(x, y) for x, y in zip(found, expected, strict=True)] == [True] * 4
 
 
-def test_a_row_does_not_depend_on_where_it_stands() -> None:
-    outputs, gates, grad = make(90, 3, torch.float32)
+@pytest.mark.parametrize("dtype", natively_all(torch.float32), ids=case_id)
+def test_a_row_does_not_depend_on_where_it_stands(dtype: torch.dtype) -> None:
+    outputs, gates, grad = make(90, 3, dtype)
     whole = run(outputs, gates, grad)
     for part in (slice(0, 7), slice(7, 64), slice(64, 90)):
         found = run([x[part] for x in outputs], gates[part], grad[part])

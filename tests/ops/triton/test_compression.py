@@ -21,7 +21,7 @@ from tests.ops.op_cases import (
     same_bits,
 )
 from tests.ops.test_compression import GROUPS, KINDS, Blocks, make_params
-from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED
+from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED, natively_all
 from tests.ops.triton.guard import far_apart
 
 WIDTH = 16
@@ -155,24 +155,26 @@ def test_a_token_depends_on_its_block_alone(kind: str, dtype: torch.dtype) -> No
         assert same_bits(part, whole[first:last])
 
 
+@pytest.mark.parametrize("dtype", natively_all(torch.float32), ids=case_id)
 @every_kind
-def test_gradients_repeat(kind: str) -> None:
+def test_gradients_repeat(kind: str, dtype: torch.dtype) -> None:
     blocks = Blocks(8, 2)
-    buffer = fill(random(blocks.num_tokens, GROUPS, WIDTH, dtype=torch.float32), blocks.index)
-    params = make_params(kind, 8, torch.float32, width=WIDTH)
-    grad = random(blocks.rows.shape[0], GROUPS, WIDTH, dtype=torch.float32)
+    buffer = fill(random(blocks.num_tokens, GROUPS, WIDTH, dtype=dtype), blocks.index)
+    params = make_params(kind, 8, dtype, width=WIDTH)
+    grad = random(blocks.rows.shape[0], GROUPS, WIDTH, dtype=dtype)
     first = run(buffer, blocks.rows, 8, kind, params, grad)
     assert_all_same(run(buffer, blocks.rows, 8, kind, params, grad), first)
 
 
+@pytest.mark.parametrize("dtype", natively_all(torch.float32), ids=case_id)
 @every_kind
-def test_views_of_any_strides(kind: str) -> None:
+def test_views_of_any_strides(kind: str, dtype: torch.dtype) -> None:
     blocks = Blocks(8, 4)
-    x = fill(random(blocks.num_tokens, GROUPS, WIDTH, dtype=torch.float32), blocks.index)
-    params = make_params(kind, 8, torch.float32, per_head=True, width=WIDTH)
-    grad = random(blocks.rows.shape[0], GROUPS, WIDTH, dtype=torch.float32)
+    x = fill(random(blocks.num_tokens, GROUPS, WIDTH, dtype=dtype), blocks.index)
+    params = make_params(kind, 8, dtype, per_head=True, width=WIDTH)
+    grad = random(blocks.rows.shape[0], GROUPS, WIDTH, dtype=dtype)
     expected = run(x, blocks.rows, 8, kind, params, grad)
-    fused = torch.full((x.shape[0], GROUPS, 5 * WIDTH), torch.nan)
+    fused = torch.full((x.shape[0], GROUPS, 5 * WIDTH), torch.nan, dtype=dtype)
     aligned, shifted = fused[..., WIDTH : 2 * WIDTH], fused[..., 3 * WIDTH + 1 : 4 * WIDTH + 1]
     heads_first = x.transpose(0, 1).contiguous().transpose(0, 1)
     channels_first = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)

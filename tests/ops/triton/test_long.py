@@ -60,18 +60,10 @@ long = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def _alone_and_exact() -> Iterator[None]:
-    """One test at a time on the GPU; 16-bit products of the plain code are summed in float32."""
-    matmul = torch.backends.cuda.matmul
-    reduced = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [getattr(matmul, name) for name in reduced]
+def _alone() -> Iterator[None]:
     with open(Path(tempfile.gettempdir()) / "nsa_dist_long_tests.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for name in reduced:
-            setattr(matmul, name, False)
         yield
-        for name, value in zip(reduced, before, strict=True):
-            setattr(matmul, name, value)
         torch.cuda.empty_cache()
 
 

@@ -26,7 +26,7 @@ from tests.ops.op_cases import (
     random_choice,
     same_bits,
 )
-from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED
+from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED, natively_all
 
 # Every R, l' and padded width, with key and value widths that differ.
 CASES = [
@@ -300,10 +300,11 @@ def test_trap_a_document_of_one_token_has_no_gradient_of_logits() -> None:
     assert dv.all()
 
 
-def test_views_of_a_fused_projection() -> None:
+@pytest.mark.parametrize("dtype", natively_all(torch.float16), ids=case_id)
+def test_views_of_a_fused_projection(dtype: torch.dtype) -> None:
     """Strides of q, k, v, the choice and the gradient as views have them: the bits of copies."""
     case = Case("one", (40,), value_width=16)
-    inputs, grad_o = make_inputs(case, torch.float16)
+    inputs, grad_o = make_inputs(case, dtype)
     inputs = tuple(to_device(*inputs))
     fused = torch.cat(inputs, dim=1)
     views = fused.requires_grad_().split([case.heads, case.groups, case.groups], dim=1)

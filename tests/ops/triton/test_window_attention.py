@@ -22,7 +22,7 @@ from tests.ops.triton.banded import (
     check_strides,
     small_pieces,
 )
-from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED
+from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED, natively_all
 from tests.ops.triton.guard import far_apart
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
@@ -63,9 +63,10 @@ def test_bits_do_not_depend_on_the_split(
     check_bits_of_a_split("window", replace(BITS, window=window), dtype)
 
 
-def test_gradients_repeat() -> None:
+@pytest.mark.parametrize("dtype", natively_all(torch.float32), ids=case_id)
+def test_gradients_repeat(dtype: torch.dtype) -> None:
     branch = Branch("window", CASES[2])
-    inputs, grad_o = branch.inputs(torch.float32)
+    inputs, grad_o = branch.inputs(dtype)
     buffers = branch.buffers(inputs)
     assert_same(branch.results(buffers, grad_o), branch.results(buffers, grad_o))
 

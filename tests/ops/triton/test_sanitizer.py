@@ -1,0 +1,61 @@
+"""compute-sanitizer finds nothing: no access out of bounds, no race in shared memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ops.triton.conftest import DEVICE, INTERPRETED
+from tests.ops.triton.every_op import EVERY, Options, case_id, run
+
+ROOT = Path(__file__).resolve().parents[3]
+PROGRAM = "tests.ops.triton.every_op"
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
+    "compute-sanitizer", path="/usr/local/cuda/bin"
+)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs there under compute-sanitizer")
+@pytest.mark.parametrize(
+    "options",
+    [EVERY[1], *(pytest.param(x, marks=pytest.mark.slow) for x in EVERY if x != EVERY[1])],
+    ids=case_id,
+)
+def test_the_program_runs(options: Options) -> None:
+    run(options, DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_nothing_is_found(tool: str) -> None:
+    assert SANITIZER is not None
+    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    environment = {**os.environ, "PYTHONPATH": path}
+    if tool == "memcheck":
+        # Every tensor is an allocation of its own, behind which memory is not ours.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    program = [sys.executable, "-m", PROGRAM]
+    # Once without, so that kernels are compiled.
+    subprocess.run(program, cwd=ROOT, env=environment, check=True, timeout=300)
+    found = subprocess.run(
+        [SANITIZER, "--tool", tool, "--error-exitcode", "1", *program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    output = found.stdout + found.stderr
+    summary = re.search(r"(ERROR|RACECHECK) SUMMARY: (.*)", output)
+    assert summary is not None, output[-6000:]
+    assert summary[2].startswith(("0 errors", "0 hazards")), output[-6000:]
+    assert found.returncode == 0, output[-6000:]
