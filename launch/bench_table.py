@@ -44,12 +44,13 @@ class Shape:
     window: int
 
     def title(self) -> str:
+        groups = "one group" if self.kv_heads == 1 else f"{self.kv_heads} groups"
         widths = f"width {self.head_dim}"
         if self.v_head_dim != self.head_dim:
             widths = f"widths {self.head_dim} and {self.v_head_dim}"
         documents = "one document" if self.documents == 1 else f"{self.documents} documents"
         return (
-            f"{self.gpu}: {self.heads} heads in {self.kv_heads} groups, {widths}, {self.dtype}, "
+            f"{self.gpu}: {self.heads} heads in {groups}, {widths}, {self.dtype}, "
             f"l{self.compress_block} d{self.compress_stride} l'{self.select_block} "
             f"n{self.num_selected} w{self.window}, {documents}"
         )
@@ -385,7 +386,10 @@ def draw_plot(path: Path, rows: Sequence[Row]) -> None:
         ):
             if own:
                 axes.plot(lengths, times, style, color=f"C{color}", label=f"{label}, {name}")
+    ticks = sorted({row.length for row in rows if row.shape == shapes[0]})
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
+    axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+    axes.minorticks_off()
     axes.set_title(shapes[0].title(), fontsize=7)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
