@@ -184,22 +184,22 @@ class Flow:
             scale=self.config.softmax_scale,
         )
 
-    @torch.no_grad()
     def _choose(self, q: Tensor, k_cmp: Tensor, lse: Tensor) -> Tensor:
         config = self.config
-        return self.ops.select_blocks(
-            q,
-            k_cmp,
-            lse,
-            self.plan.segments,
-            block=config.compress_block,
-            stride=config.compress_stride,
-            select_block=config.select_block,
-            num_selected=config.num_selected,
-            num_init_blocks=config.num_init_blocks,
-            num_local_blocks=config.num_local_blocks,
-            scale=config.softmax_scale,
-        )
+        with torch.no_grad():
+            return self.ops.select_blocks(
+                q,
+                k_cmp,
+                lse,
+                self.plan.segments,
+                block=config.compress_block,
+                stride=config.compress_stride,
+                select_block=config.select_block,
+                num_selected=config.num_selected,
+                num_init_blocks=config.num_init_blocks,
+                num_local_blocks=config.num_local_blocks,
+                scale=config.softmax_scale,
+            )
 
     def _attend_selected(
         self, q: Tensor, k_ext: Tensor, v_ext: Tensor, selected: Tensor

@@ -234,6 +234,7 @@ class NativeSparseAttention(nn.Module):
             out = flat.unflatten(0, rows)
         return out if details is None else (out, details)
 
+    @torch.compiler.disable  # The one break of a compiled layer: see get_plan.
     def _plan(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Plan:
         check_tensor("x", x, "a tensor")
         rows = tuple(x.shape[:2]) if x.ndim >= 2 else (0, 0)

@@ -70,6 +70,8 @@ def _same_documents(a: Tensor | None, b: Tensor | None) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
+# Compiled code calls it as it is: what it reads is values, and a batch needs it once.
+@torch.compiler.disable
 def get_plan(
     config: NSAConfig,
     layout: str,

@@ -17,11 +17,9 @@ bits in each run. H and G may be a slice: one KV head and its R query heads.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -163,12 +161,16 @@ def get_backend(name: str = "auto", device: torch.device | str | None = None) ->
             return pytorch
         raise ValueError(f"backend: found 'triton' {missing}; 'pytorch' works")
     # Not before it is asked for: machines without Triton import the rest.
-    return cast(Backend, importlib.import_module("nsa_kernels.triton"))
+    import nsa_kernels.triton
+
+    return nsa_kernels.triton
 
 
 def _missing_for_triton(device: torch.device | None) -> str | None:
     """Why the Triton backend cannot run on `device` (None: on any of this machine), or None."""
-    if find_spec("triton") is None:
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError:
         return "without the package triton"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
