@@ -51,7 +51,7 @@ from tests.ops.triton.long_documents import (
 from tests.ops.triton.test_block_selection import assert_some_are_the_highest
 from tests.ops.triton.test_selected_attention import attention_results, make_inputs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900), pytest.mark.xdist_group("long")]
 
 BAND = {"block": BLOCK, "stride": STRIDE, "scale": SCALE}
 long = pytest.mark.parametrize(
