@@ -19,6 +19,7 @@ from bench_problems import Problem, problems
 from bench_stream import Stream
 from bench_table import read_csv
 from bench_work import Peaks, count_pairs, fewest_bytes, operator_flops
+from nsa_kernels import pytorch
 from nsa_kernels.reference import ReferenceOptions, block_scores, selected_mask, window_mask
 
 numpy = pytest.importorskip("numpy")
@@ -434,3 +435,24 @@ def test_a_file_that_does_not_match_ends_the_program_before_anything_is_timed(
     assert "[group, token, n] = [2, 90, 4]" in str(error.value.code)
     assert "[2, 96, 4] (--kv-heads, --lengths and --num-selected" in str(error.value.code)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", [1, 4])
+def test_a_run_on_a_gpu_times_everything(tmp_path: Path, documents: int) -> None:
+    table = tmp_path / "out.csv"
+    sizes = ["--lengths", "1000", "2048", "--heads", "16", "--kv-heads", "1"]
+    more = ["--documents", str(documents), "--repeats-ms", "5", "--csv", str(table)]
+    bench_kernels.main([*sizes, *more])
+    rows = read_csv(table)
+    assert {row.operator for row in rows} >= {*OPERATORS, "dense_cudnn", "dense_flash"}
+    for row in rows:
+        assert row.forward_ms > 0 and (row.backward_ms or 1) > 0
+        assert row.peak_gib is not None and row.peak_gib > 0
+        # Nothing is faster than the GPU: whatever it is that such a rate would count is wrong.
+        assert row.forward_of_floor is not None and 0 < row.forward_of_floor < 1.1
+
+
+def test_every_operator_of_a_backend_has_its_row() -> None:
+    files = (Path(pytorch.__file__).parent).glob("[!_]*.py")
+    assert {path.stem for path in files} | {"whole"} == set(OPERATORS)

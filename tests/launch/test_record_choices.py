@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import local
 from bench_options import Options, first_bad_choice, recorded_choices
 from record_choices import RecordOptions, find_checkpoint, main, read_tokens, write_choices
 from settings import Settings
@@ -159,3 +162,16 @@ def test_all_tokens_are_read_unless_told(options: RecordOptions) -> None:
     settings = find_checkpoint(options)[1]
     assert read_tokens(replace(options, length=None), settings).shape == (1, 432)
     assert read_tokens(options, settings).shape == (1, LENGTH)
+
+
+@pytest.mark.slow
+def test_the_program_from_the_command_line(options: RecordOptions, tmp_path: Path) -> None:
+    program = Path(local.__file__).with_name("record_choices.py")
+    line = [sys.executable, str(program), str(options.folder), "--text", *map(str, options.text)]
+    line += ["--device", "cpu", "--out", "found.npz"]
+    environment = local.environment()
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "found.npz has selected [layer, group, token, n] = [2, 2, 432, 4]" in done.stdout
+    with numpy.load(tmp_path / "found.npz") as file:
+        assert file["selected"].shape == (2, 2, 432, 4)
