@@ -178,6 +178,7 @@ def _missing_for_triton(device: torch.device | None) -> str | None:
         return "without an NVIDIA GPU"
     if device is not None and device.type != "cuda":
         return f"for tensors on {device}"
-    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        return f"on {torch.cuda.get_device_name(device)}, of a compute capability below 8.0"
+    gpu = torch.cuda.get_device_properties(device)  # which torch.compile can call
+    if (gpu.major, gpu.minor) < LEAST_CAPABILITY:
+        return f"on {gpu.name}, of a compute capability below 8.0"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,8 +266,9 @@ def _on_a_machine(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    major, minor = capability or (0, 0)
+    gpu = SimpleNamespace(name="Some GPU", major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
 
 def test_triton_runs_on_nvidia_gpus_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
