@@ -29,16 +29,29 @@ def install() -> None:
     if getattr(torch.cuda, "answered_by_cpu", False):
         return
     cpu = torch.device("cpu")
+
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    class Generators:
+        def __getitem__(self, _: Any) -> torch.Generator:
+            return torch.default_generator
+
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     answers = {
         "current_device": lambda: cpu,
         "synchronize": lambda *_: None,
-        "get_rng_state": lambda *_: torch.get_rng_state(),
-        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "get_rng_state": get_rng_state,
+        "default_generators": Generators(),
         "manual_seed": lambda seed: torch.manual_seed(seed),
         "answered_by_cpu": True,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
+    torch.cuda.random.get_rng_state = get_rng_state
+
+    from megatron.core.tensor_parallel import random
+
+    random._lazy_call = lambda call, **_: call()  # Else put off until CUDA is there.

@@ -1,0 +1,34 @@
+"""Megatron's tests: skipped without megatron-core, on ranks of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.distributed.ranks import Ranks
+
+MISSING = importlib.util.find_spec("megatron") is None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if MISSING:
+        for item in items:
+            if "adapters/megatron" in item.path.as_posix():
+                item.add_marker(pytest.mark.skip(reason="needs megatron-core, which is not here"))
+
+
+@pytest.fixture(scope="session")
+def megatron_ranks() -> Iterator[Callable[[int], Ranks]]:
+    """As ``ranks_of``, but processes that answer for Megatron's GPUs."""
+    started: dict[int, Ranks] = {}
+
+    def get(size: int) -> Ranks:
+        if size not in started:
+            started[size] = Ranks(size)
+        return started[size]
+
+    yield get
+    for ranks in started.values():
+        ranks.close()

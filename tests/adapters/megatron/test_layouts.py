@@ -1,0 +1,94 @@
+"""Gradients and steps of the model on every layout against one process, through Megatron's own
+schedule, DDP and ``finalize_model_grads``.
+
+float64: agreement is to rounding, 1e-12 of each tensor's largest element. With four ranks, what is
+not split otherwise is data parallel: CP2 is DP2 x CP2 here.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.adapters.megatron.case import VARIANTS, Case, Layout, run_split, run_whole
+from tests.distributed.ranks import Ranks
+
+TOLERANCE = 1e-12
+LAYOUTS = {
+    "TP2": Layout(tp=2),
+    "TP2xSP": Layout(tp=2, sp=True),
+    "CP2": Layout(cp=2),
+    "CP4": Layout(cp=4),
+    "TP2xCP2xSP": Layout(tp=2, cp=2, sp=True),
+    "PP2": Layout(pp=2),
+    "CP2xPP2": Layout(cp=2, pp=2),
+    "TP2xPP2xSP": Layout(tp=2, pp=2, sp=True),
+}
+RECOMPUTE = ("none", "selective", "full")
+FORMS = ("rows", "packed")
+
+
+def _case_id(layout: str, recompute: str, form: str, variant: str) -> str:
+    return f"{layout}-{recompute}-{form}-{variant}"
+
+
+def _case(layout: str, recompute: str, form: str, variant: str, steps: int = 0) -> Case:
+    return Case(variant, LAYOUTS[layout], form == "packed", recompute, steps)
+
+
+# Every pair of layout and recomputation; over them every pair with form and variant too.
+COVERING = [
+    (layout, RECOMPUTE[j], FORMS[(i + j) % 2], list(VARIANTS)[(i + 2 * j) % 3])
+    for i, layout in enumerate(LAYOUTS)
+    for j in range(3)
+]
+EVERY = list(itertools.product(LAYOUTS, RECOMPUTE, FORMS, VARIANTS))
+
+
+def test_the_cases_cover_all_pairs() -> None:
+    factors = (LAYOUTS, RECOMPUTE, FORMS, VARIANTS)
+    for a, b in itertools.combinations(range(4), 2):
+        covered = {(row[a], row[b]) for row in COVERING}
+        assert set(itertools.product(factors[a], factors[b])) - covered == set(), (a, b)
+
+
+@functools.cache
+def _whole(ranks: Ranks, variant: str, form: str, steps: int) -> Any:
+    return ranks.run(run_whole, Case(variant, packed=form == "packed", steps=steps))[0]
+
+
+def _assert_equal(megatron_ranks: Callable[[int], Ranks], case: Case) -> None:
+    form = "packed" if case.packed else "rows"
+    loss, *expected = _whole(megatron_ranks(1), case.variant, form, case.steps)
+    for found_loss, errors in megatron_ranks(4).run(run_split, case, *expected):
+        assert abs(found_loss - loss) <= TOLERANCE * abs(loss)
+        for name, (error, scale, of_module) in errors.items():
+            # Zero in exact arithmetic, rounding noise on both sides: as of tests/distributed.
+            scale = of_module if scale <= TOLERANCE * of_module else scale
+            assert error <= TOLERANCE * scale, f"{name}: error {error:.2e} of {scale:.2e}"
+            chooses_only = "compressed" not in VARIANTS[case.variant].nsa.branches
+            assert (scale == 0) == (chooses_only and "k_compressor" in name), name
+
+
+@pytest.mark.parametrize("row", COVERING, ids=lambda row: _case_id(*row))
+def test_gradients_equal_one_process(
+    row: tuple[str, str, str, str], megatron_ranks: Callable[[int], Ranks]
+) -> None:
+    _assert_equal(megatron_ranks, _case(*row))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", sorted(set(EVERY) - set(COVERING)), ids=lambda row: _case_id(*row))
+def test_gradients_equal_one_process_every_combination(
+    row: tuple[str, str, str, str], megatron_ranks: Callable[[int], Ranks]
+) -> None:
+    _assert_equal(megatron_ranks, _case(*row))
+
+
+@pytest.mark.parametrize("layout", ["TP2xCP2xSP", "CP2xPP2"])
+def test_three_steps_equal_one_process(layout: str, megatron_ranks: Callable[[int], Ranks]) -> None:
+    _assert_equal(megatron_ranks, _case(layout, "selective", "packed", "independent-mlp", 3))
