@@ -10,16 +10,17 @@ cuDNN's and FlashAttention's kernels as torch has them. docs/benchmarks.md says 
 from __future__ import annotations
 
 import functools
+import importlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 import tyro
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -114,7 +115,7 @@ def bench(options: Options, meter: Meter) -> tuple[list[Row], list[str]]:
     }
     peaks = meter.peaks(DTYPES[options.dtype])
     print(
-        f"{meter.gpu}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"{meter.gpu}, torch {torch.__version__}, triton {triton_version()}, "
         f"commit {commit()}; {peaks.tflops:.0f} TFLOP/s of matmul, {peaks.tbytes:.2f} TB/s of copy",
         flush=True,
     )
@@ -219,10 +220,17 @@ def shape_of(options: Options, gpu: str) -> Shape:
 def _where() -> dict[str, Any]:
     return {
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": triton_version(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def triton_version() -> str:
+    """Of the installed triton, or "none": the PyTorch backend works without."""
+    if find_spec("triton") is None:
+        return "none"
+    return str(importlib.import_module("triton").__version__)
 
 
 @functools.cache

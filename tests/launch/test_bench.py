@@ -80,6 +80,28 @@ def test_random_choices_are_choices_that_a_selection_makes(options: Options) -> 
         assert not torch.equal(choices[80], choices[85])
 
 
+def test_a_choice_that_no_selection_makes_is_seen() -> None:
+    """Of four blocks of 16 tokens."""
+    good = random_choices(90, SMALL.config, "cpu")
+    for token, choice in (
+        (3, [0, 1, -1, -1]),
+        (3, [-1, -1, -1, -1]),
+        (20, [1, 0, -1, -1]),
+        (20, [0, 2, -1, -1]),
+        (20, [1, -1, -1, -1]),
+        (40, [0, 0, 2, -1]),
+        (40, [0, 1, 2, 2]),
+        (40, [-1, 0, 1, 2]),
+        (89, [0, 1, 2, 3]),
+        (89, [0, 4, 5, -1]),
+        (89, [0, 4, 5, 6]),
+    ):
+        bad = good.clone()
+        bad[token, 1] = torch.tensor(choice)
+        assert first_bad_choice(bad, SMALL.config) == (token, 1), choice
+    assert first_bad_choice(good, SMALL.config) is None
+
+
 def test_recorded_choices_are_read_by_layer(tmp_path: Path) -> None:
     path = chosen_file(tmp_path, SMALL, select_block=numpy.int64(16))
     options = replace(SMALL, choices=path)
@@ -272,9 +294,9 @@ def test_wrong_choices_are_seen() -> None:
     (won,) = chosen - {0, 4, 5}
     assert free
 
-    def with_choice(blocks: list[int]) -> bool:
+    def with_choice(blocks: list[int], at: int = token) -> bool:
         changed = right.clone()
-        changed[token, group] = torch.tensor(blocks)
+        changed[at, group] = torch.tensor(blocks)
         return replace(problem, run=lambda *_: changed).verdict().right
 
     assert with_choice([0, won, 4, 5])
@@ -282,12 +304,16 @@ def test_wrong_choices_are_seen() -> None:
         *([0, other, 4, 5] for other in free),
         [won, 0, 4, 5],
         [0, won, 4, -1],
-        [won, *free[:1], 4, 5],
+        [*sorted((won, free[0])), 4, 5],
         [0, won, 4, 6],
         [0, 4, 5, 5],
         [0, -1, 4, 5],
     ):
         assert not with_choice(blocks), blocks
+    # A token of block 0 has that one.
+    assert with_choice([0, -1, -1, -1], at=5)
+    for blocks in ([0, 1, -1, -1], [1, -1, -1, -1], [-1, -1, -1, -1], [0, 7, -1, -1]):
+        assert not with_choice(blocks, at=5), blocks
 
 
 # The program but for its clock.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import local
-from bench_options import Options, first_bad_choice, recorded_choices
+from bench_options import Options, recorded_choices
 from record_choices import RecordOptions, find_checkpoint, main, read_tokens, write_choices
 from settings import Settings
 from tests.distributed.ranks import Ranks
@@ -86,27 +86,6 @@ def test_blocks_beyond_int16_are_kept(tmp_path: Path) -> None:
         with numpy.load(path) as file:
             assert file["selected"].dtype == dtype
             assert file["selected"].flatten().tolist() == [0, last, -1]
-
-
-def test_a_choice_that_no_selection_makes_is_seen(trained: Settings) -> None:
-    config = trained.attention
-    good = torch.full((20, 2, 4), -1)
-    good[:8, :, 0] = 0
-    good[8:16, :, :2] = torch.tensor([0, 1])
-    good[16:, :, :3] = torch.tensor([0, 1, 2])
-    assert first_bad_choice(good, config) is None
-    for token, choice in (
-        (3, [0, 0, -1, -1]),
-        (9, [1, 0, -1, -1]),
-        (9, [0, 2, -1, -1]),
-        (9, [1, -1, -1, -1]),
-        (17, [0, 1, -1, -1]),
-        (17, [0, 1, 2, 3]),
-        (17, [-1, 0, 1, 2]),
-    ):
-        bad = good.clone()
-        bad[token, 1] = torch.tensor(choice)
-        assert first_bad_choice(bad, config) == (token, 1), choice
 
 
 def refused(options: RecordOptions, capsys: pytest.CaptureFixture[str]) -> str:
