@@ -36,6 +36,7 @@ from nsa_kernels.triton.library import operator
 from nsa_kernels.triton.tiles import (
     Chunk,
     chunks,
+    compute_capability,
     padded,
     positions,
     precision,
@@ -392,9 +393,8 @@ def _select_blocks(
     score_parts = 1 if block == stride else 2
     per_block = select_block // stride
     head_columns = triton.next_power_of_2(q.shape[1] // groups)
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     widths = _widths(q.shape[-1])
-    shape = _shape(q.dtype, widths, head_columns, per_block, capability)
+    shape = _shape(q.dtype, widths, head_columns, per_block, compute_capability(q))
     tokens = shape.columns // head_columns
     # 128 columns of a warp: their heads are summed in one thread, or in few.
     near = min(tokens, 8, 128 // head_columns)

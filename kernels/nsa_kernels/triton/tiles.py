@@ -310,12 +310,37 @@ class TileShape(NamedTuple):
     stages: int
 
 
+def compute_capability(x: Tensor) -> tuple[int, int]:
+    """Of the GPU that x is on; (0, 0) where kernels are interpreted."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+
+
 def attention_shapes(q: Tensor, v: Tensor) -> tuple[TileShape, TileShape, TileShape]:
-    """Of the forward, dq and dk, dv kernels; by widths and dtype only, for the promise of bits."""
+    """Of the forward, dq and dk, dv kernels; by widths, R, dtype and GPU alone.
+
+    Bits of an output depend on them. They are as large as the registers of that GPU allow.
+    """
     width = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    if q.dtype == torch.float32 or width > 128:
+    if not q.is_cuda and (q.dtype == torch.float32 or width > 128):
+        # Registers are no matter to the interpreter, and large tiles are its fast ones.
         return TileShape(64, 32, 4, 2), TileShape(64, 32, 4, 1), TileShape(64, 32, 8, 1)
-    return TileShape(128, 128, 8, 2), TileShape(128, 64, 8, 3), TileShape(64, 128, 8, 2)
+    if q.dtype == torch.float32:
+        keys = 32 if width <= 128 else 16
+        return TileShape(32, keys, 8, 1), TileShape(32, keys, 8, 2), TileShape(32, keys, 8, 1)
+    if width > 128:
+        return TileShape(64, 32, 8, 2), TileShape(64, 32, 8, 2), TileShape(64, 32, 8, 1)
+    major = compute_capability(q)[0]
+    if major == 10:
+        return TileShape(64, 64, 8, 2), TileShape(64, 32, 8, 2), TileShape(32, 64, 8, 2)
+    if major not in (0, 9):
+        small = TileShape(64, 32, 8, 2)
+        return small, small, small if width > 64 else TileShape(32, 32, 8, 2)
+    forward, dq = TileShape(128, 128, 8, 2), TileShape(128, 64, 8, 3)
+    ratio = q.shape[1] // v.shape[1]
+    if ratio & (ratio - 1):  # Rows are divided by it, which takes registers.
+        forward, dq = TileShape(128, 64, 8, 2), TileShape(128, 32, 8, 2)
+    # At 128 sums of dk and dv in pieces take all registers, and wait in memory meanwhile.
+    return forward, dq, TileShape(64, 128, 8, 2 if width > 64 else 3)
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:
