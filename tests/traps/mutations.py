@@ -11,9 +11,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Mutation:
-    """A bug: ``old`` in ``file`` becomes ``new``, and ``test`` fails.
+    """A bug: ``old`` in ``file`` becomes ``new``, and ``test`` in ``folder`` of tests/ fails.
 
-    trap and bug are the first two columns of the table in tests/README.md.
+    trap and bug are the first two columns of the table in tests/README.md. quick: put in by every
+    run of the tests, not only by those with --run-slow.
     """
 
     trap: str
@@ -22,11 +23,13 @@ class Mutation:
     old: str
     new: str
     test: str
+    folder: str = "traps"
+    quick: bool = False
 
     @property
     def node(self) -> str:
         """The test as pytest is told it."""
-        return f"tests/traps/{self.test}"
+        return f"tests/{self.folder}/{self.test}"
 
     @property
     def row(self) -> str:

@@ -1,6 +1,6 @@
-"""Puts each bug of ``mutations.py`` in, to see the test of its trap fail.
+"""Puts each bug of ``mutations.py`` and ``kernel_mutations.py`` in, to see its trap's test fail.
 
-    python tests/traps/run_mutations.py [--only TEXT] [--jobs N] [--json FILE]
+    python -m tests.traps.run_mutations [--only TEXT] [--quick] [--jobs N] [--json FILE]
 
 For every mutation the source tree is copied, the one piece of text is replaced, and the trap's test
 runs there in a process of its own. It must fail; on the tree as it is all of them must pass.
@@ -22,7 +22,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import MUTATIONS, Mutation
+
+from tests.traps.kernel_mutations import KERNEL_MUTATIONS
+from tests.traps.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("nsa_dist", "kernels", "tests", "launch", "pyproject.toml")
@@ -41,8 +43,9 @@ def run_tests(tree: Path, nodes: list[str]) -> int:
     """pytest's exit status on ``tree``. Changes this process for good: call it in a forked one."""
     os.chdir(tree)
     sources = [str(tree), str(tree / "kernels"), str(tree / "launch")]
-    here = str(Path(__file__).resolve().parent)
-    sys.path[:] = sources + [path for path in sys.path if path != here]
+    sys.path[:] = sources + [path for path in sys.path if path != str(ROOT)]
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]  # those of this tree
     # Rank processes start from the environment, and import the main module if it has a file.
     os.environ["PYTHONPATH"] = os.pathsep.join(sources)
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -115,10 +118,15 @@ def run_all(mutations: list[Mutation], jobs: int) -> dict[str, Outcome]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="mutations whose row contains this text")
+    parser.add_argument("--quick", action="store_true", help="only those that every run puts in")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="write outcomes to this file")
     options = parser.parse_args()
-    chosen = [m for m in MUTATIONS if options.only in m.row]
+    # On a GPU a wrong kernel may take the device down; the interpreter only fails.
+    kernels = () if torch.cuda.is_available() else KERNEL_MUTATIONS
+    chosen = [m for m in (*MUTATIONS, *kernels) if options.only in m.row]
+    if options.quick:
+        chosen = [m for m in chosen if m.quick]
     outcomes = run_all(chosen, options.jobs)
     if options.json:
         table = {name: [o.code, o.output] for name, o in outcomes.items()}

@@ -52,6 +52,11 @@ def _sum_kernel(x, y, length, BLOCK: tl.constexpr, ZEROS: tl.constexpr):
 
 
 @triton.jit
+def _count_kernel(y, ONE: tl.constexpr):
+    tl.atomic_add(y, ONE)
+
+
+@triton.jit
 def _indirect_kernel(addresses, y):
     tl.store(y, tl.load(tl.load(addresses).to(tl.pointer_type(tl.float32))))
 
@@ -100,6 +105,15 @@ def test_pointer_of_no_argument() -> None:
 def test_two_programs_write_one_element() -> None:
     with pytest.raises(Exception, match="race: writes what another program writes"):
         _same_place_kernel[(2,)](torch.zeros(4))
+
+
+def test_two_programs_add_floats_to_one_element() -> None:
+    """Integers may be: their sum has one value."""
+    count = torch.zeros(1, dtype=torch.int32)
+    _count_kernel[(2,)](count, ONE=1)
+    assert count.item() == 2
+    with pytest.raises(Exception, match="race: writes what another program writes"):
+        _count_kernel[(2,)](torch.zeros(1), ONE=1.0)
 
 
 def test_two_lanes_write_one_element() -> None:

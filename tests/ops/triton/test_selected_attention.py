@@ -223,6 +223,25 @@ def test_bits_do_not_depend_on_the_split(dtype: torch.dtype) -> None:
         assert same_bits(lse[local], results[0][1][run])
 
 
+@pytest.mark.usefixtures("_same_bits_in_any_row")
+def test_trap_index_order_changing_bits() -> None:
+    """Blocks come in one order for a query, whatever those beside it in the tile chose."""
+    case = Case("one", (200,), ((0, 180, 6),), heads=2, value_width=16, num_selected=8)
+    layout = Layout(case)
+    inputs, _ = make_inputs(case, torch.float32)
+    choice = random_choice(case)[case.local_rows]
+    choice[5] = torch.tensor([0, 1, 3, 4, 6, 8, 10, 11], dtype=torch.int32)
+    results = []
+    for others in ([0, 1, 2, 3, 5, 7, 10, 11], [0, 4, 5, 6, 7, 8, 10, 11]):
+        choice[:5] = torch.tensor(others, dtype=torch.int32)
+        table = layout.block_table(choice)
+        own, fetched = pool(table, inputs)
+        q = inputs[0][case.local_rows]
+        results.append(attend(case, layout.segments, table, q, own, fetched, choice))
+    for x, y in zip(*results, strict=True):
+        assert same_bits(x[5], y[5])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @pytest.mark.parametrize("t", [0, 16, 37])
 def test_future_others_and_their_choices_change_no_bit(dtype: torch.dtype, t: int) -> None:
@@ -266,6 +285,20 @@ def test_trap_nan_behind_the_last_query() -> None:
         assert same_bits(x, y)
     for grad in results[1][3:]:
         assert not grad[41:].any()
+
+
+def test_trap_finite_mask_value_leaks_future() -> None:
+    """Logits of seen keys far below any mask value: later keys must still weigh nothing."""
+    case = Case("one", (32,), heads=1, groups=1, value_width=32)
+    q, v = torch.ones(32, 1, 16, device=DEVICE), torch.eye(32, device=DEVICE)[:, None]
+    t = torch.arange(32)
+    selected = torch.stack([t * 0, (t // 16).where(t >= 16, -1)], dim=-1)[:, None].int()
+    for first in (5, 20):
+        k = torch.full((32, 1, 16), -1e30, device=DEVICE)
+        k[first:] = 1e30
+        o, _ = attend_plain(case, q, k, v, selected)
+        seen = (torch.arange(32) < first) / first
+        torch.testing.assert_close(o[first - 1, 0].cpu(), seen)
 
 
 def test_trap_fully_masked_rows() -> None:
