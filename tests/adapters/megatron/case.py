@@ -7,6 +7,7 @@ to rounding. Every rank makes the whole batch from a seed and keeps its part.
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,8 +94,8 @@ class Case:
 @contextmanager
 def megatron(layout: Layout) -> Iterator[None]:
     """Megatron's groups for ``layout`` over all ranks, and its random state."""
+    warnings.simplefilter("ignore")  # Of what is not installed beside it.
     shim.install()
-    warnings.simplefilter("ignore")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -357,3 +358,37 @@ def run_split(
             of_module = max(largest(x) for n, x in wholes.items() if n.rpartition(".")[0] == module)
             errors[label] = (largest(value - expected), largest(whole), of_module)
         return float(loss), errors
+
+
+def save_checkpoint(case: Case, weights: dict[str, Tensor], folder: str) -> None:
+    """On every rank: write the model's weights as Megatron's distributed checkpoints are."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # Megatron writes from processes of its own, which a daemon such as a rank may not start.
+    process = multiprocessing.current_process()
+    process._config["daemon"] = False  # type: ignore[attr-defined]
+    try:
+        with megatron(case.layout):
+            run = Run(case, weights)
+            dist_checkpointing.save(run.model.sharded_state_dict(), folder)
+    finally:
+        process._config["daemon"] = True  # type: ignore[attr-defined]
+        filesystem_async._results_queue = None  # Ends the process that served it.
+
+
+def load_checkpoint(case: Case, weights: dict[str, Tensor], folder: str) -> list[str]:
+    """On every rank: read them into a model of other weights; names of those that differ then."""
+    from megatron.core import dist_checkpointing
+
+    with megatron(case.layout):
+        run = Run(case, None)
+        for parameter in run.model.parameters():
+            parameter.data.fill_(float("nan"))
+        state = dist_checkpointing.load(run.model.sharded_state_dict(), folder)
+        run.model.load_state_dict(state)
+        return [
+            name
+            for name, parameter in run.model.named_parameters()
+            if not torch.equal(parameter, own_part(name, weights[whole_name(name)], parameter))
+        ]
