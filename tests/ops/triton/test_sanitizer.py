@@ -39,14 +39,17 @@ def test_nothing_is_found(tool: str) -> None:
     assert SANITIZER is not None
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     environment = {**os.environ, "PYTHONPATH": path}
+    options = ["--tool", tool, "--error-exitcode", "1"]
     if tool == "memcheck":
+        # What a call returns reaches its caller, and some calls of torch only ask what is there.
+        options += ["--report-api-errors", "no"]
         # Every tensor is an allocation of its own, behind which memory is not ours.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     program = [sys.executable, "-m", PROGRAM]
     # Once without, so that kernels are compiled.
     subprocess.run(program, cwd=ROOT, env=environment, check=True, timeout=300)
     found = subprocess.run(
-        [SANITIZER, "--tool", tool, "--error-exitcode", "1", *program],
+        [SANITIZER, *options, *program],
         cwd=ROOT,
         env=environment,
         capture_output=True,
