@@ -104,7 +104,12 @@ PUBLIC: dict[str, Run] = {
     "selected_attention": _selected_attention,
     "combine": _combine,
 }
-WITH_SEGMENTS = [name for name in PUBLIC if name.endswith("_attention")]
+# The compressed branch runs the operator of the window branch.
+WITH_SEGMENTS = [
+    "window_attention",
+    "selected_attention",
+    pytest.param("compressed_attention", marks=pytest.mark.slow),
+]
 
 
 def _select_blocks(at: Packing, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
