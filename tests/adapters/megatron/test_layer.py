@@ -1,0 +1,72 @@
+"""A layer under Megatron by the rule of ``tests/ops/accuracy.py``, how it starts, hybrid models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.adapters.megatron.case import VARIANTS, Layout
+from tests.adapters.megatron.layer_case import (
+    DOCUMENTS,
+    differing_starts,
+    fresh_weights,
+    layer_kinds,
+    layer_results,
+    rotated_like_ours,
+    starts,
+)
+from tests.distributed.ranks import Ranks
+from tests.ops.accuracy import assert_2x
+
+GetRanks = Callable[[int], Ranks]
+NSA, DENSE = "NSASelfAttention", "SelfAttention"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["independent-mlp", "shared-per-head"])
+def test_layer_by_the_2x_rule(variant: str, dtype: torch.dtype, megatron_ranks: GetRanks) -> None:
+    ours, plain, x64 = megatron_ranks(1).run(layer_results, variant, dtype)[0]
+    assert ours.keys() == plain.keys() == x64.keys()
+    bounds = [0, *torch.tensor(DOCUMENTS).cumsum(0).tolist()]
+    for name in x64:
+        documents = bounds if name in ("output", "input") else None
+        assert_2x(ours[name], plain[name], x64[name], dtype, name, cu_seqlens=documents)
+
+
+def test_rotary_is_that_of_our_layer(megatron_ranks: GetRanks) -> None:
+    """Positions within documents; Megatron's angles, up to the longest document's length in
+    radians, are float32."""
+    error, largest = megatron_ranks(1).run(rotated_like_ours)[0]
+    assert error <= max(DOCUMENTS) * torch.finfo(torch.float32).eps * largest
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_start_does_not_depend_on_tensor_parallel_size(
+    variant: str, megatron_ranks: GetRanks
+) -> None:
+    weights = megatron_ranks(1).run(fresh_weights, variant)[0]
+    layout = Layout(tp=2, sp=True)
+    assert megatron_ranks(4).run(differing_starts, layout, variant, weights) == [[]] * 4
+
+
+def test_init_methods_draw_the_weights(megatron_ranks: GetRanks) -> None:
+    found = megatron_ranks(1).run(starts, True)[0]
+    compressors = [f"core_attention.{x}_compressor" for x in "kv"]
+    for name in ["linear_qkv", "gate.up", "gate.down"]:
+        assert found.pop(f"{name}.weight") == (0.5, 0.5)
+    assert found.pop("linear_proj.weight") == (0.25, 0.25)
+    assert found.pop("linear_qkv.bias") == found.pop("gate.up.bias") == (0.0, 0.0)
+    assert found.pop("gate.down.bias") == (1.0, 3.0)
+    for name in compressors:
+        assert found.pop(f"{name}.up") == found.pop(f"{name}.down") == (0.5, 0.5)
+        assert found.pop(f"{name}.position") == (0.0, 0.0)
+    assert found == {}
+    megatron_ranks(1).run(starts, False)
+
+
+def test_hybrid_models(megatron_ranks: GetRanks) -> None:
+    assert megatron_ranks(1).run(layer_kinds, Layout(), (0, 1)) == [([DENSE, NSA], [])]
+    kinds = megatron_ranks(4).run(layer_kinds, Layout(pp=2), (0, 1))
+    assert kinds == [([DENSE], [])] * 2 + [([NSA], [])] * 2
