@@ -114,14 +114,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_traps_pass_on_the_tree_as_it_is(outcomes: dict[str, tuple[int, str]]) -> None:
     code, output = outcomes[TREE_AS_IT_IS]
     assert code == 0, output
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("mutation", EVERY, ids=label)
 def test_mutation_is_caught(mutation: Mutation, outcomes: dict[str, tuple[int, str]]) -> None:
     code, output = outcomes[mutation.row]
