@@ -1,1 +1,1 @@
-"""One file a training framework; each is imported only by who uses it."""
+"""One file or package a training framework; each is imported only by who uses it."""

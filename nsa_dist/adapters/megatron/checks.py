@@ -83,12 +83,7 @@ def check_build(
         check(found == value or off, option, found, f"{value!r} {works}")
     _check_shapes(config, nsa_config)
     _check_groups(config, pg_collection)
-    check(
-        not isinstance(config.cp_comm_type, list),
-        "cp_comm_type",
-        config.cp_comm_type,
-        "None or one string works (it is not read: blocks are fetched, not gathered)",
-    )
+    check_comm_type(config)
     check(
         attn_mask_type == AttnMaskType.causal,
         "attn_mask_type",
@@ -102,6 +97,16 @@ def check_build(
     refused = get_backend(backend, device).refuses(config.params_dtype, nsa_config.kernel_options)
     if refused is not None:
         raise ValueError(refused)
+
+
+def check_comm_type(config: TransformerConfig) -> None:
+    """Raise ValueError for a way of communication for each layer."""
+    check(
+        not isinstance(config.cp_comm_type, list),
+        "cp_comm_type",
+        config.cp_comm_type,
+        "None or one string works (it is not read: blocks are fetched, not gathered)",
+    )
 
 
 def _check_shapes(config: TransformerConfig, nsa_config: NSAConfig) -> None:

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from nsa_dist.adapters.megatron.attention import NSACoreAttention, NSASelfAttention
+from nsa_dist.adapters.megatron.checks import check_comm_type
 from nsa_dist.adapters.megatron.modules import Norm
 from nsa_dist.checks import check
 from nsa_dist.config import NSAConfig
@@ -81,6 +82,7 @@ def get_gpt_decoder_block_nsa_spec(
     Raises:
         ValueError: naming the option, the value found and the values that work.
     """
+    check_comm_type(config)  # Megatron's layer reads past the list's end before ours can refuse it.
     count = config.num_layers
     if layers is None:
         layers = (1,) * count
