@@ -28,6 +28,7 @@ from nsa_kernels.triton.banded_backward import banded_backward
 from nsa_kernels.triton.library import empty_as, operator
 from nsa_kernels.triton.tiles import (
     PIECE,
+    add_dot,
     attention_shapes,
     last_dim_contiguous,
     logit_scale,
@@ -89,7 +90,7 @@ def _forward_tiles(
         b_sum = tl.fma(b_sum, b_scale, tl.sum(b_p, 1))
         b_v = load_rows(p_v, row * stride_vt, o_dv, m_j, DV, PDV)  # [BN, PDV]
         b_acc = b_acc * b_scale[:, None]
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+        b_acc = add_dot(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
         b_max = b_new
     return b_acc, b_max, b_sum
 

@@ -17,6 +17,7 @@ from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.band import Band, load_rows, num_seen, sees
 from nsa_kernels.triton.tiles import (
     PIECE,
+    add_dot,
     attention_shapes,
     key_tiles,
     logit_scale,
@@ -135,7 +136,7 @@ def _dq_tiles(
             b_q, b_do, b_lse, b_k, b_v, b_t, o_j, logit_scale, OFFSET, STRIDE, WINDOW, PRECISION
         )
         b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
     return b_dq
 
 
@@ -343,10 +344,10 @@ def _dkv_kernel(
             if PRECISION == "ieee":
                 b_p = tl.where(several, b_p, 1.0)
             b_p = tl.where(seen, b_p, 0.0)
-            b_dv_piece = tl.dot(b_p.to(b_do.dtype), b_do, b_dv_piece, input_precision=PRECISION)
+            b_dv_piece = add_dot(b_dv_piece, b_p.to(b_do.dtype), b_do, PRECISION)
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
             b_ds = tl.where(seen & several, b_p * (b_dp - b_delta[None, :]), 0.0)
-            b_dk_piece = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk_piece, input_precision=PRECISION)
+            b_dk_piece = add_dot(b_dk_piece, b_ds.to(b_q.dtype), b_q, PRECISION)
         b_dk += b_dk_piece
         b_dv += b_dv_piece
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.triton.block_map import BlockMap
-from nsa_kernels.triton.tiles import PIECE, padded, precision
+from nsa_kernels.triton.tiles import PIECE, add_dot, padded, precision
 
 PLAIN, SILU, SILU_BACKWARD = 0, 1, 2
 # Programs that share a gradient of weights out: enough to fill a GPU.
@@ -64,7 +64,7 @@ def _multiply_blocks(
         o_x = (o_k // D).to(tl.int64) * stride_xe + o_k % D
         b_x = tl.load(p_x[:, None] + o_x[None, :], mask=m_x, other=0.0)  # [BM, BK]
         b_w = tl.load(p_w[:, None] + o_k[None, :], mask=m_w, other=0.0)  # [BN, BK]
-        b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision=PRECISION)
+        b_acc = add_dot(b_acc, b_x, tl.trans(b_w), PRECISION)
     return b_acc
 
 
@@ -169,7 +169,7 @@ def _add_blocks(
         p_dh = dh + (at.to(tl.int64) * G + head) * O
         b_dh = tl.load(p_dh[:, None] + o_k[None, :], mask=m_dh, other=0.0)  # [BM, BK]
         b_w = tl.load(p_w[None, :] + (o_k * (L * D) + r * D)[:, None], mask=m_w, other=0.0)
-        b_dx = tl.dot(b_dh, b_w, b_dx, input_precision=PRECISION)  # b_w [BK, BN]
+        b_dx = add_dot(b_dx, b_dh, b_w, PRECISION)  # b_w [BK, BN]
     return b_dx
 
 
@@ -275,7 +275,7 @@ def _weight_gradient_kernel(
             b_x = tl.load(
                 p_x[:, None] + o_x[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0
             )  # [BK, BN]
-            b_part = tl.dot(tl.trans(b_dh), b_x, b_part, input_precision=PRECISION)
+            b_part = add_dot(b_part, tl.trans(b_dh), b_x, PRECISION)
         b_dw += b_part
     row = (i_run * tl.num_programs(2) + i_p).to(tl.int64) * O + o_o
     tl.store(dw + row[:, None] * K + o_n[None, :], b_dw, mask=m_o[:, None] & m_n[None, :])

@@ -12,7 +12,8 @@ programs. A tile of scores is computed with keys as its rows and (head, token) a
 all heads of a token are in the registers of one thread, and their sum costs additions alone. Every
 block is summed by the same additions in the same order, wherever it stands, so that equal
 probabilities give equal scores and ties fall as the definition says. Bits depend neither on the
-chunks nor on which queries share a program.
+chunks nor on which queries share a program: the one multiply-add is written out, and the compiler
+may make no other, since keys that only some of a tile's queries see take another loop.
 
 A key counts for the selection block where it begins and, where compression blocks overlap, for the
 one after it. So a score is made of one or two parts: score[j] = own[j] + passed_on[j - 1].
@@ -111,7 +112,7 @@ def _score_tiles(
             b_k = _load(p_k, m_j, D, DK, D_REST)
             b_s = tl.dot(b_k, tl.trans(b_q_rest), b_s, input_precision=PRECISION)
         # The difference before log2(e): the largest logit is near lse, where it loses nothing.
-        b_p = tl.exp2((b_s * scale - b_lse[None, :]) * 1.4426950408889634)
+        b_p = tl.exp2(tl.fma(b_s, scale, -b_lse[None, :]) * 1.4426950408889634)
         if MASKED:
             b_p = tl.where(o_j[:, None] * STRIDE + OFFSET <= b_t[None, :], b_p, 0.0)
         b_h = tl.sum(tl.reshape(b_p, [BN, BT // NEAR, PR, NEAR]), 2)
@@ -414,7 +415,7 @@ def _select_blocks(
             PER_BLOCK=per_block, OVERLAP=block // stride, PARTS=score_parts,
             SPAN=SPAN_TILES * shape.keys, BT=tokens, NEAR=near, BN=shape.keys, DK=q.shape[-1],
             D=widths[0], D_REST=widths[1], PRECISION=precision(q), num_warps=shape.warps,
-            num_stages=shape.stages, maxnreg=shape.registers,
+            num_stages=shape.stages, maxnreg=shape.registers, enable_fp_fusion=False,
         )  # fmt: skip
         _choose(workspace, selected, positions(at), chunk, score_parts, select_block,
                 num_init_blocks, num_local_blocks)  # fmt: skip

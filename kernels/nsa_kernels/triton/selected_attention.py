@@ -35,6 +35,7 @@ from nsa_kernels.triton.selected_lists import (
     walk_shapes,
 )
 from nsa_kernels.triton.tiles import (
+    add_dot,
     last_dim_contiguous,
     logit_scale,
     padded,
@@ -86,7 +87,7 @@ def _attend(
     b_p = power(tl.fma(b_s, logit_scale, -b_safe[:, None]), PRECISION)
     b_sum = tl.fma(b_sum, b_scale, tl.sum(b_p, 1))
     b_acc = b_acc * b_scale[:, None]
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    b_acc = add_dot(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
     return b_acc, b_new, b_sum
 
 

@@ -33,7 +33,15 @@ from nsa_kernels.triton.selected_lists import (
     token_tile,
     walk_shapes,
 )
-from nsa_kernels.triton.tiles import PIECE, logit_scale, padded, power, precision, query_tiles
+from nsa_kernels.triton.tiles import (
+    PIECE,
+    add_dot,
+    logit_scale,
+    padded,
+    power,
+    precision,
+    query_tiles,
+)
 
 # Bytes for what programs of dk and dv leave to be added; more programs run in several launches.
 WORKSPACE = 256 << 20
@@ -80,7 +88,7 @@ def _add_dq(
         b_delta += tl.sum(tl.where(seen, b_p * b_dp, 0.0), 1)
     else:
         b_ds = tl.where(seen, b_p * (b_dp - b_delta[:, None]), 0.0)
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
     return b_dq, b_delta
 
 
@@ -327,10 +335,10 @@ def _dkv_kernel(
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), PRECISION)
         b_p = tl.where(o_n[:, None] < b_seen[None, :], b_p, 0.0)
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_ds = tl.where(o_n[:, None] < (b_seen * b_several)[None, :], b_ds, 0.0)
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
         row = following
     tile = (i_program - first_program).to(tl.int32) * BLOCK + first_key
     store_tile(dk + tile * DK, b_dk * scale, BN, DK, PDK)

@@ -312,7 +312,7 @@ def test_whole_attention(length: int, dtype: torch.dtype) -> None:
     others = [gates, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, *weights]
     parts = torch.autograd.grad(o, [*queries, *others], do)
     for x, y in zip(whole, parts[3:], strict=True):
-        assert same_bits(x, y)
+        assert torch.equal(x, y)  # Not to the bit: gradients from fetched blocks add 0 to -0.
     # dq is the rounded sum of those of the branches, in whichever order they came.
     a, b, c = parts[:3]
     orders = ((a, b, c), (a, c, b), (b, c, a))
