@@ -283,6 +283,18 @@ def precision(x: Tensor) -> str:
 
 
 @triton.jit
+def add_dot(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a b. In float32 the product is summed by itself and then added.
+
+    One running sum through all tiles would round as often as it has terms; a plain addition would
+    be made one by the compiler.
+    """
+    if PRECISION == "ieee":
+        return tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def power(x, PRECISION: tl.constexpr):
     """2^x, or e^x where a dot is exact: see `logit_scale`."""
     return tl.exp(x) if PRECISION == "ieee" else tl.exp2(x)
