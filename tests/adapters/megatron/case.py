@@ -24,7 +24,7 @@ from tests.adapters.megatron import shim
 from tests.distributed.layer_case import largest
 
 VOCABULARY, HIDDEN, LAYERS, LENGTH, MICROBATCHES = 48, 32, 2, 64, 4
-# Multiples of 2 CP for every layout here; one is shorter than a compression block is long.
+# Multiples of 2 CP for every layout here.
 DOCUMENTS = (24, 8, 32)
 SMALL = NSAConfig(
     num_heads=4,
@@ -76,6 +76,12 @@ VARIANTS = {
     "mlp-gate-conv1d": Variant(
         replace(SMALL, compress="conv1d", gate="mlp", branches=("selected", "window"))
     ),
+}
+SHORT = "long-blocks"
+"""With ``SHORT_DOCUMENTS`` nothing is ever compressed."""
+SHORT_DOCUMENTS = (8,) * 8
+ALL_VARIANTS = VARIANTS | {
+    SHORT: Variant(replace(SMALL, compress_block=16, compress_stride=8, select_block=16))
 }
 
 
@@ -268,7 +274,7 @@ class Run:
         )
 
         self.case = case
-        variant = VARIANTS[case.variant]
+        variant = ALL_VARIANTS[case.variant]
         self.config = transformer_config(variant, case.layout, **recompute_options(case.recompute))
         self.config.finalize_model_grads_func = finalize_model_grads
         self.model = build_model(self.config, variant)

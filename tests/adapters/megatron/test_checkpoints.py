@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.adapters.megatron.case import (
-    VARIANTS,
     Case,
     Layout,
     load_checkpoint,
@@ -21,7 +20,10 @@ SPLIT = Layout(tp=2, cp=2, sp=True)
 PIPELINE = Layout(cp=2, pp=2)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    ["independent-mlp", "shared-per-head", pytest.param("mlp-gate-conv1d", marks=pytest.mark.slow)],
+)
 def test_a_checkpoint_loads_on_other_layouts(
     variant: str, megatron_ranks: Callable[[int], Ranks], tmp_path: Path
 ) -> None:
