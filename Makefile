@@ -3,7 +3,7 @@
 # extras that the target needs.
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint clean
+.PHONY: help train test test-all compile-all lint clean
 
 BASE_PYTHON ?= python3
 CONFIG ?= configs/default.toml
@@ -26,7 +26,7 @@ help: ## show this list
 	@echo
 	@echo "PYTHON=<interpreter>  use it as it is, install nothing"
 	@echo "CONFIG=<file>         run file for train ($(CONFIG))"
-	@echo "ARGS=\"...\"            more arguments for train or for pytest"
+	@echo "ARGS=\"...\"            more arguments for train, pytest or compile-all"
 
 train: $(RUN_READY) ## train the small language model of CONFIG over the GPUs or two CPU processes
 	$(PYTHON) launch/local.py $(CONFIG) $(ARGS)
@@ -36,6 +36,9 @@ test: $(RUN_READY) ## run the tests, except those marked slow
 
 test-all: $(RUN_READY) ## run the tests, slow ones included
 	$(PYTHON) -m pytest --run-slow $(ARGS)
+
+compile-all: $(RUN_READY) ## compile every kernel for every GPU, without one
+	$(PYTHON) -m tests.ops.triton.compiled $(ARGS)
 
 lint: $(DEV_READY) ## ruff check, ruff format and mypy
 	$(PYTHON) -m ruff check .

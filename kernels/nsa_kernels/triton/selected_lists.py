@@ -18,6 +18,7 @@ from torch import Tensor
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.tiles import (
     PIECE,
+    compute_capability,
     last_dim_contiguous,
     padded,
     positions,
@@ -207,7 +208,7 @@ def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def walk_shapes(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkShape, WalkShape]:
-    """Of the forward and dq kernels; by widths, dtype, n and l' only, for the promise of bits."""
+    """Of the forward and dq kernels; by widths, dtype, n, l' and GPU, for the promise of bits."""
     wide = max(padded(q.shape[-1]), padded(v.shape[-1])) > 128
     keys = min(16 if q.dtype == torch.float32 else 32 if wide else 64, select_block)
     apart = num * select_block > PIECE * keys
@@ -215,8 +216,9 @@ def walk_shapes(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[Walk
         return WalkShape(keys, 4, 1, apart), WalkShape(keys, 4, 1, apart)
     if wide or apart:
         return WalkShape(keys, 8, 3, apart), WalkShape(keys, 8, 3, apart)
-    # Two programs of 112 and 96 KB fit a Hopper multiprocessor.
-    return WalkShape(keys, 4, 3, apart), WalkShape(keys, 4, 2, apart)
+    # Two programs of 112 and 96 KB fit a Hopper multiprocessor; elsewhere dq would spill.
+    warps = 4 if compute_capability(q)[0] in (0, 9) else 8
+    return WalkShape(keys, 4, 3, apart), WalkShape(keys, warps, 2, apart)
 
 
 class KeyShape(NamedTuple):

@@ -1,0 +1,79 @@
+"""What the public functions of nsa_kernels.triton launch, recorded in the place of being launched.
+
+Nothing runs: a launch is bound and specialised as Triton itself does it for a GPU, with the
+alignment of pointers and strides that the tensors have, and kept. So inputs may be memory that was
+never written, and large where that takes another path through a launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+TARGETS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compile: equal ones are the same kernel with the same specialisation and options."""
+
+    kernel: JITFunction = field(compare=False, repr=False)
+    capability: int
+    key: str
+
+    signature: dict[str, str] = field(compare=False, repr=False)
+    constants: dict[tuple[int, ...], Any] = field(compare=False, repr=False)
+    attributes: dict[tuple[int, ...], Any] = field(compare=False, repr=False)
+    options: dict[str, Any] = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Module and function, as in `combine.forward`."""
+        function = self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
+        return f"{self.kernel.module.rpartition('.')[2]}.{function}"
+
+    @property
+    def target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    @property
+    def source(self) -> ASTSource:
+        return ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+
+
+def _launch(capability: int, kernel: JITFunction, args: Any, kwargs: dict[str, Any]) -> Launch:
+    """As JITFunction.run does up to where it compiles."""
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    kwargs = {"debug": False, **kwargs}
+    bound, specialization, excess = binder(*args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, kwargs, bound, specialization, excess
+    )
+    key = f"{kernel.module}.{kernel.fn.__name__} {specialization} {sorted(excess.items())}"
+    return Launch(kernel, capability, key, signature, constants, attributes, dict(vars(options)))
+
+
+@contextmanager
+def recorded(capability: int) -> Iterator[list[Launch]]:
+    """The launches inside, for a GPU of this compute capability, on tensors in host memory."""
+    found: list[Launch] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        assert grid is not None and not warmup
+        found.append(_launch(capability, kernel, args, kwargs))
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(torch.Tensor, "is_cuda", True),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)),
+    ):
+        yield found

@@ -1,0 +1,159 @@
+"""Which compiles there are: the full list, and the short one that every run of the tests takes.
+
+The full list is no product of all options. What only changes constants of a kernel is varied by
+itself at a few widths: the ratio of heads, the lengths of blocks, sums in pieces. Pairs of unequal
+widths stand at the ratio 16, and float16, which compiles as bfloat16 does, at equal widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from tests.ops.triton.compiled.cases import RATIOS, WIDTHS, Case
+from tests.ops.triton.compiled.launches import TARGETS, Launch, recorded
+
+KINDS = ("mlp", "linear", "conv1d", "attention_pool", "mean")
+
+
+class Entry(NamedTuple):
+    """One launch of a case: the place-th of its kernel. What several cases share compiles once."""
+
+    case: Case
+    place: int
+    launch: Launch
+
+
+def _options(case: Case, **options: int | str) -> Case:
+    return replace(case, options=tuple(options.items()))
+
+
+def _widths(operator: str, dtype: str, ratio: int = 16) -> Iterator[Case]:
+    return (Case(operator, dtype, width, width, ratio) for width in WIDTHS)
+
+
+def _pairs(operator: str) -> Iterator[Case]:
+    """Every pair of widths, and every ratio at widths that are padded and that are not."""
+    for dtype in ("bf16", "fp32"):
+        for key_width in WIDTHS:
+            for value_width in WIDTHS:
+                yield Case(operator, dtype, key_width, value_width)
+        for width in (64, 96, 128, 256) if dtype == "bf16" else (96, 128):
+            for ratio in RATIOS:
+                yield Case(operator, dtype, width, width, ratio)
+    yield from _widths(operator, "fp16")
+
+
+def _banded() -> Iterator[Case]:
+    for operator, far in (("compressed", {"long": 1}), ("window", {"window": 4096})):
+        yield from _pairs(operator)
+        for dtype in ("bf16", "fp32", "fp16"):
+            for case in _widths(operator, dtype):
+                yield _options(case, **far)
+        for width in (96, 128):
+            for ratio in RATIOS:
+                yield _options(Case(operator, "bf16", width, width, ratio), **far)
+
+
+def _selected() -> Iterator[Case]:
+    yield from _pairs("selected")
+    for dtype in ("bf16", "fp32"):
+        for width in (64, 96, 128, 256):
+            case = Case("selected", dtype, width, width)
+            for select_block in (16, 32, 64, 128):
+                for n in (16, 64):
+                    yield _options(case, select_block=select_block, n=n)
+            yield _options(replace(case, ratio=1), select_block=128, n=64)
+
+
+def _select() -> Iterator[Case]:
+    for dtype in ("bf16", "fp32"):
+        for ratio in RATIOS:
+            yield from _widths("select", dtype, ratio)
+        for width in (64, 80, 128, 256):
+            for ratio in (1, 4, 16, 32):
+                case = Case("select", dtype, width, width, ratio)
+                for block, stride, select_block in (
+                    (4, 2, 16), (16, 16, 64), (64, 64, 64), (64, 2, 128), (64, 16, 128),
+                ):  # fmt: skip
+                    yield _options(case, block=block, stride=stride, select_block=select_block)
+    yield from _widths("select", "fp16")
+    case = Case("select", "bf16", 64, 64)
+    for n in (2, 16, 64):
+        for far in (10, 60, 200, 1000, 4000, 5000, 600_000):
+            for stride in (16, 32):
+                yield _options(case, stride=stride, n=n, far=far)
+
+
+def _rows() -> Iterator[Case]:
+    for dtype in ("bf16", "fp32", "fp16"):
+        for case in _widths("compress", dtype):
+            for kind in KINDS:
+                for block in (4, 32, 64):
+                    yield _options(case, kind=kind, block=block)
+                yield _options(case, kind=kind, per_head=1)
+        for case in _widths("gather", dtype):
+            for block in (4, 32, 64):
+                yield _options(case, block=block)
+        for case in _widths("combine", dtype):
+            for branches in (1, 2, 3):
+                yield _options(case, branches=branches)
+
+
+def full_list() -> list[Entry]:
+    cases = [*_banded(), *_selected(), *_select(), *_rows()]
+    return _entries((case, capability) for case in dict.fromkeys(cases) for capability in TARGETS)
+
+
+# The GPU and dtype that a width stands with in the short list: each GPU with two widths, and
+# float32, which compiles slowly, with a small one.
+SHORT = {
+    64: (90, "fp32"),
+    80: (80, "fp16"),
+    96: (100, "bf16"),
+    128: (90, "bf16"),
+    192: (80, "bf16"),
+    256: (100, "bf16"),
+}
+
+
+def short_list() -> list[Entry]:
+    """Each kernel for each GPU and at each width; the paper's R and lengths of blocks."""
+    found: list[Entry] = []
+    for width, (capability, dtype) in SHORT.items():
+        cases = [
+            _options(Case("compressed", dtype, width, width), long=1),
+            Case("selected", dtype, width, width),
+            Case("select", dtype, width, width),
+            *(_options(Case("compress", dtype, width, width), kind=kind) for kind in KINDS[:-1]),
+            Case("combine", dtype, width, width),
+        ]
+        if width == 128:
+            cases += [Case("window", dtype, width, width)]
+            cases += [Case("compressed", dtype, width, width)]
+        seen = set()
+        for entry in _entries((case, capability) for case in cases):
+            # Of kernels that several kinds of compression share one each.
+            once = entry.launch.name.startswith("block_p")
+            if not once or entry.launch.name not in seen:
+                found.append(entry)
+            seen.add(entry.launch.name)
+    return found
+
+
+def _entries(calls: Iterable[tuple[Case, int]]) -> list[Entry]:
+    entries = []
+    for case, capability in calls:
+        with recorded(capability) as launches:
+            case.run()
+        places: dict[str, int] = {}
+        for launch in launches:
+            place = places[launch.name] = places.get(launch.name, -1) + 1
+            entries.append(Entry(case, place, launch))
+    return entries
+
+
+def distinct(entries: Iterable[Entry]) -> list[Launch]:
+    """The compiles of the entries, in their order."""
+    return list(dict.fromkeys(entry.launch for entry in entries))

@@ -1,0 +1,140 @@
+"""What compiles must hold, and the committed record of those that spill registers.
+
+spills.csv has a row for every launch of the full list that spills, with the triton of
+constraints.txt; what has no row spills nothing. Other versions allocate registers differently.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.ops.triton.compiled.compiling import SHARED_LIMITS, TENSOR_MEMORY_LIMIT, Compiled
+from tests.ops.triton.compiled.launches import Launch
+from tests.ops.triton.compiled.lists import Entry
+
+FILE = Path(__file__).with_name("spills.csv")
+CONSTRAINTS = Path(__file__).parents[4] / "constraints.txt"
+# Sums of attention to a band are made in pieces, and what the pieces before left waits in local
+# memory, outside the loop over tiles; smaller tiles would spill nothing and be slower.
+MAY_SPILL = {
+    ("banded_attention.forward", 90),
+    ("banded_backward.dq", 90),
+    ("banded_backward.dkv", 90),
+}
+
+
+class Key(NamedTuple):
+    """A launch in words. launch: which one of the case's launches of this kernel."""
+
+    kernel: str
+    target: str
+    dtype: str
+    key_width: int
+    value_width: int
+    ratio: int
+    case: str
+    launch: int
+
+    @classmethod
+    def of(cls, entry: Entry) -> Key:
+        case, launch = entry.case, entry.launch
+        widths = (case.key_width, case.value_width)
+        target = f"sm_{launch.capability}"
+        return cls(launch.name, target, case.dtype, *widths, case.ratio, case.label, entry.place)
+
+    def __str__(self) -> str:
+        widths = f"{self.key_width}x{self.value_width}"
+        which = f"{self.kernel} for {self.target}, {self.dtype} {widths}, R={self.ratio}"
+        return f"{which}, {self.case} [{self.launch}]"
+
+
+NUMBERS = ("key_width", "value_width", "ratio", "launch")
+
+
+class Spill(NamedTuple):
+    spill_bytes: int
+    registers: int
+    shared_bytes: int
+
+
+def pinned_version() -> str:
+    found = re.search(r"^triton==(\S+)$", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert found, CONSTRAINTS
+    return found[1]
+
+
+def read() -> dict[Key, Spill]:
+    with FILE.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    record = {}
+    for row in rows:
+        words = {name: row[name] for name in Key._fields}
+        numbers = {name: int(words.pop(name)) for name in NUMBERS}
+        key = Key(**words, **numbers)
+        assert key not in record, key
+        record[key] = Spill(*(int(row[name]) for name in Spill._fields))
+    return record
+
+
+def write(spills: Mapping[Key, Spill]) -> None:
+    with FILE.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow((*Key._fields, *Spill._fields))
+        writer.writerows((*key, *spills[key]) for key in sorted(spills))
+
+
+def spills(entries: Iterable[Entry], compiled: Mapping[Launch, Compiled]) -> dict[Key, Spill]:
+    found = {}
+    for entry in entries:
+        made = compiled[entry.launch]
+        if made.spill_bytes:
+            found[Key.of(entry)] = Spill(made.spill_bytes, made.registers, made.shared)
+    return found
+
+
+def must_not_spill(key: Key) -> bool:
+    narrow = key.dtype != "fp32" and max(key.key_width, key.value_width) <= 128
+    return narrow and (key.kernel, int(key.target.removeprefix("sm_"))) not in MAY_SPILL
+
+
+class Defect(NamedTuple):
+    """rule: one of RULES; text: where it does not hold, and by how much."""
+
+    rule: str
+    text: str
+
+
+# compiles: there is code. memory: shared and tensor memory suffice. wgmma: on sm_90, 16-bit dots of
+# 64 rows or more are one, and none waits for the one before. no_spills: see `must_not_spill`.
+# record: what may spill spills no more than the record says.
+RULES = ("compiles", "memory", "wgmma", "no_spills", "record")
+
+
+def defects(
+    entries: Iterable[Entry], compiled: Mapping[Launch, Compiled], record: Mapping[Key, Spill]
+) -> list[Defect]:
+    found = []
+    for entry in entries:
+        key, made, capability = Key.of(entry), compiled[entry.launch], entry.launch.capability
+        if made.error:
+            found.append(Defect("compiles", f"{key}: {made.error}"))
+            continue
+        if made.shared > SHARED_LIMITS[capability]:
+            found.append(Defect("memory", f"{key}: {made.shared} bytes of shared memory"))
+        if made.tensor_memory > TENSOR_MEMORY_LIMIT:
+            found.append(Defect("memory", f"{key}: {made.tensor_memory} columns"))
+        if made.serialized:
+            found.append(Defect("wgmma", f"{key}: every wgmma waits for the one before"))
+        if capability == 90 and made.tall_dots:
+            found.append(Defect("wgmma", f"{key}: {made.tall_dots} dots are no wgmma"))
+        allowed = record[key].spill_bytes if key in record else 0
+        if made.spill_bytes and must_not_spill(key):
+            found.append(Defect("no_spills", f"{key}: {made.spill_bytes} bytes"))
+        elif made.spill_bytes > allowed:
+            text = f"{key}: {made.spill_bytes} bytes, recorded are {allowed}"
+            found.append(Defect("record", text))
+    return found

@@ -1,0 +1,76 @@
+"""Every kernel compiles for every GPU without one, within registers and shared memory.
+
+What is compiled is in lists.py, what holds in record.py. All in processes of their own: in this one
+the interpreter stands in the compiler's place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from tests.ops.triton.compiled import record
+from tests.ops.triton.compiled.cases import WIDTHS
+from tests.ops.triton.compiled.launches import TARGETS
+
+ROOT = Path(__file__).resolve().parents[4]
+KERNELS = ROOT / "kernels" / "nsa_kernels" / "triton"
+MOST_COMPILES = 150
+# The first test waits for all compiles, which take much longer where the cores are not its own.
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("compiled") / "report.json"
+    command = [sys.executable, "-m", "tests.ops.triton.compiled", "--short", "--workers", "2"]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    run = subprocess.run(
+        [*command, "--report", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert file.exists(), run.stdout + run.stderr
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("rule", record.RULES)
+def test_short_list(report: dict[str, Any], rule: str) -> None:
+    pinned = record.pinned_version()
+    if rule == "record" and triton.__version__ != pinned:
+        pytest.skip(f"the record is of triton {pinned}, found {triton.__version__}")
+    assert [text for found, text in report["defects"] if found == rule] == []
+
+
+def test_short_list_has_every_kernel_for_every_gpu_and_width(report: dict[str, Any]) -> None:
+    targets, widths, dtypes = defaultdict(set), defaultdict(set), defaultdict(set)
+    for launch in report["launches"]:
+        targets[launch["kernel"]].add(launch["target"])
+        widths[launch["kernel"]].add(launch["key_width"])
+        dtypes[launch["kernel"]].add(launch["dtype"])
+    text = {path.stem: path.read_text(encoding="utf-8") for path in KERNELS.glob("*.py")}
+    kernels = {
+        f"{module}.{line.removeprefix('def _').partition('_kernel(')[0]}"
+        for module, lines in text.items()
+        for line in lines.splitlines()
+        if line.startswith("def _") and "_kernel(" in line
+    }
+    assert targets.keys() == kernels
+    assert set(map(frozenset, targets.values())) == {frozenset(f"sm_{x}" for x in TARGETS)}
+    assert {name for name, found in widths.items() if found != set(WIDTHS)} == set()
+    assert {name for name, found in dtypes.items() if found != {"fp32", "bf16", "fp16"}} == set()
+    assert report["compiles"] <= MOST_COMPILES
+
+
+def test_record_names_launches_that_may_spill() -> None:
+    assert [str(key) for key in record.read() if record.must_not_spill(key)] == []
