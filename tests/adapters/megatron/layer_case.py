@@ -123,6 +123,28 @@ def layer_kinds(layout: Layout, layers: tuple[int, ...]) -> tuple[list[str], lis
         return kinds, missing
 
 
+def specs_agree() -> bool:
+    """Whether a model of the layer spec, the one-line swap, gives the block spec's logits."""
+    with megatron(Layout()):
+        from megatron.core.models.gpt.gpt_model import GPTModel
+
+        from nsa_dist.adapters.megatron import get_gpt_layer_nsa_spec
+
+        config = transformer_config(Variant())
+        expected = build_model(config, Variant())
+        swapped = GPTModel(
+            config,
+            get_gpt_layer_nsa_spec(SMALL, normalization="RMSNorm"),
+            vocab_size=expected.vocab_size,
+            max_sequence_length=expected.max_sequence_length,
+            position_embedding_type="rope",
+            parallel_output=False,
+        )
+        swapped.load_state_dict(expected.state_dict())
+        tokens = torch.arange(40)[None]
+        return torch.equal(*(model(tokens, tokens, None) for model in (swapped, expected)))
+
+
 def fresh_weights(variant: str) -> dict[str, Tensor]:
     """What a model on one rank starts with."""
     with megatron(Layout()):

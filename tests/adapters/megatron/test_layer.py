@@ -15,6 +15,7 @@ from tests.adapters.megatron.layer_case import (
     layer_kinds,
     layer_results,
     rotated_like_ours,
+    specs_agree,
     starts,
 )
 from tests.distributed.ranks import Ranks
@@ -64,6 +65,10 @@ def test_init_methods_draw_the_weights(megatron_ranks: GetRanks) -> None:
         assert found.pop(f"{name}.position") == (0.0, 0.0)
     assert found == {}
     megatron_ranks(1).run(starts, False)
+
+
+def test_the_layer_spec_is_the_block_spec_of_a_layer(megatron_ranks: GetRanks) -> None:
+    assert megatron_ranks(1).run(specs_agree) == [True]
 
 
 def test_hybrid_models(megatron_ranks: GetRanks) -> None:
