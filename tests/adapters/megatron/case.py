@@ -109,6 +109,7 @@ def megatron(layout: Layout) -> Iterator[None]:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
+        create_gloo_process_groups=False,  # Those that are made are gloo's.
     )
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
@@ -116,6 +117,9 @@ def megatron(layout: Layout) -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_model_parallel()
+        # Megatron drops its groups; their threads would go on.
+        for group in set(dist.distributed_c10d._world.pg_map) - {dist.group.WORLD}:
+            dist.destroy_process_group(group)
 
 
 def transformer_config(variant: Variant, layout: Layout = Layout(), **options: Any) -> Any:
