@@ -1,9 +1,9 @@
 """Parameters beside the projections: norms, gates and compressors under tensor parallelism.
 
 All are replicated over the tensor parallel ranks, but for compressors with weights of their own
-for each KV head. A replicated weight that meets a rank's own heads gets that rank's share of its
-gradient; the shares are added over the ranks in backward (``whole_gradient``). One that meets a
-rank's own tokens (under sequence parallelism) is marked ``sequence_parallel``, and Megatron's
+for each KV head. A replicated weight that meets a rank's own heads only gets that rank's share of
+its gradient; the shares are added over the ranks in backward (``whole_gradient``). One that meets a
+rank's own tokens only (under sequence parallelism) is marked ``sequence_parallel``, and Megatron's
 ``finalize_model_grads`` adds the shares.
 """
 
@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.tensor_parallel.mappings import (
     all_to_all_sp2hp,
     copy_to_tensor_model_parallel_region,
+    scatter_to_tensor_model_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -213,9 +214,10 @@ def local_gate_logits(
 ) -> Tensor:
     """Gate logits of a rank's own heads for all its context parallel rank's tokens.
 
-    Where the sequence is split over tensor parallel ranks, each makes the logits of its tokens for
-    all heads, and an all-to-all turns them: [T, 3H] moves in the place of the [T, hidden_size]
-    that a column parallel layer would gather.
+    Each rank makes the logits of all heads for the tokens that it has, which is little work, and
+    only logits move, 3 a head and token, where a column parallel layer would move the hidden
+    states: its own tokens' by all-to-all where the sequence is split over tensor parallel ranks,
+    else the logits' gradients, gathered in backward.
 
     Args:
         x: [s, b, hidden_size]; [s/tp, b, hidden_size] with ``split``.
@@ -224,29 +226,14 @@ def local_gate_logits(
     Returns:
         [s, b, own heads * branches].
     """
-    rank, size = tp_group.rank(), tp_group.size()
-
-    def own(weight: Tensor) -> Tensor:
-        """The rows of this rank's heads; all rows where the tokens are its own instead."""
-        if split:
-            return weight
-        return whole_gradient(weight, tp_group).chunk(size)[rank]
-
-    def every(weight: Tensor) -> Tensor:
-        return weight if split else whole_gradient(weight, tp_group)
-
     if isinstance(gate, StaticGate):
-        logits = whole_gradient(gate.logits, tp_group).chunk(size)[rank]
+        logits = whole_gradient(gate.logits, tp_group).chunk(tp_group.size())[tp_group.rank()]
         return logits.flatten().expand(*tokens, -1)
-    if not split:
-        x = whole_gradient(x, tp_group)
     if isinstance(gate, MLPGate):
-        x = F.silu(F.linear(x, every(gate.up.weight), every(gate.up.bias)))
-        last = gate.down
+        logits = gate.down(F.silu(gate.up(x)))
     else:
         assert isinstance(gate, LinearGate)
-        last = gate.proj
-    logits = F.linear(x, own(last.weight), own(last.bias))
+        logits = gate.proj(x)
     if split:
-        logits = all_to_all_sp2hp(logits, group=tp_group).view(*tokens, -1)
-    return logits
+        return all_to_all_sp2hp(logits, group=tp_group).view(*tokens, -1)
+    return scatter_to_tensor_model_parallel_region(logits, group=tp_group)
