@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -16,6 +15,7 @@ from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nsa_dist.adapters.megatron.modules import parameter_device
 from nsa_dist.checks import check, describe
 from nsa_dist.config import NSAConfig
 from nsa_kernels import get_backend
@@ -91,9 +91,8 @@ def check_build(
         "AttnMaskType.causal works, for packed batches too",
     )
     _check_submodules(config, submodules)
-    device = None
-    if not config.use_cpu_initialization and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+    # A layer made on the host may be moved to a GPU.
+    device = None if config.use_cpu_initialization else parameter_device(config)
     refused = get_backend(backend, device).refuses(config.params_dtype, nsa_config.kernel_options)
     if refused is not None:
         raise ValueError(refused)

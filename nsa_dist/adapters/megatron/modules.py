@@ -39,7 +39,7 @@ def parameter_device(config: TransformerConfig) -> torch.device:
     """Where Megatron makes parameters."""
     if config.use_cpu_initialization:
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(torch.cuda.current_device())
 
 
 def fork_rng(device: torch.device) -> Any:

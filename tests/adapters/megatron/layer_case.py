@@ -145,17 +145,20 @@ def specs_agree() -> bool:
         return torch.equal(*(model(tokens, tokens, None) for model in (swapped, expected)))
 
 
-def fresh_weights(variant: str) -> dict[str, Tensor]:
-    """What a model on one rank starts with."""
+def fresh_weights(variant: str, on_gpu: bool) -> dict[str, Tensor]:
+    """What a model on one rank starts with, drawn on the host or where Megatron's GPU is."""
     with megatron(Layout()):
-        model = build_model(transformer_config(VARIANTS[variant]), VARIANTS[variant])
+        config = transformer_config(VARIANTS[variant], use_cpu_initialization=not on_gpu)
+        model = build_model(config, VARIANTS[variant])
         return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def differing_starts(layout: Layout, variant: str, weights: dict[str, Tensor]) -> list[str]:
+def differing_starts(
+    layout: Layout, variant: str, on_gpu: bool, weights: dict[str, Tensor]
+) -> list[str]:
     """Parameters that start otherwise on this layout than on one rank."""
     with megatron(layout):
-        config = transformer_config(VARIANTS[variant], layout)
+        config = transformer_config(VARIANTS[variant], layout, use_cpu_initialization=not on_gpu)
         model = build_model(config, VARIANTS[variant])
         return [
             name
