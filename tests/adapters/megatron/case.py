@@ -321,15 +321,17 @@ class Run:
         return {name: p.main_grad.clone() for name, p in self.model.named_parameters()}
 
     def train(self) -> None:
-        """Adam steps on the finished gradients."""
-        adam = torch.optim.Adam(self.model.parameters(), lr=1e-2)
+        """Steps of Megatron's Adam, the first on the gradients that are there."""
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        options = OptimizerConfig(
+            optimizer="adam", lr=1e-2, weight_decay=0.1, clip_grad=0.0, params_dtype=torch.float64
+        )
+        adam = get_megatron_optimizer(options, [self.ddp], use_gloo_process_groups=False)
         for at in range(self.case.steps):
             if at:
                 self.step()
-            for parameter in self.model.parameters():
-                parameter.grad = parameter.main_grad
             adam.step()
-            adam.zero_grad()
 
 
 def run_whole(case: Case) -> tuple[float, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
