@@ -263,6 +263,27 @@ def layer_results(variant: str, dtype: torch.dtype) -> tuple[Results, Results, R
         return ours, reference(dtype), reference(torch.float64)
 
 
+def padding_changes() -> bool:
+    """Whether padding at documents' ends, told by Megatron's padded boundaries, changes any token
+    before it."""
+    with megatron(Layout()):
+        from nsa_dist.adapters.megatron import make_packed_seq_params
+
+        layer = build_layer(transformer_config(Variant()), SMALL)
+        draw_weights(layer)
+        padding = 5
+        lengths = torch.tensor(DOCUMENTS)
+        bounds = torch.tensor([0, *DOCUMENTS]).cumsum(0).int()
+        padded = torch.tensor([0, *(lengths + padding)]).cumsum(0).int()
+        real = torch.cat([torch.arange(n) + padded[i] for i, n in enumerate(DOCUMENTS)])
+        x = torch.randn(int(padded[-1]), 1, HIDDEN, dtype=torch.float64)
+        params = make_packed_seq_params(bounds)
+        expected, _ = layer(x[real], None, packed_seq_params=params)
+        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = padded
+        found, _ = layer(x, None, packed_seq_params=params)
+        return not torch.allclose(found[real], expected, rtol=0, atol=1e-12)
+
+
 def rotated_like_ours() -> tuple[float, float]:
     """(error, largest element) of a model's attention with Megatron's rotary against our layer with
     its own, on a packed batch in float64."""

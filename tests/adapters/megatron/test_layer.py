@@ -14,6 +14,7 @@ from tests.adapters.megatron.layer_case import (
     fresh_weights,
     layer_kinds,
     layer_results,
+    padding_changes,
     rotated_like_ours,
     specs_agree,
     starts,
@@ -41,6 +42,10 @@ def test_rotary_is_that_of_our_layer(megatron_ranks: GetRanks) -> None:
     radians, are float32."""
     error, largest = megatron_ranks(1).run(rotated_like_ours)[0]
     assert error <= max(DOCUMENTS) * torch.finfo(torch.float32).eps * largest
+
+
+def test_padded_boundaries_are_where_tokens_lie(megatron_ranks: GetRanks) -> None:
+    assert megatron_ranks(1).run(padding_changes) == [False]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
