@@ -1,5 +1,7 @@
 """Checkpoints by torch.distributed.checkpoint: every rank writes its shards, any world reads them.
 
+Those of the Megatron engine lie in the same folders, in Megatron's own format (convert.py).
+
 A checkpoint is a folder ``checkpoints/step_00001000`` with weights, optimizer state and the
 settings of its run. Data order and dropout follow from the seed and the step, so nothing else is
 needed to continue exactly.
@@ -24,18 +26,38 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from settings import Settings, from_toml, to_toml
+from settings import Settings, check, from_toml, to_toml
 
 # Another model, other data or another seed would make a resumed run a different one. How it is
 # spread over ranks, how long it runs and how it is optimised may change.
 _FIXED_SECTIONS = ("attention", "rotary", "model", "data")
-_FREE_OPTIONS = ("recompute", "backend", "micro_batch")
+_FREE_OPTIONS = ("recompute", "recompute_part", "backend", "micro_batch")
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run folder, oldest first."""
-    # The metadata file is written last.
-    return sorted(path.parent for path in folder.glob("checkpoints/step_*/.metadata"))
+    # The metadata file is written last; by Megatron another one after it.
+    found = sorted(path.parent for path in folder.glob("checkpoints/step_*/.metadata"))
+    return [path for path in found if not is_megatron(path) or (path / "metadata.json").exists()]
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether a checkpoint is in Megatron's format."""
+    return (path / "common.pt").exists()
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step_{step:08d}"
+
+
+def finish_checkpoint(folder: Path, path: Path, settings: Settings) -> None:
+    """Write the settings beside the state, remove older checkpoints; collective."""
+    if dist.get_rank() == 0:
+        (path / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
+        keep = settings.run.keep_checkpoints
+        for old in checkpoints(folder)[:-keep] if keep else []:
+            shutil.rmtree(old)
+    dist.barrier()
 
 
 def save_checkpoint(
@@ -43,19 +65,14 @@ def save_checkpoint(
 ) -> None:
     """Write the state after ``step`` steps; collective. Older checkpoints beyond
     ``run.keep_checkpoints`` are removed once the new one is complete."""
-    path = folder / "checkpoints" / f"step_{step:08d}"
+    path = checkpoint_path(folder, step)
     state = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
         "step": step,
     }
     save(state, checkpoint_id=path)
-    if dist.get_rank() == 0:
-        (path / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
-        keep = settings.run.keep_checkpoints
-        for old in checkpoints(folder)[:-keep] if keep else []:
-            shutil.rmtree(old)
-    dist.barrier()
+    finish_checkpoint(folder, path, settings)
 
 
 def load_checkpoint(
@@ -85,7 +102,14 @@ def load_checkpoint(
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Restore the weights of one of ``checkpoints()`` in place, whatever wrote it; collective."""
+    """Restore the weights of one of ``checkpoints()`` in place, whatever dp and cp wrote it;
+    collective.
+
+    Raises:
+        ValueError: if it is one of Megatron's.
+    """
+    works = "a checkpoint of engine 'fsdp2' works; launch/convert.py makes one of Megatron's"
+    check(not is_megatron(path), "checkpoint", str(path), works)
     state = {"model": get_model_state_dict(model)}
     load(state, checkpoint_id=path)
     set_model_state_dict(model, state["model"])
@@ -97,7 +121,11 @@ def check_same_run(saved: Settings, now: Settings) -> None:
     Raises:
         ValueError: naming the option, the value found and the checkpoint's.
     """
-    pairs = [("run.seed", saved.run.seed, now.run.seed)]
+    pairs = [
+        # Another engine reads what launch/convert.py makes.
+        ("parallel.engine", saved.parallel.engine, now.parallel.engine),
+        ("run.seed", saved.run.seed, now.run.seed),
+    ]
     for section in _FIXED_SECTIONS:
         old, new = getattr(saved, section), getattr(now, section)
         pairs += [

@@ -1,11 +1,13 @@
 """The processes of a run, and what they agree on.
 
-Ranks form a dp x cp grid: cp neighbours share a sequence, dp replicas share the batch. Weights,
+Ranks form a pp x dp x cp x tp grid, neighbours last: tp ranks share each block, cp ranks a
+sequence, dp replicas the batch, pp stages the blocks. With FSDP2 tp and pp are 1, and weights,
 gradients and optimizer state are sharded over the whole grid, flattened.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -23,7 +25,7 @@ class Ranks:
 
     Args:
         cp_mesh: the ranks that share this rank's sequence, one axis.
-        flat_mesh: all ranks, one axis, in the same order as dp x cp.
+        flat_mesh: all ranks, one axis, in the grid's order.
     """
 
     rank: int
@@ -33,6 +35,10 @@ class Ranks:
     dp_rank: int
     cp: int
     cp_rank: int
+    tp: int
+    tp_rank: int
+    pp: int
+    pp_rank: int
     cp_mesh: DeviceMesh
     flat_mesh: DeviceMesh
 
@@ -40,6 +46,11 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this rank prints and writes."""
         return self.rank == 0
+
+    @property
+    def replica(self) -> int:
+        """Ranks that work on one stream."""
+        return self.size // self.dp
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over all ranks; every rank gets it. Leaves ``values`` alone."""
@@ -74,7 +85,7 @@ def start_ranks(settings: Settings) -> Ranks:
     A process group that is there already is used as it is.
 
     Raises:
-        ValueError: if the device is not there, or dp x cp is not the number of processes.
+        ValueError: if the device is not there, or the grid does not have the number of processes.
     """
     cuda = torch.cuda.is_available()
     kind = settings.run.device if settings.run.device != "auto" else ("cuda" if cuda else "cpu")
@@ -90,10 +101,19 @@ def start_ranks(settings: Settings) -> Ranks:
     size = int(os.environ.get("WORLD_SIZE", 1))
     if dist.is_initialized():
         size = dist.get_world_size()
-    cp, dp = settings.parallel.cp, settings.parallel.dp
-    check(size % cp == 0, "parallel.cp", cp, f"a divisor of the {size} processes works")
-    check(dp in (-1, size // cp), "parallel.dp", dp, f"-1 or {size} // cp = {size // cp} works")
-    dp = size // cp
+    parallel = settings.parallel
+    cp, dp, tp, pp = parallel.cp, parallel.dp, parallel.tp, parallel.pp
+    if parallel.engine == "fsdp2":
+        check(size % cp == 0, "parallel.cp", cp, f"a divisor of the {size} processes works")
+        works = f"-1 or {size} // cp = {size // cp} works"
+    else:
+        check_megatron(parallel.engine, kind)
+        found = f"{tp} x {pp} x {cp}"
+        fits = size % (tp * pp * cp) == 0
+        check(fits, "parallel.tp x pp x cp", found, f"a divisor of the {size} processes works")
+        works = f"-1 or {size} // (tp x pp x cp) = {size // (tp * pp * cp)} works"
+    check(dp in (-1, size // (tp * pp * cp)), "parallel.dp", dp, works)
+    dp = size // (tp * pp * cp)
     batch, micro = settings.data.global_batch, settings.data.micro_batch
     works = f"a multiple of dp x micro_batch = {dp * micro} works"
     check(batch % (dp * micro) == 0, "data.global_batch", batch, works)
@@ -106,16 +126,33 @@ def start_ranks(settings: Settings) -> Ranks:
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device_id)
-    grid = init_device_mesh(kind, (dp, cp), mesh_dim_names=("dp", "cp"))
+    grid = init_device_mesh(kind, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
     rank = dist.get_rank()
     return Ranks(
         rank=rank,
         size=size,
         device=device,
         dp=dp,
-        dp_rank=rank // cp,
+        dp_rank=rank // (cp * tp) % dp,
         cp=cp,
-        cp_rank=rank % cp,
+        cp_rank=rank // tp % cp,
+        tp=tp,
+        tp_rank=rank % tp,
+        pp=pp,
+        pp_rank=rank // (dp * cp * tp),
         cp_mesh=grid["cp"],
         flat_mesh=init_device_mesh(kind, (size,), mesh_dim_names=("dp_cp",)),
     )
+
+
+def check_megatron(engine: str, kind: str) -> None:
+    """Refuse Megatron where it, or what it needs, is missing."""
+    works = "pip install nsa-dist[megatron], or 'fsdp2', works"
+    there = importlib.util.find_spec("megatron") is not None
+    check(there, "parallel.engine", engine, f"megatron-core is not installed here; {works}")
+    works = "Megatron's device is cuda; parallel.engine = 'fsdp2' works on the CPU"
+    try:
+        device = torch.device(torch.cuda.current_device())
+    except (AssertionError, RuntimeError):
+        device = None
+    check(device is not None and device.type == kind, "run.device", kind, works)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from model import Decoder
 from nsa_dist import shard_batch
 from ranks import Ranks
 
 PAD_TO = 64
-"""Lengths grow in these steps, so that few distinct plans are made."""
+"""By default lengths grow in these steps, so that few distinct plans are made."""
 
 
 @torch.no_grad()
 def sample(
-    model: Decoder,
+    model: nn.Module,
     prompt: list[int],
     length: int,
     ranks: Ranks,
@@ -24,6 +24,7 @@ def sample(
     temperature: float,
     seed: int,
     window: int,
+    pad_to: int = PAD_TO,
 ) -> list[int]:
     """Continue ``prompt`` by ``length`` tokens; collective, the same tokens on every rank.
 
@@ -31,7 +32,9 @@ def sample(
     after the last token cannot change it, so the text is padded at its end.
 
     Args:
+        model: maps local tokens [1, L], with ``cu_seqlens``, to local logits [1, L, vocabulary].
         window: tokens of context at most, the newest ones.
+        pad_to: lengths grow in these steps.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
@@ -39,7 +42,7 @@ def sample(
     model.eval()
     for _ in range(length):
         context = tokens[-window:]
-        padded = torch.zeros(1, -(-len(context) // PAD_TO) * PAD_TO, dtype=torch.int64)
+        padded = torch.zeros(1, -(-len(context) // pad_to) * pad_to, dtype=torch.int64)
         padded[0, : len(context)] = torch.tensor(context)
         cu_seqlens = torch.tensor([0, padded.shape[1]], dtype=torch.int32)
         batch = shard_batch(

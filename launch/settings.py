@@ -43,7 +43,9 @@ class ModelSettings:
     qk_norm: bool = False  # RMSNorm over each head of queries and keys
     dropout: float = 0.0  # on the attention's output
     backend: str = "auto"  # of nsa: auto (triton on NVIDIA GPUs, else pytorch), pytorch, triton
-    recompute: bool = False  # recompute each block's activations in backward
+    recompute: bool = False  # recompute activations in backward
+    # what is recomputed: block (the whole block), or attention (between the projections; megatron)
+    recompute_part: Literal["block", "attention"] = "block"
 
     def __post_init__(self) -> None:
         for option in ("layers", "hidden_size", "mlp_hidden"):
@@ -101,15 +103,22 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How the ranks are used: dp replicas of cp ranks that share a stream."""
+    """How the ranks are used: dp replicas of cp (megatron: pp x cp x tp) ranks."""
 
+    engine: Literal["fsdp2", "megatron"] = "fsdp2"  # what spreads weights and runs the steps
     cp: int = 1  # ranks that share one sequence
     dp: int = -1  # replicas, each with its share of the batch; -1: the rest of the world
+    tp: int = 1  # megatron: ranks that share the heads and widths of each block
+    pp: int = 1  # megatron: stages, each with its share of the blocks
+    sequence_parallel: bool = False  # megatron: tp ranks share the tokens between the projections
     layout: Literal["contiguous", "zigzag", "zigzag_per_document"] = "zigzag"
-    reshard_after_forward: bool = True  # False: keep gathered weights until backward has used them
+    # fsdp2: False keeps gathered weights until backward has used them
+    reshard_after_forward: bool = True
 
     def __post_init__(self) -> None:
-        check(self.cp >= 1, "parallel.cp", self.cp, "1 or more works")
+        for option in ("cp", "tp", "pp"):
+            value = getattr(self, option)
+            check(value >= 1, f"parallel.{option}", value, "1 or more works")
         check(self.dp >= 1 or self.dp == -1, "parallel.dp", self.dp, "1 or more, or -1, works")
 
 
@@ -171,6 +180,59 @@ class Settings:
             self.data.micro_batch,
             f"a divisor of data.global_batch = {self.data.global_batch} works",
         )
+        if self.parallel.engine == "megatron":
+            _check_megatron(self)
+        else:
+            _check_only(self, "fsdp2", _FSDP2_ONLY)
+
+
+# Options with the one value that an engine has something for, and what the others would take.
+_FSDP2_ONLY: tuple[tuple[str, Any, str], ...] = (
+    ("parallel.tp", 1, "tensor parallelism is of engine 'megatron'"),
+    ("parallel.pp", 1, "pipeline parallelism is of engine 'megatron'"),
+    ("parallel.sequence_parallel", False, "it is of engine 'megatron'"),
+    ("model.recompute_part", "block", "'attention' is of engine 'megatron'"),
+)
+_MEGATRON_ONLY: tuple[tuple[str, Any, str], ...] = (
+    ("model.attention", "nsa", "Megatron's own dense attention takes no packed documents here"),
+    ("model.bias", False, "Megatron's biases are those of the MLP too"),
+    ("model.dropout", 0.0, "its draws would depend on the ranks"),
+    ("rotary.dim", None, "Megatron rotates whole heads here"),
+    ("rotary.scaling", "none", "Megatron scales frequencies otherwise"),
+    ("attention.compress_pre_rope", False, "Megatron hands over rotated keys"),
+    ("parallel.layout", "zigzag_per_document", "so Megatron splits packed documents"),
+    ("parallel.reshard_after_forward", True, "False is of engine 'fsdp2'"),
+)
+
+
+def _check_only(settings: Settings, engine: str, only: Sequence[tuple[str, Any, str]]) -> None:
+    for option, value, why in only:
+        section, name = option.split(".")
+        found = getattr(getattr(settings, section), name)
+        works = f"{value!r} works with parallel.engine = {engine!r}: {why}"
+        check(found == value, option, found, works)
+
+
+def _check_megatron(settings: Settings) -> None:
+    """Refuse what Megatron cannot do, before anything is started."""
+    _check_only(settings, "megatron", _MEGATRON_ONLY)
+    attention, model, parallel = settings.attention, settings.model, settings.parallel
+    width, value_width = attention.head_dim, attention.value_dim
+    works = f"{width}, as head_dim, works with parallel.engine = 'megatron'"
+    check(value_width == width, "attention.v_head_dim", value_width, works)
+    works = "'auto', 'bfloat16' and 'float32' work with parallel.engine = 'megatron'"
+    check(settings.run.dtype != "float64", "run.dtype", settings.run.dtype, works)
+    for name, size in (
+        ("attention.num_kv_heads", attention.num_kv_heads),
+        ("model.mlp_hidden", model.mlp_hidden),
+    ):
+        works = f"a divisor of {name} = {size} works"
+        check(size % parallel.tp == 0, "parallel.tp", parallel.tp, works)
+    works = f"a divisor of model.layers = {model.layers} works"
+    check(model.layers % parallel.pp == 0, "parallel.pp", parallel.pp, works)
+    works = "False works with parallel.tp = 1"
+    sequence_parallel = parallel.sequence_parallel
+    check(parallel.tp > 1 or not sequence_parallel, "parallel.sequence_parallel", True, works)
 
 
 T = TypeVar("T")

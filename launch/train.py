@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node=2 launch/train.py configs/default.toml [--section.option value ...]
 
-Runs on GPUs over NCCL and on CPUs over gloo, also as one process without torchrun. The loss is the
-sum of all targets' cross-entropies over their number, across ranks, replicas and accumulated
-micro-batches: how a batch is spread changes no gradient beyond rounding.
+Runs on GPUs over NCCL and on CPUs over gloo, also as one process without torchrun. What spreads the
+model over ranks and runs a step is an engine: FSDP2 (fsdp2_engine.py) or Megatron-core
+(megatron_engine.py), by ``parallel.engine``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
+import torch.nn.functional as F
 
-from checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from checkpoint import checkpoints
 from data import (
     Corpus,
     PackedStreams,
@@ -33,12 +32,12 @@ from data import (
     mix_seed,
     unigram_loss,
 )
-from model import Decoder, build_model
+from engine import Engine, make_engine
 from nsa_dist import ShardedBatch, shard_batch
 from nsa_kernels import get_backend
 from ranks import Ranks, start_ranks
 from report import Report, show_bytes
-from sampling import sample
+from sampling import PAD_TO, sample
 from settings import OptimizerSettings, Settings, check, from_command_line, to_toml
 
 # What layers count, and the order in which it is summed over ranks.
@@ -78,34 +77,6 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
     return settings.lr * (settings.min_lr + (1 - settings.min_lr) * cosine)
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves gains, biases and positions alone."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim >= 2 and not name.endswith("position")]
-    others = [p for name, p in named if p.ndim < 2 or name.endswith("position")]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )
-
-
-def clip_gradients(model: nn.Module, largest: float) -> torch.Tensor:
-    """Scale all gradients down to a global norm of at most ``largest`` (0: leave them).
-
-    Returns:
-        The norm before, over every shard on every rank; the same scalar on each.
-    """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
-    assert isinstance(norm, DTensor)
-    return norm.full_tensor()
-
-
 def step_batches(
     settings: Settings, streams: PackedStreams, step: int, ranks: Ranks
 ) -> Iterator[ShardedBatch]:
@@ -122,42 +93,27 @@ def step_batches(
 
 def shard_stream(stream: Stream, settings: Settings, ranks: Ranks) -> ShardedBatch:
     """A whole stream's part of this context-parallel rank."""
+    tokens, cu_seqlens, labels = stream.tokens, stream.cu_seqlens, stream.tokens
+    if settings.parallel.sequence_parallel:
+        # Tensor parallel ranks share each rank's tokens: one more document fills up, without
+        # targets. Others are filled up by the layout, zigzag_per_document.
+        lengths = -(-cu_seqlens.diff() // (2 * ranks.cp)) * 2 * ranks.cp
+        fill = -int(lengths.sum()) % (2 * ranks.cp * ranks.tp)
+        if fill:
+            tokens = F.pad(tokens, (0, fill))
+            labels = F.pad(labels, (0, fill), value=-100)
+            cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + fill))
     return shard_batch(
-        stream.tokens.to(ranks.device),
-        cu_seqlens=stream.cu_seqlens,
+        tokens.to(ranks.device),
+        cu_seqlens=cu_seqlens,
+        labels=labels.to(ranks.device),
         layout=settings.parallel.layout,
         group=ranks.cp_mesh,
     )
 
 
-def forward_backward(
-    model: nn.Module, batches: Sequence[ShardedBatch], ranks: Ranks, seed: int
-) -> tuple[torch.Tensor, int]:
-    """Gradients of the mean loss over every target of every rank's batches.
-
-    Returns:
-        The sum of this rank's losses (float64 scalar, nats) and the number of targets everywhere.
-    """
-    # Each cp rank reports its replica's whole count.
-    local = torch.tensor([sum(batch.num_targets for batch in batches)])
-    targets = int(ranks.total(local)) // ranks.cp
-    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for index, batch in enumerate(batches):
-        # Dropout's draws follow from the seed, the step and the micro-batch alone.
-        torch.manual_seed(mix_seed(seed, "micro-batch", ranks.dp_rank * len(batches) + index))
-        loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
-        (loss / max(targets, 1)).backward()
-        loss_sum += loss.detach()
-    return loss_sum, targets
-
-
 def train_step(
-    model: Decoder,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[ShardedBatch],
-    settings: Settings,
-    step: int,
-    ranks: Ranks,
+    engine: Engine, batches: Sequence[ShardedBatch], settings: Settings, step: int, ranks: Ranks
 ) -> torch.Tensor:
     """One update from this rank's micro-batches.
 
@@ -166,33 +122,26 @@ def train_step(
         global gradient norm before clipping, then the bytes that all layers on all ranks received,
         by ``COMMUNICATION_KINDS``.
     """
-    model.reset_communication()
-    loss_sum, targets = forward_backward(model, batches, ranks, mix_seed(settings.run.seed, step))
-    grad_norm = clip_gradients(model, settings.optimizer.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    received = model.communication()
+    engine.reset_communication()
+    rate = learning_rate(settings.optimizer, step, settings.run.steps)
+    done = engine.step(batches, rate, mix_seed(settings.run.seed, step))
+    received = engine.communication()
     local = [received.get(kind, 0) for kind in COMMUNICATION_KINDS]
-    mean = loss_sum / max(targets, 1)
+    mean = done.loss_sum / max(done.targets, 1)
     sums = ranks.total(torch.cat((mean[None], mean.new_tensor(local))))
-    return torch.cat((sums[:1], grad_norm.to(sums)[None], sums[1:]))
+    return torch.cat((sums[:1], done.grad_norm.to(sums)[None], sums[1:]))
 
 
-@torch.no_grad()
-def validate(
-    model: nn.Module, streams: Sequence[Stream], settings: Settings, ranks: Ranks
-) -> float:
+def validate(engine: Engine, streams: Sequence[Stream], settings: Settings, ranks: Ranks) -> float:
     """Mean loss over the streams' targets, nats a token; replicas share the streams."""
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    model.eval()
     for first in range(0, len(streams), ranks.dp):
         index = first + ranks.dp_rank
         # Every replica runs every forward; one without a stream left repeats the last, uncounted.
         batch = shard_stream(streams[min(index, len(streams) - 1)], settings, ranks)
-        loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
+        loss = engine.loss(batch)
         if index < len(streams):
-            sums += torch.stack((loss, torch.full_like(loss, batch.num_targets / ranks.cp)))
-    model.train()
+            sums += torch.stack((loss, torch.full_like(loss, batch.num_targets / ranks.replica)))
     loss_sum, targets = ranks.total(sums).tolist()
     return loss_sum / max(targets, 1.0)
 
@@ -233,10 +182,9 @@ def train(settings: Settings, ranks: Ranks) -> Result:
     held_out = held_out_streams(corpus, settings)
     unigram = unigram_loss(corpus.training, held_out, corpus.tokenizer.vocab_size)
 
-    model = build_model(settings, corpus.tokenizer.vocab_size, ranks)
-    optimizer = make_optimizer(model, settings.optimizer)
+    engine = make_engine(settings, corpus.tokenizer.vocab_size, ranks)
     folder = choose_folder(settings, ranks)
-    first_step = load_checkpoint(folder, model, optimizer, settings) if run.resume else 0
+    first_step = engine.load(folder) if run.resume else 0
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
@@ -246,18 +194,16 @@ def train(settings: Settings, ranks: Ranks) -> Result:
     with Report(settings, folder, active=ranks.is_main, first_step=first_step) as report:
         report.unit = corpus.tokenizer.unit
         report.line(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters; "
+            f"{engine.parameters:,} parameters; "
             f"{corpus.training.tokens.numel():,} {report.unit}s in "
             f"{len(corpus.training.names)} documents, {len(corpus.held_out.names)} held out; "
-            f"dp {ranks.dp} x cp {ranks.cp} on {ranks.device.type}; "
+            f"{grid_name(settings, ranks)} on {ranks.device.type}; "
             f"{attention_name(settings, ranks.device)} attention; {folder}"
         )
         mark, logged = time.perf_counter(), first_step
         for step in range(first_step, run.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings.optimizer, step, run.steps)
             batches = list(step_batches(settings, streams, step, ranks))
-            history.append(train_step(model, optimizer, batches, settings, step, ranks))
+            history.append(train_step(engine, batches, settings, step, ranks))
 
             done = step + 1
             goes_on = done < run.steps
@@ -278,7 +224,7 @@ def train(settings: Settings, ranks: Ranks) -> Result:
                     "loss": loss,
                     "mean_loss": sum(row[0] for row in recent) / len(recent),
                     "grad_norm": grad_norm,
-                    "lr": optimizer.param_groups[0]["lr"],
+                    "lr": learning_rate(settings.optimizer, step, run.steps),
                     "tokens_per_second": new_tokens / elapsed,
                     "peak_memory": ranks.largest(peak_memory(ranks.device)),
                 },
@@ -287,16 +233,16 @@ def train(settings: Settings, ranks: Ranks) -> Result:
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss of step {done} is {loss}")
             if validates:
-                report.validation(done, validate(model, held_out, settings, ranks), unigram)
+                report.validation(done, validate(engine, held_out, settings, ranks), unigram)
             if saves:
-                save_checkpoint(folder, done, model, optimizer, settings)
+                engine.save(folder, done)
             mark, logged = time.perf_counter(), done
 
-        validation = validate(model, held_out, settings, ranks)
+        validation = validate(engine, held_out, settings, ranks)
         report.validation(run.steps, validation, unigram)
         if first_step < run.steps:
-            save_checkpoint(folder, run.steps, model, optimizer, settings)
-        text = sample_text(model, corpus.tokenizer, settings, ranks)
+            engine.save(folder, run.steps)
+        text = sample_text(engine, corpus.tokenizer, settings, ranks)
         rows = [row.tolist() for row in history]
         result = Result(
             folder=folder,
@@ -320,18 +266,27 @@ def attention_name(settings: Settings, device: torch.device) -> str:
     return f"nsa ({get_backend(settings.model.backend, device).name} backend)"
 
 
+def grid_name(settings: Settings, ranks: Ranks) -> str:
+    """How the ranks are used, such as 'dp 2 x cp 4'."""
+    grid = f"dp {ranks.dp} x cp {ranks.cp}"
+    if settings.parallel.engine == "megatron":
+        with_sp = " with sequence parallel" if settings.parallel.sequence_parallel else ""
+        grid = f"Megatron, pp {ranks.pp} x {grid} x tp {ranks.tp}{with_sp}"
+    return grid
+
+
 def by_kind(received: Sequence[float]) -> dict[str, int]:
     """Bytes that stand in the order of ``COMMUNICATION_KINDS``, by name."""
     return dict(zip(COMMUNICATION_KINDS, map(int, received), strict=True))
 
 
-def sample_text(model: Decoder, tokenizer: Tokenizer, settings: Settings, ranks: Ranks) -> str:
+def sample_text(engine: Engine, tokenizer: Tokenizer, settings: Settings, ranks: Ranks) -> str:
     """The prompt and what the model makes of it; collective, the same on every rank."""
     run = settings.run
     if not run.sample_tokens:
         return ""
     continuation = sample(
-        model,
+        engine.sampler,
         tokenizer.encode(run.prompt.encode(), "run.prompt").tolist(),
         run.sample_tokens,
         ranks,
@@ -339,6 +294,7 @@ def sample_text(model: Decoder, tokenizer: Tokenizer, settings: Settings, ranks:
         temperature=run.temperature,
         seed=mix_seed(run.seed, "sample"),
         window=settings.data.length,
+        pad_to=math.lcm(PAD_TO, 2 * ranks.cp * ranks.tp),
     )
     return run.prompt + tokenizer.decode(continuation)
 

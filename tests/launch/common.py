@@ -16,6 +16,7 @@ import torch
 
 from checkpoint import checkpoints, load_weights
 from data import PackedStreams, load_corpus
+from fsdp2_engine import clip_gradients, forward_backward
 from model import Decoder, build_model
 from nsa_dist import shard_batch
 from ranks import Ranks, start_ranks
@@ -23,14 +24,7 @@ from record_choices import Recording, RecordOptions
 from record_choices import run as run_recording
 from sampling import sample
 from settings import Settings, from_table
-from train import (
-    Result,
-    clip_gradients,
-    forward_backward,
-    shard_stream,
-    step_batches,
-    train,
-)
+from train import Result, shard_stream, step_batches, train
 
 Table = dict[str, dict[str, Any]]
 

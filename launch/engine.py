@@ -1,0 +1,94 @@
+"""What the training loop asks of whatever spreads the model over ranks: FSDP2 or Megatron."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nsa_dist import ShardedBatch
+from ranks import Ranks
+from settings import Settings
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update.
+
+    Args:
+        loss_sum: float64 scalar, nats; the sum over all ranks is that of all targets, before the
+            update.
+        targets: number of targets everywhere.
+        grad_norm: scalar, the global norm of the mean loss's gradient before clipping; the same on
+            every rank.
+    """
+
+    loss_sum: Tensor
+    targets: int
+    grad_norm: Tensor
+
+
+class Engine(Protocol):
+    """The model and its optimizer on all ranks. Every method is collective.
+
+    Attributes:
+        parameters: of the whole model.
+        sampler: maps local tokens [1, L] (and ``cu_seqlens``) to local logits [1, L, vocabulary].
+    """
+
+    parameters: int
+    sampler: nn.Module
+
+    def step(self, batches: Sequence[ShardedBatch], learning_rate: float, seed: int) -> Step:
+        """One update from this replica's micro-batches."""
+        ...
+
+    def loss(self, batch: ShardedBatch) -> Tensor:
+        """Sum of the targets' losses, to be added over the ranks of the replica; no gradient."""
+        ...
+
+    def communication(self) -> dict[str, int]:
+        """Bytes that this rank's attention layers received since the last reset, by kind."""
+        ...
+
+    def reset_communication(self) -> None:
+        """Start counting anew."""
+        ...
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write a checkpoint of the state after ``step`` steps."""
+        ...
+
+    def load(self, folder: Path) -> int:
+        """Restore the folder's latest checkpoint; the steps done, 0 without a checkpoint."""
+        ...
+
+
+def make_engine(settings: Settings, vocab_size: int, ranks: Ranks) -> Engine:
+    """The engine that ``parallel.engine`` names."""
+    if settings.parallel.engine == "megatron":
+        # Imported when asked for: megatron-core is optional.
+        from megatron_engine import MegatronEngine
+
+        return MegatronEngine(settings, vocab_size, ranks)
+    from fsdp2_engine import Fsdp2Engine
+
+    return Fsdp2Engine(settings, vocab_size, ranks)
+
+
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    """Whether AdamW decays a parameter, by our name or Megatron's: matrices, and not gains, biases,
+    positions, logits or queries, be it one set of them or one a head."""
+    vector = name.endswith((".position", ".logits", ".query")) or "norm" in name
+    return parameter.ndim >= 2 and not vector
+
+
+def count_targets(batches: Sequence[ShardedBatch], ranks: Ranks) -> int:
+    """Targets of all replicas' micro-batches. Collective."""
+    # Each rank reports its replica's whole count.
+    local = torch.tensor([sum(batch.num_targets for batch in batches)])
+    return int(ranks.total(local)) // ranks.replica

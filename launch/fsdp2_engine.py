@@ -1,0 +1,105 @@
+"""Training by FSDP2: weights, gradients and optimizer state sharded over all ranks.
+
+The loss is the sum of all targets' cross-entropies over their number, across ranks, replicas and
+accumulated micro-batches: how a batch is spread changes no gradient beyond rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from checkpoint import load_checkpoint, save_checkpoint
+from data import mix_seed
+from engine import Step, count_targets, is_decayed
+from model import build_model
+from nsa_dist import ShardedBatch
+from ranks import Ranks
+from settings import OptimizerSettings, Settings
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves the rest alone."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if is_decayed(name, p)]
+    others = [p for name, p in named if not is_decayed(name, p)]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def clip_gradients(model: nn.Module, largest: float) -> Tensor:
+    """Scale all gradients down to a global norm of at most ``largest`` (0: leave them).
+
+    Returns:
+        The norm before, over every shard on every rank; the same scalar on each.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
+    assert isinstance(norm, DTensor)
+    return norm.full_tensor()
+
+
+def forward_backward(
+    model: nn.Module, batches: Sequence[ShardedBatch], ranks: Ranks, seed: int
+) -> tuple[Tensor, int]:
+    """Gradients of the mean loss over every target of every rank's batches.
+
+    Returns:
+        The sum of this rank's losses (float64 scalar, nats) and the number of targets everywhere.
+    """
+    targets = count_targets(batches, ranks)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for index, batch in enumerate(batches):
+        # Dropout's draws follow from the seed, the step and the micro-batch alone.
+        torch.manual_seed(mix_seed(seed, "micro-batch", ranks.dp_rank * len(batches) + index))
+        loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
+        (loss / max(targets, 1)).backward()
+        loss_sum += loss.detach()
+    return loss_sum, targets
+
+
+class Fsdp2Engine:
+    """``engine.Engine`` by FSDP2."""
+
+    def __init__(self, settings: Settings, vocab_size: int, ranks: Ranks) -> None:
+        self.settings, self.ranks = settings, ranks
+        self.model = build_model(settings, vocab_size, ranks)
+        self.sampler: nn.Module = self.model
+        self.optimizer = make_optimizer(self.model, settings.optimizer)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.communication = self.model.communication
+        self.reset_communication = self.model.reset_communication
+
+    def step(self, batches: Sequence[ShardedBatch], learning_rate: float, seed: int) -> Step:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss_sum, targets = forward_backward(self.model, batches, self.ranks, seed)
+        grad_norm = clip_gradients(self.model, self.settings.optimizer.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Step(loss_sum, targets, grad_norm)
+
+    @torch.no_grad()
+    def loss(self, batch: ShardedBatch) -> Tensor:
+        self.model.eval()
+        loss = self.model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
+        self.model.train()
+        return loss
+
+    def save(self, folder: Path, step: int) -> None:
+        save_checkpoint(folder, step, self.model, self.optimizer, self.settings)
+
+    def load(self, folder: Path) -> int:
+        return load_checkpoint(folder, self.model, self.optimizer, self.settings)
