@@ -95,7 +95,7 @@ def _forward_tiles(
     return b_acc, b_max, b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _forward_kernel(
     q,
     k,

@@ -18,6 +18,7 @@ from nsa_kernels.triton.band import Band, load_rows, num_seen, sees
 from nsa_kernels.triton.tiles import (
     PIECE,
     add_dot,
+    add_tiles,
     attention_shapes,
     key_tiles,
     logit_scale,
@@ -26,6 +27,9 @@ from nsa_kernels.triton.tiles import (
     precision,
     query_tiles,
 )
+
+# Bytes for what programs of dk and dv leave to be added; more programs run in several launches.
+WORKSPACE = 256 << 20
 
 
 @triton.jit
@@ -157,7 +161,7 @@ def _sees_several(t, OFFSET: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.cons
     return count > 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _dq_kernel(
     q,
     k,
@@ -256,7 +260,7 @@ def _dq_kernel(
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_m[:, None] & (o_dk < DK)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_program"])
 def _dkv_kernel(
     q,
     k,
@@ -268,6 +272,7 @@ def _dkv_kernel(
     dv,
     tiles,
     programs,
+    first_program,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -284,7 +289,6 @@ def _dkv_kernel(
     OFFSET: tl.constexpr,
     STRIDE: tl.constexpr,
     WINDOW: tl.constexpr,
-    SHARED_OUT: tl.constexpr,
     BT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -293,19 +297,18 @@ def _dkv_kernel(
     PDK: tl.constexpr,
     PDV: tl.constexpr,
     PRECISION: tl.constexpr,
-    PIECE_TILES: tl.constexpr,
 ):
-    """dK, dV of one key tile from a run of query tiles.
-
-    Written to the keys' rows, or with SHARED_OUT to the program's rows of a float32 workspace.
-    """
-    i_program = tl.program_id(0)
+    """dK, dV of one key tile from a run of query tiles, at most a piece, to a float32 workspace."""
+    i_program = first_program + tl.program_id(0)
     i_g = tl.program_id(1)
     base = tl.load(programs + i_program * 6)
     first_key = tl.load(programs + i_program * 6 + 1).to(tl.int32)
     end_key = tl.load(programs + i_program * 6 + 2).to(tl.int32)
     first_tile = tl.load(programs + i_program * 6 + 3).to(tl.int32)
     end_tile = tl.load(programs + i_program * 6 + 4).to(tl.int32)
+    # Never so; but for a loop of no turns, ptxas would let every wgmma wait for the one before.
+    if first_tile >= end_tile:
+        return
 
     o_dk = tl.arange(0, PDK)
     o_dv = tl.arange(0, PDV)
@@ -321,67 +324,85 @@ def _dkv_kernel(
     token, head = o_m // R, (i_g * R + o_m % R).to(tl.int64)
     b_dk = tl.zeros([BN, PDK], dtype=tl.float32)
     b_dv = tl.zeros([BN, PDV], dtype=tl.float32)
-    for piece in tl.range(first_tile, end_tile, PIECE_TILES):
-        b_dk_piece = tl.zeros([BN, PDK], dtype=tl.float32)
-        b_dv_piece = tl.zeros([BN, PDV], dtype=tl.float32)
-        for i_tile in tl.range(piece, tl.minimum(piece + PIECE_TILES, end_tile)):
-            p_tile = tiles + i_tile * 4
-            first_row = tl.load(p_tile)
-            num_tokens = tl.load(p_tile + 1).to(tl.int32)
-            position = tl.load(p_tile + 2).to(tl.int32)
-            m_m = (token < num_tokens) & (token < BT)
-            row = first_row + token
-            b_q = load_rows(q, row * stride_qt + head * stride_qh, o_dk, m_m, DK, PDK)
-            b_do = load_rows(do, row * stride_dot + head * stride_doh, o_dv, m_m, DV, PDV)
-            b_lse = _load_lse(lse, row * H + head, m_m, PRECISION)
-            b_delta = tl.load(delta + row * H + head, mask=m_m, other=0.0)
-            b_t = position + token
-            seen = sees(b_t[None, :], o_j[:, None], OFFSET, STRIDE, WINDOW)
-            seen = seen & m_m[None, :] & m_j[:, None]
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
-            b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), PRECISION)
-            several = _sees_several(b_t, OFFSET, STRIDE, WINDOW)[None, :]
-            if PRECISION == "ieee":
-                b_p = tl.where(several, b_p, 1.0)
-            b_p = tl.where(seen, b_p, 0.0)
-            b_dv_piece = add_dot(b_dv_piece, b_p.to(b_do.dtype), b_do, PRECISION)
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-            b_ds = tl.where(seen & several, b_p * (b_dp - b_delta[None, :]), 0.0)
-            b_dk_piece = add_dot(b_dk_piece, b_ds.to(b_q.dtype), b_q, PRECISION)
-        b_dk += b_dk_piece
-        b_dv += b_dv_piece
+    for i_tile in tl.range(first_tile, end_tile):
+        p_tile = tiles + i_tile * 4
+        first_row = tl.load(p_tile)
+        num_tokens = tl.load(p_tile + 1).to(tl.int32)
+        position = tl.load(p_tile + 2).to(tl.int32)
+        m_m = (token < num_tokens) & (token < BT)
+        row = first_row + token
+        b_q = load_rows(q, row * stride_qt + head * stride_qh, o_dk, m_m, DK, PDK)
+        b_do = load_rows(do, row * stride_dot + head * stride_doh, o_dv, m_m, DV, PDV)
+        b_lse = _load_lse(lse, row * H + head, m_m, PRECISION)
+        b_delta = tl.load(delta + row * H + head, mask=m_m, other=0.0)
+        b_t = position + token
+        seen = sees(b_t[None, :], o_j[:, None], OFFSET, STRIDE, WINDOW)
+        seen = seen & m_m[None, :] & m_j[:, None]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+        b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), PRECISION)
+        several = _sees_several(b_t, OFFSET, STRIDE, WINDOW)[None, :]
+        if PRECISION == "ieee":
+            b_p = tl.where(several, b_p, 1.0)
+        b_p = tl.where(seen, b_p, 0.0)
+        b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_ds = tl.where(seen & several, b_p * (b_dp - b_delta[None, :]), 0.0)
+        b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
 
     b_dk *= scale
-    row = key_row
-    if SHARED_OUT:
-        row = i_program.to(tl.int64) * BN + o_n
+    row = tl.program_id(0).to(tl.int64) * BN + o_n
     p_dk = dk + (row * G + i_g)[:, None] * DK + o_dk[None, :]
     p_dv = dv + (row * G + i_g)[:, None] * DV + o_dv[None, :]
-    tl.store(p_dk, b_dk.to(dk.dtype.element_ty), mask=m_j[:, None] & (o_dk < DK)[None, :])
-    tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_j[:, None] & (o_dv < DV)[None, :])
+    tl.store(p_dk, b_dk, mask=m_j[:, None] & (o_dk < DK)[None, :])
+    tl.store(p_dv, b_dv, mask=m_j[:, None] & (o_dv < DV)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_program", "end_program"])
 def _add_parts_kernel(
-    parts, workspace, out, programs, G: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    parts,
+    workspace,
+    carried,
+    carry,
+    out,
+    programs,
+    first_program,
+    end_program,
+    G: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    D: tl.constexpr,
     PD: tl.constexpr,
-):  # fmt: skip
-    """Add what the programs of one key tile left in the workspace, in their order."""
+    PIECE_TILES: tl.constexpr,
+):
+    """Add what programs first_program..end_program-1 of one key tile left, in their order.
+
+    On top of `carried`, what earlier programs of the key tile left; to `carry` when more will come.
+    """
     i_key = tl.program_id(0)
     i_g = tl.program_id(1)
     begin, end = tl.load(parts + i_key), tl.load(parts + i_key + 1)
+    low = tl.maximum(begin, first_program)
+    high = tl.minimum(end, end_program)
+    if low >= high:
+        return
     base = tl.load(programs + begin * 6)
     first_key = tl.load(programs + begin * 6 + 1).to(tl.int32)
     end_key = tl.load(programs + begin * 6 + 2).to(tl.int32)
-    o_n = tl.arange(0, BN)
+    o_n = tl.program_id(2) * BR + tl.arange(0, BR)
     o_d = tl.arange(0, PD)
     o_j = first_key // BN * BN + o_n
     mask = ((o_j >= first_key) & (o_j < end_key))[:, None] & (o_d < D)[None, :]
-    b_sum = tl.zeros([BN, PD], dtype=tl.float32)
-    for i_program in tl.range(begin, end):
-        row = i_program * BN + o_n.to(tl.int64)
-        p = workspace + (row * G + i_g)[:, None] * D + o_d[None, :]
-        b_sum += tl.load(p, mask=mask, other=0.0)
+    o_in = (o_n * G + i_g)[:, None] * D + o_d[None, :]  # in the BN rows of a program
+    b_sum = tl.zeros([BR, PD], dtype=tl.float32)
+    if begin < low:
+        b_sum = tl.load(carried + o_in, mask=mask, other=0.0)
+    b_sum = add_tiles(
+        b_sum, workspace + o_in, (low - first_program).to(tl.int64),
+        (high - first_program).to(tl.int64), BN * G * D, mask, PIECE_TILES,
+    )  # fmt: skip
+    if end > high:
+        tl.store(carry + o_in, b_sum, mask=mask)
+        return
     row = base + o_j.to(tl.int64)
     p_out = out + (row * G + i_g)[:, None] * D + o_d[None, :]
     tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=mask)
@@ -426,37 +447,42 @@ def banded_backward(
         "PDK": padded(q.shape[-1]),
         "PDV": padded(v.shape[-1]),
         "PRECISION": precision(q),
-        "PIECE_TILES": PIECE,
     }
     _, shape, key_shape = attention_shapes(q, v)
     tiles = query_tiles(segments, shape.rows // ratio, band.column)
     _dq_kernel[(len(tiles.host), groups)](
         q, k, v, o, do, lse, delta, dq, tiles.table, len(tiles.host), *strides, scale,
-        logit_scale(q, scale), FEW_KEYS=few_keys(q), BT=shape.rows // ratio,
+        logit_scale(q, scale), FEW_KEYS=few_keys(q), PIECE_TILES=PIECE, BT=shape.rows // ratio,
         BM=shape.rows, BN=shape.keys, **shared,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
 
     tokens, size = key_shape.rows // ratio, key_shape.keys
     tiles = query_tiles(segments, tokens, band.column)
-    programs = key_tiles(segments, band, tokens, size, groups)
+    programs = key_tiles(segments, band, tokens, size)
     if not len(programs.table):
         return dq, dk, dv
-    shared_out = programs.most > 1
-    to_k, to_v = dk, dv
-    if shared_out:
-        rows = len(programs.table) * size
-        to_k = k.new_empty(rows, *k.shape[1:], dtype=torch.float32)
-        to_v = v.new_empty(rows, *v.shape[1:], dtype=torch.float32)
-    _dkv_kernel[(len(programs.table), groups)](
-        q, k, v, do, lse, delta, to_k, to_v, tiles.table, programs.table, *strides, scale,
-        logit_scale(q, scale), G=groups, SHARED_OUT=shared_out, BT=tokens, BM=key_shape.rows,
-        BN=size, **shared, num_warps=key_shape.warps, num_stages=key_shape.stages,
-    )  # fmt: skip
-    if shared_out:
-        for workspace, out in ((to_k, dk), (to_v, dv)):
-            _add_parts_kernel[(len(programs.parts) - 1, groups)](
-                programs.parts, workspace, out, programs.table, G=groups, BN=size,
-                D=out.shape[-1], PD=padded(out.shape[-1]),
+    count = len(programs.table)
+    widths = (k.shape[-1], v.shape[-1])
+
+    def empty(tiles: int) -> list[Tensor]:
+        return [q.new_empty(tiles * size, groups, w, dtype=torch.float32) for w in widths]
+
+    launch = max(1, WORKSPACE // (4 * size * groups * sum(widths)))
+    workspace, carried, carry = empty(min(launch, count)), empty(1), empty(1)
+    for first in range(0, count, launch):
+        end = min(first + launch, count)
+        _dkv_kernel[(end - first, groups)](
+            q, k, v, do, lse, delta, *workspace, tiles.table, programs.table, first, *strides,
+            scale, logit_scale(q, scale), G=groups, BT=tokens,
+            BM=key_shape.rows, BN=size, **shared, num_warps=key_shape.warps,
+            num_stages=key_shape.stages,
+        )  # fmt: skip
+        for i, out in enumerate((dk, dv)):
+            _add_parts_kernel[(len(programs.parts) - 1, groups, size // 16)](
+                programs.parts, workspace[i], carried[i], carry[i], out, programs.table, first,
+                end, G=groups, BN=size, BR=16, D=out.shape[-1], PD=padded(out.shape[-1]),
+                PIECE_TILES=PIECE,
             )  # fmt: skip
+        carried, carry = carry, carried
     return dq, dk, dv

@@ -36,6 +36,7 @@ from nsa_kernels.triton.selected_lists import (
 from nsa_kernels.triton.tiles import (
     PIECE,
     add_dot,
+    add_tiles,
     logit_scale,
     padded,
     power,
@@ -364,6 +365,7 @@ def _add_programs_kernel(
     BN: tl.constexpr,
     D: tl.constexpr,
     PD: tl.constexpr,
+    PIECE_TILES: tl.constexpr,
 ):
     """Add what programs first_program..end_program-1 of one block left in the workspace, in order.
 
@@ -380,9 +382,11 @@ def _add_programs_kernel(
     b_sum = tl.zeros([BN, PD], dtype=tl.float32)
     if begin < low:
         b_sum = load_tile(carried + first_key * D, BN, D, PD)
-    for i in tl.range(low, high):
-        p = workspace + ((i - first_program) * BLOCK + first_key) * D
-        b_sum += load_tile(p, BN, D, PD)
+    o_in = tl.arange(0, BN)[:, None] * D + tl.arange(0, PD)[None, :]
+    b_sum = add_tiles(
+        b_sum, workspace + first_key * D + o_in, low - first_program, high - first_program,
+        BLOCK * D, (tl.arange(0, PD) < D)[None, :], PIECE_TILES,
+    )  # fmt: skip
     if end > high:
         store_tile(carry + first_key * D, b_sum, BN, D, PD)
         return
@@ -476,6 +480,7 @@ def selected_backward(
             _add_programs_kernel[(groups * block_lengths.shape[0], select_block // 16)](
                 workspace[i], carried[i], carry[i], grads[i], grads[i + 2], queries.ends, *blocks,
                 first, end, G=groups, BLOCK=select_block, BN=16, D=width, PD=padded(width),
+                PIECE_TILES=PIECE,
             )  # fmt: skip
         carried, carry = carry, carried
     return dq, *grads

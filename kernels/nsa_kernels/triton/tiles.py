@@ -21,10 +21,6 @@ from nsa_kernels.triton.band import Band
 LOG2E = 1.4426950408889634
 # Tiles added one after another; more are added in pieces, whose sums are then added.
 PIECE = 64
-# Programs that the gradients of keys should have: a few for each multiprocessor of a large GPU.
-PROGRAMS = 512
-# Query tiles that one of them walks over, at least and at most; longer lists are shared out.
-QUERY_TILES_A_PROGRAM = PIECE // 2, 16 * PIECE
 # Tables of how many packings are found again by the values of the segments alone.
 REMEMBERED = 8
 
@@ -43,17 +39,15 @@ class QueryTiles(NamedTuple):
 
 
 class KeyTiles(NamedTuple):
-    """Runs of at most BN keys with the query tiles that see them, long lists shared out.
+    """Runs of at most BN keys with the query tiles that see them, at most PIECE for a program.
 
     table: int64 [programs, 6] on the device: row of key 0, first key, end of the keys, first query
     tile, end of the query tiles, and the key tile that the program belongs to.
     parts: int32 [key tiles + 1], where each key tile's programs start.
-    most: programs of the key tile that has most.
     """
 
     table: Tensor
     parts: Tensor
-    most: int
 
 
 class Chunk(NamedTuple):
@@ -96,15 +90,10 @@ def query_tiles(segments: QuerySegments, size: int, column: str) -> QueryTiles:
     return kept(segments, ("query", size, column), lambda: _query_tiles(segments, size, column))
 
 
-def key_tiles(
-    segments: QuerySegments, band: Band, queries: int, keys: int, groups: int
-) -> KeyTiles:
-    """The tiles of at most `keys` keys against the tiles of at most `queries` queries.
-
-    groups: KV heads, each of which has the programs of the table.
-    """
-    name = ("key", band, queries, keys, groups, PROGRAMS, QUERY_TILES_A_PROGRAM)
-    return kept(segments, name, lambda: _key_tiles(segments, band, queries, keys, groups))
+def key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> KeyTiles:
+    """The tiles of at most `keys` keys against the tiles of at most `queries` queries."""
+    name = ("key", band, queries, keys, PIECE)
+    return kept(segments, name, lambda: _key_tiles(segments, band, queries, keys))
 
 
 def chunks(segments: QuerySegments, size: int, tokens: int, column: str) -> list[Chunk]:
@@ -203,9 +192,7 @@ def _numbered(count: Tensor) -> tuple[Tensor, Tensor]:
     return owner, torch.arange(len(owner), device="cpu") - first[owner]
 
 
-def _key_tiles(
-    segments: QuerySegments, band: Band, queries: int, keys: int, groups: int
-) -> KeyTiles:
+def _key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> KeyTiles:
     _, length, position, base = query_tiles(segments, queries, band.column).host.unbind(1)
     # Neighbouring tiles that count keys from one row see the same keys.
     group = torch.zeros_like(base)
@@ -237,19 +224,17 @@ def _key_tiles(
     key, stop, key_group, first, until = (x[seen] for x in (key, stop, key_group, first, until))
     first_tile, end_tile = seeing[first], seeing[until - 1] + 1
 
-    least, most = QUERY_TILES_A_PROGRAM
-    total = int((end_tile - first_tile).sum()) * groups
-    share = min(max(-(-total // PROGRAMS), least), most)
-    programs = (end_tile - first_tile + share - 1) // share
+    count = end_tile - first_tile
+    programs = (count + PIECE - 1) // PIECE
     key_tile, number = _numbered(programs)
-    tile = first_tile[key_tile] + number * share
+    first_tile, count, shares = first_tile[key_tile], count[key_tile], programs[key_tile]
     table = torch.stack(
         (
             base[first_of_group[key_group]][key_tile],
             torch.maximum(key, low[key_group])[key_tile],
             stop[key_tile],
-            tile,
-            torch.minimum(tile + share, end_tile[key_tile]),
+            first_tile + count * number // shares,
+            first_tile + count * (number + 1) // shares,
             key_tile,
         ),
         dim=1,
@@ -257,8 +242,7 @@ def _key_tiles(
     parts = torch.zeros(len(programs) + 1, dtype=torch.int32, device="cpu")
     parts[1:] = programs.cumsum(0)
     device = segments.table.device
-    shares = int(programs.max()) if len(programs) else 0
-    return KeyTiles(to_device(table, device), to_device(parts, device), shares)
+    return KeyTiles(to_device(table, device), to_device(parts, device))
 
 
 def _chunks(segments: QuerySegments, size: int, tokens: int, column: str) -> list[Chunk]:
@@ -292,6 +276,17 @@ def add_dot(acc, a, b, PRECISION: tl.constexpr):
     if PRECISION == "ieee":
         return tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def add_tiles(b_sum, p_tile, low, high, stride, mask, PIECE_TILES: tl.constexpr):
+    """b_sum + the tiles low..high-1 that stand `stride` elements apart, in pieces."""
+    for piece in tl.range(low, high, PIECE_TILES):
+        b_piece = tl.zeros_like(b_sum)
+        for i in tl.range(piece, tl.minimum(piece + PIECE_TILES, high)):
+            b_piece += tl.load(p_tile + i * stride, mask=mask, other=0.0)
+        b_sum += b_piece
+    return b_sum
 
 
 @triton.jit
@@ -347,12 +342,14 @@ def attention_shapes(q: Tensor, v: Tensor) -> tuple[TileShape, TileShape, TileSh
     if major not in (0, 9):
         small = TileShape(64, 32, 8, 2)
         return small, small, small if width > 64 else TileShape(32, 32, 8, 2)
-    forward, dq = TileShape(128, 128, 8, 2), TileShape(128, 64, 8, 3)
+    forward, dq = TileShape(128, 64, 8, 3), TileShape(128, 64, 8, 3)
+    dkv = TileShape(64, 128, 8, 2 if width > 64 else 3)
     ratio = q.shape[1] // v.shape[1]
     if ratio & (ratio - 1):  # Rows are divided by it, which takes registers.
-        forward, dq = TileShape(128, 64, 8, 2), TileShape(128, 32, 8, 2)
-    # At 128 sums of dk and dv in pieces take all registers, and wait in memory meanwhile.
-    return forward, dq, TileShape(64, 128, 8, 2 if width > 64 else 3)
+        return TileShape(64, 64, 8, 2), TileShape(128, 32, 8, 2), TileShape(32, 64, 8, 2)
+    if ratio < 16 or {q.shape[-1], v.shape[-1]} != {width}:  # So do many positions, and masks.
+        dq = TileShape(128, 32, 8, 3)
+    return forward, dq, dkv
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:

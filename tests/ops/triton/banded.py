@@ -55,10 +55,10 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of more than two tiles are cut up, and long lists shared out, in small inputs too."""
+    """Sums of more than two tiles are cut up, and run in several launches, in small inputs too."""
     for module in (tiles, banded_attention, banded_backward):
         monkeypatch.setattr(module, "PIECE", 2)
-    monkeypatch.setattr(tiles, "QUERY_TILES_A_PROGRAM", (3, 3))
+    monkeypatch.setattr(banded_backward, "WORKSPACE", 1 << 16)
 
 
 class Branch:

@@ -14,7 +14,6 @@ from nsa_kernels.triton.band import Band
 from tests.ops.triton.conftest import DEVICE
 
 Rows = list[tuple[int, ...]]
-G = 2
 BANDS = [
     Band(offset=0, stride=1, window=5, column="window_base"),
     Band(offset=0, stride=1, window=33, column="window_base"),
@@ -57,8 +56,10 @@ def plain_key_tiles(queries: Rows, band: Band, size: int, most: int) -> tuple[Ro
             inside = range(first * size, first * size + size)
             readers = sorted({number for number, key in seen if key in inside})
             low, high = max(inside[0], min(keys)), min(inside[-1], max(keys)) + 1
-            for begin in range(readers[0], readers[-1] + 1, most):
-                end = min(begin + most, readers[-1] + 1)
+            count = readers[-1] + 1 - readers[0]
+            shares = -(-count // most)
+            bounds = [readers[0] + count * share // shares for share in range(shares + 1)]
+            for begin, end in itertools.pairwise(bounds):
                 programs.append((base, low, high, begin, end, len(parts) - 1))
             parts.append(len(programs))
         at = until
@@ -95,17 +96,16 @@ def test_query_tiles(size: int) -> None:
 @pytest.mark.parametrize("most", [1, 3, 1000])
 @pytest.mark.parametrize("band", BANDS, ids=str)
 def test_key_tiles(band: Band, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "QUERY_TILES_A_PROGRAM", (most, most))
+    monkeypatch.setattr(tiles, "PIECE", most)
     for seed in range(20):
         segments = drawn(seed, seed % 5)
         queries = plain_query_tiles(segments, 8, band.column)
         if _descends(queries):
             continue
-        found = tiles.key_tiles(segments, band, 8, 16, G)
+        found = tiles.key_tiles(segments, band, 8, 16)
         programs, parts = plain_key_tiles(queries, band, 16, most)
         assert found.table.tolist() == [list(row) for row in programs]
         assert found.parts.tolist() == parts
-        assert found.most == max((b - a for a, b in itertools.pairwise(parts)), default=0)
 
 
 def _descends(queries: Rows) -> bool:
@@ -116,26 +116,11 @@ def test_key_tiles_of_positions_that_descend() -> None:
     """All tiles of the run are taken to see all of its keys: more than they do, and never fewer."""
     segments = QuerySegments.from_rows([(0, 20, 40, 0, 0, 0), (20, 20, 0, 0, 0, 0)], DEVICE)
     band = Band(offset=7, stride=4, window=0, column="compressed_base")
-    found = tiles.key_tiles(segments, band, 8, 4, G)
+    found = tiles.key_tiles(segments, band, 8, 4)
     # Keys 0..13 end at or before position 59; the first tile with a key ends at position 7.
     assert [row[1:5] for row in found.table.tolist()] == [
         [first, min(first + 4, 14), 0, 6] for first in range(0, 14, 4)
     ]
-
-
-@pytest.mark.parametrize("groups", [1, 4])
-def test_long_lists_are_shared_out_for_enough_programs(
-    groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tiles, "QUERY_TILES_A_PROGRAM", (2, 50))
-    monkeypatch.setattr(tiles, "PROGRAMS", 64)
-    segments = QuerySegments.from_rows([(0, 800, 0, 0, 0, 0)], DEVICE)
-    band = Band(offset=7, stride=4, window=0, column="compressed_base")
-    table = tiles.key_tiles(segments, band, 8, 16, groups).table
-    walked = table[:, 4] - table[:, 3]
-    share = -(-int(walked.sum()) * groups // 64)
-    assert int(walked.max()) == min(share, 50)
-    assert len(table) * groups >= 64
 
 
 @pytest.mark.parametrize("size", [1, 5, 64, 1000])
