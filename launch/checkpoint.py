@@ -90,12 +90,21 @@ def load_checkpoint(
     if not found:
         return 0
     check_same_run(from_toml(found[-1] / "settings.toml"), settings)
+    return load_state(found[-1], model, optimizer)
+
+
+def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
+    """Restore one of ``checkpoints()`` in place; collective.
+
+    Returns:
+        The steps done.
+    """
     state: dict[str, Any] = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
         "step": 0,
     }
-    load(state, checkpoint_id=found[-1])
+    load(state, checkpoint_id=path)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return int(state["step"])

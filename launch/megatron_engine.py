@@ -30,6 +30,7 @@ with warnings.catch_warnings():
     )
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import (
+        DistributedOptimizer,
         OptimizerConfig,
         ParamKey,
         ParamWithNamePredicate,
@@ -51,14 +52,6 @@ from model import Decoder, compute_dtype
 from nsa_dist import ShardedBatch
 from ranks import Ranks
 from settings import OptimizerSettings, Settings, check, from_toml
-
-# Optimizer state is saved parameter by parameter, whole: it loads at any sizes.
-_SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
-
-Forward = Callable[[Iterator[ShardedBatch], nn.Module], tuple[Tensor, Callable[..., Any]]]
 
 
 def start_megatron(settings: Settings, ranks: Ranks) -> None:
@@ -282,26 +275,36 @@ class MegatronEngine:
             layer.self_attention.core_attention.communication.reset()
 
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
-        """What a checkpoint holds, as Megatron's descriptions of shards."""
-        model = self.gpt.sharded_state_dict(metadata=_SHARDING)
+        """Weights and moments as Megatron's descriptions of shards, each parameter whole.
+
+        Not Megatron's state of its optimizers: that also holds options, which are this run's to
+        say, and without TransformerEngine a distributed one cannot be asked for it before a step.
+        """
+        model = self.gpt.sharded_state_dict(
+            metadata={}
+        )  # It writes into the dict that it is given.
         # Empty here: they belong to TransformerEngine's FP8.
         model = {k: v for k, v in model.items() if not k.endswith("_extra_state")}
-        optimizer = self.optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=_SHARDING
-        )
-        return {"model": model, "optimizer": optimizer}
+        (optimizer,) = self.optimizer.chained_optimizers
+        if isinstance(optimizer, DistributedOptimizer):
+            state = optimizer.sharded_param_state_fully_reshardable(
+                model, is_loading=is_loading, metadata={}
+            )
+        else:
+            state = optimizer.sharded_state_dict(model, is_loading=is_loading)["state"]
+            state.pop("common_step", None)
+        return {"model": model, "optimizer": state}
 
     def save(self, folder: Path, step: int) -> None:
         path = checkpoint_path(folder, step)
         if self.ranks.is_main:
             path.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        state = {**self._state(is_loading=False), "step": step}
-        dist_checkpointing.save(state, str(path), content_metadata=_SHARDING)
+        dist_checkpointing.save({**self._state(is_loading=False), "step": step}, str(path))
         finish_checkpoint(folder, path, self.settings)
 
     def load(self, folder: Path) -> int:
-        """As of ``engine.Engine``, whatever sizes wrote it.
+        """As of ``engine.Engine``, whatever sizes wrote it. Before the first step.
 
         Raises:
             ValueError: if the checkpoint is of another model, other data, another seed or FSDP2.
@@ -310,21 +313,24 @@ class MegatronEngine:
         if not found:
             return 0
         check_same_run(from_toml(found[-1] / "settings.toml"), self.settings)
+        (optimizer,) = self.optimizer.chained_optimizers
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
         state = dist_checkpointing.load(self._state(is_loading=True), str(found[-1]))
         step = int(state["step"])
         self.gpt.load_state_dict(state["model"], strict=False)
-        optimizer = state["optimizer"]
-        # How parameters are optimised is this run's to say.
-        if "param_state" in optimizer:
-            optimizer["optimizer"] = self.optimizer.state_dict()["optimizer"]
-            optimizer["param_state_sharding_type"] = _SHARDING["distrib_optim_sharding_type"]
-            for group in optimizer["optimizer"]["param_groups"]:
-                group["step"] = step
+        if isinstance(optimizer, DistributedOptimizer):
+            optimizer.load_parameter_state_from_fully_reshardable(state["optimizer"])
         else:
-            own = self.optimizer.state_dict()["param_groups"]
-            optimizer["param_groups"] = own
-            optimizer["state"]["common_step"] = torch.tensor(float(step))
-        self.optimizer.load_state_dict(optimizer)
+            parameters = optimizer.get_parameters()
+            for index, moments in state["optimizer"].items():
+                for kind, value in moments.items():
+                    optimizer.optimizer.state[parameters[index]][kind].copy_(value)
+        if isinstance(optimizer.optimizer, torch.optim.AdamW):
+            for moments in optimizer.optimizer.state.values():
+                moments["step"] = torch.tensor(float(step))
+        else:  # Of TransformerEngine or apex.
+            for group in optimizer.param_groups:
+                group["step"] = step
         return step
 
 

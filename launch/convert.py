@@ -1,0 +1,174 @@
+"""Turn a checkpoint of the Megatron engine into one of the FSDP2 engine, or back.
+
+    python launch/convert.py RUN/checkpoints/step_00001000 OTHER_RUN
+
+writes ``OTHER_RUN/checkpoints/step_00001000`` for the other engine, from which a run with
+``--run.folder OTHER_RUN --run.resume True`` goes on. Weights, both moments and the step move, bit
+for bit. Neither Megatron nor a GPU is needed, and the sizes (tp, cp, pp, dp) that wrote a
+checkpoint or will read it do not matter. The model is in memory once, with its moments.
+
+``megatron_names.py`` has the names. In Megatron's checkpoints a weight is saved by its key, its
+moments as ``optimizer.state.exp_avg.KEY`` and ``optimizer.state.exp_avg_sq.KEY``, and the float32
+weight behind a bfloat16 one as ``optimizer.state.param.KEY``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+
+from checkpoint import (
+    checkpoint_path,
+    finish_checkpoint,
+    is_megatron,
+    load_state,
+    save_checkpoint,
+)
+from fsdp2_engine import make_optimizer
+from megatron_names import from_saved, to_saved
+from model import Decoder
+from settings import Settings, check, from_toml
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+def convert(source: Path, folder: Path) -> Path:
+    """Convert a checkpoint; in a process group of one.
+
+    Args:
+        source: a folder ``step_N`` of a run's checkpoints.
+        folder: of the run that the new one is for.
+
+    Returns:
+        The new checkpoint.
+
+    Raises:
+        ValueError: if ``source`` is no checkpoint, the target is there already, or the other engine
+            cannot run the settings.
+    """
+    there = (source / ".metadata").exists() and (source / "settings.toml").exists()
+    check(there, "SOURCE", str(source), "a folder RUN/checkpoints/step_N works")
+    target = checkpoint_path(folder, int(source.name.removeprefix("step_")))
+    check(not target.exists(), "OTHER_RUN", str(folder), f"one without {target.name} works")
+    settings = from_toml(source / "settings.toml")
+    if is_megatron(source):
+        _from_megatron(source, folder, settings)
+    else:
+        _to_megatron(source, folder, target, settings)
+    return target
+
+
+def _from_megatron(source: Path, folder: Path, settings: Settings) -> None:
+    saved = _read_tensors(source)
+    moments: dict[str, dict[str, Tensor]] = {}
+    for kind in (*_MOMENTS, "param"):
+        prefix = f"optimizer.state.{kind}."
+        found = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+        moments[kind] = from_saved(found, settings.attention) if found else {}
+    saved = {k: v for k, v in saved.items() if not k.startswith("optimizer.")}
+    weights = from_saved(saved, settings.attention)
+    parallel = replace(
+        settings.parallel, engine="fsdp2", tp=1, pp=1, dp=-1, sequence_parallel=False
+    )
+    rounded = weights["norm.weight"].dtype == torch.bfloat16
+    settings = replace(
+        settings,
+        parallel=parallel,
+        model=replace(settings.model, recompute_part="block"),
+        # So that the way back knows what the weights were rounded to.
+        run=replace(settings.run, dtype="bfloat16") if rounded else settings.run,
+    )
+    model, optimizer = _build(settings, weights["embedding.weight"].shape[0])
+    model.load_state_dict(weights | moments["param"])
+    step = int(torch.load(source / "common.pt", weights_only=True)["step"])
+    for name, parameter in model.named_parameters():
+        state: dict[str, Tensor] = {kind: moments[kind][name].clone() for kind in _MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+    save_checkpoint(folder, step, model, optimizer, settings)
+
+
+def _to_megatron(source: Path, folder: Path, target: Path, settings: Settings) -> None:
+    parallel = replace(
+        settings.parallel,
+        engine="megatron",
+        dp=-1,
+        layout="zigzag_per_document",
+        reshard_after_forward=True,
+    )
+    megatron = replace(settings, parallel=parallel)  # Refuses what Megatron cannot run.
+    sizes = FileSystemReader(source).read_metadata().state_dict_metadata
+    embedding = sizes["model.embedding.weight"]
+    assert isinstance(embedding, TensorStorageMetadata)
+    model, optimizer = _build(settings, embedding.size[0])
+    step = load_state(source, model, optimizer)
+
+    named = dict(model.named_parameters())
+    whole = _saved({name: p.detach() for name, p in named.items()}, settings)
+    tensors = {f"optimizer.state.param.{key}": value for key, value in whole.items()}
+    for kind in _MOMENTS:
+        moments = {name: optimizer.state[p][kind] for name, p in named.items()}
+        prefix = f"optimizer.state.{kind}."
+        tensors |= {prefix + key: value for key, value in _saved(moments, settings).items()}
+    dtype = torch.bfloat16 if settings.run.dtype == "bfloat16" else torch.float32
+    tensors |= {key: value.to(dtype) for key, value in whole.items()}
+    target.mkdir(parents=True)
+    save(tensors, checkpoint_id=target)
+    torch.save({"step": step}, target / "common.pt")
+    (target / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+    finish_checkpoint(folder, target, megatron)
+
+
+def _build(settings: Settings, vocab_size: int) -> tuple[Decoder, Optimizer]:
+    model = Decoder(settings, vocab_size).float()
+    return model, make_optimizer(model, settings.optimizer)
+
+
+def _saved(named: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    return to_saved(named, settings.attention, settings.model.layers)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole, by key."""
+    sizes = FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(size.size, dtype=size.properties.dtype)
+        for key, size in sizes.items()
+        if isinstance(size, TensorStorageMetadata)
+    }
+    load(tensors, checkpoint_id=path)
+    return tensors
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit("usage: convert.py RUN/checkpoints/step_N OTHER_RUN")
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        print(convert(Path(sys.argv[1]), Path(sys.argv[2])))
+    except ValueError as error:
+        sys.exit(f"convert.py: {error}")
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

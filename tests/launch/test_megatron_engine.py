@@ -1,0 +1,255 @@
+"""Training by Megatron follows training by FSDP2, on the CPU: by the loss rule, 1e-5 in float32.
+
+What the CPU cannot run (bfloat16, the distributed optimizer, clipping) is in
+``test_megatron_gpus.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from settings import Settings
+from tests.distributed.ranks import RankError, Ranks
+from tests.launch.common import first_gradients, replaced, run_training, tiny
+from tests.launch.megatron import (
+    megatron_gradients,
+    needs_megatron,
+    run_megatron,
+    start_engine,
+)
+from train import Result
+
+RanksOf = Callable[[int], Ranks]
+
+# What the model is, apart from how it is spread.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "independent": {"model": {"qk_norm": True}},
+    "shared": {
+        "model": {"qk_norm": True, "tie_embeddings": True},
+        "attention": {
+            "independent_kv": False,
+            "compress_per_head": True,
+            "compress": "attention_pool",
+            "gate": "static",
+        },
+        "data": {"global_batch": 4, "micro_batch": 2},
+    },
+}
+TP2 = {"tp": 2, "sequence_parallel": True}
+BLOCK = {"recompute": True}
+ATTENTION = {"recompute": True, "recompute_part": "attention"}
+RUNS: list[Any] = [
+    ("independent", 2, {"cp": 2}, {}),
+    ("independent", 2, TP2, ATTENTION),
+    ("shared", 2, {"pp": 2}, BLOCK),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("shared", 2, {"tp": 2}, {}),
+            ("independent", 2, {}, {}),
+            ("shared", 4, {"cp": 2}, {}),
+            ("independent", 4, {"cp": 4}, BLOCK),
+            ("shared", 4, {**TP2, "cp": 2}, {}),
+            ("independent", 4, {**TP2, "pp": 2}, ATTENTION),
+            ("independent", 4, {"cp": 2, "pp": 2}, {}),
+        )
+    ),
+]
+
+
+def by_megatron(root: Path, variant: str, parallel: dict[str, Any], **run: Any) -> Settings:
+    return tiny(
+        root,
+        **{
+            **VARIANTS[variant],
+            "optimizer": {"clip": 0.0},
+            "parallel": {"engine": "megatron", "layout": "zigzag_per_document", **parallel},
+            "run": {"dtype": "float32", **run},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(ranks_of: RanksOf, root: Path) -> Callable[[str], Result]:
+    """The run of a variant by FSDP2 on one rank."""
+    done: dict[str, Result] = {}
+
+    def get(variant: str) -> Result:
+        if variant not in done:
+            run = {"dtype": "float32", "folder": str(root / f"fsdp2-{variant}")}
+            settings = tiny(root, **VARIANTS[variant], optimizer={"clip": 0.0}, run=run)
+            (done[variant],) = ranks_of(1).run(run_training, settings)
+        return done[variant]
+
+    return get
+
+
+def assert_close(found: tuple[float, ...], expected: tuple[float, ...], relative: float) -> None:
+    assert len(found) == len(expected)
+    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert math.isclose(a, b, rel_tol=relative), f"step {step}: {a} for {b}"
+
+
+@needs_megatron
+@pytest.mark.parametrize("variant, size, parallel, model", RUNS)
+def test_every_step_is_that_of_fsdp2(
+    megatron_ranks: RanksOf,
+    alone: Callable[[str], Result],
+    root: Path,
+    variant: str,
+    size: int,
+    parallel: dict[str, Any],
+    model: dict[str, Any],
+) -> None:
+    name = "-".join((variant, str(size), *parallel, *map(str, parallel.values())))
+    settings = by_megatron(root, variant, parallel, folder=str(root / name))
+    settings = replaced(settings, "model", **model)
+    first, *others = megatron_ranks(size).run(run_megatron, settings)
+    expected = alone(variant)
+    assert all(other.losses == first.losses for other in others)
+    assert len(first.losses) == 20
+    assert_close(first.losses, expected.losses, 1e-5)
+    assert_close(first.grad_norms, expected.grad_norms, 1e-3)
+    assert math.isclose(first.validation_loss, expected.validation_loss, rel_tol=1e-5)
+    assert bool(sum(first.received.values())) == (settings.parallel.cp > 1)
+
+
+@needs_megatron
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"cp": 2}, TP2], ids=["cp2", "tp2-sp"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_first_gradient_is_that_of_fsdp2(
+    megatron_ranks: RanksOf, ranks_of: RanksOf, root: Path, variant: str, parallel: dict[str, Any]
+) -> None:
+    settings = by_megatron(root, variant, parallel)
+    alone = tiny(root, **VARIANTS[variant], run={"dtype": "float32"})
+    (expected,) = ranks_of(1).run(first_gradients, alone)
+    for found in megatron_ranks(2).run(megatron_gradients, settings):
+        assert math.isclose(found.loss, expected.loss, rel_tol=1e-5)
+        assert found.grads.keys() == expected.grads.keys()
+        for name, grad in expected.grads.items():
+            difference = float((found.grads[name] - grad).abs().max())
+            assert difference <= 1e-4 * float(grad.abs().max()), name
+
+
+@pytest.fixture(scope="module")
+def unbroken(megatron_ranks: RanksOf, root: Path) -> tuple[Settings, Result]:
+    """A run with a checkpoint half way, and a sample."""
+    options = {"steps": 6, "checkpoint_every": 3, "keep_checkpoints": 0, "sample_tokens": 4}
+    settings = by_megatron(root, "independent", TP2, **options, folder=str(root / "unbroken-tp2"))
+    result, *_ = megatron_ranks(2).run(run_megatron, settings)
+    return settings, result
+
+
+def broken_off(settings: Settings, root: Path, name: str) -> Settings:
+    shutil.copytree(settings.run.folder, root / name)
+    shutil.rmtree(root / name / "checkpoints" / "step_00000006")
+    return replaced(settings, "run", folder=str(root / name), resume=True)
+
+
+@needs_megatron
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
+    megatron_ranks: RanksOf, root: Path, unbroken: tuple[Settings, Result]
+) -> None:
+    settings, expected = unbroken
+    settings = broken_off(settings, root, "resumed-tp2")
+    result, *_ = megatron_ranks(2).run(run_megatron, settings)
+    assert result.losses == expected.losses[3:]
+    assert result.grad_norms == expected.grad_norms[3:]
+    assert result.validation_loss == expected.validation_loss
+    assert result.sample == expected.sample
+
+
+@needs_megatron
+def test_a_run_resumes_on_another_layout(
+    megatron_ranks: RanksOf, root: Path, unbroken: tuple[Settings, Result]
+) -> None:
+    settings, expected = unbroken
+    settings = broken_off(settings, root, "resumed-pp2")
+    settings = replaced(settings, "parallel", tp=1, sequence_parallel=False, pp=2)
+    result, other = megatron_ranks(2).run(run_megatron, settings)
+    assert_close(result.losses, expected.losses[3:], 1e-5)
+    assert math.isclose(result.validation_loss, expected.validation_loss, rel_tol=1e-5)
+    # Drawn from logits of the last stage, equal up to rounding, on every rank.
+    assert result.sample == other.sample == expected.sample
+    assert result.sample.startswith("def ")
+
+
+@needs_megatron
+def test_the_other_engines_checkpoint_is_refused(
+    ranks_of: RanksOf, root: Path, unbroken: tuple[Settings, Result]
+) -> None:
+    settings = broken_off(unbroken[0], root, "refused")
+    parallel = {"engine": "fsdp2", "tp": 1, "sequence_parallel": False}
+    settings = replaced(settings, "parallel", **parallel)
+    message = r"parallel\.engine: found 'fsdp2'; 'megatron', the checkpoint's, works"
+    with pytest.raises(RankError, match=message):
+        ranks_of(1).run(run_training, settings)
+
+
+@pytest.mark.parametrize(
+    "section, option, value, message",
+    [
+        ("model", "attention", "dense", "model.attention: found 'dense'; 'nsa' works"),
+        ("model", "bias", True, "model.bias: found True; False works"),
+        ("model", "dropout", 0.1, "model.dropout: found 0.1; 0.0 works"),
+        ("rotary", "dim", 4, "rotary.dim: found 4; None works"),
+        ("rotary", "scaling", "yarn", "rotary.scaling: found 'yarn'; 'none' works"),
+        ("attention", "compress_pre_rope", True, "attention.compress_pre_rope: found True; False"),
+        ("attention", "v_head_dim", 16, "attention.v_head_dim: found 16; 8, as head_dim, works"),
+        ("parallel", "layout", "zigzag", "parallel.layout: found 'zigzag'; 'zigzag_per_document'"),
+        ("parallel", "reshard_after_forward", False, "parallel.reshard_after_forward: found False"),
+        ("parallel", "tp", 4, "parallel.tp: found 4; a divisor of attention.num_kv_heads = 2"),
+        ("parallel", "pp", 3, "parallel.pp: found 3; a divisor of model.layers = 2"),
+        ("parallel", "sequence_parallel", True, "parallel.sequence_parallel: found True; False"),
+        ("run", "dtype", "float64", "run.dtype: found 'float64'; 'auto', 'bfloat16' and"),
+    ],
+)
+def test_what_megatron_cannot_do_is_refused_by_name(
+    root: Path, section: str, option: str, value: Any, message: str
+) -> None:
+    settings = by_megatron(root, "independent", {})
+    with pytest.raises(ValueError) as error:
+        replaced(settings, section, **{option: value})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "section, option, value",
+    [
+        ("parallel", "tp", 2),
+        ("parallel", "pp", 2),
+        ("parallel", "sequence_parallel", True),
+        ("model", "recompute_part", "attention"),
+    ],
+)
+def test_what_is_megatrons_is_refused_with_fsdp2(
+    root: Path, section: str, option: str, value: Any
+) -> None:
+    with pytest.raises(ValueError, match=rf"{section}\.{option}: found .*'fsdp2'.*'megatron'"):
+        replaced(tiny(root), section, **{option: value})
+
+
+@needs_megatron
+def test_ranks_and_vocabularies_that_do_not_fit_are_refused_by_name(
+    megatron_ranks: RanksOf, ranks_of: RanksOf, root: Path
+) -> None:
+    for parallel, message in (
+        ({"tp": 2, "pp": 2}, r"parallel\.tp x pp x cp: found '2 x 2 x 1'; a divisor of the 2"),
+        ({"dp": 2, "cp": 2}, r"parallel\.dp: found 2; -1 or 2 // \(tp x pp x cp\) = 1"),
+    ):
+        settings = by_megatron(root, "independent", parallel)
+        with pytest.raises(RankError, match=message):
+            megatron_ranks(2).run(run_megatron, settings)
+    message = r"parallel\.tp: found 2; a divisor of the vocabulary's 255 tokens works"
+    with pytest.raises(RankError, match=message):
+        megatron_ranks(2).run(start_engine, by_megatron(root, "independent", TP2), 255)
+    # Not in a process that answers for Megatron's GPUs.
+    with pytest.raises(RankError, match=r"run\.device: found 'cpu'; Megatron's device is cuda"):
+        ranks_of(1).run(run_training, by_megatron(root, "independent", {}))
