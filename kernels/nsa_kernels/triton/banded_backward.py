@@ -479,9 +479,9 @@ def banded_backward(
             num_stages=key_shape.stages,
         )  # fmt: skip
         for i, out in enumerate((dk, dv)):
-            _add_parts_kernel[(len(programs.parts) - 1, groups, size // 16)](
+            _add_parts_kernel[(len(programs.parts) - 1, groups, size // 8)](
                 programs.parts, workspace[i], carried[i], carry[i], out, programs.table, first,
-                end, G=groups, BN=size, BR=16, D=out.shape[-1], PD=padded(out.shape[-1]),
+                end, G=groups, BN=size, BR=8, D=out.shape[-1], PD=padded(out.shape[-1]),
                 PIECE_TILES=PIECE,
             )  # fmt: skip
         carried, carry = carry, carried

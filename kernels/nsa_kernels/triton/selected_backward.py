@@ -477,9 +477,9 @@ def selected_backward(
             num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
         for i, width in enumerate(widths):
-            _add_programs_kernel[(groups * block_lengths.shape[0], select_block // 16)](
+            _add_programs_kernel[(groups * block_lengths.shape[0], select_block // 8)](
                 workspace[i], carried[i], carry[i], grads[i], grads[i + 2], queries.ends, *blocks,
-                first, end, G=groups, BLOCK=select_block, BN=16, D=width, PD=padded(width),
+                first, end, G=groups, BLOCK=select_block, BN=8, D=width, PD=padded(width),
                 PIECE_TILES=PIECE,
             )  # fmt: skip
         carried, carry = carry, carried

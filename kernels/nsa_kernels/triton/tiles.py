@@ -281,10 +281,15 @@ def add_dot(acc, a, b, PRECISION: tl.constexpr):
 @triton.jit
 def add_tiles(b_sum, p_tile, low, high, stride, mask, PIECE_TILES: tl.constexpr):
     """b_sum + the tiles low..high-1 that stand `stride` elements apart, in pieces."""
+    AT_ONCE: tl.constexpr = 8  # Loads that wait together.
     for piece in tl.range(low, high, PIECE_TILES):
         b_piece = tl.zeros_like(b_sum)
-        for i in tl.range(piece, tl.minimum(piece + PIECE_TILES, high)):
-            b_piece += tl.load(p_tile + i * stride, mask=mask, other=0.0)
+        end = tl.minimum(piece + PIECE_TILES, high)
+        for first in tl.range(piece, end, AT_ONCE):
+            for i in tl.static_range(AT_ONCE):
+                # Not the scalars' comparison: the interpreter takes that for an integer.
+                m_tile = mask & (tl.full(mask.shape, first + i, tl.int64) < end)
+                b_piece += tl.load(p_tile + (first + i) * stride, mask=m_tile, other=0.0)
         b_sum += b_piece
     return b_sum
 
