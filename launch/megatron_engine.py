@@ -317,7 +317,9 @@ class MegatronEngine:
         optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
         state = dist_checkpointing.load(self._state(is_loading=True), str(found[-1]))
         step = int(state["step"])
-        self.gpt.load_state_dict(state["model"], strict=False)
+        missing, unexpected = self.gpt.load_state_dict(state["model"], strict=False)
+        assert all(name.endswith("_extra_state") for name in missing), missing
+        assert not unexpected, unexpected
         if isinstance(optimizer, DistributedOptimizer):
             optimizer.load_parameter_state_from_fully_reshardable(state["optimizer"])
         else:

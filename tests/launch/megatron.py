@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,11 @@ import torch.distributed as dist
 from data import PackedStreams, load_corpus
 from engine import make_engine
 from megatron_names import block_from_megatron, rest_to_megatron
+from model import Decoder
 from ranks import start_ranks
 from settings import Settings
 from tests.adapters.megatron import shim
-from tests.launch.common import Gradients, first_gradients
+from tests.launch.common import Gradients, first_gradients, replaced
 from train import Result, step_batches, train
 
 needs_megatron = pytest.mark.skipif(
@@ -77,6 +79,37 @@ def fsdp2_gradients_on_gpus(settings: Settings) -> Gradients:
     use_gpus()
     found = first_gradients(settings)
     return Gradients(found.loss, found.norm, {k: v.cpu() for k, v in found.grads.items()})
+
+
+def exact_gradients_on_a_gpu(settings: Settings) -> Gradients:
+    """The first step's in float64, from the float32 weights that every engine starts with."""
+    use_gpus()
+    ranks = start_ranks(settings)
+    with ranks.device:
+        model = Decoder(replaced(settings, "model", backend="pytorch"), 256)
+    model.reset_parameters(settings.run.seed)
+    model.double()
+    streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
+    batches = list(step_batches(settings, streams, 0, ranks))
+    targets = sum(batch.num_targets for batch in batches)
+    total = 0.0
+    for batch in batches:
+        loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels) / targets
+        loss.backward()
+        total += float(loss)
+    grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
+    return Gradients(total, float(norm), grads)
+
+
+def saved_again(settings: Settings, folder: Path) -> None:
+    """Load the newest checkpoint of the run's folder, and write it to another."""
+    _prepare(settings)
+    ranks = start_ranks(settings)
+    engine = make_engine(settings, 256, ranks)
+    step = engine.load(Path(settings.run.folder))
+    with _own_processes():
+        engine.save(folder, step)
 
 
 def megatron_gradients(settings: Settings) -> Gradients:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from convert import _read_tensors
 from settings import Settings
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import first_gradients, replaced, run_training, tiny
@@ -21,6 +23,7 @@ from tests.launch.megatron import (
     megatron_gradients,
     needs_megatron,
     run_megatron,
+    saved_again,
     start_engine,
 )
 from train import Result
@@ -121,7 +124,6 @@ def test_every_step_is_that_of_fsdp2(
 
 
 @needs_megatron
-@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{"cp": 2}, TP2], ids=["cp2", "tp2-sp"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_first_gradient_is_that_of_fsdp2(
@@ -179,6 +181,19 @@ def test_a_run_resumes_on_another_layout(
     # Drawn from logits of the last stage, equal up to rounding, on every rank.
     assert result.sample == other.sample == expected.sample
     assert result.sample.startswith("def ")
+
+
+@needs_megatron
+def test_a_checkpoint_keeps_its_bits_on_another_layout(
+    megatron_ranks: RanksOf, ranks_of: RanksOf, tmp_path: Path, unbroken: tuple[Settings, Result]
+) -> None:
+    settings = replaced(unbroken[0], "parallel", tp=1, sequence_parallel=False, pp=2)
+    megatron_ranks(2).run(saved_again, settings, tmp_path)
+    step = "checkpoints/step_00000006"
+    (before,) = ranks_of(1).run(_read_tensors, Path(settings.run.folder) / step)
+    (after,) = ranks_of(1).run(_read_tensors, tmp_path / step)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
 @needs_megatron
