@@ -121,11 +121,14 @@ class Flow:
         if not self.config.compress_pre_rope:
             return keys
         cos, sin = self._cos_sin(self.plan.positions)
-        rotated: dict[int, Tensor] = {}
+        rotated: dict[str, Tensor] = {}
         for branch, k in keys.items():
-            if branch != "compressed" and id(k) not in rotated:
-                rotated[id(k)] = apply_rotary(k, cos, sin)
-        return {b: k if b == "compressed" else rotated[id(k)] for b, k in keys.items()}
+            if branch == "compressed":
+                rotated[branch] = k
+                continue
+            same = [b for b in rotated if b != "compressed" and keys[b] is k]
+            rotated[branch] = rotated[same[0]] if same else apply_rotary(k, cos, sin)
+        return rotated
 
     def _exchange_halos(
         self, keys: dict[str, Tensor], values: dict[str, Tensor]
@@ -133,16 +136,16 @@ class Flow:
         """Extended K [E, G, Dk] and V [E, G, Dv] of each key branch; what is shared moves once."""
         stamped = None if self.config.uses_compression else self.plan
         extended: dict[str, tuple[Tensor, Tensor]] = {}
-        moved: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for branch, k in keys.items():
             v = values.get(branch)
+            same = [b for b in extended if keys[b] is k and values.get(b) is v]
+            if same:
+                extended[branch] = extended[same[0]]
+                continue
             if v is None:  # Keys that only choose blocks have no values.
                 v = k.new_zeros(*k.shape[:2], 0)
-            pair = (id(k), id(v))
-            if pair not in moved:
-                halo = self.plan.halos[branch]
-                moved[pair] = HaloExchange.apply(k, v, halo, self.group, self.counter, stamped)
-            extended[branch] = moved[pair]
+            halo = self.plan.halos[branch]
+            extended[branch] = HaloExchange.apply(k, v, halo, self.group, self.counter, stamped)
         return extended
 
     def _compress(
