@@ -2,7 +2,7 @@
 
 The weights start as those of ``model.Decoder`` at the same seed, and the loss is the sum of all
 targets' cross-entropies over their number: at any sizes a run follows that of FSDP2 up to rounding.
-On GPUs the optimizer is Megatron's distributed one, with float32 main weights.
+The optimizer is Megatron's distributed one, with float32 main weights.
 
 Megatron keeps its groups and random state in the process: one engine lives at a time.
 """
@@ -30,7 +30,6 @@ with warnings.catch_warnings():
     )
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import (
-        DistributedOptimizer,
         OptimizerConfig,
         ParamKey,
         ParamWithNamePredicate,
@@ -179,7 +178,7 @@ def make_optimizer(
             clip_grad=settings.clip,
             bf16=config.bf16,
             params_dtype=config.params_dtype,
-            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+            use_distributed_optimizer=True,
         ),
         [model],
         config_overrides={ParamKey(with_name_predicate=others): ParamGroupOverride(wd_mult=0.0)},
@@ -218,13 +217,12 @@ class MegatronEngine:
         self.parameters = sum(p.numel() for p in decoder.parameters())
         weights = draw_weights(self.gpt, decoder, settings, ranks)
 
-        distributed = ranks.device.type == "cuda"
         self.model = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=True,
-                use_distributed_optimizer=distributed,
+                use_distributed_optimizer=True,
             ),
             Float16Module(config, self.gpt) if config.bf16 else self.gpt,
         )
@@ -232,9 +230,8 @@ class MegatronEngine:
         config.no_sync_func = self.model.no_sync
         config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = make_optimizer(self.model, settings.optimizer, config)
-        if distributed:
-            # Main weights would otherwise start from the rounded ones.
-            self.optimizer.reload_model_params(weights)
+        # Main weights would otherwise start from the rounded ones.
+        self.optimizer.reload_model_params(weights)
 
     def step(self, batches: Sequence[ShardedBatch], learning_rate: float, seed: int) -> Step:
         for group in self.optimizer.param_groups:
@@ -278,7 +275,7 @@ class MegatronEngine:
         """Weights and moments as Megatron's descriptions of shards, each parameter whole.
 
         Not Megatron's state of its optimizers: that also holds options, which are this run's to
-        say, and without TransformerEngine a distributed one cannot be asked for it before a step.
+        say, and without TransformerEngine it cannot be asked for before a step.
         """
         model = self.gpt.sharded_state_dict(
             metadata={}
@@ -286,13 +283,9 @@ class MegatronEngine:
         # Empty here: they belong to TransformerEngine's FP8.
         model = {k: v for k, v in model.items() if not k.endswith("_extra_state")}
         (optimizer,) = self.optimizer.chained_optimizers
-        if isinstance(optimizer, DistributedOptimizer):
-            state = optimizer.sharded_param_state_fully_reshardable(
-                model, is_loading=is_loading, metadata={}
-            )
-        else:
-            state = optimizer.sharded_state_dict(model, is_loading=is_loading)["state"]
-            state.pop("common_step", None)
+        state = optimizer.sharded_param_state_fully_reshardable(
+            model, is_loading=is_loading, metadata={}
+        )
         return {"model": model, "optimizer": state}
 
     def save(self, folder: Path, step: int) -> None:
@@ -320,13 +313,7 @@ class MegatronEngine:
         missing, unexpected = self.gpt.load_state_dict(state["model"], strict=False)
         assert all(name.endswith("_extra_state") for name in missing), missing
         assert not unexpected, unexpected
-        if isinstance(optimizer, DistributedOptimizer):
-            optimizer.load_parameter_state_from_fully_reshardable(state["optimizer"])
-        else:
-            parameters = optimizer.get_parameters()
-            for index, moments in state["optimizer"].items():
-                for kind, value in moments.items():
-                    optimizer.optimizer.state[parameters[index]][kind].copy_(value)
+        optimizer.load_parameter_state_from_fully_reshardable(state["optimizer"])
         if isinstance(optimizer.optimizer, torch.optim.AdamW):
             for moments in optimizer.optimizer.state.values():
                 moments["step"] = torch.tensor(float(step))

@@ -1,7 +1,6 @@
 """Training by Megatron follows training by FSDP2, on the CPU: by the loss rule, 1e-5 in float32.
 
-What the CPU cannot run (bfloat16, the distributed optimizer, clipping) is in
-``test_megatron_gpus.py``.
+With Megatron's distributed optimizer and clipping; ``test_megatron_gpus.py`` does so on GPUs.
 """
 
 from __future__ import annotations
@@ -71,7 +70,6 @@ def by_megatron(root: Path, variant: str, parallel: dict[str, Any], **run: Any) 
         root,
         **{
             **VARIANTS[variant],
-            "optimizer": {"clip": 0.0},
             "parallel": {"engine": "megatron", "layout": "zigzag_per_document", **parallel},
             "run": {"dtype": "float32", **run},
         },
@@ -86,7 +84,7 @@ def alone(ranks_of: RanksOf, root: Path) -> Callable[[str], Result]:
     def get(variant: str) -> Result:
         if variant not in done:
             run = {"dtype": "float32", "folder": str(root / f"fsdp2-{variant}")}
-            settings = tiny(root, **VARIANTS[variant], optimizer={"clip": 0.0}, run=run)
+            settings = tiny(root, **VARIANTS[variant], run=run)
             (done[variant],) = ranks_of(1).run(run_training, settings)
         return done[variant]
 

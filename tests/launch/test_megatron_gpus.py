@@ -1,4 +1,4 @@
-"""What Megatron does on GPUs alone: bfloat16, the distributed optimizer, clipping, over NCCL.
+"""Training by Megatron on GPUs: bfloat16, the distributed optimizer, clipping, over NCCL.
 
 Losses by the loss rule: the mean difference from FSDP2 on one GPU over 50 steps is at most twice
 that of FSDP2 on two. The first step's gradients by the 2x rule, FSDP2 being the plain code.

@@ -40,6 +40,15 @@ def install() -> None:
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    own_type = torch.Tensor.type
+
+    def type_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return own_type(self, *args, **kwargs)
+        # Optimizers and clipping ask for "torch.cuda.FloatTensor".
+        return own_type(self).replace("torch.", "torch.cuda.")
+
+    torch.Tensor.type = type_of  # type: ignore[method-assign,assignment]
     answers = {
         "current_device": lambda: cpu,
         "synchronize": lambda *_: None,
