@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from convert import _read_tensors
+from engine import is_decayed
+from megatron_names import block_to_megatron
+from model import Decoder
 from settings import Settings
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import first_gradients, replaced, run_training, tiny
@@ -119,6 +122,67 @@ def test_every_step_is_that_of_fsdp2(
     assert_close(first.grad_norms, expected.grad_norms, 1e-5)
     assert math.isclose(first.validation_loss, expected.validation_loss, rel_tol=1e-5)
     assert bool(sum(first.received.values())) == (settings.parallel.cp > 1)
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(ranks_of: RanksOf, root: Path) -> Callable[[str], tuple[Result, Result]]:
+    """Fifty steps of a variant by FSDP2 on one rank and on two that share the sequence."""
+    done: dict[str, tuple[Result, Result]] = {}
+
+    def get(variant: str) -> tuple[Result, Result]:
+        if variant not in done:
+            found = []
+            for cp in (1, 2):
+                folder = str(root / f"fsdp2-bfloat16-{variant}-{cp}")
+                run = {"dtype": "bfloat16", "steps": 50, "folder": folder}
+                settings = tiny(root, **VARIANTS[variant], parallel={"cp": cp}, run=run)
+                found.append(ranks_of(cp).run(run_training, settings)[0])
+            done[variant] = (found[0], found[1])
+        return done[variant]
+
+    return get
+
+
+@needs_megatron
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"cp": 2}, TP2, {"pp": 2}], ids=["cp2", "tp2-sp", "pp2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_differs_from_fsdp2_no_more_than_twice_what_that_does_from_itself(
+    megatron_ranks: RanksOf,
+    in_bfloat16: Callable[[str], tuple[Result, Result]],
+    root: Path,
+    variant: str,
+    parallel: dict[str, Any],
+) -> None:
+    folder = str(root / f"bfloat16-{variant}-{'-'.join(parallel)}")
+    settings = by_megatron(root, variant, parallel, dtype="bfloat16", steps=50, folder=folder)
+    found, *_ = megatron_ranks(2).run(run_megatron, settings)
+    one, two = in_bfloat16(variant)
+    assert mean_difference(found, one) <= 2 * mean_difference(one, two)
+
+
+def mean_difference(a: Result, b: Result) -> float:
+    """Mean over 50 steps of the losses' difference."""
+    assert len(a.losses) == len(b.losses) == 50
+    return sum(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True)) / 50
+
+
+def test_both_engines_decay_the_same_weights(root: Path) -> None:
+    for variant, options in VARIANTS.items():
+        settings = tiny(root, **options)
+        with torch.device("meta"):
+            block = dict(Decoder(settings, 256).blocks[0].named_parameters())
+        ours = {name for name, p in block.items() if is_decayed(name, p)}
+        matrices = {name for name in block if "_proj." in name and not name.endswith("bias")}
+        if variant == "independent":
+            kinds = ("k_compressor", "v_compressor")
+            matrices |= {f"attention.{kind}.{name}" for kind in kinds for name in ("up", "down")}
+        assert ours == matrices | ({"attention.gate.proj.weight"} & block.keys())
+        layer = block_to_megatron(block, settings.attention)
+        theirs = {name for name, p in layer.items() if is_decayed(name, p)}
+        # Queries, keys and values are one there, and both inputs of the MLP.
+        assert len(ours) - len(theirs) == 3
+        assert not any("norm" in n or n.endswith(("bias", "position", "query")) for n in theirs)
 
 
 @needs_megatron

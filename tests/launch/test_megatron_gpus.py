@@ -27,13 +27,13 @@ from tests.launch.megatron import (
     run_megatron,
     saved_again,
 )
+from tests.launch.test_megatron_engine import TP2, mean_difference
 from train import Result
 
 RanksOf = Callable[[int], Ranks]
 
 pytestmark = [needs_megatron, pytest.mark.multi_gpu, pytest.mark.timeout(600)]
 
-TP2 = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, {"cp": 2}),
     "tp2-sp": (2, TP2),
@@ -92,11 +92,6 @@ def by_fsdp2(gpus: RanksOf, root: Path) -> dict[int, Result]:
         settings = on_gpus(root, {"cp": cp}, folder=str(root / f"gpu-fsdp2-{cp}"))
         found[cp], *_ = gpus(cp).run(run_fsdp2_on_gpus, settings)
     return found
-
-
-def mean_difference(a: Result, b: Result) -> float:
-    assert len(a.losses) == len(b.losses) == 50
-    return sum(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True)) / len(a.losses)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
