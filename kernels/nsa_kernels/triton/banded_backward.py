@@ -102,6 +102,7 @@ def _delta_tiles(
 @triton.jit
 def _dq_tiles(
     b_dq,
+    b_rest,
     b_q,
     b_do,
     b_lse,
@@ -127,7 +128,7 @@ def _dq_tiles(
     PDV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add dS K of each key tile in [begin, end) to dq."""
+    """Add dS K of each key tile in [begin, end) to dq, and dS itself to rest."""
     o_dk = tl.arange(0, PDK)
     o_dv = tl.arange(0, PDV)
     for start in tl.range(begin, end, BN):
@@ -140,8 +141,9 @@ def _dq_tiles(
             b_q, b_do, b_lse, b_k, b_v, b_t, o_j, logit_scale, OFFSET, STRIDE, WINDOW, PRECISION
         )
         b_ds = b_p * (b_dp - b_delta[:, None])
+        b_rest += tl.sum(b_ds, 1)
         b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
-    return b_dq
+    return b_dq, b_rest
 
 
 @triton.jit
@@ -203,6 +205,9 @@ def _dq_kernel(
 
     With at most FEW_KEYS keys delta is the mean of dP under P, in a walk of its own: dP and delta
     may cancel there, and then the rounding of o and of the log-sum-exp would be what is left.
+    With more, what the rounding of o leaves of the sum of dS goes into the delta for dk and dv:
+    each query's dS then add up to 0, and so does what they give to sums over many keys, such as the
+    gradient of a compressor's position embedding, in which it would outgrow the rest.
     """
     i_tile = num_tiles - 1 - tl.program_id(0)
     i_g = tl.program_id(1)
@@ -246,15 +251,19 @@ def _dq_kernel(
             b_delta += b_delta_piece
             b_sum += b_sum_piece
         b_delta /= tl.where(b_sum == 0.0, 1.0, b_sum)
-    tl.store(delta + row_head, b_delta, mask=m_m)
     b_dq = tl.zeros([BM, PDK], dtype=tl.float32)
+    b_rest = tl.zeros([BM], dtype=tl.float32)
     for piece in tl.range(begin, limit, PIECE_TILES * BN):
-        b_dq += _dq_tiles(
-            tl.zeros([BM, PDK], dtype=tl.float32), b_q, b_do, b_lse, b_delta, p_k, p_v, b_t, base,
+        b_dq_piece, b_rest_piece = _dq_tiles(
+            tl.zeros([BM, PDK], dtype=tl.float32), tl.zeros([BM], dtype=tl.float32), b_q, b_do,
+            b_lse, b_delta, p_k, p_v, b_t, base,
             piece, tl.minimum(piece + PIECE_TILES * BN, limit), first, limit,
             stride_kt, stride_vt, logit_scale,
             OFFSET, STRIDE, WINDOW, BN, DK, DV, PDK, PDV, PRECISION,
         )  # fmt: skip
+        b_dq += b_dq_piece
+        b_rest += b_rest_piece
+    tl.store(delta + row_head, b_delta + b_rest, mask=m_m)
     b_dq = tl.where(_sees_several(b_t, OFFSET, STRIDE, WINDOW)[:, None], b_dq * scale, 0.0)
     p_dq = dq + row_head[:, None] * DK + o_dk[None, :]
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_m[:, None] & (o_dk < DK)[None, :])

@@ -347,14 +347,12 @@ def attention_shapes(q: Tensor, v: Tensor) -> tuple[TileShape, TileShape, TileSh
     if major not in (0, 9):
         small = TileShape(64, 32, 8, 2)
         return small, small, small if width > 64 else TileShape(32, 32, 8, 2)
-    forward, dq = TileShape(128, 64, 8, 3), TileShape(128, 64, 8, 3)
-    dkv = TileShape(64, 128, 8, 2 if width > 64 else 3)
     ratio = q.shape[1] // v.shape[1]
     if ratio & (ratio - 1):  # Rows are divided by it, which takes registers.
         return TileShape(64, 64, 8, 2), TileShape(128, 32, 8, 2), TileShape(32, 64, 8, 2)
-    if ratio < 16 or {q.shape[-1], v.shape[-1]} != {width}:  # So do many positions, and masks.
-        dq = TileShape(128, 32, 8, 3)
-    return forward, dq, dkv
+    if width > 64:
+        return TileShape(128, 64, 8, 3), TileShape(128, 32, 8, 3), TileShape(64, 128, 8, 2)
+    return TileShape(128, 64, 8, 3), TileShape(128, 64, 8, 3), TileShape(64, 128, 8, 3)
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:
