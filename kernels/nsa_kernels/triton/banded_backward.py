@@ -16,6 +16,7 @@ from torch import Tensor
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.band import Band, load_rows, num_seen, sees
 from nsa_kernels.triton.tiles import (
+    MOST_REGISTERS,
     PIECE,
     add_dot,
     add_tiles,
@@ -491,7 +492,7 @@ def banded_backward(
             _add_parts_kernel[(len(programs.parts) - 1, groups, size // 8)](
                 programs.parts, workspace[i], carried[i], carry[i], out, programs.table, first,
                 end, G=groups, BN=size, BR=8, D=out.shape[-1], PD=padded(out.shape[-1]),
-                PIECE_TILES=PIECE,
+                PIECE_TILES=PIECE, maxnreg=MOST_REGISTERS,
             )  # fmt: skip
         carried, carry = carry, carried
     return dq, dk, dv

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.triton.block_map import BlockMap
-from nsa_kernels.triton.tiles import PIECE, padded
+from nsa_kernels.triton.tiles import MOST_REGISTERS, PIECE, padded
 
 MEAN, CONV1D, ATTENTION_POOL, COPY = 0, 1, 2, 3
 # Programs that share a gradient of weights out, for each head.
@@ -248,6 +248,7 @@ def pool(
             *x.stride()[:2], G=groups, L=block, D=width,
             PER_HEAD=weight is not None and weight.shape[0] > 1, KIND=kind,
             PL=triton.next_power_of_2(block), PD=padded(width), num_warps=_warps(block, width),
+            maxnreg=MOST_REGISTERS,
         )  # fmt: skip
     return out
 
@@ -272,7 +273,7 @@ def conv1d_weight_gradient(
     _conv1d_weight_kernel[(runs, groups)](
         x, block_rows, do, sums, count, blocks, *x.stride()[:2], G=groups, L=block, D=width,
         PL=triton.next_power_of_2(block), PD=padded(width), PIECE_BLOCKS=PIECE,
-        num_warps=_warps(block, width),
+        num_warps=_warps(block, width), maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return _sum(sums, sets)
 
@@ -290,6 +291,7 @@ def attention_pool_backward(
         x, block_rows, query, bias, do, shares, dlogits, sums, count, blocks, *x.stride()[:2],
         G=groups, L=block, D=width, PER_HEAD=sets > 1, PL=triton.next_power_of_2(block),
         PD=padded(width), PIECE_BLOCKS=PIECE, num_warps=_warps(block, width),
+        maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return shares, dlogits, _sum(sums, sets)
 
@@ -313,6 +315,6 @@ def pool_row_gradient(
             do if dlogits is None else dlogits, dx, blocks.starts, blocks.order, blocks.latest,
             blocks.step, num_rows, G=groups, L=block, D=width,
             PER_HEAD=weight is not None and weight.shape[0] > 1, KIND=kind, BM=size,
-            PD=padded(width), num_warps=4,
+            PD=padded(width), num_warps=4, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
     return dx

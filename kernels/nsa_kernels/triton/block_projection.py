@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.triton.block_map import BlockMap
-from nsa_kernels.triton.tiles import PIECE, add_dot, padded, precision
+from nsa_kernels.triton.tiles import MOST_REGISTERS, PIECE, add_dot, padded, precision
 
 PLAIN, SILU, SILU_BACKWARD = 0, 1, 2
 # Programs that share a gradient of weights out: enough to fill a GPU.
@@ -303,6 +303,8 @@ class _Tile(NamedTuple):
 def _tile(x: Tensor, columns: int, depth: int, rows: int = 1 << 30) -> _Tile:
     """By widths and dtype alone: the shape of a tile decides the order of sums."""
     most = _Tile(64, 64, 32, 4, 2) if x.dtype == torch.float32 else _Tile(128, 128, 64, 8, 3)
+    if (columns % 64 or depth % 64) and x.dtype != torch.float32:  # Masks take registers.
+        most = most._replace(rows=64)
     return most._replace(
         rows=min(most.rows, padded(rows)),
         columns=min(most.columns, padded(columns)),
@@ -399,5 +401,6 @@ def weight_gradient(dh: Tensor, x: Tensor, block_rows: Tensor, depth: int, sets:
     _weight_gradient_kernel[(tiles, runs, sets)](
         dh, x, block_rows, sums, num_rows, tiles_a_program, *x.stride()[:2],
         G=groups, D=x.shape[2], K=depth, O=columns, PER_HEAD=sets > 1, **tile.options(x),
+        maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return sums.sum(dim=0)

@@ -34,6 +34,7 @@ from nsa_kernels.triton.selected_lists import (
     walk_shapes,
 )
 from nsa_kernels.triton.tiles import (
+    MOST_REGISTERS,
     PIECE,
     add_dot,
     add_tiles,
@@ -480,7 +481,7 @@ def selected_backward(
             _add_programs_kernel[(groups * block_lengths.shape[0], select_block // 8)](
                 workspace[i], carried[i], carry[i], grads[i], grads[i + 2], queries.ends, *blocks,
                 first, end, G=groups, BLOCK=select_block, BN=8, D=width, PD=padded(width),
-                PIECE_TILES=PIECE,
+                PIECE_TILES=PIECE, maxnreg=MOST_REGISTERS,
             )  # fmt: skip
         carried, carry = carry, carried
     return dq, *grads

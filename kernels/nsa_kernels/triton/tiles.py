@@ -21,6 +21,8 @@ from nsa_kernels.triton.band import Band
 LOG2E = 1.4426950408889634
 # Tiles added one after another; more are added in pieces, whose sums are then added.
 PIECE = 64
+# A thread's. Unless it is told, ptxas gives some small kernels few and spills some bytes.
+MOST_REGISTERS = 255
 # Tables of how many packings are found again by the values of the segments alone.
 REMEMBERED = 8
 

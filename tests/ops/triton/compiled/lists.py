@@ -18,7 +18,7 @@ KINDS = ("mlp", "linear", "conv1d", "attention_pool", "mean")
 
 
 class Entry(NamedTuple):
-    """One launch of a case: the place-th of its kernel. What several cases share compiles once."""
+    """One launch of a case: the place-th of those of its kernel. What is shared compiles once."""
 
     case: Case
     place: int
@@ -148,7 +148,7 @@ def _entries(calls: Iterable[tuple[Case, int]]) -> list[Entry]:
         with recorded(capability) as launches:
             case.run()
         places: dict[str, int] = {}
-        for launch in launches:
+        for launch in dict.fromkeys(launches):
             place = places[launch.name] = places.get(launch.name, -1) + 1
             entries.append(Entry(case, place, launch))
     return entries

@@ -18,13 +18,6 @@ from tests.ops.triton.compiled.lists import Entry
 
 FILE = Path(__file__).with_name("spills.csv")
 CONSTRAINTS = Path(__file__).parents[4] / "constraints.txt"
-# Sums of attention to a band are made in pieces, and what the pieces before left waits in local
-# memory, outside the loop over tiles; smaller tiles would spill nothing and be slower.
-MAY_SPILL = {
-    ("banded_attention.forward", 90),
-    ("banded_backward.dq", 90),
-    ("banded_backward.dkv", 90),
-}
 
 
 class Key(NamedTuple):
@@ -97,8 +90,7 @@ def spills(entries: Iterable[Entry], compiled: Mapping[Launch, Compiled]) -> dic
 
 
 def must_not_spill(key: Key) -> bool:
-    narrow = key.dtype != "fp32" and max(key.key_width, key.value_width) <= 128
-    return narrow and (key.kernel, int(key.target.removeprefix("sm_"))) not in MAY_SPILL
+    return key.dtype != "fp32" and max(key.key_width, key.value_width) <= 128
 
 
 class Defect(NamedTuple):
