@@ -23,6 +23,7 @@ from bench_table import (
     with_ratios,
     write_csv,
 )
+from nsa_dist.crossover import CROSSOVER
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape("a GPU", "bfloat16", 64, 4, 128, 128, 1, 32, 16, 64, 16, 512)
@@ -195,6 +196,13 @@ def test_the_documentation_shows_the_measurements_that_are_kept() -> None:
     assert files
     for path in files:
         assert with_numbers(document, markdown(read_csv(path)), path.name) == document
+
+
+def test_the_hint_of_the_layers_is_the_crossover_that_was_measured() -> None:
+    rows = read_csv(ROOT / "docs/benchmarks/h200.csv")
+    for gpu, tokens in CROSSOVER.items():
+        own = [r for r in rows if (r.shape.gpu, r.shape.heads, r.shape.kv_heads) == (gpu, 64, 4)]
+        assert tokens == pytest.approx(crossover(own), rel=0.01)
 
 
 def test_a_plot_without_matplotlib_is_refused_with_what_to_install(

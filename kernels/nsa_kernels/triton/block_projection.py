@@ -303,7 +303,8 @@ class _Tile(NamedTuple):
 def _tile(x: Tensor, columns: int, depth: int, rows: int = 1 << 30) -> _Tile:
     """By widths and dtype alone: the shape of a tile decides the order of sums."""
     most = _Tile(64, 64, 32, 4, 2) if x.dtype == torch.float32 else _Tile(128, 128, 64, 8, 3)
-    if (columns % 64 or depth % 64) and x.dtype != torch.float32:  # Masks take registers.
+    if (columns % 64 or x.shape[-1] % 64) and x.dtype != torch.float32:
+        # Masks and divisions take registers.
         most = most._replace(rows=64)
     return most._replace(
         rows=min(most.rows, padded(rows)),
