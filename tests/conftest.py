@@ -11,7 +11,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import Ranks, rank_pool
 
 # Without a GPU kernels run in Triton's interpreter. Triton reads this when it is imported, which
 # torch does below.
@@ -53,13 +53,5 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def ranks_of() -> Iterator[Callable[[int], Ranks]]:
     """ranks_of(P): P gloo processes that all tests share, started at the first request."""
-    started: dict[int, Ranks] = {}
-
-    def get(size: int) -> Ranks:
-        if size not in started:
-            started[size] = Ranks(size)
-        return started[size]
-
-    yield get
-    for ranks in started.values():
-        ranks.close()
+    with rank_pool() as get:
+        yield get

@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -82,6 +83,27 @@ class Ranks:
             process.kill()
             process.join()
         self._folder.cleanup()
+
+
+@contextmanager
+def rank_pool() -> Iterator[Callable[[int], Ranks]]:
+    """get(P): P gloo processes, started at the first request and ended with the context.
+
+    Groups that tests make in them and never end keep threads that poll: tests that make many have
+    a pool of their own, not that of the session.
+    """
+    started: dict[int, Ranks] = {}
+
+    def get(size: int) -> Ranks:
+        if size not in started:
+            started[size] = Ranks(size)
+        return started[size]
+
+    try:
+        yield get
+    finally:
+        for ranks in started.values():
+            ranks.close()
 
 
 def _serve(

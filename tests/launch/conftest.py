@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import Ranks, rank_pool
 from tests.launch.common import write_documents
 
 
@@ -19,16 +19,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
+def ranks_of() -> Iterator[Callable[[int], Ranks]]:
+    """As everywhere, but processes of these tests alone: each training run makes groups."""
+    with rank_pool() as get:
+        yield get
+
+
+@pytest.fixture(scope="package")
 def megatron_ranks() -> Iterator[Callable[[int], Ranks]]:
     """As ``ranks_of``, but processes that answer for Megatron's GPUs."""
-    started: dict[int, Ranks] = {}
-
-    def get(size: int) -> Ranks:
-        if size not in started:
-            started[size] = Ranks(size)
-        return started[size]
-
-    yield get
-    for ranks in started.values():
-        ranks.close()
+    with rank_pool() as get:
+        yield get

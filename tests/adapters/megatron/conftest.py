@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import Ranks, rank_pool
 
 MISSING = importlib.util.find_spec("megatron") is None
 
@@ -19,16 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs megatron-core, which is not here"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def megatron_ranks() -> Iterator[Callable[[int], Ranks]]:
     """As ``ranks_of``, but processes that answer for Megatron's GPUs."""
-    started: dict[int, Ranks] = {}
-
-    def get(size: int) -> Ranks:
-        if size not in started:
-            started[size] = Ranks(size)
-        return started[size]
-
-    yield get
-    for ranks in started.values():
-        ranks.close()
+    with rank_pool() as get:
+        yield get
