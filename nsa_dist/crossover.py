@@ -21,13 +21,16 @@ def hint_at_crossover(longest: int, device: torch.device) -> None:
         longest: tokens of the longest document of the batch.
         device: where the attention runs; nothing is said of GPUs that were not measured.
     """
-    if device.type == "cuda" and not torch.compiler.is_compiling() and not _said:
+    # First, so that no graph depends on the length; the GPU is asked last, in few forwards.
+    if torch.compiler.is_compiling() or device.type != "cuda":
+        return
+    if longest < max(CROSSOVER.values()) and not _said:
         _hint(longest, torch.cuda.get_device_name(device))
 
 
 def _hint(longest: int, gpu: str) -> None:
     crossover = CROSSOVER.get(gpu, 0)
-    if longest < crossover and gpu not in _said:
+    if longest < crossover:
         _said.add(gpu)
         warnings.warn(
             f"the longest document has {longest} tokens; on {gpu} dense attention is faster up to "

@@ -22,6 +22,7 @@ from nsa_kernels.triton.tiles import (
     last_dim_contiguous,
     padded,
     positions,
+    ratio_is_power_of_two,
     selected_bases,
 )
 
@@ -207,12 +208,6 @@ def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
     return tokens, max(16, triton.next_power_of_2(tokens * ratio))
 
 
-def _even(q: Tensor, v: Tensor) -> bool:
-    """Whether the heads of a group are a power of two."""
-    ratio = q.shape[1] // v.shape[1]
-    return ratio & (ratio - 1) == 0
-
-
 def walk_shapes(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkShape, WalkShape]:
     """Of the forward and dq kernels; by widths, dtype, n, l' and GPU, for the promise of bits."""
     wide = max(padded(q.shape[-1]), padded(v.shape[-1])) > 128
@@ -225,7 +220,7 @@ def walk_shapes(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[Walk
     # Two programs of 112 and 96 KB fit a Hopper multiprocessor; elsewhere dq would spill, and so
     # does all that divides rows by a ratio that is no power of two.
     warps = 4 if compute_capability(q)[0] in (0, 9) else 8
-    forward_warps = 4 if _even(q, v) else 8
+    forward_warps = 4 if ratio_is_power_of_two(q, v) else 8
     return WalkShape(keys, forward_warps, 3, apart), WalkShape(keys, warps, 2, apart)
 
 
@@ -245,7 +240,8 @@ def key_shape(q: Tensor, v: Tensor, select_block: int) -> KeyShape:
     if max(padded(q.shape[-1]), padded(v.shape[-1])) > 128:
         return KeyShape(32, min(64, select_block), 8, 2)
     # A tile of queries this small leaves two programs the registers for dk and dv.
-    return KeyShape(32, select_block, 4 if select_block <= 64 and _even(q, v) else 8, 3)
+    warps = 4 if select_block <= 64 and ratio_is_power_of_two(q, v) else 8
+    return KeyShape(32, select_block, warps, 3)
 
 
 class BlockLists(NamedTuple):

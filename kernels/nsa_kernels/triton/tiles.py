@@ -329,6 +329,12 @@ def compute_capability(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
 
 
+def ratio_is_power_of_two(q: Tensor, v: Tensor) -> bool:
+    """Whether R is, the heads of q [.., H, Dk] for each of v [.., G, Dv]."""
+    ratio = q.shape[1] // v.shape[1]
+    return ratio & (ratio - 1) == 0
+
+
 def attention_shapes(q: Tensor, v: Tensor) -> tuple[TileShape, TileShape, TileShape]:
     """Of the forward, dq and dk, dv kernels; by widths, R, dtype and GPU alone.
 
@@ -349,8 +355,7 @@ def attention_shapes(q: Tensor, v: Tensor) -> tuple[TileShape, TileShape, TileSh
     if major not in (0, 9):
         small = TileShape(64, 32, 8, 2)
         return small, small, small if width > 64 else TileShape(32, 32, 8, 2)
-    ratio = q.shape[1] // v.shape[1]
-    if ratio & (ratio - 1):  # Rows are divided by it, which takes registers.
+    if not ratio_is_power_of_two(q, v):  # Rows are divided by it, which takes registers.
         return TileShape(64, 64, 8, 2), TileShape(128, 32, 8, 2), TileShape(32, 64, 8, 2)
     if width > 64:
         return TileShape(128, 64, 8, 3), TileShape(128, 32, 8, 3), TileShape(64, 128, 8, 2)
