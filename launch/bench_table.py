@@ -254,9 +254,13 @@ def _where(rows: Sequence[Row]) -> str:
         f"{date}, commit {commit}, torch {torch}, triton {triton}"
         for date, commit, torch, triton in seen
     ]
-    rates = dict.fromkeys((row.matmul_tflops, row.copy_tbs) for row in rows if row.copy_tbs)
-    for tflops, tbytes in rates:
-        texts.append(f"peaks measured: {tflops:.0f} TFLOP/s of matmul, {tbytes:.2f} TB/s of copy")
+    measured = [(row.matmul_tflops, row.copy_tbs) for row in rows if row.copy_tbs]
+    if measured:
+        # Of several runs the lowest and the highest.
+        matmul, copy = zip(*measured, strict=True)
+        tflops = " to ".join(dict.fromkeys(f"{f(matmul):.0f}" for f in (min, max)))
+        tbytes = " to ".join(dict.fromkeys(f"{f(copy):.2f}" for f in (min, max)))
+        texts.append(f"peaks measured: {tflops} TFLOP/s of matmul, {tbytes} TB/s of copy")
     return "; ".join(texts) + ". Pairs are forward / backward; of ratios, forward / both together."
 
 
