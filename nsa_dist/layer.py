@@ -260,50 +260,20 @@ class NativeSparseAttention(nn.Module):
                 "qk_norm": "False" if self.q_norm is None else f"True, eps {self.q_norm.eps}",
                 "dropout": repr(self.dropout),
                 "backend": backend,
-                "autocast": str(_autocast_dtype(x.device.type)),
+                "autocast": str(autocast_dtype(x.device.type)),
             },
             problem=problem,
         )
 
     def _problem(self, x: Tensor, position_ids: Tensor | None) -> str | None:
         """What is wrong with the tensors of one call, or None."""
-        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
-            return (
-                f"x: found shape {tuple(x.shape)}; [batch, local tokens, "
-                f"hidden_size={self.hidden_size}] works"
-            )
-        if x.dtype not in DTYPES or x.is_meta:
-            return f"x: found {describe(x)}; data in one of {DTYPES} works"
-        weight = self.q_proj.weight
-        if type(self.q_proj) is nn.Linear and type(weight) is nn.Parameter:
-            # Wrappers of weights may cast or move; here only autocast does, and never float64.
-            casts = _autocast_dtype(x.device.type) is not None and torch.float64 not in (
-                x.dtype,
-                weight.dtype,
-            )
-            if weight.device != x.device or (weight.dtype != x.dtype and not casts):
-                return (
-                    f"x: found {x.dtype} on {x.device}; {weight.dtype} on {weight.device}, as of "
-                    "the layer's weights, works"
-                )
-        if position_ids is None:
-            return None
-        if (
-            not isinstance(position_ids, Tensor)
-            or position_ids.shape != x.shape[:2]
-            or position_ids.dtype not in INTEGER_DTYPES
-            or position_ids.device != x.device
-        ):
-            return (
-                f"position_ids: found {describe(position_ids)}; integers of shape "
-                f"{tuple(x.shape[:2])} on {x.device} work"
-            )
-        if self.config.compress_pre_rope:
+        problem = input_problem(x, position_ids, self.hidden_size, self.q_proj)
+        if problem is None and position_ids is not None and self.config.compress_pre_rope:
             return (
                 "position_ids: found with compress_pre_rope=True, which rotates compressed keys at "
                 "positions counted from the document's start; None works"
             )
-        return None
+        return problem
 
     @property
     def _backend_name(self) -> str:
@@ -321,7 +291,45 @@ class NativeSparseAttention(nn.Module):
         )
 
 
-def _autocast_dtype(device: str) -> torch.dtype | None:
+def input_problem(
+    x: Tensor, position_ids: Tensor | None, hidden_size: int, projection: nn.Linear
+) -> str | None:
+    """What keeps ``projection`` and rotary from taking the tensors of one call, or None."""
+    if x.ndim != 3 or x.shape[-1] != hidden_size:
+        return (
+            f"x: found shape {tuple(x.shape)}; [batch, local tokens, "
+            f"hidden_size={hidden_size}] works"
+        )
+    if x.dtype not in DTYPES or x.is_meta:
+        return f"x: found {describe(x)}; data in one of {DTYPES} works"
+    weight = projection.weight
+    if type(projection) is nn.Linear and type(weight) is nn.Parameter:
+        # Wrappers of weights may cast or move; here only autocast does, and never float64.
+        casts = autocast_dtype(x.device.type) is not None and torch.float64 not in (
+            x.dtype,
+            weight.dtype,
+        )
+        if weight.device != x.device or (weight.dtype != x.dtype and not casts):
+            return (
+                f"x: found {x.dtype} on {x.device}; {weight.dtype} on {weight.device}, as of "
+                "the layer's weights, works"
+            )
+    if position_ids is None:
+        return None
+    if (
+        not isinstance(position_ids, Tensor)
+        or position_ids.shape != x.shape[:2]
+        or position_ids.dtype not in INTEGER_DTYPES
+        or position_ids.device != x.device
+    ):
+        return (
+            f"position_ids: found {describe(position_ids)}; integers of shape "
+            f"{tuple(x.shape[:2])} on {x.device} work"
+        )
+    return None
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
     """What linear layers compute in under autocast; None outside of it."""
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None

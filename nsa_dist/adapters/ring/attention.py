@@ -1,0 +1,352 @@
+"""Dense causal attention as a function, its sequence split over ranks as that of the NSA layers.
+
+On one rank it is torch's. On several, ring-flash-attn's algorithm for the layout computes it:
+
+    layout                documents    dtypes               algorithm of ring-flash-attn
+    zigzag                rows         bfloat16, float16    zigzag ring
+    zigzag_per_document   cu_seqlens   bfloat16, float16    zigzag ring, varlen
+    contiguous            both         all                  llama3: keys gathered head by head
+
+The rings' gradients are wrong in float32, so they are refused there. Chunks are those of
+``nsa_dist.layout`` as they stand: rank r of P holds chunks r and 2P-1-r, one after the other, of
+each row or document, and documents were padded at their ends to multiples of 2P.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsa_dist.adapters.ring.flash import FLASH_DTYPES, FLASH_WIDTH, flash_kind
+from nsa_dist.adapters.ring.library import missing_library, ring_functions
+from nsa_dist.checks import DTYPES, check_number, check_tensor, describe
+from nsa_dist.comm import CommunicationCounter
+from nsa_dist.config import NSAConfig
+from nsa_dist.group import ContextGroup, GroupLike, context_group
+from nsa_dist.plan import Plan
+from nsa_dist.planning import get_plan
+
+# Of the plan a dense layer needs the checks, the ranks' agreement and each token's place in its
+# document. Neither depends on heads, and a window of the token itself needs no exchange.
+PLACES = NSAConfig(1, 1, 1, branches=("window",), window=1, independent_kv=False)
+RING_LAYOUTS = {"zigzag": False, "zigzag_per_document": True}
+"""Layouts of the ring algorithms, and whether they take packed documents or rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Documents of one batch, as one rank's algorithm takes them.
+
+    Attributes:
+        lengths: tokens of each document of the whole stream, empty ones left out.
+        bounds: int32 boundaries on the device: of a rank's own tokens (ring), or of its queries
+            and of the keys that they see (llama3).
+        longest: the longest document of each of ``bounds``.
+        key_rows: first and last + 1 of the whole stream's rows with those keys (llama3).
+    """
+
+    lengths: tuple[int, ...]
+    bounds: tuple[Tensor, ...] = ()
+    longest: tuple[int, ...] = ()
+    key_rows: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class DensePlan:
+    """What one batch's dense layers share.
+
+    Attributes:
+        plan: positions, documents and sizes of the split.
+        split: what ring-flash-attn is told of it.
+        layout: its name.
+        dtype: of queries, keys and values.
+        packed: whether there were ``cu_seqlens``.
+    """
+
+    plan: Plan
+    split: Split
+    layout: str
+    dtype: torch.dtype
+    packed: bool
+
+
+_splits: weakref.WeakKeyDictionary[Plan, Split] = weakref.WeakKeyDictionary()
+
+
+@torch.compiler.disable
+def get_dense_plan(
+    layout: str,
+    group: GroupLike | ContextGroup,
+    *,
+    batch: int,
+    local_length: int,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    communication: CommunicationCounter | None = None,
+    inputs: dict[str, str] | None = None,
+    problem: str | None = None,
+) -> DensePlan:
+    """The plan for one call, cached as by ``nsa_dist.get_plan``. Making a new one is a collective.
+
+    Raises:
+        ValueError: on every rank, naming the option, for what ``get_plan`` refuses, and for a
+            layout that dense attention has no algorithm for, naming those that work.
+    """
+    context = context_group(group)
+    if context.size > 1:
+        problem = problem or missing_library() or _layout_problem(layout, cu_seqlens, dtype)
+    plan = get_plan(
+        PLACES,
+        layout,
+        context,
+        batch=batch,
+        local_length=local_length,
+        cu_seqlens=cu_seqlens,
+        dtype=dtype,
+        device=device,
+        communication=communication,
+        inputs={"attention": "dense", "cu_seqlens given": str(cu_seqlens is not None)}
+        | (inputs or {}),
+        problem=problem,
+    )
+    if plan not in _splits:
+        # Made where autograd may save them, as plans are.
+        with torch.inference_mode(False), torch.device("cpu"):
+            _splits[plan] = _split(plan, layout, cu_seqlens, dtype, device)
+    return DensePlan(plan, _splits[plan], layout, dtype, cu_seqlens is not None)
+
+
+def _layout_problem(layout: str, cu_seqlens: Tensor | None, dtype: torch.dtype) -> str | None:
+    """Why ring-flash-attn has no right algorithm for a split, or None."""
+    if layout not in RING_LAYOUTS:
+        return None
+    found = f"layout: found {layout!r} for dense attention over several ranks"
+    short = " and ".join(str(x).removeprefix("torch.") for x in FLASH_DTYPES)
+    if dtype not in FLASH_DTYPES:
+        return (
+            f"{found} in {dtype}, where the ring's gradients are wrong; 'contiguous' works in "
+            f"every dtype, and {layout!r} in {short}"
+        )
+    if RING_LAYOUTS[layout] == (cu_seqlens is not None):
+        return None
+    given = "without cu_seqlens" if cu_seqlens is None else "with packed documents (cu_seqlens)"
+    (other,) = set(RING_LAYOUTS) - {layout}
+    return f"{found} {given}; {other!r} works there in {short}, and 'contiguous' in every dtype"
+
+
+def _split(
+    plan: Plan, layout: str, cu_seqlens: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Split:
+    length = plan.local_length * plan.size
+    whole = torch.tensor([0, length], dtype=torch.int32)
+    if cu_seqlens is not None:
+        whole = cu_seqlens.cpu().unique_consecutive()
+    lengths = whole.diff()
+    split = Split(tuple(lengths.tolist()))
+    if plan.size == 1 or not length:
+        return split
+    bounds: tuple[Tensor, ...] = (whole // plan.size,)
+    longest: tuple[int, ...] = (int(lengths.max()) // plan.size,)
+    if layout == "contiguous":
+        make = ring_functions(flash_kind(device, dtype)).llama3_bounds
+        q, k, longest_q, longest_k, rows = make(whole, True, plan.rank, plan.size)
+        bounds, longest = (q, k), (longest_q, longest_k)
+        split = replace(split, key_rows=(rows.start, rows.stop))
+    return replace(split, bounds=tuple(x.to(device) for x in bounds), longest=longest)
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    layout: str = "zigzag",
+    group: GroupLike | ContextGroup = None,
+    scale: float | None = None,
+    plan: DensePlan | None = None,
+    communication: CommunicationCounter | None = None,
+) -> Tensor:
+    """Causal softmax attention within documents, over a sequence split over the ranks of a group.
+
+    Args:
+        q: [B, L, H, Dk], this rank's tokens, after rotary.
+        k: [B, L, G, Dk]; G divides H.
+        v: [B, L, G, Dv].
+        cu_seqlens: int32 [documents + 1] boundaries of the whole padded stream, the same on all
+            ranks, with B = 1; None for B documents.
+        layout: "contiguous", "zigzag" or "zigzag_per_document": how tokens were sharded; the
+            module's table has those that work with several ranks.
+        group: process group or one-dimensional DeviceMesh over which the sequence is split; None
+            for one rank.
+        scale: factor of the logits; 1/sqrt(Dk) when None.
+        plan: from ``get_dense_plan``, when the caller has it already; it stands for ``cu_seqlens``
+            and ``layout``.
+        communication: where moved bytes are counted, as ``ring`` and ``ring_grad``.
+
+    Returns:
+        [B, L, H, Dv] in the dtype of ``q``.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work; on every rank of
+            the group where it shows when a plan is made.
+    """
+    context = context_group(group)
+    counter = CommunicationCounter() if communication is None else communication
+    if scale is not None:
+        check_number("scale", scale, "a positive finite number or None works")
+    check_tensor("q", q, "a tensor")
+    problem = _check_inputs(q, k, v, context.size)
+    if plan is None:
+        batch, local_length = q.shape[:2] if q.ndim >= 2 else (0, 0)
+        plan = get_dense_plan(
+            layout,
+            context,
+            batch=batch,
+            local_length=local_length,
+            cu_seqlens=cu_seqlens,
+            dtype=q.dtype,
+            device=q.device,
+            communication=counter,
+            inputs={"q": describe(q), "k": describe(k), "v": describe(v), "scale": repr(scale)},
+            problem=problem,
+        )
+    else:
+        problem = problem or _check_plan(plan, q, context, cu_seqlens)
+        if problem is not None:
+            raise ValueError(problem)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not q.numel():
+        return v.new_zeros(*q.shape[:3], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum())
+    if context.size == 1:
+        return _on_one_rank(q, k, v, plan, scale)
+    return _on_ranks(q, k, v, plan, context, scale, counter)
+
+
+def _on_one_rank(q: Tensor, k: Tensor, v: Tensor, plan: DensePlan, scale: float) -> Tensor:
+    """One call a document is the mask of packed documents without the [T, T] mask."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    pieces = zip(*(x.split(plan.split.lengths, dim=2) for x in (q, k, v)), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(
+            q_piece, k_piece, v_piece, is_causal=True, scale=scale, enable_gqa=True
+        )
+        for q_piece, k_piece, v_piece in pieces
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+@torch.compiler.disable
+def _on_ranks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: DensePlan,
+    context: ContextGroup,
+    scale: float,
+    counter: CommunicationCounter,
+) -> Tensor:
+    functions = ring_functions(flash_kind(q.device, q.dtype))
+    split, value_width = plan.split, v.shape[-1]
+    # Kernels and buffers have one width for all three; columns of zeros change nothing.
+    width = _kernel_width(q, v)
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    options: dict[str, Any] = {
+        "softmax_scale": scale,
+        "causal": True,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "group": context.process_group,
+    }
+    moved, others = k.nbytes + v.nbytes, context.size - 1
+    received = (others * moved, 2 * others * moved)
+    if plan.layout == "contiguous":
+        # Rows are of one length: they are more heads of one document.
+        heads = (q.shape[0], q.shape[2])
+        q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
+        out = functions.llama3(
+            *(q, k, v, *split.bounds, *split.longest),
+            heads_k_stride=1,
+            local_k_slice=slice(*split.key_rows),
+            **options,
+        )
+        out = out.unflatten(1, heads).transpose(0, 1)
+    else:
+        # Gradients of keys and values go round whole, in float32, and home.
+        received = (others * moved, others * moved + context.size * 4 * (k.numel() + v.numel()))
+        if plan.packed:
+            rows = (x.squeeze(0) for x in (q, k, v))
+            out = functions.zigzag_varlen(*rows, *split.bounds, *split.longest, **options)[None]
+        else:
+            out = functions.zigzag(q, k, v, **options)
+    counter.add("ring", received[0], received[0])
+    return _CountBackward.apply(out[..., :value_width], counter, received[1])
+
+
+class _CountBackward(torch.autograd.Function):
+    """The identity; counts the bytes that the backward before it moves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counter: CommunicationCounter, size: int) -> Tensor:
+        ctx.counter, ctx.size = counter, size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.counter.add("ring_grad", ctx.size, ctx.size)
+        return grad, None, None
+
+
+def _kernel_width(q: Tensor, v: Tensor) -> int:
+    width = max(q.shape[-1], v.shape[-1])
+    return width if flash_kind(q.device, q.dtype) == "plain" else -(-width // 8) * 8
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> str | None:
+    """What is wrong with the tensors of one call, or None."""
+    if q.ndim != 4:
+        return f"q: found shape {tuple(q.shape)}; [batch, local tokens, heads, width] works"
+    if q.dtype not in DTYPES or q.is_meta:
+        return f"q: found {describe(q)}; data in one of {DTYPES} works"
+    batch, length, heads, width = q.shape
+    for name, x, last in (("k", k, str(width)), ("v", v, "width of values")):
+        if not isinstance(x, Tensor):
+            return f"{name}: found {describe(x)}; a tensor works"
+        fits = x.ndim == 4 and x.shape[:2] == q.shape[:2] and x.shape[2] and not heads % x.shape[2]
+        if not fits or (x is k and x.shape[3] != width):
+            return (
+                f"{name}: found shape {tuple(x.shape)}; [{batch}, {length}, KV heads, {last}] with "
+                f"a divisor of {heads} KV heads works"
+            )
+        if x.shape[2] != k.shape[2]:
+            return f"v: found {x.shape[2]} heads; {k.shape[2]}, as of k, work"
+        if x.dtype != q.dtype or x.device != q.device:
+            return f"{name}: found {x.dtype} on {x.device}; {q.dtype} on {q.device}, as q, works"
+    if ranks > 1 and flash_kind(q.device, q.dtype) != "plain":
+        found = max(width, v.shape[3])
+        if found > FLASH_WIDTH:
+            return f"width of heads: found {found}; at most {FLASH_WIDTH} works on {q.device.type}"
+    return None
+
+
+def _check_plan(
+    plan: DensePlan, q: Tensor, context: ContextGroup, cu_seqlens: Tensor | None
+) -> str | None:
+    """What tells that a plan is not of this call, or None."""
+    if cu_seqlens is not None:
+        return "cu_seqlens: found beside a plan, which has its own; None works"
+    made = plan.plan
+    for what, found, works in (
+        ("[batch, local tokens]", (made.batch, made.local_length), tuple(q.shape[:2])),
+        ("(rank, group size)", (made.rank, made.size), (context.rank, context.size)),
+        ("dtype", plan.dtype, q.dtype),
+        ("device", made.positions.device, q.device),
+    ):
+        if found != works:
+            return f"plan: found one for {what} {found}; one for {works} works"
+    return None

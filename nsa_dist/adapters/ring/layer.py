@@ -1,0 +1,241 @@
+"""A dense attention layer and block, built as those of Native Sparse Attention are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_dist.adapters.ring.attention import DensePlan, dense_attention, get_dense_plan
+from nsa_dist.adapters.ring.library import missing_library
+from nsa_dist.checks import check, check_bool, check_int, check_number, check_tensor, describe
+from nsa_dist.comm import CommunicationCounter
+from nsa_dist.config import NSAConfig, RotaryConfig
+from nsa_dist.dropout import token_dropout
+from nsa_dist.group import ContextGroup, GroupLike, context_group
+from nsa_dist.layer import SwiGLU, autocast_dtype, input_problem
+from nsa_dist.layout import make_layout
+from nsa_dist.rotary import apply_rotary, rotary_cos_sin
+
+
+class DenseAttention(nn.Module):
+    """Causal softmax attention over all earlier tokens of the document, from hidden states on.
+
+    It takes the place of ``NativeSparseAttention`` in some or all layers of a model, over the same
+    group and layout. Its weights are those of that layer with shared K, V and without gates and
+    compressors; gradients, dropout and ``group=`` are as there.
+
+    Args:
+        hidden_size: width of the input and output.
+        config: its heads, widths and scale are read.
+        bias: biases in the q, k, v and output projections.
+        qk_norm: RMSNorm over each query's and key's channels, before rotary.
+        norm_eps: its epsilon.
+        rotary: rotary embedding; None for none.
+        dropout: probability of zeroing an element of the output, in training mode; the mask
+            depends on the token, not on the split.
+        layout: how the sequence is split; ``dense_attention`` has those that work.
+        group: process group or one-dimensional DeviceMesh over which it is split; None for one
+            rank.
+
+    Attributes:
+        communication: bytes moved by this layer, by kind, since its last ``reset``.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+        ImportError: with several ranks and without ring-flash-attn.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: NSAConfig,
+        *,
+        bias: bool = False,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        rotary: RotaryConfig | None = RotaryConfig(),  # noqa: B008  (frozen)
+        dropout: float = 0.0,
+        layout: str = "zigzag",
+        group: GroupLike | ContextGroup = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.context = context_group(group)
+        make_layout(layout, self.context.size)
+        check_int("hidden_size", hidden_size, 1)
+        check_bool("bias", bias)
+        check_bool("qk_norm", qk_norm)
+        check_number("norm_eps", norm_eps, "a positive finite number works")
+        check_number("dropout", dropout, "a probability in [0, 1) works", positive=False)
+        check(0 <= dropout < 1, "dropout", dropout, "a probability in [0, 1) works")
+        check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
+        if rotary is not None:
+            is_config = isinstance(rotary, RotaryConfig)
+            check(is_config, "rotary", rotary, "a RotaryConfig or None works")
+            rotary.rotary_dim(config.head_dim)
+        missing = missing_library()
+        if self.context.size > 1 and missing is not None:
+            raise ImportError(missing)
+        self.hidden_size, self.config, self.rotary = hidden_size, config, rotary
+        self.dropout, self.layout = dropout, layout
+        self.communication = CommunicationCounter()
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        width, value_width = config.head_dim, config.value_dim
+        self.q_proj = nn.Linear(hidden_size, heads * width, bias=bias, **factory)
+        self.k_proj = nn.Linear(hidden_size, kv_heads * width, bias=bias, **factory)
+        self.v_proj = nn.Linear(hidden_size, kv_heads * value_width, bias=bias, **factory)
+        self.o_proj = nn.Linear(heads * value_width, hidden_size, bias=bias, **factory)
+        self.q_norm = self.k_norm = None
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(width, eps=norm_eps, **factory)
+            self.k_norm = nn.RMSNorm(width, eps=norm_eps, **factory)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew from torch's generator, in a fixed order."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            linear.reset_parameters()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Attend over this rank's tokens and, through the group, over all that they may see.
+
+        Args:
+            x: [B, L, hidden_size], this rank's part of each row.
+            cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream on every rank
+                alike, with B = 1; None for B documents.
+            position_ids: integer [B, L], positions for rotary; each token's position in its
+                document when None.
+
+        Returns:
+            [B, L, hidden_size].
+
+        Raises:
+            ValueError: naming the option, the value found and the values that work; on every rank
+                of the group where it shows when a plan is made.
+        """
+        config, rows = self.config, x.shape[:2]
+        plan = self._plan(x, cu_seqlens, position_ids)
+        places = plan.plan
+        q = self.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim))
+        k = self.k_proj(x).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        v = self.v_proj(x).unflatten(-1, (config.num_kv_heads, config.value_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            # Autocast may norm in float32; queries, keys and values share a dtype.
+            q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
+        if self.rotary is not None:
+            positions = places.positions.view(rows) if position_ids is None else position_ids
+            cos, sin = rotary_cos_sin(self.rotary, config.head_dim, positions)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        out = dense_attention(
+            *(q, k, v),
+            group=self.context,
+            scale=config.softmax_scale,
+            plan=plan,
+            communication=self.communication,
+        )
+        out = self.o_proj(out.flatten(2))
+        if self.training and self.dropout > 0:
+            seed = torch.randint(1 << 62, (), device="cpu").to(x.device)
+            flat = out.flatten(0, 1)
+            flat = token_dropout(flat, self.dropout, seed, places.documents, places.positions)
+            out = flat.unflatten(0, rows)
+        return out
+
+    @torch.compiler.disable
+    def _plan(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> DensePlan:
+        check_tensor("x", x, "a tensor")
+        rows = tuple(x.shape[:2]) if x.ndim >= 2 else (0, 0)
+        cast = autocast_dtype(x.device.type)
+        return get_dense_plan(
+            self.layout,
+            self.context,
+            batch=rows[0],
+            local_length=rows[1],
+            cu_seqlens=cu_seqlens,
+            dtype=x.dtype if cast is None or x.dtype == torch.float64 else cast,
+            device=x.device,
+            communication=self.communication,
+            inputs={
+                "x": f"{x.dtype}, width {x.shape[-1]}" if x.ndim == 3 else describe(x),
+                "heads": repr((self.config.num_heads, self.config.num_kv_heads)),
+                "widths": repr((self.config.head_dim, self.config.value_dim)),
+                "scale": repr(self.config.softmax_scale),
+                "rotary": repr(self.rotary),
+                "qk_norm": "False" if self.q_norm is None else f"True, eps {self.q_norm.eps}",
+                "dropout": repr(self.dropout),
+            },
+            problem=input_problem(x, position_ids, self.hidden_size, self.q_proj),
+        )
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"hidden_size={self.hidden_size}, heads={config.num_heads}/{config.num_kv_heads}, "
+            f"layout={self.layout}, ranks={self.context.size}"
+        )
+
+
+class DenseBlock(nn.Module):
+    """``NSABlock`` with dense attention: norm, attention, norm, SwiGLU, with residuals.
+
+    Args:
+        hidden_size, config: as of ``DenseAttention``, which takes the further keyword arguments.
+        mlp_hidden: hidden width of the SwiGLU.
+        norm_eps: epsilon of every RMSNorm.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: NSAConfig,
+        *,
+        mlp_hidden: int,
+        norm_eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        check_int("mlp_hidden", mlp_hidden, 1)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
+        self.attention = DenseAttention(
+            hidden_size, config, norm_eps=norm_eps, **factory, **attention
+        )
+        self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
+        self.mlp = SwiGLU(hidden_size, mlp_hidden, **factory)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew from torch's generator, in a fixed order."""
+        self.attention_norm.reset_parameters()
+        self.attention.reset_parameters()
+        self.mlp_norm.reset_parameters()
+        for linear in (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj):
+            linear.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L, hidden_size] -> the same; arguments as of ``DenseAttention``."""
+        attended = self.attention(
+            self.attention_norm(x), cu_seqlens=cu_seqlens, position_ids=position_ids
+        )
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x))

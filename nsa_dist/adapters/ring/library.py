@@ -1,0 +1,128 @@
+"""ring-flash-attn's functions, without its package's ``__init__``, on flash functions of ours.
+
+Its ``__init__`` imports transformers, and names that newer ones lack; its modules import flash
+functions from flash-attn. So its modules are loaded here under names of our own, and where they
+import from flash-attn they get what they are to use: no other module sees it, and neither an import
+of ring_flash_attn by somebody else nor what else is imported is touched.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from nsa_dist.adapters.ring.flash import INTERFACE, FlashKind, flash_functions
+
+LIBRARY = "ring_flash_attn"
+
+
+@dataclass(frozen=True)
+class RingFunctions:
+    """What is used of ring-flash-attn, with the signatures of its 0.1.8.
+
+    Args:
+        zigzag: rows over ranks in zigzag.
+        zigzag_varlen: packed documents, each over ranks in zigzag.
+        llama3: packed documents, the stream over ranks in order; keys are gathered.
+        llama3_bounds: what ``llama3`` needs of the documents' boundaries.
+    """
+
+    zigzag: Callable[..., Any]
+    zigzag_varlen: Callable[..., Any]
+    llama3: Callable[..., Any]
+    llama3_bounds: Callable[..., Any]
+
+
+def missing_library() -> str | None:
+    """What to install, where ring-flash-attn is not there; or None."""
+    if find_spec(LIBRARY) is not None:
+        return None
+    return (
+        "ring-flash-attn: found not installed here; dense attention over several ranks works with "
+        "pip install nsa-dist[ring]"
+    )
+
+
+@functools.cache
+def ring_functions(kind: FlashKind) -> RingFunctions:
+    """ring-flash-attn on the flash functions called ``kind``.
+
+    Raises:
+        ImportError: if ring-flash-attn is not installed.
+    """
+    load = _loader_of_modules(kind, flash_functions(kind))
+    zigzag, varlen = load("zigzag_ring_flash_attn"), load("zigzag_ring_flash_attn_varlen")
+    llama3 = load("llama3_flash_attn_varlen")
+    return RingFunctions(
+        zigzag=zigzag.zigzag_ring_flash_attn_func,
+        zigzag_varlen=varlen.zigzag_ring_flash_attn_varlen_func,
+        llama3=llama3.llama3_flash_attn_varlen_func,
+        llama3_bounds=llama3.llama3_flash_attn_prepare_cu_seqlens,
+    )
+
+
+def _loader_of_modules(
+    kind: str, flash: Mapping[str, Callable[..., Any]]
+) -> Callable[[str], ModuleType]:
+    """A function that loads a module of ring-flash-attn by its name in the package."""
+    missing = missing_library()
+    if missing is not None:
+        raise ImportError(missing)
+    library = find_spec(LIBRARY)  # Of a package at the top: nothing of it runs.
+    assert library is not None and library.submodule_search_locations
+    (folder,) = library.submodule_search_locations
+    # Relative imports of the modules need a package to be relative to.
+    package = ModuleType(f"{__package__}._{kind}")
+    package.__path__ = [folder]
+    sys.modules[package.__name__] = package
+
+    def load(name: str) -> ModuleType:
+        full_name = f"{package.__name__}.{name}"
+        loader = _Loader(full_name, str(Path(folder, f"{name}.py")), flash)
+        spec = spec_from_file_location(full_name, loader=loader)
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        sys.modules[full_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[full_name]
+            raise
+        return module
+
+    return load
+
+
+class _Loader(SourceFileLoader):
+    """Loads one module whose imports from flash-attn are answered with ``flash``."""
+
+    def __init__(self, name: str, path: str, flash: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__(name, path)
+        self.flash = SimpleNamespace(**flash)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # Import statements call the __import__ of their own module's builtins.
+        own = vars(builtins) | {"__import__": self._import}
+        module.__dict__["__builtins__"] = own
+        super().exec_module(module)
+
+    def _import(
+        self,
+        name: str,
+        globals: Mapping[str, Any] | None = None,
+        locals: Mapping[str, Any] | None = None,
+        fromlist: tuple[str, ...] | None = (),
+        level: int = 0,
+    ) -> Any:
+        if level == 0 and name == INTERFACE:
+            return self.flash
+        return importlib.__import__(name, globals, locals, fromlist or (), level)
