@@ -35,6 +35,7 @@ from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.highest import highest
 from nsa_kernels.triton.library import operator
 from nsa_kernels.triton.tiles import (
+    MOST_REGISTERS,
     Chunk,
     chunks,
     compute_capability,
@@ -335,7 +336,8 @@ def _shape(
     if widths[1]:
         # With more warps the compiler would lay out the results of the two products differently.
         stages = 3 if sum(widths) <= 128 else 2
-        return _Shape(columns=128 if heads >= 8 else 64, keys=64, warps=4, stages=stages)
+        registers = MOST_REGISTERS if capability[0] == 10 else None
+        return _Shape(128 if heads >= 8 else 64, 64, warps=4, stages=stages, registers=registers)
     # Few heads or short blocks leave many sums of a tile for a thread.
     if heads < 8 or heads * per_block < 16 or capability[0] not in (9, 10):
         return _Shape(columns=128, keys=64, warps=8, stages=2)

@@ -261,7 +261,8 @@ def _forward(
             EDGE_BLOCKS=EDGES, APART=shape.apart,
             BLOCK=select_block, BT=tokens, BM=rows, BN=shape.keys, DK=dk, DV=dv,
             PDK=padded(dk), PDV=padded(dv), PRECISION=precision(q),
-            num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False,
+            num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return o, lse, log_sum
 

@@ -454,6 +454,7 @@ def selected_backward(
         EXACT=q.dtype == torch.float32,
         APART=walk.apart, BT=tokens, BM=rows,
         BN=walk.keys, **shared, num_warps=walk.warps, num_stages=walk.stages,
+        maxnreg=walk.registers,
     )  # fmt: skip
     del lists, counts
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.tiles import (
+    MOST_REGISTERS,
     PIECE,
     compute_capability,
     last_dim_contiguous,
@@ -191,12 +192,14 @@ class WalkShape(NamedTuple):
     """Keys of a tile, the warps of a program, the tiles in flight.
 
     apart: whether the tiles of a block are summed by themselves, for too many to add in a row.
+    registers: of a thread, where the compiler is told.
     """
 
     keys: int
     warps: int
     stages: int
     apart: bool
+    registers: int | None = None
 
 
 def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -210,18 +213,25 @@ def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
 
 def walk_shapes(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkShape, WalkShape]:
     """Of the forward and dq kernels; by widths, dtype, n, l' and GPU, for the promise of bits."""
-    wide = max(padded(q.shape[-1]), padded(v.shape[-1])) > 128
-    keys = min(16 if q.dtype == torch.float32 else 32 if wide else 64, select_block)
+    width = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    keys = min(16 if q.dtype == torch.float32 else 32 if width > 128 else 64, select_block)
     apart = num * select_block > PIECE * keys
     if q.dtype == torch.float32:
         return WalkShape(keys, 4, 1, apart), WalkShape(keys, 4, 1, apart)
-    if wide or apart:
-        return WalkShape(keys, 8, 3, apart), WalkShape(keys, 8, 3, apart)
+    major = compute_capability(q)[0]
+    dq_keys = min(keys, 32) if 0 < major < 9 and width <= 64 else keys
+    dq_apart = num * select_block > PIECE * dq_keys
+    if width > 128 or apart:
+        return WalkShape(keys, 8, 3, apart), WalkShape(dq_keys, 8, 3, dq_apart)
+    registers = MOST_REGISTERS if major == 10 else None
+    forward_warps = 4 if ratio_is_power_of_two(q, v) else 8
     # Two programs of 112 and 96 KB fit a Hopper multiprocessor; elsewhere dq would spill, and so
     # does all that divides rows by a ratio that is no power of two.
-    warps = 4 if compute_capability(q)[0] in (0, 9) else 8
-    forward_warps = 4 if ratio_is_power_of_two(q, v) else 8
-    return WalkShape(keys, forward_warps, 3, apart), WalkShape(keys, warps, 2, apart)
+    dq_warps = 4 if major in (0, 9) else 8
+    return (
+        WalkShape(keys, forward_warps, 3, apart, registers),
+        WalkShape(dq_keys, dq_warps, 2, dq_apart),
+    )
 
 
 class KeyShape(NamedTuple):
