@@ -230,9 +230,8 @@ def _plain_forward(
     for rows, keys, hidden in _tiles(q, bounds, causal):
         queries = q[rows].to(compute).unflatten(1, groups)
         logits = _logits(queries, k[keys].to(compute), scale, hidden)
-        norm = logits.logsumexp(-1, keepdim=True)
-        mixed = torch.einsum("mgrn,ngd->mgrd", (logits - norm).exp(), v[keys].to(compute))
-        out[rows], lse[rows] = mixed.flatten(1, 2).to(q.dtype), norm.flatten(1)
+        mixed = torch.einsum("mgrn,ngd->mgrd", logits.softmax(-1), v[keys].to(compute))
+        out[rows], lse[rows] = mixed.flatten(1, 2).to(q.dtype), logits.logsumexp(-1).flatten(1)
     return out, lse.T
 
 
@@ -253,11 +252,17 @@ def _plain_backward(
     dk, dv = (torch.zeros_like(x, dtype=compute) for x in (k, v))
     for rows, keys, hidden in _tiles(q, bounds, causal):
         queries, grad, result = (x[rows].to(compute).unflatten(1, groups) for x in (q, dout, out))
-        norm = lse[:, rows].to(compute).T.unflatten(1, groups)[..., None]
-        probs = (_logits(queries, k[keys].to(compute), scale, hidden) - norm).exp()
-        delta = (grad * result).sum(-1, keepdim=True)
-        dlogits = torch.einsum("mgrd,ngd->mgrn", grad, v[keys].to(compute)) - delta
-        dlogits = dlogits * probs * scale
+        logits = _logits(queries, k[keys].to(compute), scale, hidden)
+        dprobs = torch.einsum("mgrd,ngd->mgrn", grad, v[keys].to(compute))
+        if q.dtype in FLASH_DTYPES:
+            # Of a ring's step: ``lse`` and ``out`` are over keys that are not all here.
+            probs = (logits - lse[:, rows].T.unflatten(1, groups)[..., None]).exp()
+            delta = (grad * result).sum(-1, keepdim=True)
+        else:
+            # All keys are here, and what rounding left in ``out`` would pass that of this.
+            probs = logits.softmax(-1)
+            delta = (probs * dprobs).sum(-1, keepdim=True)
+        dlogits = (dprobs - delta) * probs * scale
         dq[rows] = torch.einsum("mgrn,ngd->mgrd", dlogits, k[keys].to(compute)).flatten(1, 2)
         dk[keys] += torch.einsum("mgrn,mgrd->ngd", dlogits, queries)
         dv[keys] += torch.einsum("mgrn,mgrd->ngd", probs, grad)
