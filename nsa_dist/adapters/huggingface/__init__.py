@@ -1,0 +1,38 @@
+"""Llama and Qwen3 of Hugging Face transformers with Native Sparse Attention.
+
+    from nsa_dist.adapters.huggingface import convert_to_nsa, from_pretrained
+
+    model = convert_to_nsa(LlamaForCausalLM.from_pretrained(...), NSAConfig(32, 8, 128))
+    model.save_pretrained(folder)
+    model = from_pretrained(folder)
+
+``docs/huggingface.md`` has training on split sequences, generation, and what is refused.
+"""
+
+try:
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "transformers: not installed; pip install nsa-dist[huggingface]"
+    ) from error
+
+from nsa_dist.adapters.huggingface.attention import NSAAttention
+from nsa_dist.adapters.huggingface.cache import NSACacheLayer
+from nsa_dist.adapters.huggingface.convert import convert_to_nsa, from_pretrained
+from nsa_dist.adapters.huggingface.models import (
+    NSALlamaConfig,
+    NSALlamaForCausalLM,
+    NSAQwen3Config,
+    NSAQwen3ForCausalLM,
+)
+
+__all__ = [
+    "NSAAttention",
+    "NSACacheLayer",
+    "NSALlamaConfig",
+    "NSALlamaForCausalLM",
+    "NSAQwen3Config",
+    "NSAQwen3ForCausalLM",
+    "convert_to_nsa",
+    "from_pretrained",
+]

@@ -1,0 +1,292 @@
+"""The attention module of a converted model, in the place of Llama's or Qwen3's own.
+
+It keeps the dense module's projections and norms and the model's rotary embedding, and adds gates
+and compressors. Without a cache it is ``native_sparse_attention``; with one, the same operators run
+over the cache's rows, so that a new token costs its own queries only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
+
+from nsa_dist.adapters.huggingface.batch import Batch
+from nsa_dist.adapters.huggingface.cache import NSACacheLayer
+from nsa_dist.compressor import BlockCompressor, apply_compressor
+from nsa_dist.config import NSAConfig
+from nsa_dist.functional import native_sparse_attention
+from nsa_dist.gates import make_gate
+from nsa_dist.layer import SetNorm
+from nsa_kernels import get_backend
+
+ROTARY: Mapping[type[nn.Module], Any] = {
+    modeling_llama.LlamaAttention: modeling_llama.apply_rotary_pos_emb,
+    modeling_qwen3.Qwen3Attention: modeling_qwen3.apply_rotary_pos_emb,
+}
+"""The attention modules that can be replaced, and how their queries and keys are rotated."""
+
+
+class NSAAttention(nn.Module):
+    """Native Sparse Attention with the weights and the call of transformers' attention modules.
+
+    Args:
+        dense: a ``LlamaAttention`` or ``Qwen3Attention``, whose projections and norms it takes
+            over. With independent K, V every set starts as the dense one.
+        config: what is computed.
+
+    Parameters, with h hidden size, d head_dim, H heads, G KV heads, nk and nv sets of keys and
+    values (1 with shared K, V):
+        q_proj.weight [H d, h], o_proj.weight [h, H d]: the dense module's, as their biases.
+        k_proj.weight [nk G d, h], v_proj.weight [nv G d, h]: rows (set, head, channel); one set is
+            the dense module's.
+        q_norm.weight [d], k_norm.weight [d] ([nk, d] with independent K, V): Qwen3 only.
+        gate.*, k_compressor.*, v_compressor.*: as of ``NativeSparseAttention``.
+    """
+
+    def __init__(self, dense: Any, config: NSAConfig) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, dense.layer_idx
+        weight = dense.q_proj.weight
+        factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        self.dense_type = type(dense)
+        self.q_proj, self.o_proj = dense.q_proj, dense.o_proj
+        self.k_proj = _repeat_rows(dense.k_proj, config.num_key_sets)
+        self.v_proj = _repeat_rows(dense.v_proj, config.num_value_sets)
+        self.q_norm: nn.Module | None = getattr(dense, "q_norm", None)
+        self.k_norm: nn.Module | None = getattr(dense, "k_norm", None)
+        if self.k_norm is not None and config.independent_kv:
+            dense_norm: Any = self.k_norm
+            norm = SetNorm(
+                config.num_key_sets, config.head_dim, dense_norm.variance_epsilon, **factory
+            )
+            with torch.no_grad():
+                norm.weight.copy_(dense_norm.weight.expand_as(norm.weight))
+            norm.weight.requires_grad_(dense_norm.weight.requires_grad)
+            self.k_norm = norm
+        self.gate = make_gate(dense.q_proj.in_features, config, **factory)
+        self.k_compressor = self.v_compressor = None
+        if config.uses_compression:
+            self.k_compressor = BlockCompressor(config, config.head_dim, **factory)
+        if "compressed" in config.branches:
+            self.v_compressor = BlockCompressor(config, config.value_dim, **factory)
+        self.train(dense.training)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        nsa_batch: Batch | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """As of the dense modules: [B, L, hidden] -> (the same, None).
+
+        Args:
+            attention_mask: not read: ``nsa_batch`` says what it says.
+            nsa_batch: what the model's ``forward`` worked out.
+
+        Raises:
+            ValueError: without ``nsa_batch``.
+        """
+        if nsa_batch is None or position_embeddings is None:
+            raise ValueError(
+                "nsa_batch: found None; calling the model works, not its layers or its .model"
+            )
+        config = self.config
+        q = self.q_proj(hidden_states).unflatten(-1, (config.num_heads, config.head_dim))
+        key_shape = (config.num_key_sets, config.num_kv_heads, config.head_dim)
+        k = self.k_proj(hidden_states).unflatten(-1, key_shape)
+        v = self.v_proj(hidden_states)
+        v = v.unflatten(-1, (config.num_value_sets * config.num_kv_heads, config.value_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rotate = ROTARY[self.dense_type]
+        q, k = rotate(q, k.flatten(2, 3), *position_embeddings, unsqueeze_dim=2)
+        # Under autocast the rotary embedding computes in float32.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        gates = self.gate(hidden_states)
+        if past_key_values is None:
+            out = self._attend(q, k, v, gates, nsa_batch)
+        else:
+            layer = past_key_values.layers[self.layer_idx]
+            out = self._attend_cached(q, k, v, gates, nsa_batch, layer)
+        return self.o_proj(out.flatten(2)), None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, batch: Batch) -> Tensor:
+        """[B, L, heads, D] and gates -> [B, L, H, D] by the whole stream."""
+        config = self.config
+        assert batch.plan is not None
+        shape = q.shape
+        if batch.rows is not None:
+            q, k, v, gates = (_take(x, batch.rows).unsqueeze(0) for x in (q, k, v, gates))
+        out = native_sparse_attention(
+            q,
+            _by_branch(k, config.key_branches, 2) if config.independent_kv else k,
+            _by_branch(v, config.branches, 2) if config.independent_kv else v,
+            gates,
+            self.k_compressor,
+            self.v_compressor,
+            config=config,
+            layout=batch.runtime.layout,
+            group=batch.runtime.context,
+            backend=batch.runtime.backend,
+            plan=batch.plan,
+            communication=batch.runtime.communication,
+        )
+        assert isinstance(out, Tensor)
+        return out if batch.rows is None else _put(out.squeeze(0), batch.rows, shape)
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, batch: Batch, layer: NSACacheLayer
+    ) -> Tensor:
+        """As ``_attend``, over the cached tokens and the new ones, which join them."""
+        config, tables = self.config, batch.tables
+        assert tables is not None and layer.get_seq_length() == tables.past
+        layer.check_starts(tables.starts)
+        ops = get_backend(batch.runtime.backend, q.device)
+        refused = ops.refuses(q.dtype, config.kernel_options)
+        if refused is not None:
+            raise ValueError(refused)
+        shape = q.shape
+        q, gates = q.flatten(0, 1), gates.flatten(0, 1)
+        if batch.rows is not None:
+            q, gates = q.index_select(0, batch.rows), gates.index_select(0, batch.rows)
+
+        keys, values = layer.update(k.transpose(1, 2), v.transpose(1, 2))
+        key_of = _rows_by_branch(keys, config.key_branches, config.num_key_sets)
+        value_of = _rows_by_branch(values, config.branches, config.num_value_sets)
+        segments, scale = tables.segments, config.softmax_scale
+        grid: dict[str, Any] = {
+            "block": config.compress_block,
+            "stride": config.compress_stride,
+            "scale": scale,
+        }
+        outputs: dict[str, Tensor] = {}
+        if config.uses_compression:
+            k_cmp, v_cmp = self._compress(
+                key_of["compressed"], value_of.get("compressed"), batch, layer
+            )
+            outputs["compressed"], lse = ops.compressed_attention(
+                q, k_cmp, k_cmp if self.v_compressor is None else v_cmp, segments, **grid
+            )
+        if "selected" in config.branches:
+            with torch.no_grad():
+                selected = ops.select_blocks(
+                    q,
+                    k_cmp,
+                    lse,
+                    segments,
+                    select_block=config.select_block,
+                    num_selected=config.num_selected,
+                    num_init_blocks=config.num_init_blocks,
+                    num_local_blocks=config.num_local_blocks,
+                    **grid,
+                )
+            k_rows, v_rows = key_of["selected"], value_of["selected"]
+            outputs["selected"], _ = ops.selected_attention(
+                q,
+                k_rows,
+                v_rows,
+                k_rows[:0],
+                v_rows[:0],
+                selected,
+                tables.block_rows,
+                tables.block_lengths,
+                segments,
+                select_block=config.select_block,
+                scale=scale,
+            )
+        if "window" in config.branches:
+            outputs["window"], _ = ops.window_attention(
+                q,
+                key_of["window"],
+                value_of["window"],
+                segments,
+                window=config.window,
+                scale=scale,
+            )
+        out = ops.combine([outputs[branch] for branch in config.branches], gates)
+        return out.view(shape) if batch.rows is None else _put(out, batch.rows, shape)
+
+    def _compress(
+        self, keys: Tensor, values: Tensor | None, batch: Batch, layer: NSACacheLayer
+    ) -> tuple[Tensor, Tensor]:
+        """All compressed tokens [B * C, G, D]: the cached ones and those that became whole.
+
+        Values are of width 0 where only selection reads compressed keys.
+        """
+        config, tables = self.config, batch.tables
+        assert tables is not None and self.k_compressor is not None
+        ops = get_backend(batch.runtime.backend, keys.device)
+        rows, block = tables.new_rows, config.compress_block
+        made = [apply_compressor(self.k_compressor, keys, rows, block, ops)]
+        if self.v_compressor is None or values is None:
+            made.append(made[0][..., :0])
+        else:
+            made.append(apply_compressor(self.v_compressor, values, rows, block, ops))
+        places = (len(tables.starts), tables.most_blocks)
+        kept = []
+        for new, old in zip(made, (layer.compressed_keys, layer.compressed_values), strict=True):
+            whole = new.new_zeros(*places, *new.shape[1:])
+            if old is not None:
+                whole[:, : old.shape[1]] = old
+            kept.append(whole.flatten(0, 1).index_copy(0, tables.new_places, new))
+        keys, values = kept
+        layer.store_compressed(
+            keys.unflatten(0, places), values.unflatten(0, places), tables.starts
+        )
+        return keys, values
+
+    def extra_repr(self) -> str:
+        return f"config={self.config}"
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    return x.flatten(0, 1).index_select(0, rows)
+
+
+def _put(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """Rows [N, H, D] at their places in zeros [B, L, H, D]."""
+    whole = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+    return whole.index_copy(0, rows, x).unflatten(0, shape[:2])
+
+
+def _by_branch(x: Tensor, branches: tuple[str, ...], dim: int) -> dict[str, Tensor]:
+    """Sets of heads, one a branch, along ``dim``."""
+    return dict(zip(branches, x.chunk(len(branches), dim=dim), strict=True))
+
+
+def _rows_by_branch(x: Tensor, branches: tuple[str, ...], sets: int) -> dict[str, Tensor]:
+    """Cached [B, sets * G, T, D] -> [B * T, G, D] of each branch; a shared set is one object."""
+    if sets == 1:
+        return dict.fromkeys(branches, x.transpose(1, 2).flatten(0, 1))
+    split = _by_branch(x, branches, 1)
+    return {branch: one.transpose(1, 2).flatten(0, 1) for branch, one in split.items()}
+
+
+def _repeat_rows(linear: nn.Linear, times: int) -> nn.Linear:
+    """A linear layer of ``times`` times the rows, each set of them ``linear``'s."""
+    if times == 1:
+        return linear
+    weight, bias = linear.weight, linear.bias
+    wide = nn.Linear(
+        linear.in_features,
+        times * linear.out_features,
+        bias=bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    with torch.no_grad():
+        wide.weight.copy_(weight.repeat(times, 1))
+        wide.weight.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            wide.bias.copy_(bias.repeat(times))
+            wide.bias.requires_grad_(bias.requires_grad)
+    return wide

@@ -1,0 +1,297 @@
+"""What the attention layers need of a batch, worked out once a forward.
+
+transformers hands an attention module a mask of queries x keys, which this attention has no use
+for. The model's ``forward`` reads padding, documents and the cache instead, and hands a ``Batch``
+down with the keyword arguments.
+
+Letters: B rows, T tokens a row (cached ones included), N new tokens that are no padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa_dist.adapters.huggingface.cache import num_blocks
+from nsa_dist.agreement import agree
+from nsa_dist.checks import INTEGER_DTYPES, describe
+from nsa_dist.comm import CommunicationCounter
+from nsa_dist.config import NSAConfig
+from nsa_dist.group import ContextGroup
+from nsa_dist.plan import Plan
+from nsa_dist.planning import get_plan
+from nsa_kernels import QuerySegments
+
+
+@dataclass(frozen=True, eq=False)
+class Runtime:
+    """How a model runs, which is no part of what it computes."""
+
+    context: ContextGroup
+    layout: str
+    backend: str
+    communication: CommunicationCounter
+
+
+@dataclass(frozen=True, eq=False)
+class CacheTables:
+    """Where the tokens and blocks of a batch with a cache stand.
+
+    Rows of keys are numbered b * T + column, compressed tokens b * C + block.
+
+    Attributes:
+        past: cached tokens of each row, padding included.
+        starts: the column of each row's first token.
+        segments: of the N queries.
+        most_blocks: C.
+        new_rows: int64 [new blocks], rows at which the blocks start that have become whole.
+        new_places: int64 [new blocks], where among B * C compressed tokens they go.
+        block_rows: int64 [G, selection blocks], rows at which these start.
+        block_lengths: int64 [selection blocks], their tokens.
+    """
+
+    past: int
+    starts: tuple[int, ...]
+    segments: QuerySegments
+    most_blocks: int
+    new_rows: Tensor
+    new_places: Tensor
+    block_rows: Tensor
+    block_lengths: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One forward's tokens.
+
+    Attributes:
+        runtime: group, layout, backend.
+        rows: int64 [N], which of the B * new columns are tokens; None where all are, in rows as
+            they stand.
+        plan: of the stream of tokens; None with a cache.
+        tables: with a cache, else None.
+    """
+
+    runtime: Runtime
+    rows: Tensor | None
+    plan: Plan | None
+    tables: CacheTables | None
+
+
+def read_mask(mask: Tensor | None, batch: int, length: int) -> list[tuple[int, int]] | None:
+    """First and last-but-one-past column of each row's tokens; None where all columns are tokens.
+
+    Args:
+        mask: [B, T] of zeros and what is not zero, or None.
+
+    Raises:
+        ValueError: for a mask of another shape, or a row whose tokens are not in one run.
+    """
+    if mask is None:
+        return None
+    works = f"a padding mask of shape {(batch, length)}, [batch, cached and new tokens], or None"
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or tuple(mask.shape) != (batch, length):
+        raise ValueError(f"attention_mask: found {describe(mask)}; {works} works")
+    shown = mask.bool().cpu()
+    if bool(shown.all()):
+        return None
+    tokens = shown.sum(1)
+    first = shown.int().argmax(1)
+    columns = torch.arange(length)
+    run = (columns >= first[:, None]) & (columns < (first + tokens)[:, None])
+    holes = (run != shown).any(1)
+    if bool(holes.any()):
+        raise ValueError(
+            f"attention_mask: found padding between tokens (row {int(holes.nonzero()[0])}); "
+            "padding before and behind a row's tokens works"
+        )
+    first = torch.where(tokens > 0, first, length)
+    return list(zip(first.tolist(), (first + tokens).tolist(), strict=True))
+
+
+def packed_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
+    """Documents of packed rows, which positions that do not count on tell; None where all do.
+
+    Args:
+        position_ids: integer [1 or B, T].
+
+    Returns:
+        int32 boundaries of the rows one after another, on the CPU.
+    """
+    positions = position_ids.cpu().expand(batch, -1)
+    opens = torch.ones_like(positions, dtype=torch.bool)
+    opens[:, 1:] = positions.diff(dim=1) != 1
+    if int(opens[:, 1:].sum()) == 0:
+        return None
+    end = torch.tensor([positions.numel()])
+    return torch.cat((opens.flatten().nonzero().squeeze(1), end)).int()
+
+
+def plan_stream(
+    config: NSAConfig,
+    runtime: Runtime,
+    tokens: Tensor,
+    ranges: list[tuple[int, int]] | None,
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+    *,
+    exact_positions: bool,
+    dtype: torch.dtype,
+    problem: str | None,
+) -> tuple[Batch, Tensor]:
+    """The batch of a forward without a cache, and its positions.
+
+    A collective where the sequence is split.
+
+    Args:
+        tokens: [B, L] or [B, L, hidden], for its shape and device.
+        ranges: as ``read_mask`` returns them.
+        cu_seqlens: int32 boundaries of packed documents, of the whole padded stream.
+        position_ids: what the caller gave.
+        exact_positions: whether these must be the positions in ``cu_seqlens``'s documents; they
+            must on a split sequence.
+        dtype: of the model.
+        problem: what this rank has found wrong already.
+
+    Returns:
+        The batch, and integer positions [B, L].
+    """
+    rows_given, length = tokens.shape[:2]
+    device = tokens.device
+    communication = runtime.communication
+    if runtime.context.size > 1:
+        given = "None" if position_ids is None else "given"
+        agree({"position_ids": given}, problem, runtime.context, communication)
+        problem = None
+    rows, batch = None, rows_given
+    if ranges is not None:
+        lengths = torch.tensor([0] + [end - start for start, end in ranges])
+        cu_seqlens = lengths.cumsum(0).int()
+        columns = [torch.arange(a, b) + i * length for i, (a, b) in enumerate(ranges)]
+        rows, batch, length = torch.cat(columns).to(device), 1, int(cu_seqlens[-1])
+    elif cu_seqlens is not None and rows_given > 1 and runtime.context.size == 1:
+        # Documents of several rows, found by their positions.
+        batch, length = 1, rows_given * length
+        rows = torch.arange(length, device=device)
+    plan = get_plan(
+        config,
+        runtime.layout,
+        runtime.context,
+        batch=batch,
+        local_length=length,
+        cu_seqlens=cu_seqlens,
+        dtype=dtype,
+        device=device,
+        communication=communication,
+        inputs={"backend": runtime.backend, "model": "transformers"},
+        problem=problem,
+    )
+    shape = tokens.shape[:2]
+    positions = plan.positions
+    if rows is not None:
+        positions = positions.new_zeros(shape.numel()).index_copy(0, rows, positions)
+    positions = positions.view(shape)
+    if position_ids is not None:
+        if exact_positions or runtime.context.size > 1:
+            _check_positions(position_ids, positions, runtime.context, communication)
+        positions = position_ids.expand(shape)
+    return Batch(runtime, rows, plan, None), positions
+
+
+def _check_positions(
+    found: Tensor, expected: Tensor, context: ContextGroup, communication: CommunicationCounter
+) -> None:
+    """Raise ValueError, on every rank, where positions are not those within documents."""
+    problem = None
+    if not torch.equal(found.expand(expected.shape).to(expected), expected):
+        problem = (
+            "position_ids: found others than the positions in the documents of cu_seqlens and "
+            "this layout; those of nsa_dist.shard_batch, or None, work"
+        )
+    agree({}, problem, context, communication)
+
+
+def check_position_ids(position_ids: Tensor | None, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with positions by themselves, or None."""
+    if position_ids is None:
+        return None
+    works = f"integers of shape {shape}, or None, work"
+    if (
+        not isinstance(position_ids, Tensor)
+        or position_ids.ndim != 2
+        or position_ids.dtype not in INTEGER_DTYPES
+        or tuple(position_ids.shape) not in (shape, (1, shape[1]))
+    ):
+        return f"position_ids: found {describe(position_ids)}; {works}"
+    return None
+
+
+def cache_tables(
+    config: NSAConfig,
+    runtime: Runtime,
+    tokens: Tensor,
+    ranges: list[tuple[int, int]] | None,
+    past: int,
+) -> tuple[Batch, Tensor]:
+    """The batch of a forward with a cache, and its positions.
+
+    Padding behind a row's tokens counts as tokens here: causality hides it from those before.
+
+    Args:
+        tokens: [B, new] or [B, new, hidden], for its shape and device.
+        ranges: as ``read_mask`` returns them for all B x T columns.
+        past: cached tokens of each row.
+
+    Returns:
+        The batch, and integer positions [B, new]: 0 in padding.
+    """
+    batch, new = tokens.shape[:2]
+    length, device = past + new, tokens.device
+    starts = tuple(0 for _ in range(batch))
+    if ranges is not None:
+        starts = tuple(start for start, _ in ranges)
+    stride, select = config.compress_stride, config.select_block
+    blocks = [num_blocks(length - start, config) for start in starts]
+    most = max(blocks, default=0)
+
+    segments, rows, positions = [], [], torch.zeros(batch, new, dtype=torch.int64)
+    new_rows, new_places, block_rows, block_lengths = [], [], [], []
+    queries = 0
+    for b, start in enumerate(starts):
+        first = max(start, past)
+        selection = torch.arange(start, length, select)
+        block_rows.append(b * length + selection)
+        block_lengths.append((length - selection).clamp(max=select))
+        made = torch.arange(num_blocks(past - start, config), blocks[b])
+        new_rows.append(b * length + start + made * stride)
+        new_places.append(b * most + made)
+        rows.append(torch.arange(first, length) - past + b * new)
+        positions[b, first - past :] = torch.arange(first - start, length - start)
+        if first < length:
+            selected_base = sum(map(len, block_rows[:-1]))
+            segments.append(
+                (
+                    queries,
+                    length - first,
+                    first - start,
+                    b * most,
+                    selected_base,
+                    b * length + start,
+                )
+            )
+        queries += length - first
+
+    tables = CacheTables(
+        past=past,
+        starts=starts,
+        segments=QuerySegments.from_rows(segments, device),
+        most_blocks=most,
+        new_rows=torch.cat(new_rows).to(device),
+        new_places=torch.cat(new_places).to(device),
+        block_rows=torch.cat(block_rows).expand(config.num_kv_heads, -1).contiguous().to(device),
+        block_lengths=torch.cat(block_lengths).to(device),
+    )
+    all_rows = torch.cat(rows).to(device) if queries < batch * new else None
+    return Batch(runtime, all_rows, None, tables), positions.to(device)

@@ -1,0 +1,143 @@
+"""Keys, values and compressed tokens of past tokens, as a layer of transformers' ``Cache``.
+
+A row's document starts behind its left padding, so the blocks of two rows need not lie alike:
+
+    keys, values                       [B, sets * KV heads, T, D], padding included
+    compressed_keys, compressed_values [B, C, KV heads, D], block i of each row's document; rows
+                                       with fewer than C blocks hold nothing of use behind theirs
+
+Compressed tokens are made once, when the last token of their block comes in. How many a row has
+follows from T and its start, so cropping forgets some and needs no more record of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from nsa_dist.checks import check
+from nsa_dist.config import NSAConfig
+
+
+def num_blocks(length: int, config: NSAConfig) -> int:
+    """Compression blocks of a document of ``length`` tokens."""
+    return max(0, (length - config.compress_block) // config.compress_stride + 1)
+
+
+class NSACacheLayer(DynamicLayer):
+    """The cache of one layer with Native Sparse Attention; grows as ``DynamicLayer`` does.
+
+    Attributes:
+        starts: for each row, the column of its first token behind left padding; empty before the
+            first update.
+        compressed_keys, compressed_values: as of the module's docstring; None before the first
+            update, and where the config has no use for them.
+    """
+
+    def __init__(self, config: NSAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._forget()
+
+    def _forget(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.starts: tuple[int, ...] = ()
+        self.compressed_keys: Tensor | None = None
+        self.compressed_values: Tensor | None = None
+
+    def check_starts(self, starts: tuple[int, ...]) -> None:
+        """Raise ValueError unless rows start where they did, or had nothing but padding so far."""
+        length = self.get_seq_length()
+        if length == 0:
+            return
+        same = len(starts) == len(self.starts) and all(
+            new == old or min(new, old) >= length
+            for new, old in zip(starts, self.starts, strict=True)
+        )
+        check(
+            same,
+            "attention_mask",
+            f"rows that start at {list(starts)}",
+            f"rows that start at {list(self.starts)}, as in the cached tokens, work",
+        )
+
+    def store_compressed(self, keys: Tensor, values: Tensor, starts: tuple[int, ...]) -> None:
+        """Keep what ``compressed_keys`` and ``compressed_values`` are from now on."""
+        self.compressed_keys, self.compressed_values, self.starts = keys, values, starts
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens; the argument as of ``DynamicLayer.crop``."""
+        super().crop(tokens_to_remove)
+        length = self.get_seq_length()
+        if length == 0:
+            self._forget()
+        elif self.compressed_keys is not None and self.compressed_values is not None:
+            most = num_blocks(length - min(self.starts), self.config)
+            self.compressed_keys = self.compressed_keys[:, :most]
+            self.compressed_values = self.compressed_values[:, :most]
+
+    def _take_rows(self, rows: Tensor) -> None:
+        for name in ("keys", "values", "compressed_keys", "compressed_values"):
+            x = getattr(self, name)
+            if x is not None:
+                setattr(self, name, x.index_select(0, rows.to(x.device)))
+        self.starts = tuple(self.starts[row] for row in rows.tolist())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes row ``beam_idx[i]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times."""
+        rows = torch.arange(len(self.starts)).repeat_interleave(repeats)
+        self.batch_select_indices(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``: integers, or a mask."""
+        if self.get_seq_length() > 0:
+            if indices.dtype == torch.bool:
+                indices = indices.nonzero().squeeze(1)
+            self._take_rows(indices)
+
+
+def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig) -> None:
+    """Put an ``NSACacheLayer`` in the place of each empty layer of ``nsa_layers``.
+
+    Raises:
+        ValueError: for a cache that is no growing one on the model's device, or one that other
+            layers have filled.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"past_key_values: found a {type(cache).__name__}; a DynamicCache works (for generate, "
+            "cache_implementation=None or 'dynamic')"
+        )
+    if cache.offloading:
+        raise ValueError("past_key_values: found offloading=True; a cache on the device works")
+    for index in nsa_layers:
+        while len(cache.layers) <= index:
+            cache.layers.append(DynamicLayer())
+        layer = cache.layers[index]
+        if isinstance(layer, NSACacheLayer):
+            check(
+                layer.config == config,
+                "past_key_values",
+                layer.config,
+                "a cache of this model works",
+            )
+        elif type(layer) is DynamicLayer and layer.get_seq_length() == 0:
+            cache.layers[index] = NSACacheLayer(config)
+        else:
+            raise ValueError(
+                f"past_key_values: found a {type(layer).__name__} with {layer.get_seq_length()} "
+                f"tokens as layer {index}; an empty DynamicCache, or one that this model filled, "
+                "works"
+            )

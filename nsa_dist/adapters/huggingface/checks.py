@@ -1,0 +1,211 @@
+"""What transformers can ask for and this attention does not do, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nsa_dist.adapters.huggingface.attention import ROTARY
+from nsa_dist.checks import check, describe
+from nsa_dist.config import NSAConfig
+from nsa_kernels import get_backend
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those whose frequencies depend on the config alone, not on the positions of a call."""
+
+DENSE_GATE_INIT = (0.0, 0.0, 0.0)
+"""``NSAConfig``'s default, which a conversion replaces."""
+
+
+def check_layers(layers: Iterable[int] | None, config: Any) -> tuple[int, ...]:
+    """Layers to convert, ascending; all for None.
+
+    Raises:
+        ValueError: for anything but different indices of full attention layers.
+    """
+    total = config.num_hidden_layers
+    if layers is None:
+        layers = range(total)
+    found = list(layers)
+    check(
+        all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < total for i in found)
+        and 0 < len(found) == len(set(found)),
+        "layers",
+        found,
+        f"different indices from 0 to {total - 1}, at least one, or None for all, work",
+    )
+    types = getattr(config, "layer_types", None)
+    for index in sorted(found):
+        kind = "full_attention" if types is None else types[index]
+        check(
+            kind == "full_attention",
+            f"layer_types[{index}]",
+            kind,
+            "'full_attention' works: leave this layer out of layers=",
+        )
+    return tuple(sorted(found))
+
+
+def check_model(model: Any, families: Mapping[type, Any]) -> None:
+    """Raise ValueError for a model that is no dense one of ``families`` with weights in place."""
+    names = ", ".join(family.__name__ for family in families)
+    check(type(model) in families, "model", type(model).__name__, f"a model of class {names} works")
+    config = model.config
+    check(
+        getattr(config, "quantization_config", None) is None,
+        "quantization_config",
+        getattr(config, "quantization_config", None),
+        "None works: convert first, quantise after",
+    )
+    check(
+        config.attention_dropout == 0,
+        "attention_dropout",
+        config.attention_dropout,
+        "0.0 works: Native Sparse Attention has no dropout of probabilities",
+    )
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    check(rope in ROPE_TYPES, "rope_type", rope, f"{ROPE_TYPES} work")
+    check(
+        not getattr(config, "output_attentions", False),
+        "output_attentions",
+        True,
+        "False works: this attention keeps no probabilities",
+    )
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    check(
+        len(devices) == 1 and devices != ["meta"],
+        "device",
+        devices,
+        "one device with all the weights works (no device_map over several, no meta)",
+    )
+
+
+def check_modules(model: Any, layers: tuple[int, ...]) -> None:
+    """Raise ValueError for attention modules that something else has replaced or wrapped."""
+    for index in layers:
+        attention = model.model.layers[index].self_attn
+        check(
+            type(attention) in ROTARY,
+            f"layers[{index}].self_attn",
+            type(attention).__name__,
+            f"{', '.join(x.__name__ for x in ROTARY)} work",
+        )
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            linear = getattr(attention, name)
+            check(
+                type(linear) is nn.Linear and linear.weight.is_floating_point(),
+                f"layers[{index}].self_attn.{name}",
+                type(linear).__name__,
+                "torch.nn.Linear in a floating dtype works: merge adapters, convert before "
+                "quantising",
+            )
+            check(
+                not isinstance(linear.weight, DTensor),
+                f"layers[{index}].self_attn.{name}.weight",
+                "a DTensor",
+                "a whole tensor works: convert before FSDP or tensor parallelism split it",
+            )
+
+
+def check_config(config: Any, hf_config: Any, gate_init: tuple[float, float, float]) -> None:
+    """Raise ValueError for an ``NSAConfig`` that the dense model's weights do not fit."""
+    check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
+    for option, theirs, found in (
+        ("num_heads", "num_attention_heads", config.num_heads),
+        ("num_kv_heads", "num_key_value_heads", config.num_kv_heads),
+        ("head_dim", "head_dim", config.head_dim),
+        ("v_head_dim", "head_dim", config.value_dim),
+    ):
+        wanted = getattr(hf_config, theirs)
+        works = f"{wanted}, the model's {theirs}, works"
+        check(found == wanted, f"NSAConfig.{option}", found, works)
+    check(
+        config.softmax_scale == config.head_dim**-0.5,
+        "scale",
+        config.scale,
+        f"None, which is the model's {config.head_dim**-0.5}, works",
+    )
+    check(
+        config.compress != "custom",
+        "compress",
+        config.compress,
+        "one of the built-in kinds works, which a checkpoint can hold",
+    )
+    check(
+        not config.compress_pre_rope,
+        "compress_pre_rope",
+        config.compress_pre_rope,
+        "False works: the model's rotary embedding gives rotated keys",
+    )
+    check(
+        {"selected", "window"} <= set(config.branches),
+        "branches",
+        config.branches,
+        "those with 'selected' and 'window' work, which together start as the dense attention",
+    )
+    width = config.compress_hidden
+    check(
+        width is None or width >= 2 * config.head_dim,
+        "compress_hidden",
+        width,
+        f"None or at least 2 * head_dim = {2 * config.head_dim} works, which can start as a mean",
+    )
+    check(
+        config.gate_init in (DENSE_GATE_INIT, tuple(gate_init)),
+        "NSAConfig.gate_init",
+        config.gate_init,
+        f"its default works: gate_init= of the conversion, here {tuple(gate_init)}, takes its "
+        "place",
+    )
+
+
+def check_attention(config: NSAConfig, backend: str, attention: Any) -> None:
+    """Raise ValueError where ``backend`` cannot compute the config with an attention's weights."""
+    weight = attention.q_proj.weight
+    # On the host it may be on its way to a GPU; on a GPU it stays.
+    device = weight.device if weight.is_cuda else None
+    refused = get_backend(backend, device).refuses(weight.dtype, config.kernel_options)
+    if refused is not None:
+        raise ValueError(refused)
+
+
+def check_call(
+    config: Any,
+    *,
+    split: bool,
+    rows: int,
+    attention_mask: Any,
+    past_key_values: Any,
+    use_cache: bool | None,
+    cu_seqlens: Any,
+    kwargs: Mapping[str, Any],
+) -> str | None:
+    """What is wrong with the arguments of a model's ``forward``, or None.
+
+    Args:
+        split: whether the sequence is split over ranks.
+    """
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        return "output_attentions: found True; False works: this attention keeps no probabilities"
+    keys = kwargs.get("cu_seq_lens_k")
+    queries = kwargs.get("cu_seq_lens_q")
+    same = isinstance(keys, Tensor) and isinstance(queries, Tensor) and keys.equal(queries)
+    if keys is not None and not same:
+        return "cu_seq_lens_k: found other boundaries than cu_seq_lens_q; the same work"
+    packed = cu_seqlens is not None
+    why = "a sequence split over ranks" if split else "packed documents (cu_seqlens)"
+    if split or packed:
+        for option, found in (
+            ("attention_mask", attention_mask),
+            ("past_key_values", past_key_values),
+        ):
+            if found is not None:
+                return f"{option}: found {describe(found)} with {why}; None works"
+        if use_cache:
+            return f"use_cache: found True with {why}; None or False works"
+    if packed and rows != 1:
+        return f"cu_seqlens: found with batch size {rows}; it works with batch size 1 only"
+    return None

@@ -1,0 +1,337 @@
+"""Llama and Qwen3 with Native Sparse Attention, as classes of their own beside transformers'.
+
+A class of its own gives the checkpoint a ``model_type`` of its own, so that nothing takes it for
+the dense model, and a place where a batch's padding, documents and cache are read. Everything else,
+``forward`` of the decoder and of its layers included, is transformers'.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from nsa_dist.adapters.huggingface.attention import NSAAttention
+from nsa_dist.adapters.huggingface.batch import (
+    Batch,
+    Runtime,
+    cache_tables,
+    check_position_ids,
+    packed_boundaries,
+    plan_stream,
+    read_mask,
+)
+from nsa_dist.adapters.huggingface.cache import adopt_cache
+from nsa_dist.adapters.huggingface.checks import (
+    check_attention,
+    check_call,
+    check_config,
+    check_layers,
+)
+from nsa_dist.checks import describe
+from nsa_dist.comm import CommunicationCounter
+from nsa_dist.config import NSAConfig
+from nsa_dist.group import ContextGroup, GroupLike, context_group
+from nsa_dist.layout import make_layout
+
+SPARSE = "native_sparse_attention"
+"""What ``layer_types`` of a saved config calls our layers; a dense config class refuses it."""
+
+
+class _NSAConfigMixin:
+    """Two fields more, and ``layer_types`` in the file that no dense model accepts."""
+
+    nsa: dict[str, Any] | None
+    nsa_layers: list[int] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of the dense config, with our layers named in ``layer_types``."""
+        values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        types = values.get("layer_types") or ["full_attention"] * values["num_hidden_layers"]
+        chosen = set(self.nsa_layers or ())
+        values["layer_types"] = [SPARSE if i in chosen else x for i, x in enumerate(types)]
+        return values
+
+
+class NSALlamaConfig(_NSAConfigMixin, LlamaConfig):
+    """``LlamaConfig`` with ``nsa``, the fields of an ``NSAConfig``, and ``nsa_layers``."""
+
+    model_type = "nsa_llama"
+    nsa: dict[str, Any] | None = None
+    nsa_layers: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("layer_types", None)  # Llama has one kind of dense layer.
+        super().__post_init__(**kwargs)
+
+
+class NSAQwen3Config(_NSAConfigMixin, Qwen3Config):
+    """``Qwen3Config`` with ``nsa``, the fields of an ``NSAConfig``, and ``nsa_layers``."""
+
+    model_type = "nsa_qwen3"
+    nsa: dict[str, Any] | None = None
+    nsa_layers: list[int] | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.layer_types is not None:
+            self.layer_types = ["full_attention" if x == SPARSE else x for x in self.layer_types]
+        super().__post_init__(**kwargs)
+
+
+class _NSAMixin:
+    """What both families' models add to their dense class."""
+
+    nsa_config: NSAConfig
+    nsa_layers: tuple[int, ...]
+    nsa_runtime: Runtime
+
+    def _become_sparse(self, config: NSAConfig, layers: tuple[int, ...], runtime: Runtime) -> None:
+        """Replace the attention modules; everything has been checked."""
+        self.nsa_config, self.nsa_layers, self.nsa_runtime = config, layers, runtime
+        decoder: Any = self.model  # type: ignore[attr-defined]
+        for index in layers:
+            layer = decoder.layers[index]
+            layer.self_attn = NSAAttention(layer.self_attn, config)
+
+    def use_group(
+        self,
+        group: GroupLike | ContextGroup = None,
+        *,
+        layout: str = "zigzag",
+        backend: str = "auto",
+    ) -> None:
+        """Say over which ranks sequences are split from now on, and how.
+
+        Args:
+            group: process group or one-dimensional DeviceMesh; None for one rank.
+            layout: "contiguous", "zigzag" or "zigzag_per_document", as given to ``shard_batch``.
+            backend: "auto" or a name that ``nsa_kernels.get_backend`` knows.
+
+        Raises:
+            ValueError: naming the option, the value found and the values that work.
+        """
+        self.nsa_runtime = make_runtime(
+            group,
+            layout,
+            backend,
+            self.nsa_layers,
+            self.config.num_hidden_layers,  # type: ignore[attr-defined]
+        )
+        check_attention(self.nsa_config, backend, self.model.layers[self.nsa_layers[0]].self_attn)  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As of the dense model, on this rank's part of the batch where the sequence is split.
+
+        Args:
+            input_ids, inputs_embeds, labels, logits_to_keep: as of the dense model. ``labels`` are
+                shifted here, which a split sequence cannot be: give ``shift_labels`` there.
+            attention_mask: [B, cached and new tokens], zeros before and behind each row's tokens.
+            position_ids: positions in the document, [B, L]; worked out when None. Rows whose
+                positions start anew are packed documents, as for the dense model.
+            past_key_values: a ``DynamicCache``, empty or filled by this model.
+            use_cache: when None, ``config.use_cache`` outside of training and for one document a
+                row, else False.
+            cu_seqlens: int32 boundaries of packed documents, of the whole padded stream on every
+                rank, with B = 1; ``cu_seq_lens_q`` as transformers' collators name it works too.
+
+        Raises:
+            ValueError: naming the option, the value found and the values that work.
+        """
+        tokens = inputs_embeds if inputs_embeds is not None else input_ids
+        if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+            raise ValueError(
+                f"input_ids: found {describe(input_ids)}; integers [batch, tokens], or "
+                "inputs_embeds, work"
+            )
+        with torch.device("cpu"):  # Whatever the default device is: tables are made on the host.
+            batch, positions, past_key_values = self._read_batch(
+                tokens,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                use_cache,
+                cu_seqlens,
+                kwargs,
+            )
+        if len(self.nsa_layers) == self.config.num_hidden_layers:  # type: ignore[attr-defined]
+            # A mask of four dimensions is passed on as it is, and no L x L one is made.
+            attention_mask = tokens.new_zeros(1, 1, 1, 1)
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=past_key_values is not None,
+            logits_to_keep=logits_to_keep,
+            nsa_batch=batch,
+            **kwargs,
+        )
+
+    def _read_batch(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        use_cache: bool | None,
+        cu_seqlens: Tensor | None,
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Batch, Tensor, Any]:
+        """The batch, its positions, and the cache in use."""
+        model: Any = self
+        runtime, config, hf_config = self.nsa_runtime, self.nsa_config, model.config
+        rows, length = tokens.shape[:2]
+        split = runtime.context.size > 1
+        if cu_seqlens is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+        problem = check_call(
+            hf_config,
+            split=split,
+            rows=rows,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            kwargs=kwargs,
+        ) or check_position_ids(position_ids, (rows, length))
+        # On a split sequence all ranks raise together, where the plan is made.
+        if problem is not None and not split:
+            raise ValueError(problem)
+        documents = cu_seqlens
+        alone = attention_mask is None and past_key_values is None and not split
+        if alone and cu_seqlens is None and position_ids is not None:
+            documents = packed_boundaries(position_ids, rows)
+            if documents is not None and use_cache:
+                raise ValueError(
+                    "use_cache: found True with packed documents, which position_ids that start "
+                    "anew are; False works"
+                )
+        if use_cache is None:
+            use_cache = hf_config.use_cache and not model.training and documents is None
+        if split or (past_key_values is None and not use_cache):
+            batch, positions = plan_stream(
+                config,
+                runtime,
+                tokens,
+                None if split else read_mask(attention_mask, rows, length),
+                documents,
+                position_ids,
+                exact_positions=cu_seqlens is not None,
+                dtype=model.dtype,
+                problem=problem,
+            )
+            return batch, positions, None
+        if model.training and model.is_gradient_checkpointing:
+            raise ValueError(
+                "use_cache: found True with gradient checkpointing in training; False works"
+            )
+        if past_key_values is None:
+            past_key_values = DynamicCache(config=hf_config)
+        adopt_cache(past_key_values, self.nsa_layers, config)
+        past = past_key_values.get_seq_length(self.nsa_layers[0])
+        ranges = read_mask(attention_mask, rows, past + length)
+        batch, positions = cache_tables(config, runtime, tokens, ranges, past)
+        if position_ids is not None:
+            positions = position_ids
+        return batch, positions, past_key_values
+
+
+class NSALlamaForCausalLM(_NSAMixin, LlamaForCausalLM):
+    """``LlamaForCausalLM`` with Native Sparse Attention in the layers ``config.nsa_layers``."""
+
+    config_class = NSALlamaConfig
+
+    def __init__(self, config: NSALlamaConfig) -> None:
+        super().__init__(config)
+        self._become_sparse(*read_config(config))
+
+
+class NSAQwen3ForCausalLM(_NSAMixin, Qwen3ForCausalLM):
+    """``Qwen3ForCausalLM`` with Native Sparse Attention in the layers ``config.nsa_layers``."""
+
+    config_class = NSAQwen3Config
+
+    def __init__(self, config: NSAQwen3Config) -> None:
+        super().__init__(config)
+        self._become_sparse(*read_config(config))
+
+
+FAMILIES: Mapping[type, tuple[Any, Any]] = {
+    LlamaForCausalLM: (NSALlamaForCausalLM, NSALlamaConfig),
+    Qwen3ForCausalLM: (NSAQwen3ForCausalLM, NSAQwen3Config),
+}
+"""Dense model classes, and the model and config class that a conversion makes of them."""
+
+
+def make_runtime(
+    group: GroupLike | ContextGroup,
+    layout: str,
+    backend: str,
+    layers: tuple[int, ...],
+    num_layers: int,
+) -> Runtime:
+    """Checked settings of how a model runs.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+    context = context_group(group)
+    make_layout(layout, context.size)
+    if context.size > 1 and len(layers) < num_layers:
+        raise ValueError(
+            f"layers: found {len(layers)} of {num_layers} with a sequence split over "
+            f"{context.size} ranks, where transformers' dense layers do not work; all layers, or "
+            "group=None, work"
+        )
+    return Runtime(context, layout, backend, CommunicationCounter())
+
+
+def read_config(config: Any) -> tuple[NSAConfig, tuple[int, ...], Runtime]:
+    """What a config of a converted model says, for one rank.
+
+    Raises:
+        ValueError: for one that says nothing of the attention, or what is refused.
+    """
+    if config.nsa is None or config.nsa_layers is None:
+        raise ValueError(
+            f"nsa: found nothing in a {type(config).__name__}; the config of a model that "
+            "convert_to_nsa made works"
+        )
+    nsa, layers = NSAConfig(**config.nsa), check_layers(config.nsa_layers, config)
+    check_config(nsa, config, nsa.gate_init)
+    return nsa, layers, make_runtime(None, "zigzag", "auto", layers, config.num_hidden_layers)
+
+
+def write_config(dense: Any, config_type: type, nsa: NSAConfig, layers: tuple[int, ...]) -> Any:
+    """A config of ``config_type`` with all that ``dense`` holds, private settings included."""
+    config: Any = copy.deepcopy(dense)
+    config.__class__ = config_type
+    config.nsa = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(nsa).items()}
+    config.nsa_layers = list(layers)
+    return config

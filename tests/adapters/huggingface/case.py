@@ -1,0 +1,177 @@
+"""Small random models of both families, dense and converted; nothing is downloaded."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import replace
+from typing import Any
+
+os.environ["TRANSFORMERS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from nsa_dist import NSAConfig, shard_batch
+from nsa_dist.adapters.huggingface import convert_to_nsa
+
+VOCABULARY = 97
+SMALL = NSAConfig(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    compress_block=4,
+    compress_stride=2,
+    select_block=8,
+    num_selected=3,
+    window=16,
+    independent_kv=False,
+)
+INDEPENDENT = replace(SMALL, independent_kv=True)
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+}
+ROPES: dict[str, dict[str, Any] | None] = {
+    "default": None,
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def dense_model(
+    family: str,
+    *,
+    rope: str = "default",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """A random model in eval mode, with logits and choices that are not all alike."""
+    model_type, config_type = FAMILIES[family]
+    values: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": SMALL.num_heads,
+        "num_key_value_heads": SMALL.num_kv_heads,
+        "head_dim": SMALL.head_dim,
+        "max_position_embeddings": 256,
+        "rope_parameters": copy.deepcopy(ROPES[rope]),
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    model = model_type(config_type(**(values | options))).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0)
+            elif "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def sparse_model(
+    family: str,
+    config: NSAConfig = SMALL,
+    *,
+    layers: Any = None,
+    group: Any = None,
+    layout: str = "zigzag",
+    trained: bool = True,
+    **options: Any,
+) -> Any:
+    """A converted model; with ``trained`` its new weights are as if training had moved them."""
+    model = convert_to_nsa(dense_model(family, **options), config, layers, group, layout=layout)
+    if trained:
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "gate" in name and "self_attn" in name:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(0.5 * noise)
+                elif "compressor" in name:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(noise.to(parameter), alpha=0.2)
+    return model
+
+
+def some_tokens(batch: int, length: int, seed: int = 1) -> Tensor:
+    """[batch, length], without the padding token 0."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+
+
+def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens and mask [B, T] of rows [T_b], padded on the left with token 0."""
+    longest = max(map(len, rows))
+    tokens = torch.stack([torch.cat((x.new_zeros(longest - len(x)), x)) for x in rows])
+    mask = torch.stack([torch.arange(longest) >= longest - len(x) for x in rows]).long()
+    return tokens, mask
+
+
+DOCUMENTS = (37, 5, 61, 1, 24)
+
+
+def gradients(
+    family: str,
+    config: NSAConfig,
+    layout: str,
+    dtype: torch.dtype,
+    *,
+    packed: bool,
+    split: bool,
+    recompute: bool = False,
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and every gradient of one batch, over all ranks if ``split``."""
+    group = dist.group.WORLD if split else None
+    model = sparse_model(family, config, group=group, layout=layout, dtype=dtype).train()
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    bounds = torch.tensor([0, *DOCUMENTS]).cumsum(0).int() if packed else None
+    tokens = some_tokens(1, sum(DOCUMENTS)) if packed else some_tokens(2, 75)
+    batch = shard_batch(tokens, cu_seqlens=bounds, layout=layout, group=group)
+    loss = model(
+        batch.tokens,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        labels=batch.labels,
+        shift_labels=batch.labels,
+        num_items_in_batch=batch.num_targets,
+    ).loss
+    loss.backward()
+    grads = {}
+    total = loss.detach()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        grads[name] = parameter.grad
+    if split:
+        for grad in [*grads.values(), total]:
+            dist.all_reduce(grad)
+    return float(total), grads
+
+
+def gradients_on_rank(*args: Any, **kwargs: Any) -> tuple[float, dict[str, Tensor]] | None:
+    """As ``gradients``; on rank 0 alone, to spare the pipes."""
+    result = gradients(*args, **kwargs)
+    return result if dist.get_rank() == 0 else None
