@@ -1,0 +1,130 @@
+"""A converted model on one GPU: bfloat16, the Triton backend, training and generation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_dist import NSAConfig
+
+pytest.importorskip("transformers")
+
+from nsa_dist.adapters.huggingface import convert_to_nsa
+from tests.adapters.huggingface.case import dense_model, left_padded, some_tokens
+from tests.ops.accuracy import assert_2x
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = NSAConfig(
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=64,
+    compress_block=32,
+    compress_stride=16,
+    select_block=64,
+    num_selected=4,
+    window=128,
+    independent_kv=False,
+)
+COVERED = CONFIG.num_selected * CONFIG.select_block
+
+
+def _model(family: str, config: NSAConfig, dtype: torch.dtype, backend: str) -> Any:
+    """Made in float64 and rounded, so that all dtypes start alike; gates that let all through."""
+    dense = dense_model(
+        family,
+        dtype=torch.float64,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=4096,
+    )
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.5)
+    model = convert_to_nsa(dense, config, gate_init=(0.0, 0.0, 0.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    model = model.to("cuda", dtype)
+    model.use_group(None, backend=backend)
+    return model
+
+
+def _results(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """Logits [tokens, vocabulary] and gradients."""
+    out = model(tokens, use_cache=False)
+    # A linear function of the logits: its gradient rounds nothing in the dtype under test.
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(out.logits.shape, generator=generator).to(out.logits)
+    out.logits.backward(weight.bfloat16().to(out.logits))
+    return {"logits": out.logits.detach().flatten(0, 1)} | {
+        name: parameter.grad for name, parameter in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_training_in_bfloat16_by_the_2x_rule(family: str) -> None:
+    """On documents whose blocks are all chosen, so that every dtype attends to the same."""
+    config = replace(CONFIG, independent_kv=family == "qwen3")
+    tokens = some_tokens(2, COVERED).cuda()
+    ours, plain, x64 = (
+        _results(_model(family, config, dtype, backend), tokens)
+        for dtype, backend in (
+            (torch.bfloat16, "triton"),
+            (torch.bfloat16, "pytorch"),
+            (torch.float64, "pytorch"),
+        )
+    )
+    assert ours.keys() == plain.keys() == x64.keys()
+    for name in x64:
+        assert_2x(ours[name], plain[name], x64[name], torch.bfloat16, name)
+
+
+def test_prefill_and_whole_forward_have_equal_bits() -> None:
+    """Where blocks go unchosen too: the kernels are given positions, not who asks."""
+    model = _model("llama", CONFIG, torch.bfloat16, "auto")
+    tokens = some_tokens(2, 5 * COVERED + 3).cuda()
+    with torch.no_grad():
+        cached = model(tokens, use_cache=True).logits
+        whole = model(tokens, use_cache=False).logits
+    assert torch.equal(cached, whole)
+
+
+def test_generation_in_bfloat16() -> None:
+    """A padded batch, token by token, as near to float64 as a whole forward in plain bfloat16."""
+    new, prompts = 64, [some_tokens(1, n, seed=n)[0] for n in (COVERED - 64, 100, 1)]
+    tokens, mask = (x.cuda() for x in left_padded(prompts))
+    model = _model("llama", CONFIG, torch.bfloat16, "auto")
+    options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False}
+    found = model.generate(
+        tokens, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options
+    )
+    mask = torch.cat((mask, mask.new_ones(3, new)), dim=1)[:, :-1]
+    sequences = found.sequences[:, :-1]
+    plain, x64 = (
+        _model("llama", CONFIG, dtype, "pytorch")(
+            sequences, attention_mask=mask, use_cache=False, logits_to_keep=new
+        ).logits.detach()
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    logits = torch.stack(found.logits, dim=1)
+    for row in range(3):
+        assert_2x(logits[row], plain[row], x64[row], torch.bfloat16, f"row {row}")
+
+
+def test_greedy_over_the_cache_is_full_recomputation_in_float32() -> None:
+    model = _model("qwen3", CONFIG, torch.float32, "auto")
+    prompt = some_tokens(1, 2 * COVERED).cuda()
+    options: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False}
+    found = model.generate(prompt, **options)
+    with torch.no_grad():
+        logits = model(found[:, :-1], use_cache=False).logits
+    assert torch.equal(logits[:, prompt.shape[1] - 1 :].argmax(-1), found[:, prompt.shape[1] :])
