@@ -1,0 +1,23 @@
+"""Native Sparse Attention under DeepSpeed: any ZeRO stage, the sequence split over some of its ranks.
+
+    mpu = make_mpu(mesh["sp"])                      # for deepspeed.initialize(mpu=mpu)
+    attention = NSADistributedAttention(config, mpu.get_sequence_parallel_group())
+    engine.backward(scale_loss(engine, loss_sum, num_targets))
+
+ZeRO shards over all ranks; ``docs/deepspeed.md`` says how weights, batches, losses and checkpoints
+go together, and what is refused.
+"""
+
+from nsa_dist.adapters.deepspeed.attention import NSADistributedAttention
+from nsa_dist.adapters.deepspeed.checkpoint import load_checkpoint
+from nsa_dist.adapters.deepspeed.loss import count_targets, scale_loss
+from nsa_dist.adapters.deepspeed.mpu import SequenceParallelMPU, make_mpu
+
+__all__ = [
+    "NSADistributedAttention",
+    "SequenceParallelMPU",
+    "count_targets",
+    "load_checkpoint",
+    "make_mpu",
+    "scale_loss",
+]

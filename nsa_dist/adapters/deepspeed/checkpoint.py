@@ -1,0 +1,58 @@
+"""Loading what ``engine.save_checkpoint`` wrote, or the command that makes it loadable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+
+def load_checkpoint(
+    engine: Any, load_dir: str | Path, tag: str | None = None, **options: Any
+) -> tuple[str, dict[str, Any]]:
+    """As ``engine.load_checkpoint``, which returns None or fails late where this refuses.
+
+    A checkpoint of ZeRO holds each rank's part: it loads on as many ranks, however they split
+    sequences. Elsewhere it loads as DeepSpeed's universal checkpoint, made by the command that the
+    error names, with ``"checkpoint": {"load_universal": true}`` in DeepSpeed's config.
+
+    Args:
+        load_dir, tag, options: as of ``engine.load_checkpoint``.
+
+    Returns:
+        The path that was read, and the client state.
+
+    Raises:
+        ValueError: on every rank, if there is no checkpoint, or one of another number of ranks.
+    """
+    folder, universal = Path(load_dir), bool(engine.load_universal_checkpoint())
+    if tag is None:
+        latest = folder / ("latest_universal" if universal else "latest")
+        if not latest.is_file():
+            raise ValueError(f"load_dir: found {str(folder)!r} without {latest.name!r}; one works")
+        tag = latest.read_text(encoding="utf-8").strip()
+    path = folder / tag
+    if not path.is_dir():
+        raise ValueError(f"tag: found {tag!r}; a folder in {str(folder)!r} works")
+    if not universal:
+        saved, size = len(list(path.glob("*zero_pp_rank_*_optim_states.pt"))), dist.get_world_size()
+        # Without ZeRO every rank has everything, and there is one file.
+        if saved not in (0, size):
+            raise ValueError(
+                f"world size: found {size} with a checkpoint of {saved} ranks, {str(path)!r}; "
+                f"{saved} works, or {universal_command(path)} and "
+                '{"checkpoint": {"load_universal": true}} in the config of DeepSpeed'
+            )
+    read, state = engine.load_checkpoint(str(folder), tag=tag, **options)
+    if read is None:
+        raise ValueError(f"load_dir: found {str(path)!r}, which DeepSpeed cannot read")
+    return read, state
+
+
+def universal_command(path: Path) -> str:
+    """The command that turns a checkpoint into one for any number of ranks, beside it."""
+    return (
+        "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
+        f"--input_folder {path} --output_folder {path}_universal"
+    )

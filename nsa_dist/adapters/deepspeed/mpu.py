@@ -1,0 +1,148 @@
+"""How DeepSpeed learns which ranks share a sequence: the ``mpu`` of ``deepspeed.initialize``.
+
+DeepSpeed asks this object, by the names of its methods, over which ranks ZeRO shards and by what
+gradients are divided. Members that it must not find are as much part of it:
+``get_data_parallel_group`` would make ZeRO 3 cut weights over the data parallel ranks alone.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from nsa_dist.group import GroupLike, context_group
+
+
+class SequenceParallelMPU:
+    """What ``make_mpu`` returns.
+
+    Its model parallel group is of this rank alone: DeepSpeed adds squared gradient norms over it,
+    and takes None for all ranks.
+    """
+
+    def __init__(
+        self,
+        sequence_group: dist.ProcessGroup,
+        own_group: dist.ProcessGroup,
+        data_parallel_rank: int,
+    ) -> None:
+        self._sequence_group, self._own_group = sequence_group, own_group
+        self._data_parallel_rank = data_parallel_rank
+
+    def initialize_sequence_parallel(self, *_: object, **__: object) -> None:
+        """Nothing: that it exists tells DeepSpeed that the groups below are there."""
+
+    def get_sequence_parallel_group(self) -> dist.ProcessGroup:
+        return self._sequence_group
+
+    def get_sequence_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._sequence_group)
+
+    def get_sequence_parallel_rank(self) -> int:
+        return dist.get_rank(self._sequence_group)
+
+    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
+        """Over which ZeRO shards: all ranks."""
+        group = dist.group.WORLD
+        assert group is not None
+        return group
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        return dist.get_world_size()
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        """Replicas: groups that share a sequence each."""
+        return dist.get_world_size() // self.get_sequence_parallel_world_size()
+
+    def get_data_parallel_rank(self) -> int:
+        """Which replica this rank is of, in the order of their lowest ranks."""
+        return self._data_parallel_rank
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._own_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+
+def make_mpu(group: GroupLike, *, sequence_dim: str | None = None) -> SequenceParallelMPU:
+    """The ``mpu`` for ``deepspeed.initialize``: ``group`` shares a sequence, ZeRO shards over all.
+
+    Collective over all ranks of the job.
+
+    Args:
+        group: the ranks that share this rank's sequence, as a process group or one-dimensional
+            DeviceMesh; or a DeviceMesh over all ranks with more dimensions.
+        sequence_dim: with a mesh of more dimensions the name of the one that shares a sequence.
+
+    Raises:
+        ValueError: on every rank, naming the option, if torch.distributed is not initialised or the
+            groups are not equally large or do not hold each rank once.
+    """
+    if not dist.is_initialized():
+        raise ValueError(
+            "group: found torch.distributed not initialised; deepspeed.init_distributed() or "
+            "torch.distributed.init_process_group() first works"
+        )
+    members, problem, process_group = None, None, None
+    try:
+        process_group = _sequence_group(group, sequence_dim)
+        members = dist.get_process_group_ranks(process_group)
+    except ValueError as error:
+        problem = str(error)
+    reports: list[tuple[list[int] | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(reports, (members, problem))
+    problem = _problem(reports)
+    if problem is not None:
+        raise ValueError(problem)
+    assert process_group is not None and members is not None
+    lowest = sorted({min(ranks) for ranks, _ in reports if ranks is not None})
+    own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return SequenceParallelMPU(process_group, own, lowest.index(min(members)))
+
+
+def _sequence_group(group: GroupLike, sequence_dim: str | None) -> dist.ProcessGroup:
+    if isinstance(group, DeviceMesh) and group.ndim > 1:
+        names = group.mesh_dim_names
+        if names is None or sequence_dim not in names:
+            raise ValueError(
+                f"sequence_dim: found {sequence_dim!r} with a DeviceMesh of dimensions "
+                f"{names or group.ndim}; the name of the one that shares a sequence works"
+            )
+        group = group[sequence_dim]
+    elif sequence_dim is not None:
+        raise ValueError(
+            f"sequence_dim: found {sequence_dim!r} with one group or dimension; None works"
+        )
+    if group is None:
+        raise ValueError(
+            "group: found None; a process group or DeviceMesh works, and for sequences that are "
+            "not split one of this rank alone"
+        )
+    process_group = context_group(group).process_group
+    assert process_group is not None
+    return process_group
+
+
+def _problem(reports: list[tuple[list[int] | None, str | None]]) -> str | None:
+    """What keeps the ranks' groups from cutting the world into equal parts, or None."""
+    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text]
+    if problems:
+        return "; ".join(problems)
+    groups = sorted({tuple(ranks) for ranks, _ in reports if ranks is not None})
+    sizes = {len(ranks) for ranks in groups}
+    if len(sizes) > 1 or sorted(rank for ranks in groups for rank in ranks) != [
+        *range(len(reports))
+    ]:
+        found = ", ".join(map(str, map(list, groups)))
+        return (
+            f"group: found ranks {found} of {len(reports)}; groups of one size that hold each rank "
+            "once work"
+        )
+    return None

@@ -1,0 +1,15 @@
+"""Ranks for DeepSpeed's tests, of their own: it keeps groups and options in the process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.distributed.ranks import Ranks, rank_pool
+
+
+@pytest.fixture(scope="package")
+def deepspeed_ranks() -> Iterator[Callable[[int], Ranks]]:
+    with rank_pool() as get:
+        yield get
