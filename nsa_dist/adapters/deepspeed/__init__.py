@@ -1,4 +1,4 @@
-"""Native Sparse Attention under DeepSpeed: any ZeRO stage, the sequence split over some of its ranks.
+"""Native Sparse Attention under DeepSpeed: any ZeRO stage, the sequence split over some ranks.
 
     mpu = make_mpu(mesh["sp"])                      # for deepspeed.initialize(mpu=mpu)
     attention = NSADistributedAttention(config, mpu.get_sequence_parallel_group())

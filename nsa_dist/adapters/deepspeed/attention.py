@@ -80,10 +80,8 @@ class NSADistributedAttention(nn.Module):
         self.communication = CommunicationCounter()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate = StaticGate(0, config, **factory) if config.gate == "static" else None
-        for name, given, needed, dim in (
-            ("k_compressor", k_compressor, config.uses_compression, config.head_dim),
-            ("v_compressor", v_compressor, "compressed" in config.branches, config.value_dim),
-        ):
+
+        def compressor(name: str, given: nn.Module | None, needed: bool, dim: int) -> Any:
             custom = needed and config.compress == "custom"
             if (given is not None) != custom or not isinstance(given, (nn.Module, type(None))):
                 works = "an nn.Module works" if custom else "None works"
@@ -91,9 +89,12 @@ class NSADistributedAttention(nn.Module):
                     f"{name}: found {describe(given)} with compress={config.compress!r} and "
                     f"branches={config.branches}; {works}"
                 )
-            if needed and not custom:
-                given = BlockCompressor(config, dim, **factory)
-            setattr(self, name, given)
+            return BlockCompressor(config, dim, **factory) if needed and not custom else given
+
+        in_use = "compressed" in config.branches
+        keys = config.uses_compression
+        self.k_compressor = compressor("k_compressor", k_compressor, keys, config.head_dim)
+        self.v_compressor = compressor("v_compressor", v_compressor, in_use, config.value_dim)
 
     def forward(
         self,
