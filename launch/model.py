@@ -1,4 +1,4 @@
-"""A Llama-like decoder whose attention is NSA or dense, and its sharding over ranks.
+"""A Llama-like decoder whose attention is NSA, dense or both, and its sharding over ranks.
 
 Dimension letters: B rows, L local tokens, T tokens, H query heads, G KV heads, D width.
 """
@@ -16,114 +16,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from data import mix_seed
-from nsa_dist import (
-    NativeSparseAttention,
-    NSABlock,
-    NSAConfig,
-    RotaryConfig,
-    apply_rotary,
-    rotary_cos_sin,
-)
-from nsa_dist.layer import SwiGLU
+from nsa_dist import NativeSparseAttention, NSABlock
+from nsa_dist.adapters.ring import DenseAttention, DenseBlock
 from ranks import Ranks
 from settings import Settings
 
 LOSS_ROWS = 4096
 """Tokens whose logits exist at one time in training: [4096, vocabulary], in float32 too."""
-
-
-class DenseAttention(nn.Module):
-    """Causal softmax attention over all earlier tokens of the document, on one rank.
-
-    The weights are those of NSA with one shared K, V and no gates.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        config: NSAConfig,
-        rotary: RotaryConfig,
-        *,
-        bias: bool,
-        qk_norm: bool,
-        norm_eps: float,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        value_dim = config.v_head_dim or dim
-        self.config, self.rotary, self.dropout = config, rotary, dropout
-        self.q_proj = nn.Linear(hidden_size, heads * dim, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, kv_heads * dim, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, kv_heads * value_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * value_dim, hidden_size, bias=bias)
-        self.q_norm = nn.RMSNorm(dim, eps=norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(dim, eps=norm_eps) if qk_norm else nn.Identity()
-
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None) -> Tensor:
-        config = self.config
-        lengths = [x.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
-        positions = torch.cat([torch.arange(length, device=x.device) for length in lengths])
-        cos, sin = rotary_cos_sin(self.rotary, config.head_dim, positions)
-        q = self.q_proj(x).unflatten(-1, (config.num_heads, -1))
-        k = self.k_proj(x).unflatten(-1, (config.num_kv_heads, -1))
-        v = self.v_proj(x).unflatten(-1, (config.num_kv_heads, -1))
-        q = apply_rotary(self.q_norm(q), cos, sin).transpose(1, 2)
-        k = apply_rotary(self.k_norm(k), cos, sin).transpose(1, 2)
-        v = v.transpose(1, 2)
-        # One call a document is the block mask of packed documents without the [T, T] mask.
-        pieces = zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
-        out = torch.cat(
-            [
-                F.scaled_dot_product_attention(
-                    q_piece, k_piece, v_piece, is_causal=True, scale=config.scale, enable_gqa=True
-                )
-                for q_piece, k_piece, v_piece in pieces
-            ],
-            dim=2,
-        )
-        out = self.o_proj(out.transpose(1, 2).flatten(2))
-        return F.dropout(out, self.dropout, training=self.training)
-
-
-class DenseBlock(nn.Module):
-    """NSABlock's counterpart with dense attention."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        config: NSAConfig,
-        *,
-        mlp_hidden: int,
-        norm_eps: float,
-        bias: bool,
-        qk_norm: bool,
-        rotary: RotaryConfig,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.attention = DenseAttention(
-            hidden_size,
-            config,
-            rotary,
-            bias=bias,
-            qk_norm=qk_norm,
-            norm_eps=norm_eps,
-            dropout=dropout,
-        )
-        self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.mlp = SwiGLU(hidden_size, mlp_hidden)
-
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cu_seqlens=cu_seqlens)
-        return x + self.mlp(self.mlp_norm(x))
-
-    def reset_parameters(self) -> None:
-        """Draw all weights anew from torch's generator, in a fixed order."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.RMSNorm)):
-                module.reset_parameters()
 
 
 class Decoder(nn.Module):
@@ -140,12 +39,12 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         model = settings.model
-        block: Callable[..., nn.Module] = DenseBlock
-        if model.attention == "nsa":
-            block = functools.partial(
-                NSABlock, layout=settings.parallel.layout, group=group, backend=model.backend
-            )
         self.embedding = nn.Embedding(vocab_size, model.hidden_size)
+        dense = DenseBlock
+        sparse = functools.partial(NSABlock, backend=model.backend)
+        blocks: list[Callable[..., nn.Module]] = [
+            dense if model.is_dense(layer) else sparse for layer in range(model.layers)
+        ]
         self.blocks = nn.ModuleList(
             block(
                 model.hidden_size,
@@ -156,8 +55,10 @@ class Decoder(nn.Module):
                 qk_norm=model.qk_norm,
                 rotary=settings.rotary,
                 dropout=model.dropout,
+                layout=settings.parallel.layout,
+                group=group,
             )
-            for _ in range(model.layers)
+            for block in blocks
         )
         self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
         self.head = None
@@ -223,18 +124,19 @@ class Decoder(nn.Module):
     def communication(self) -> dict[str, int]:
         """Bytes this rank has received since the last reset, by kind, over all layers."""
         received: dict[str, int] = {}
-        for layer in self._sparse_layers():
+        for layer in self._attention_layers():
             for kind, size in layer.communication.received.items():
                 received[kind] = received.get(kind, 0) + size
         return received
 
     def reset_communication(self) -> None:
         """Start counting anew."""
-        for layer in self._sparse_layers():
+        for layer in self._attention_layers():
             layer.communication.reset()
 
-    def _sparse_layers(self) -> Iterator[NativeSparseAttention]:
-        return (m for m in self.modules() if isinstance(m, NativeSparseAttention))
+    def _attention_layers(self) -> Iterator[NativeSparseAttention | DenseAttention]:
+        kinds = (NativeSparseAttention, DenseAttention)
+        return (m for m in self.modules() if isinstance(m, kinds))
 
 
 def _loss_sum(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ def start_ranks(settings: Settings) -> Ranks:
     size = int(os.environ.get("WORLD_SIZE", 1))
     if dist.is_initialized():
         size = dist.get_world_size()
+    check_dense(settings, kind)
     parallel = settings.parallel
     cp, dp, tp, pp = parallel.cp, parallel.dp, parallel.tp, parallel.pp
     if parallel.engine == "fsdp2":
@@ -143,6 +144,20 @@ def start_ranks(settings: Settings) -> Ranks:
         cp_mesh=grid["cp"],
         flat_mesh=init_device_mesh(kind, (size,), mesh_dim_names=("dp_cp",)),
     )
+
+
+def check_dense(settings: Settings, kind: str) -> None:
+    """Refuse dense layers over several ranks where what they need is missing."""
+    if not settings.model.has_dense or settings.parallel.cp == 1:
+        return
+    there = importlib.util.find_spec("ring_flash_attn") is not None
+    works = "ring-flash-attn is not installed here; pip install nsa-dist[ring], or 1, works"
+    check(there, "parallel.cp", settings.parallel.cp, f"dense layers: {works}")
+    # "auto" is known only now.
+    wrong = (kind, settings.run.dtype) == ("cpu", "auto")
+    works = "on the CPU it is float32; 'bfloat16', or parallel.layout = 'contiguous', works"
+    right = not wrong or settings.parallel.layout == "contiguous"
+    check(right, "run.dtype", settings.run.dtype, f"dense layers: {works}")
 
 
 def check_megatron(engine: str, kind: str) -> None:

@@ -3,8 +3,9 @@
     python launch/record_choices.py runs/NAME-TIME --text FILE [FILE ...] --length 32768
 
 The texts, end to end, are one document. The file has `selected` [layer, group, token, n], int16 or
-int32, blocks ascending and then -1, and `select_block`, the tokens of a block. Under torchrun the
-document is split over all processes, for lengths that one GPU does not hold.
+int32, blocks ascending and then -1, a layer for each that is not dense, and `select_block`, the
+tokens of a block. Under torchrun the document is split over all processes, for lengths that one GPU
+does not hold.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from model import Decoder, build_model
 from nsa_dist import NativeSparseAttention, shard_batch
 from ranks import Ranks, start_ranks
 from settings import Settings, check, from_toml
+
+LAYOUT: Literal["zigzag_per_document"] = "zigzag_per_document"
+"""Of one document it is zigzag; dense layers of hybrid models work with it too."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def record(model: Decoder, tokens: Tensor, ranks: Ranks) -> Recording:
     """The choices of every layer on one document, tokens int64 [1, T]; collective."""
     bounds = torch.tensor([0, tokens.shape[1]], dtype=torch.int32)
     batch = shard_batch(
-        tokens.to(ranks.device), cu_seqlens=bounds, layout="zigzag", group=ranks.cp_mesh
+        tokens.to(ranks.device), cu_seqlens=bounds, layout=LAYOUT, group=ranks.cp_mesh
     )
     model.eval()
     with recorded(model) as choices:
@@ -167,7 +171,7 @@ def run(options: RecordOptions) -> Recording:
         world = dist.get_world_size()
     settings = replace(
         settings,
-        parallel=replace(settings.parallel, cp=world, dp=1, layout="zigzag"),
+        parallel=replace(settings.parallel, cp=world, dp=1, layout=LAYOUT),
         data=replace(settings.data, global_batch=1, micro_batch=1),
         run=replace(settings.run, device=options.device, dtype=options.dtype),
     )

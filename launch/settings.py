@@ -34,6 +34,7 @@ class ModelSettings:
     """The decoder around the attention."""
 
     attention: Literal["nsa", "dense"] = "nsa"  # dense: causal softmax over the whole document
+    dense_every: int = 0  # of nsa: every so-many-th layer is dense (4: the 4th, 8th, ...); 0: none
     layers: int = 4  # transformer blocks
     hidden_size: int = 128  # width of the residual stream
     mlp_hidden: int = 384  # hidden width of SwiGLU
@@ -52,6 +53,20 @@ class ModelSettings:
             check(getattr(self, option) >= 1, f"model.{option}", getattr(self, option), "1 or more")
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 <= dropout < 1 works")
         check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "a positive number works")
+        works = f"0, or with attention 'nsa' 2 to layers = {self.layers}, works"
+        some = self.attention == "nsa" and 2 <= self.dense_every <= self.layers
+        check(some or self.dense_every == 0, "model.dense_every", self.dense_every, works)
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has dense attention."""
+        if self.dense_every:
+            return (layer + 1) % self.dense_every == 0
+        return self.attention == "dense"
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether any layer has dense attention."""
+        return self.attention == "dense" or self.dense_every > 0
 
 
 @dataclass(frozen=True)
@@ -168,13 +183,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(
-            self.model.attention == "nsa" or self.parallel.cp == 1,
-            "model.attention",
-            self.model.attention,
-            f"with parallel.cp = {self.parallel.cp} only 'nsa' works: dense attention over "
-            "several ranks (ring attention) is not there yet; parallel.cp = 1 works with both",
-        )
-        check(
             self.data.global_batch % self.data.micro_batch == 0,
             "data.micro_batch",
             self.data.micro_batch,
@@ -184,6 +192,7 @@ class Settings:
             _check_megatron(self)
         else:
             _check_only(self, "fsdp2", _FSDP2_ONLY)
+        _check_dense(self)
 
 
 # Options with the one value that an engine has something for, and what the others would take.
@@ -195,6 +204,7 @@ _FSDP2_ONLY: tuple[tuple[str, Any, str], ...] = (
 )
 _MEGATRON_ONLY: tuple[tuple[str, Any, str], ...] = (
     ("model.attention", "nsa", "Megatron's own dense attention takes no packed documents here"),
+    ("model.dense_every", 0, "Megatron's own dense attention takes no packed documents here"),
     ("model.bias", False, "Megatron's biases are those of the MLP too"),
     ("model.dropout", 0.0, "its draws would depend on the ranks"),
     ("rotary.dim", None, "Megatron rotates whole heads here"),
@@ -211,6 +221,19 @@ def _check_only(settings: Settings, engine: str, only: Sequence[tuple[str, Any, 
         found = getattr(getattr(settings, section), name)
         works = f"{value!r} works with parallel.engine = {engine!r}: {why}"
         check(found == value, option, found, works)
+
+
+def _check_dense(settings: Settings) -> None:
+    """Refuse splits of packed streams that dense layers have no algorithm for."""
+    cp, layout, dtype = settings.parallel.cp, settings.parallel.layout, settings.run.dtype
+    if cp == 1 or not settings.model.has_dense:
+        return
+    why = f"with dense layers (model.attention, model.dense_every) and parallel.cp = {cp}"
+    works = f"'zigzag_per_document' in bfloat16 and 'contiguous' in every run.dtype work {why}"
+    check(layout != "zigzag", "parallel.layout", layout, works)
+    works = f"'bfloat16', or parallel.layout = 'contiguous', works {why}"
+    right = layout == "contiguous" or dtype in ("auto", "bfloat16")
+    check(right, "run.dtype", dtype, works)
 
 
 def _check_megatron(settings: Settings) -> None:

@@ -43,7 +43,7 @@ from settings import OptimizerSettings, Settings, check, from_command_line, to_t
 # What layers count, and the order in which it is summed over ranks.
 COMMUNICATION_KINDS = (
     *("plan", "halo", "gather", "request", "fetch"),
-    *("halo_grad", "gather_grad", "fetch_grad"),
+    *("halo_grad", "gather_grad", "fetch_grad", "ring", "ring_grad"),
 )
 
 
@@ -263,7 +263,9 @@ def attention_name(settings: Settings, device: torch.device) -> str:
     """The attention of the run, with the backend that computes it."""
     if settings.model.attention != "nsa":
         return settings.model.attention
-    return f"nsa ({get_backend(settings.model.backend, device).name} backend)"
+    every = settings.model.dense_every
+    hybrid = f", one layer in {every} dense" if every else ""
+    return f"nsa ({get_backend(settings.model.backend, device).name} backend{hybrid})"
 
 
 def grid_name(settings: Settings, ranks: Ranks) -> str:

@@ -10,8 +10,9 @@ class CommunicationCounter:
 
     Kinds: ``plan`` (agreement on a new plan, and its stamp on a halo or gather), ``halo``,
     ``gather`` (compressed tokens), ``request`` (which blocks are wanted), ``fetch`` (blocks), and
-    ``halo_grad``, ``gather_grad``, ``fetch_grad`` for their returns. What a rank keeps for itself
-    is not counted. Padding that a collective needs is.
+    ``halo_grad``, ``gather_grad``, ``fetch_grad`` for their returns; of dense layers ``ring`` (keys
+    and values, forward) and ``ring_grad`` (all of backward). What a rank keeps for itself is not
+    counted. Padding that a collective needs is.
     """
 
     def __init__(self) -> None:

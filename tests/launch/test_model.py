@@ -1,4 +1,4 @@
-"""The decoder: construction, dense attention, the loss."""
+"""The decoder: construction, dense attention and hybrid models, the loss."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import LOSS_ROWS, Decoder, DenseAttention
-from nsa_dist import NSAConfig, RotaryConfig, apply_rotary, rotary_cos_sin
+from model import LOSS_ROWS, Decoder
+from nsa_dist import NativeSparseAttention, NSAConfig, RotaryConfig, apply_rotary, rotary_cos_sin
+from nsa_dist.adapters.ring import DenseAttention
 from settings import Settings
 from tests.distributed.ranks import Ranks
 from tests.launch.common import initial_weights, tiny
@@ -22,11 +23,12 @@ def plain_decoder(settings: Settings) -> Decoder:
     return model
 
 
-@pytest.mark.parametrize("kind", ["nsa", "dense"])
+@pytest.mark.parametrize("kind", ["nsa", "dense", "hybrid"])
 def test_meta_construction_gives_the_weights_of_direct_construction(
     ranks_of: Callable[[int], Ranks], root: Path, kind: str
 ) -> None:
-    options = {"attention": kind, "qk_norm": True, "bias": True}
+    model = {"dense_every": 2} if kind == "hybrid" else {"attention": kind}
+    options = {**model, "qk_norm": True, "bias": True}
     settings = tiny(root, model=options, attention={"gate_init": [0.5, 0.0, -0.5]})
     (weights,) = ranks_of(1).run(initial_weights, settings)
     direct = dict(plain_decoder(settings).named_parameters())
@@ -34,6 +36,18 @@ def test_meta_construction_gives_the_weights_of_direct_construction(
     for name, weight in weights.items():
         assert torch.equal(weight, direct[name]), name
         assert bool(weight.isfinite().all()), name
+
+
+def test_every_so_many_th_layer_of_a_hybrid_model_is_dense(root: Path) -> None:
+    def kinds(**model: object) -> list[type]:
+        settings = tiny(root, model={"layers": 7, **model})
+        return [type(block.attention) for block in Decoder(settings, 256).blocks]
+
+    nsa, dense = NativeSparseAttention, DenseAttention
+    assert kinds() == [nsa] * 7
+    assert kinds(attention="dense") == [dense] * 7
+    assert kinds(dense_every=3) == [nsa, nsa, dense, nsa, nsa, dense, nsa]
+    assert kinds(dense_every=7) == [nsa] * 6 + [dense]
 
 
 def test_weights_depend_on_the_seed_and_on_nothing_else(
@@ -65,8 +79,7 @@ def test_tied_embeddings_are_one_weight(ranks_of: Callable[[int], Ranks], root: 
 @pytest.mark.parametrize("bounds", [[0, 40], [0, 1, 7, 7, 30, 40]], ids=["one", "packed"])
 def test_dense_attention_is_causal_softmax_within_documents(bounds: list[int]) -> None:
     config = NSAConfig(num_heads=4, num_kv_heads=2, head_dim=8, v_head_dim=6)
-    options = {"bias": True, "qk_norm": False, "norm_eps": 1e-6, "dropout": 0.0}
-    layer = DenseAttention(12, config, RotaryConfig(), **options).double()
+    layer = DenseAttention(12, config, bias=True).double()
     x = torch.randn(1, 40, 12, dtype=torch.float64)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     found = layer(x, cu_seqlens=cu_seqlens)

@@ -58,10 +58,43 @@ REFUSED = {
     "layout": ('[parallel]\nlayout = "striped"\n', "parallel.layout", "zigzag"),
     "steps": ("[run]\nsteps = 0\n", "run.steps: found 0", "1 or more"),
     "temperature": ("[run]\ntemperature = 0.0\n", "run.temperature: found 0.0", "positive"),
-    "dense attention over two ranks": (
+    "dense attention in zigzag over two ranks": (
         '[model]\nattention = "dense"\n[parallel]\ncp = 2\n',
-        "model.attention: found 'dense'",
-        "parallel.cp = 1 works",
+        "parallel.layout: found 'zigzag'",
+        "'zigzag_per_document' in bfloat16 and 'contiguous' in every run.dtype work",
+    ),
+    "hybrid model in zigzag over two ranks": (
+        "[model]\ndense_every = 2\n[parallel]\ncp = 2\n",
+        "parallel.layout: found 'zigzag'",
+        "'contiguous' in every run.dtype work with dense layers",
+    ),
+    "dense attention in float32 over two ranks": (
+        (
+            '[model]\nattention = "dense"\n[run]\ndtype = "float32"\n'
+            '[parallel]\ncp = 2\nlayout = "zigzag_per_document"\n'
+        ),
+        "run.dtype: found 'float32'",
+        "'bfloat16', or parallel.layout = 'contiguous', works",
+    ),
+    "every layer dense by the pattern": (
+        "[model]\ndense_every = 1\n",
+        "model.dense_every: found 1",
+        "0, or with attention 'nsa' 2 to layers = 4, works",
+    ),
+    "a pattern longer than the model": (
+        "[model]\ndense_every = 5\n",
+        "model.dense_every: found 5",
+        "2 to layers = 4, works",
+    ),
+    "a pattern of dense layers": (
+        '[model]\nattention = "dense"\ndense_every = 2\n',
+        "model.dense_every: found 2",
+        "0, or with attention 'nsa'",
+    ),
+    "hybrid model by Megatron": (
+        "[model]\ndense_every = 2\n[parallel]\nengine = 'megatron'\n",
+        "model.dense_every: found 2",
+        "0 works with parallel.engine = 'megatron'",
     ),
 }
 
@@ -109,7 +142,7 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
         (["--run.stepz", "7"], "--run.stepz"),
         (["--run.steps", "many"], "many"),
         (["--attention.num-kv-heads", "3"], "num_kv_heads: found 3"),
-        (["--parallel.cp", "2", "--model.attention", "dense"], "model.attention: found 'dense'"),
+        (["--parallel.cp", "2", "--model.attention", "dense"], "parallel.layout: found 'zigzag'"),
     ],
     ids=["unknown option", "text for a number", "attention's own check", "dense over two ranks"],
 )
