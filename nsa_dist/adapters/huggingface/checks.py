@@ -198,12 +198,11 @@ def check_call(
     packed = cu_seqlens is not None
     why = "a sequence split over ranks" if split else "packed documents (cu_seqlens)"
     if split or packed:
-        for option, found in (
-            ("attention_mask", attention_mask),
-            ("past_key_values", past_key_values),
-        ):
-            if found is not None:
-                return f"{option}: found {describe(found)} with {why}; None works"
+        if past_key_values is not None:
+            works = "None works (generate wants the whole sequence: model.use_group(None))"
+            return f"past_key_values: found {describe(past_key_values)} with {why}; {works}"
+        if attention_mask is not None:
+            return f"attention_mask: found {describe(attention_mask)} with {why}; None works"
         if use_cache:
             return f"use_cache: found True with {why}; None or False works"
     if packed and rows != 1:

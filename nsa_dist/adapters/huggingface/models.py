@@ -122,14 +122,13 @@ class _NSAMixin:
         Raises:
             ValueError: naming the option, the value found and the values that work.
         """
-        self.nsa_runtime = make_runtime(
-            group,
-            layout,
-            backend,
-            self.nsa_layers,
-            self.config.num_hidden_layers,  # type: ignore[attr-defined]
+        model: Any = self
+        runtime = make_runtime(
+            group, layout, backend, self.nsa_layers, model.config.num_hidden_layers
         )
-        check_attention(self.nsa_config, backend, self.model.layers[self.nsa_layers[0]].self_attn)  # type: ignore[attr-defined]
+        first = model.model.layers[self.nsa_layers[0]].self_attn
+        check_attention(self.nsa_config, backend, first)
+        self.nsa_runtime = runtime
 
     def forward(
         self,

@@ -12,7 +12,13 @@ os.environ["TRANSFORMERS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from nsa_dist import NSAConfig, shard_batch
 from nsa_dist.adapters.huggingface import convert_to_nsa
@@ -54,6 +60,13 @@ ROPES: dict[str, dict[str, Any] | None] = {
 }
 
 
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """As from_pretrained(dtype=...): parameters alone, not the float32 frequencies of rotary."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def dense_model(
     family: str,
     *,
@@ -79,7 +92,7 @@ def dense_model(
         "pad_token_id": 0,
     }
     torch.manual_seed(seed)
-    model = model_type(config_type(**(values | options))).to(dtype).eval()
+    model = cast(model_type(config_type(**(values | options))).eval(), dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -138,7 +151,6 @@ def gradients(
     config: NSAConfig,
     layout: str,
     dtype: torch.dtype,
-    *,
     packed: bool,
     split: bool,
     recompute: bool = False,
@@ -175,3 +187,39 @@ def gradients_on_rank(*args: Any, **kwargs: Any) -> tuple[float, dict[str, Tenso
     """As ``gradients``; on rank 0 alone, to spare the pipes."""
     result = gradients(*args, **kwargs)
     return result if dist.get_rank() == 0 else None
+
+
+def refusals_on_rank() -> dict[str, str]:
+    """Errors of bad calls over two ranks, by the option that they name."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    model = sparse_model("llama", group=group)
+    batch = shard_batch(some_tokens(1, 64), group=group)
+    ones = torch.ones_like(batch.tokens)
+    positions = batch.position_ids
+    calls: dict[str, dict[str, Any]] = {
+        "attention_mask": {"attention_mask": ones},
+        "use_cache": {"use_cache": True},
+        "past_key_values": {"past_key_values": DynamicCache()},
+        "position_ids, of contiguous shards": {"position_ids": torch.arange(32)[None] + 32 * rank},
+        "position_ids, wrong on rank 1": {"position_ids": positions + rank},
+        "position_ids, on one rank only": {"position_ids": None if rank else positions},
+        "attention_mask, on one rank only": {"attention_mask": ones if rank else None},
+        "cu_seqlens, of the shard": {"cu_seqlens": torch.tensor([0, 32], dtype=torch.int32)},
+    }
+    found = {}
+    for name, options in calls.items():
+        try:
+            model(batch.tokens, **options)
+            found[name] = ""
+        except ValueError as error:
+            found[name] = str(error)
+    model(batch.tokens)  # And the next good call works.
+    try:
+        sparse_model("llama", layers=[0], group=group)
+    except ValueError as error:
+        found["layers"] = str(error)
+    try:
+        model.generate(batch.tokens, max_new_tokens=2)
+    except ValueError as error:
+        found["past_key_values, of generate"] = str(error)
+    return found

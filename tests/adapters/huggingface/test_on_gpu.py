@@ -14,7 +14,7 @@ from nsa_dist import NSAConfig
 pytest.importorskip("transformers")
 
 from nsa_dist.adapters.huggingface import convert_to_nsa
-from tests.adapters.huggingface.case import dense_model, left_padded, some_tokens
+from tests.adapters.huggingface.case import cast, dense_model, left_padded, some_tokens
 from tests.ops.accuracy import assert_2x
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +53,7 @@ def _model(family: str, config: NSAConfig, dtype: torch.dtype, backend: str) -> 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
-    model = model.to("cuda", dtype)
+    model = cast(model, dtype).to("cuda")
     model.use_group(None, backend=backend)
     return model
 

@@ -1,0 +1,157 @@
+"""A checkpoint holds all that a converted model computes, and nothing takes it for a dense one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("transformers")
+
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
+
+from nsa_dist import NSAConfig
+from nsa_dist.adapters.huggingface import (
+    NSALlamaConfig,
+    NSALlamaForCausalLM,
+    NSAQwen3Config,
+    NSAQwen3ForCausalLM,
+    from_pretrained,
+)
+from tests.adapters.huggingface.case import (
+    INDEPENDENT,
+    SMALL,
+    dense_model,
+    some_tokens,
+    sparse_model,
+)
+
+CLASSES = {
+    "llama": (NSALlamaForCausalLM, NSALlamaConfig, LlamaForCausalLM),
+    "qwen3": (NSAQwen3ForCausalLM, NSAQwen3Config, Qwen3ForCausalLM),
+}
+MODELS: dict[str, tuple[str, NSAConfig, dict[str, Any]]] = {
+    "llama-tied-llama3": ("llama", SMALL, {"tie_word_embeddings": True, "rope": "llama3"}),
+    "llama-hybrid-bfloat16": (
+        "llama",
+        replace(INDEPENDENT, compress="conv1d", gate="mlp", gate_hidden=12),
+        {"layers": [1], "dtype": torch.bfloat16, "attention_bias": True},
+    ),
+    "qwen3-independent-yarn": ("qwen3", INDEPENDENT, {"rope": "yarn"}),
+    "qwen3-hybrid-static": (
+        "qwen3",
+        replace(SMALL, branches=("selected", "window"), gate="static"),
+        {"layers": [0], "tie_word_embeddings": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_bit_equal(name: str, tmp_path: Path) -> None:
+    family, config, options = MODELS[name]
+    model = sparse_model(family, config, **options)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    tokens = some_tokens(2, 70)
+    for load in (from_pretrained, CLASSES[family][0].from_pretrained):
+        loaded = load(tmp_path)
+        assert type(loaded) is type(model) is CLASSES[family][0]
+        assert type(loaded.config) is CLASSES[family][1]
+        assert loaded.nsa_config == model.nsa_config
+        assert loaded.nsa_layers == model.nsa_layers
+        assert not loaded.training
+        assert loaded.dtype == model.dtype
+        found, expected = loaded.state_dict(), model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        for use_cache in (False, True):
+            results = (x(tokens, use_cache=use_cache).logits for x in (loaded, model))
+            assert torch.equal(*results)
+    # And once more, from what was loaded.
+    loaded.save_pretrained(tmp_path / "again")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+@pytest.mark.parametrize("layers", [None, [0]], ids=["all", "hybrid"])
+@pytest.mark.parametrize("family", CLASSES)
+def test_transformers_does_not_load_it_as_dense(family: str, layers: Any, tmp_path: Path) -> None:
+    sparse_model(family, layers=layers).save_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM, AutoConfig):
+        with pytest.raises(ValueError, match=f"nsa_{family}"):
+            load.from_pretrained(tmp_path)
+    with pytest.raises(Exception, match="native_sparse_attention"):
+        CLASSES[family][2].from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_classes_build_from_a_config(family: str) -> None:
+    model_type, config_type, _ = CLASSES[family]
+    dense = dense_model(family).config.to_dict()
+    dense.pop("model_type")
+    model = model_type(config_type(**dense, nsa=asdict(INDEPENDENT), nsa_layers=[0, 1]))
+    assert model.nsa_config == INDEPENDENT
+    assert model(some_tokens(1, 40)).logits.isfinite().all()
+    other = config_type(**dense, nsa=asdict(replace(SMALL, num_heads=8)), nsa_layers=[0, 1])
+    with pytest.raises(ValueError, match=r"NSAConfig\.num_heads: found 8; 4"):
+        model_type(other)
+    with pytest.raises(ValueError, match="nsa: found nothing"):
+        model_type(config_type(**dense))
+
+
+def test_dense_checkpoints_are_refused(tmp_path: Path) -> None:
+    dense_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type: found 'llama'.*convert_to_nsa"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing_keys", "unexpected_keys"])
+def test_other_weights_are_refused(change: str, tmp_path: Path) -> None:
+    sparse_model("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    key = "model.layers.1.self_attn.gate.proj.bias"
+    if change == "missing_keys":
+        del weights[key]
+    else:
+        key += "_of_old"
+        weights[key] = torch.zeros(1)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=change) as caught:
+        from_pretrained(tmp_path)
+    assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("tp_plan", "auto"), ("layout", "striped"), ("backend", "cuda")]
+)
+def test_options_are_refused(option: str, value: str, tmp_path: Path) -> None:
+    sparse_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{option}: found '{value}'"):
+        from_pretrained(tmp_path, **{option: value})
+
+
+def test_config_says_what_the_model_is(tmp_path: Path) -> None:
+    model = sparse_model("qwen3", layers=[1])
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert saved["model_type"] == "nsa_qwen3"
+    assert saved["layer_types"] == ["full_attention", "native_sparse_attention"]
+    assert saved["nsa_layers"] == [1]
+    assert NSAConfig(**saved["nsa"]) == model.nsa_config
+    assert set(saved["nsa"]) == set(asdict(SMALL))
+    assert model.config.layer_types == ["full_attention"] * 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_are_equal(copied: Any) -> None:
+    model = sparse_model("qwen3", INDEPENDENT)
+    tokens = some_tokens(1, 60)
+    assert torch.equal(copied(model)(tokens).logits, model(tokens).logits)

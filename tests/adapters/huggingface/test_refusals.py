@@ -1,0 +1,271 @@
+"""What transformers can ask for and the attention cannot do is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
+
+from nsa_dist import NSAConfig
+from nsa_dist.adapters.huggingface import convert_to_nsa
+from tests.adapters.huggingface.case import SMALL, dense_model, some_tokens, sparse_model
+
+TINY = dict(
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+
+
+def _refusal(call: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "found" in message, message
+    assert "work" in message, message
+    return message
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "NSAConfig.num_heads: found 8; 4": {"num_heads": 8},
+    "NSAConfig.num_kv_heads: found 4; 2": {"num_kv_heads": 4},
+    "NSAConfig.head_dim: found 8; 16": {"head_dim": 8},
+    "NSAConfig.v_head_dim: found 8; 16": {"v_head_dim": 8},
+    "scale: found 0.5; None": {"scale": 0.5},
+    "compress: found 'custom'": {"compress": "custom"},
+    "compress_pre_rope: found True; False": {"compress_pre_rope": True},
+    "branches: found ('selected',)": {"branches": ("selected",)},
+    "branches: found ('compressed', 'window')": {"branches": ("compressed", "window")},
+    "compress_hidden: found 31; None or at least": {"compress_hidden": 31},
+    "NSAConfig.gate_init: found (1.0, 0.0, 0.0)": {"gate_init": (1.0, 0.0, 0.0)},
+}
+
+
+@pytest.mark.parametrize("message", CONFIGS)
+def test_configs(message: str) -> None:
+    model = dense_model("llama")
+    config = replace(SMALL, **CONFIGS[message])
+    assert message in _refusal(lambda: convert_to_nsa(model, config))
+    # And the model is as it was.
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("layers", []),
+        ("layers", [0, 2]),
+        ("layers", [0, 0]),
+        ("layers", [-1]),
+        ("layers", [True]),
+        ("layout", "striped"),
+        ("group", "cp"),
+        ("backend", "cuda"),
+    ],
+)
+def test_options(option: str, value: Any) -> None:
+    message = _refusal(lambda: convert_to_nsa(dense_model("qwen3"), SMALL, **{option: value}))
+    assert message.startswith(f"{option}: found {value!r}")
+
+
+MODELS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "attention_dropout: found 0.1; 0.0 works": ("llama", {"attention_dropout": 0.1}, None),
+    "rope_type: found 'dynamic'": (
+        "llama",
+        {},
+        lambda config: config.rope_parameters.update(rope_type="dynamic", factor=2.0),
+    ),
+    "quantization_config: found {'quant_method': 'gptq'}": (
+        "llama",
+        {},
+        lambda config: setattr(config, "quantization_config", {"quant_method": "gptq"}),
+    ),
+    "output_attentions: found True": (
+        "llama",
+        {"attn_implementation": "eager", "output_attentions": True},
+        None,
+    ),
+    "layer_types[1]: found 'sliding_attention'; 'full_attention' works": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MODELS)
+def test_models(message: str) -> None:
+    family, options, change = MODELS[message]
+    model = dense_model(family, **options)
+    if change is not None:
+        change(model.config)
+    assert message in _refusal(lambda: convert_to_nsa(model, SMALL))
+
+
+def test_full_attention_layers_beside_sliding_ones() -> None:
+    options = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    model = sparse_model("qwen3", layers=[0], dtype=torch.float64, **options)
+    tokens = some_tokens(1, 40)
+    with torch.no_grad():
+        found = model.generate(tokens, max_new_tokens=20, do_sample=False)
+        whole = model(found[:, :-1], use_cache=False).logits[:, 39:].argmax(-1)
+    assert torch.equal(found[:, 40:], whole)
+
+
+def test_other_models() -> None:
+    mistral = MistralForCausalLM(MistralConfig(**TINY))
+    classifier = LlamaForSequenceClassification(LlamaConfig(**TINY))
+    for model, name in (
+        (mistral, "MistralForCausalLM"),
+        (classifier, "LlamaForSequenceClassification"),
+        (sparse_model("llama"), "NSALlamaForCausalLM"),
+        (nn.Linear(2, 2), "Linear"),
+    ):
+        message = _refusal(lambda model=model: convert_to_nsa(model, SMALL))
+        assert f"model: found '{name}'" in message
+        assert "LlamaForCausalLM, Qwen3ForCausalLM work" in message
+    config: Any = {"num_heads": 4}
+    assert "config: found" in _refusal(lambda: convert_to_nsa(dense_model("llama"), config))
+
+
+class _Wrapped(nn.Linear):
+    """As of an adapter or a quantiser."""
+
+
+def test_modules_that_were_replaced() -> None:
+    model = dense_model("llama")
+    attention = model.model.layers[1].self_attn
+    attention.v_proj = _Wrapped(48, 32, bias=False)
+    assert "layers[1].self_attn.v_proj: found '_Wrapped'" in _refusal(
+        lambda: convert_to_nsa(model, SMALL)
+    )
+    model = dense_model("llama")
+    model.model.layers[0].self_attn = nn.Identity()
+    assert "layers[0].self_attn: found 'Identity'" in _refusal(lambda: convert_to_nsa(model, SMALL))
+    with torch.device("meta"):
+        model = type(model)(copy.deepcopy(model.config))
+    assert "device: found ['meta']" in _refusal(lambda: convert_to_nsa(model, SMALL))
+
+
+def test_calls() -> None:
+    model = sparse_model("llama")
+    tokens = some_tokens(2, 12)
+    full = DynamicCache()
+    dense_model("llama")(tokens, past_key_values=full)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    one = {"input_ids": tokens[:1]}
+    hole = torch.ones(2, 12, dtype=torch.int64)
+    hole[1, 4] = 0
+    ours = DynamicCache()
+    with torch.no_grad():
+        model(tokens, past_key_values=ours)
+    static = StaticCache(config=model.config, max_cache_len=32)
+    calls: dict[str, dict[str, Any]] = {
+        "attention_mask: found padding between tokens (row 1)": {"attention_mask": hole},
+        "attention_mask: found torch.float32 of shape (2, 1, 12, 12)": {
+            "attention_mask": torch.zeros(2, 1, 12, 12)
+        },
+        "attention_mask: found torch.int64 of shape (2, 12)": {
+            "attention_mask": hole,
+            "past_key_values": copy.deepcopy(ours),
+        },
+        "attention_mask: found 'rows that start at [3, 0]'": {
+            "attention_mask": (torch.arange(24) >= torch.tensor([[3], [0]])).long(),
+            "past_key_values": copy.deepcopy(ours),
+        },
+        "attention_mask: found a dict": {"attention_mask": {"full_attention": None}},
+        "attention_mask: found torch.int64 of shape (1, 12) on cpu with packed": {
+            **one,
+            "attention_mask": torch.ones(1, 12, dtype=torch.int64),
+            "cu_seqlens": bounds,
+        },
+        "cu_seqlens: found with batch size 2": {"cu_seqlens": bounds},
+        "cu_seqlens: found last boundary 12": {"input_ids": tokens[:1, :9], "cu_seqlens": bounds},
+        "cu_seq_lens_k: found other boundaries": {
+            **one,
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds + 1,
+        },
+        "position_ids: found others": {
+            **one,
+            "cu_seqlens": bounds,
+            "position_ids": torch.arange(12)[None],
+        },
+        "position_ids: found torch.float32": {"position_ids": torch.zeros(1, 12)},
+        "use_cache: found True with packed": {**one, "cu_seqlens": bounds, "use_cache": True},
+        "use_cache: found True with packed documents, which position_ids": {
+            "position_ids": torch.cat((torch.arange(5), torch.arange(7)))[None],
+            "use_cache": True,
+        },
+        "past_key_values: found a DynamicCache with packed": {
+            **one,
+            "cu_seqlens": bounds,
+            "past_key_values": DynamicCache(),
+        },
+        "past_key_values: found a StaticCache": {"past_key_values": static},
+        "past_key_values: found a DynamicLayer with 12 tokens": {"past_key_values": full},
+        "past_key_values: found NSAConfig": {"past_key_values": _cache_of_another()},
+        "output_attentions: found True": {"output_attentions": True},
+        "input_ids: found None": {"input_ids": None},
+    }
+    for message, options in calls.items():
+        found = _refusal(lambda options=options: model(**{"input_ids": tokens, **options}))
+        assert message in found, found
+    assert "nsa_batch: found None" in _refusal(lambda: model.model(tokens))
+    model.train()
+    model.gradient_checkpointing_enable()
+    found = _refusal(lambda: model(tokens, use_cache=True))
+    assert "use_cache: found True with gradient checkpointing" in found
+
+
+def _cache_of_another() -> DynamicCache:
+    cache = DynamicCache()
+    with torch.no_grad():
+        sparse_model("llama", replace(SMALL, window=17))(some_tokens(2, 5), past_key_values=cache)
+    return cache
+
+
+def test_static_and_quantised_caches_of_generate() -> None:
+    model = sparse_model("llama")
+    message = _refusal(
+        lambda: model.generate(some_tokens(1, 5), max_new_tokens=3, cache_implementation="static")
+    )
+    assert "past_key_values: found a StaticCache" in message
+
+
+@pytest.mark.parametrize("option", ["layout", "backend"])
+def test_runtimes(option: str) -> None:
+    model = sparse_model("llama")
+    runtime = model.nsa_runtime
+    assert f"{option}: found 'other'" in _refusal(lambda: model.use_group(**{option: "other"}))
+    assert model.nsa_runtime is runtime
+
+
+def test_settings_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that cannot compute the config refuses it at conversion."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    config = NSAConfig(
+        num_heads=4, num_kv_heads=2, head_dim=16, num_selected=10**6, independent_kv=False
+    )
+    assert "num_selected" in _refusal(
+        lambda: convert_to_nsa(dense_model("llama"), config, backend="triton")
+    )
