@@ -25,8 +25,14 @@ def _examples() -> list[str]:
 
 
 ONE_RANK = [code for code in _examples() if "init_process_group" not in code]
-OPTIONAL = {"ring": "ring_flash_attn"}
+OPTIONAL = {"huggingface": "transformers", "ring": "ring_flash_attn"}
 TWO_RANKS = [code for code in _examples() if "init_process_group" in code]
+
+
+def _skip_without_its_package(code: str) -> None:
+    for package, module in OPTIONAL.items():
+        if f"nsa_dist.adapters.{package}" in code and find_spec(module) is None:
+            pytest.skip(f"needs {module}, which is not here")
 
 
 def test_readme_shows_both_ways() -> None:
@@ -36,14 +42,13 @@ def test_readme_shows_both_ways() -> None:
 
 @pytest.mark.parametrize("index", range(len(ONE_RANK)))
 def test_example_on_one_rank(index: int) -> None:
+    _skip_without_its_package(ONE_RANK[index])
     exec(compile(ONE_RANK[index], f"README.md, example {index}", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("index", range(len(TWO_RANKS)))
 def test_example_on_two_ranks(index: int, tmp_path: Path) -> None:
-    for package, module in OPTIONAL.items():
-        if f"nsa_dist.adapters.{package}" in TWO_RANKS[index] and find_spec(module) is None:
-            pytest.skip(f"needs {module}, which is not here")
+    _skip_without_its_package(TWO_RANKS[index])
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS[index], encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
