@@ -113,10 +113,10 @@ def test_trainer(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
     model = sparse_model("llama", trained=False)
-    data = [{"input_ids": x, "labels": x} for x in some_tokens(16, 40)]
+    data = [{"input_ids": x, "labels": x} for x in some_tokens(1, 40).expand(32, -1)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
-        max_steps=4,
+        max_steps=8,
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         gradient_checkpointing=True,

@@ -1,0 +1,48 @@
+"""The examples of docs/huggingface.md run as they stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("transformers")
+
+from tests.adapters.huggingface import case  # noqa: F401  (offline)
+from tests.distributed.ranks import Ranks
+
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "huggingface.md"
+
+
+def _examples() -> list[str]:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def loss_of_example(index: int) -> float:
+    """What ``main`` of an example returns."""
+    names: dict[str, Any] = {}
+    exec(compile(_examples()[index], f"{DOCUMENT.name}, example {index}", "exec"), names)
+    return names["main"](dist.group.WORLD)
+
+
+def test_examples_on_one_rank() -> None:
+    convert, _, save = _examples()
+    names: dict[str, Any] = {}
+    exec(compile(convert, "converting", "exec"), names)
+    exec(compile(save, "checkpoints", "exec"), names)
+    tokens = torch.randint(512, (1, 20))
+    assert torch.equal(names["again"](tokens).logits, names["model"].eval()(tokens).logits)
+
+
+def test_example_on_two_ranks(ranks_of: Callable[[int], Ranks]) -> None:
+    split = ranks_of(2).run(loss_of_example, 1)
+    (alone,) = ranks_of(1).run(loss_of_example, 1)
+    assert split[0] == split[1]
+    # float32 sums of a thousand terms in another order.
+    assert abs(alone - split[0]) <= 1000 * torch.finfo(torch.float32).eps * abs(alone)
