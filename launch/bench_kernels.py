@@ -27,23 +27,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench_meter import Meter
-from bench_options import DTYPES, Options, random_choices, recorded_choices
+from bench_options import DTYPES, Options, Sizes, random_choices, recorded_choices
 from bench_problems import problems
 from bench_stream import Stream
-from bench_table import DENSE, Row, Shape, draw_plot, markdown, with_ratios, write_csv
+from bench_table import DENSE, R, Row, Shape, draw_plot, markdown, with_ratios, write_csv
 from bench_work import Flops, Peaks, fewest_bytes
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 def measure(
-    row: Row,
+    row: R,
     inputs: Sequence[Tensor],
     run: Callable[..., Tensor],
     flops: Flops,
     peaks: Peaks,
     meter: Meter,
-) -> Row:
+) -> R:
     """The row with times, rates and memory of ``run`` on ``inputs``."""
     out = run(*inputs)
     grad = torch.randn_like(out) if out.requires_grad else None
@@ -146,9 +146,10 @@ def bench_length(
 ) -> list[str]:
     """Gives ``keep`` each row of one length; returns what was wrong and not timed."""
     options, length = stream.options, stream.length
+    assert isinstance(options, Options)
     torch.manual_seed(0)
     wrong = []
-    blank = Row("", length, "", 0.0, None, shape_of(options, meter.gpu), **_where())
+    blank = Row("", length, "", 0.0, None, shape_of(options, meter.gpu), **where())
     if options.dense:
         for row in dense_rows(stream, blank, peaks, meter):
             keep(row)
@@ -210,14 +211,15 @@ def _percents(row: Row) -> tuple[float | None, float | None]:
     return first, second
 
 
-def shape_of(options: Options, gpu: str) -> Shape:
+def shape_of(options: Sizes, gpu: str) -> Shape:
     """What makes rows comparable."""
     names = ["dtype", "heads", "kv_heads", "head_dim", "v_head_dim", "documents"]
     names += ["compress_block", "compress_stride", "select_block", "num_selected", "window"]
     return Shape(gpu=gpu, **{name: getattr(options, name) for name in names})
 
 
-def _where() -> dict[str, Any]:
+def where() -> dict[str, Any]:
+    """Columns that say what was measured, and when."""
     return {
         "torch": torch.__version__,
         "triton": triton_version(),

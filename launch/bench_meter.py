@@ -24,19 +24,25 @@ class Meter:
         self.budget_ms = budget_ms
         self._cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device=self.device)
 
+    def of_all(self, measured: float) -> float:
+        """What counts of a measurement; where several devices work together, the largest of all:
+        then they also repeat a function equally often."""
+        return measured
+
     def milliseconds(self, function: Callable[[], Any]) -> float:
         """Median over repeats that take about the budget, at least three, after two others."""
         function()
-        once = self._wait([self._record(function)])[0]
+        once = self.of_all(self._wait([self._record(function)])[0])
         repeats = int(min(MOST_REPEATS, max(3.0, self.budget_ms / max(1e-3, once))))
-        return statistics.median(self._wait([self._record(function) for _ in range(repeats)]))
+        times = self._wait([self._record(function) for _ in range(repeats)])
+        return self.of_all(statistics.median(times))
 
     def memory_gib(self, function: Callable[[], Any]) -> float:
         """The most that was allocated within the function over what was before."""
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
+        return self.of_all((torch.cuda.max_memory_allocated() - before) / 2**30)
 
     def peaks(self, dtype: torch.dtype) -> Peaks:
         """Rates of a large matrix product and of a copy."""

@@ -1,4 +1,4 @@
-"""What bench_kernels.py runs on: sizes, and the blocks that the selected branch is given.
+"""What the benchmarks run on: sizes, and the blocks that the selected branch is given.
 
 Choices are int32 [S, G, n], as ``Backend.select_blocks`` gives them: drawn at random, or recorded
 from a trained model by record_choices.py. Neighbouring tokens of a trained model choose alike,
@@ -33,8 +33,8 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Options:
-    """Time the attention's operators and the whole attention on one GPU, beside dense attention.
+class Sizes:
+    """The stream and the attention of a benchmark.
 
     Args:
         lengths: tokens of the stream, a run for each.
@@ -50,13 +50,8 @@ class Options:
         window: sliding window w.
         dtype: bfloat16, float16 or float32.
         backend: auto, triton or pytorch.
-        only: operators to run, by name; all when empty.
-        choices: npz file with `selected` [layer, group, token, n], timed beside random choices.
-        layers: layers of that file; all when empty.
-        dense: time torch's dense attention too.
         repeats_ms: time spent on each measurement; three repeats at least.
         csv: file to write the table to.
-        plot: file to draw time against length to.
 
     Raises:
         ValueError: naming the option, the value found and the values that work.
@@ -75,13 +70,8 @@ class Options:
     window: int = 512
     dtype: str = "bfloat16"
     backend: str = "triton"
-    only: tuple[str, ...] = ()
-    choices: Path | None = None
-    layers: tuple[int, ...] = ()
-    dense: bool = True
     repeats_ms: int = 200
     csv: Path | None = None
-    plot: Path | None = None
 
     def __post_init__(self) -> None:
         check(self.documents >= 1, "documents", self.documents, "1 or more works")
@@ -91,22 +81,8 @@ class Options:
             check(length > 0 and length % self.documents == 0, "lengths", length, works)
         check(self.dtype in DTYPES, "dtype", self.dtype, f"{', '.join(DTYPES)} work")
         check(self.backend in BACKENDS, "backend", self.backend, f"{', '.join(BACKENDS)} work")
-        for name in self.only:
-            check(name in OPERATORS, "only", name, f"{', '.join(OPERATORS)} work")
         check(self.repeats_ms > 0, "repeats_ms", self.repeats_ms, "1 or more works")
-        if self.choices is None:
-            check(not self.layers, "layers", self.layers, "layers of a file of --choices work")
-        else:
-            check(self.choices.is_file(), "choices", str(self.choices), "an existing file works")
-            works = "1 works with --choices, whose blocks are counted in one document"
-            check(self.documents == 1, "documents", self.documents, works)
-        for option, path in (("csv", self.csv), ("plot", self.plot)):
-            works = "a file in an existing folder works"
-            check(path is None or path.parent.is_dir(), option, str(path), works)
-        works = (
-            "it needs matplotlib, not installed here; pip install matplotlib, or no --plot, works"
-        )
-        check(not self.plot or find_spec("matplotlib") is not None, "plot", str(self.plot), works)
+        check_folder("csv", self.csv)
         _ = self.config
 
     @property
@@ -122,6 +98,50 @@ class Options:
             num_selected=self.num_selected,
             window=self.window,
         )
+
+
+@dataclass(frozen=True)
+class Options(Sizes):
+    """Time the attention's operators and the whole attention on one GPU, beside dense attention.
+
+    Args:
+        only: operators to run, by name; all when empty.
+        choices: npz file with `selected` [layer, group, token, n], timed beside random choices.
+        layers: layers of that file; all when empty.
+        dense: time torch's dense attention too.
+        plot: file to draw time against length to.
+
+    Raises:
+        ValueError: naming the option, the value found and the values that work.
+    """
+
+    only: tuple[str, ...] = ()
+    choices: Path | None = None
+    layers: tuple[int, ...] = ()
+    dense: bool = True
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.only:
+            check(name in OPERATORS, "only", name, f"{', '.join(OPERATORS)} work")
+        if self.choices is None:
+            check(not self.layers, "layers", self.layers, "layers of a file of --choices work")
+        else:
+            check(self.choices.is_file(), "choices", str(self.choices), "an existing file works")
+            works = "1 works with --choices, whose blocks are counted in one document"
+            check(self.documents == 1, "documents", self.documents, works)
+        check_folder("plot", self.plot)
+        works = (
+            "it needs matplotlib, not installed here; pip install matplotlib, or no --plot, works"
+        )
+        check(not self.plot or find_spec("matplotlib") is not None, "plot", str(self.plot), works)
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Refuse a file to write whose folder is not there."""
+    works = "a file in an existing folder works"
+    check(path is None or path.parent.is_dir(), option, str(path), works)
 
 
 def random_choices(

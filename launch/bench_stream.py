@@ -1,4 +1,4 @@
-"""The stream that bench_kernels.py runs on: packed documents of equal length, one device."""
+"""The stream that the benchmarks run on: packed documents of equal length, one device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_options import DTYPES, Options
+from bench_options import DTYPES, Sizes
 from bench_work import operator_flops
 from nsa_dist import BRANCHES, BlockCompressor
 from nsa_kernels import Backend, QuerySegments, get_backend
@@ -17,7 +17,7 @@ from nsa_kernels import Backend, QuerySegments, get_backend
 class Stream:
     """Packed documents of equal length, and what several operators share on them."""
 
-    def __init__(self, options: Options, length: int, device: torch.device | str) -> None:
+    def __init__(self, options: Sizes, length: int, device: torch.device | str) -> None:
         self.options, self.length, self.device = options, length, torch.device(device)
         self.config, self.dtype = options.config, DTYPES[options.dtype]
         self.ops = get_backend(options.backend)

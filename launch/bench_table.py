@@ -1,4 +1,4 @@
-"""The table that bench_kernels.py measures: as CSV, as Markdown, as a plot.
+"""The table that the benchmarks measure: as CSV, as Markdown, as a plot.
 
     python launch/bench_table.py FILE.csv [FILE.csv ...] [--docs docs/benchmarks.md]
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
@@ -187,8 +187,9 @@ def crossover_text(rows: Sequence[Row], dense: str = "cudnn") -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """One line a row; what was not measured is empty."""
-    names = [f.name for f in fields(Row) if f.name != "shape"]
+    """One line a row, all of one class; what was not measured is empty."""
+    kind = type(rows[0]) if rows else Row
+    names = [f.name for f in fields(kind) if f.name != "shape"]
     names += [f.name for f in fields(Shape)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -202,8 +203,16 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
             writer.writerow(values)
 
 
+R = TypeVar("R", bound=Row)
+
+
 def read_csv(path: Path) -> list[Row]:
-    """The rows that ``write_csv`` wrote.
+    """As ``read_rows``, of bench_kernels.py."""
+    return read_rows(path, Row)
+
+
+def read_rows(path: Path, kind: type[R]) -> list[R]:
+    """The rows of class ``kind`` that ``write_csv`` wrote.
 
     Raises:
         ValueError: if the file is missing or has other columns.
@@ -214,7 +223,7 @@ def read_csv(path: Path) -> list[Row]:
         for number, line in enumerate(csv.DictReader(file), start=2):
             try:
                 shape = Shape(**_typed(Shape, line))
-                rows.append(Row(**_typed(Row, line), shape=shape))
+                rows.append(kind(**_typed(kind, line), shape=shape))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"csv: found {path} line {number} ({type(error).__name__}: {error}); a file of "
@@ -240,7 +249,7 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for shape in dict.fromkeys(row.shape for row in rows):
         own = [row for row in rows if row.shape == shape]
-        parts += [f"### {shape.title()}", _where(own)]
+        parts += [f"### {shape.title()}", described(own)]
         parts += [_whole_table(own), _operator_table(own), _choices_table(own)]
     crossings = _crossover_table(rows)
     if crossings:
@@ -248,7 +257,8 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _where(rows: Sequence[Row]) -> str:
+def described(rows: Sequence[Row]) -> str:
+    """When, at which commit and versions, and on which peaks rows were measured."""
     seen = dict.fromkeys((row.date, row.commit, row.torch, row.triton) for row in rows)
     texts = [
         f"{date}, commit {commit}, torch {torch}, triton {triton}"
@@ -264,14 +274,14 @@ def _where(rows: Sequence[Row]) -> str:
     return "; ".join(texts) + ". Pairs are forward / backward; of ratios, forward / both together."
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     if not lines:
         return ""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """Three significant digits, never in powers of ten."""
     if value is None:
         return ""
@@ -279,8 +289,8 @@ def _number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{places}f}"
 
 
-def _pair(first: float | None, second: float | None) -> str:
-    texts = [_number(x) for x in (first, second) if x is not None]
+def pair(first: float | None, second: float | None) -> str:
+    texts = [number(x) for x in (first, second) if x is not None]
     return " / ".join(texts)
 
 
@@ -298,9 +308,9 @@ def _whole_table(rows: Sequence[Row]) -> str:
     for row in sorted(wholes, key=lambda row: row.length):
         line = [
             str(row.length),
-            _pair(row.forward_ms, row.backward_ms),
-            _pair(row.forward_tflops, row.backward_tflops),
-            _number(row.peak_gib),
+            pair(row.forward_ms, row.backward_ms),
+            pair(row.forward_tflops, row.backward_tflops),
+            number(row.peak_gib),
         ]
         for name in names:
             dense = find(rows, row, f"dense_{name}")
@@ -309,9 +319,9 @@ def _whole_table(rows: Sequence[Row]) -> str:
                 getattr(row, f"both_over_{name}"),
             )
             times = (dense.forward_ms, dense.backward_ms) if dense else (None, None)
-            line += [_pair(*times), _number(dense.peak_gib) if dense else "", _pair(*ratio)]
+            line += [pair(*times), number(dense.peak_gib) if dense else "", pair(*ratio)]
         lines.append(line)
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _operator_table(rows: Sequence[Row]) -> str:
@@ -329,17 +339,17 @@ def _operator_table(rows: Sequence[Row]) -> str:
     lines = [
         [
             row.operator.replace("_", " ") + (", random choices" if row.choices else ""),
-            _pair(row.forward_ms, row.backward_ms),
+            pair(row.forward_ms, row.backward_ms),
             _percent(row.forward_share, row.backward_share),
-            _pair(row.forward_tflops, row.backward_tflops),
-            _pair(row.forward_gbs, row.backward_gbs) if row.bound == "bytes" else "",
+            pair(row.forward_tflops, row.backward_tflops),
+            pair(row.forward_gbs, row.backward_gbs) if row.bound == "bytes" else "",
             _percent(row.forward_of_floor, row.backward_of_floor),
-            _number(row.peak_gib),
+            number(row.peak_gib),
         ]
         for row in shown
     ]
     operator = f"operator at {max(lengths)} tokens" if lengths else ""
-    return _table([operator, "ms", "share", "TFLOP/s", "GB/s", "of the floor", "GiB"], lines)
+    return table([operator, "ms", "share", "TFLOP/s", "GB/s", "of the floor", "GiB"], lines)
 
 
 def _choices_table(rows: Sequence[Row]) -> str:
@@ -349,14 +359,14 @@ def _choices_table(rows: Sequence[Row]) -> str:
         [
             f"{row.operator.replace('_', ' ')}, {row.choices}",
             str(row.length),
-            _pair(row.forward_ms, row.backward_ms),
-            _pair(row.forward_tflops, row.backward_tflops),
-            _pair(row.forward_over_cudnn, row.both_over_cudnn) if row.operator == "whole" else "",
+            pair(row.forward_ms, row.backward_ms),
+            pair(row.forward_tflops, row.backward_tflops),
+            pair(row.forward_over_cudnn, row.both_over_cudnn) if row.operator == "whole" else "",
         ]
         for row in rows
         if row.choices and row.length in recorded
     ]
-    return _table(["operator, choices", "tokens", "ms", "TFLOP/s", "ratio to cuDNN"], lines)
+    return table(["operator, choices", "tokens", "ms", "TFLOP/s", "ratio to cuDNN"], lines)
 
 
 def _crossover_table(rows: Sequence[Row]) -> str:
@@ -366,7 +376,7 @@ def _crossover_table(rows: Sequence[Row]) -> str:
         texts = [crossover_text(own, name) for name in DENSE]
         if any(texts):
             lines.append([shape.title(), *texts])
-    return _table(["forward and backward", *(f"tokens, {name}" for name in DENSE.values())], lines)
+    return table(["forward and backward", *(f"tokens, {name}" for name in DENSE.values())], lines)
 
 
 def draw_plot(path: Path, rows: Sequence[Row]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bench_options import Options
+from bench_options import Sizes
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Pairs:
     dense: int
 
 
-def count_pairs(options: Options, length: int) -> Pairs:
+def count_pairs(options: Sizes, length: int) -> Pairs:
     """Pairs that the definition asks for; the selected ones do not depend on which blocks are."""
     config, size = options.config, length // options.documents
     block, stride, select = config.compress_block, config.compress_stride, config.select_block
@@ -53,13 +53,13 @@ def count_pairs(options: Options, length: int) -> Pairs:
     return Pairs(*(options.documents * count for count in counts))
 
 
-def attention_flops(options: Options, pairs: int) -> Flops:
+def attention_flops(options: Sizes, pairs: int) -> Flops:
     """A softmax attention over so many pairs of each query head."""
     dk, dv, head_pairs = options.head_dim, options.v_head_dim, float(options.heads * pairs)
     return Flops(2 * (dk + dv) * head_pairs, 2 * (3 * dk + 2 * dv) * head_pairs)
 
 
-def compression_flops(options: Options, length: int, width: int) -> Flops:
+def compression_flops(options: Sizes, length: int, width: int) -> Flops:
     """The ``mlp`` compressor of keys or values of that width, gradients of its weights included."""
     config, size = options.config, length // options.documents
     blocks = max(0, (size - config.compress_block) // config.compress_stride + 1)
@@ -69,7 +69,7 @@ def compression_flops(options: Options, length: int, width: int) -> Flops:
     return Flops(forward, 2 * forward)
 
 
-def operator_flops(options: Options, length: int) -> dict[str, Flops]:
+def operator_flops(options: Sizes, length: int) -> dict[str, Flops]:
     """By operator, and of ``dense`` attention on the same stream."""
     pairs = count_pairs(options, length)
     flops = {

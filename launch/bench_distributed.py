@@ -1,0 +1,411 @@
+"""Time Native Sparse Attention over ranks beside dense ring attention over the same ranks.
+
+    torchrun --nproc-per-node=2 launch/bench_distributed.py --lengths 65536 131072 --csv bench.csv
+
+Both are one layer's attention at equal heads, widths, tokens, ranks and layout, from queries, keys
+and values on, forward and backward, each rank holding its shard. Each result, gathered, is checked
+before it is timed; a wrong one is not timed, and the program ends with status 1.
+docs/benchmarks.md says what is counted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor
+
+from bench_judges import compare_sampled
+from bench_kernels import measure, shape_of, where
+from bench_meter import Meter
+from bench_options import Sizes
+from bench_problems import Problem, problems
+from bench_stream import Stream
+from bench_table import Row, described, number, pair, table, write_csv
+from bench_work import Flops
+from nsa_dist import (
+    BRANCHES,
+    CommunicationCounter,
+    Sharding,
+    get_plan,
+    make_sharding,
+    native_sparse_attention,
+)
+from nsa_dist.adapters.ring import dense_attention, get_dense_plan
+from nsa_dist.group import ContextGroup, context_group
+from nsa_dist.layout import make_layout
+from nsa_kernels.reference import masked_softmax, weighted_values
+
+Attend = Callable[..., Tensor]
+"""A rank's share of the inputs -> its share [L, H, Dv] of the output."""
+
+
+@dataclass(frozen=True)
+class DistributedOptions(Sizes):
+    """Time Native Sparse Attention over ranks beside dense ring attention over the same ranks.
+
+    Args:
+        layout: auto: zigzag, with several documents zigzag_per_document; or one by name.
+    """
+
+    lengths: tuple[int, ...] = (65536, 131072)
+    layout: Literal["auto", "contiguous", "zigzag", "zigzag_per_document"] = "auto"
+
+    @property
+    def layout_name(self) -> str:
+        """The layout that ``layout`` comes to."""
+        if self.layout != "auto":
+            return self.layout
+        return "zigzag" if self.documents == 1 else "zigzag_per_document"
+
+
+@dataclass(frozen=True)
+class DistributedRow(Row):
+    """One measurement: times, memory and bytes are the largest of any rank.
+
+    Args:
+        operator: nsa or dense_ring.
+        ranks, layout: how the stream is split.
+        forward_mib, backward_mib: what a rank receives.
+        forward_over_ring, both_over_ring: time of dense ring attention over this one's, forward,
+            and forward and backward.
+    """
+
+    ranks: int = 1
+    layout: str = ""
+    forward_mib: float | None = None
+    backward_mib: float | None = None
+    forward_over_ring: float | None = None
+    both_over_ring: float | None = None
+
+
+class RanksMeter(Meter):
+    """A meter on every rank of a group, which all measure the same."""
+
+    def __init__(self, budget_ms: float, context: ContextGroup) -> None:
+        super().__init__(budget_ms)
+        self.context = context
+
+    def of_all(self, measured: float) -> float:
+        return largest(measured, self.context)
+
+
+def largest(value: float, context: ContextGroup) -> float:
+    """The largest of all ranks' values; a collective."""
+    found = torch.tensor([value], dtype=torch.float64, device=context.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=context.process_group)
+    return float(found)
+
+
+class _OverRanks(torch.autograd.Function):
+    """Whole tensors, the same on every rank, to the whole result of ``attend`` on their shards.
+
+    The first ``by_token`` inputs are [T, ...] and sharded, the others whole. Gradients are of the
+    whole: each rank's share is put in its place and added over ranks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, attend: Attend, sharding: Sharding, by_token: int, *inputs: Tensor
+    ) -> Tensor:
+        with torch.enable_grad():
+            ctx.local = local_inputs(inputs, sharding, by_token)
+            ctx.out = attend(*ctx.local)
+        ctx.sharding, ctx.by_token = sharding, by_token
+        return sharding.unshard(ctx.out.detach()[None])[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        sharding, group = ctx.sharding, ctx.sharding.context.process_group
+        own = torch.autograd.grad(ctx.out, ctx.local, sharding.shard(grad[None])[0])
+        whole = []
+        for at, part in enumerate(own):
+            if at < ctx.by_token:
+                whole.append(sharding.unshard(part[None])[0])
+                continue
+            total = part.float()
+            dist.all_reduce(total, group=group)
+            whole.append(total.to(part.dtype))
+        return None, None, None, *whole
+
+
+def local_inputs(inputs: Sequence[Tensor], sharding: Sharding, by_token: int) -> list[Tensor]:
+    """This rank's shards of the first ``by_token`` inputs, as leaves, and the others."""
+    shards = [sharding.shard(x.detach()[None])[0].requires_grad_() for x in inputs[:by_token]]
+    return [*shards, *inputs[by_token:]]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One attention over ranks.
+
+    Args:
+        problem: judges whole tensors; its ``run`` gathers what ``attend`` gives.
+        attend: what is timed, on ``local``.
+        local: this rank's inputs.
+        counter: of the bytes that ``attend`` moves.
+    """
+
+    problem: Problem
+    attend: Attend
+    local: list[Tensor]
+    counter: CommunicationCounter
+
+    def received_mib(self) -> tuple[float, float]:
+        """What this rank receives, forward and backward."""
+        self.counter.reset()
+        out = self.attend(*self.local)
+        forward = sum(self.counter.received.values())
+        out.sum().backward(inputs=self.local)
+        both = sum(self.counter.received.values())
+        for x in self.local:
+            x.grad = None
+        return forward / 2**20, (both - forward) / 2**20
+
+
+def over_ranks(
+    problem: Problem,
+    attend: Attend,
+    sharding: Sharding,
+    by_token: int,
+    counter: CommunicationCounter,
+) -> Contest:
+    """``problem`` with ``attend`` on shards in the place of what it runs."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        return _OverRanks.apply(attend, sharding, by_token, *inputs)
+
+    local = local_inputs(problem.inputs, sharding, by_token)
+    return Contest(replace(problem, run=run), attend, local, counter)
+
+
+def contests(stream: Stream, layout: str, context: ContextGroup) -> list[Callable[[], Contest]]:
+    """Dense ring attention and Native Sparse Attention on the stream, built when called."""
+    config, options, length = stream.config, stream.options, stream.length
+    bounds = None
+    if options.documents > 1 or layout == "zigzag_per_document":
+        bounds = torch.arange(options.documents + 1, dtype=torch.int32) * stream.size
+    sharding = make_sharding(length, cu_seqlens=bounds, layout=layout, group=context)
+    if sharding.padded_length != length:
+        multiple = 2 * context.size * options.documents
+        raise ValueError(
+            f"lengths: found {length}; a multiple of {multiple} works over these ranks"
+        )
+    batch: dict[str, Any] = {
+        "batch": 1,
+        "local_length": length // context.size,
+        "cu_seqlens": bounds,
+        "dtype": stream.dtype,
+        "device": stream.device,
+    }
+
+    def nsa() -> Contest:
+        counter = CommunicationCounter()
+        (problem,) = problems(stream, torch.empty(0), {}, ("whole",))
+        plan = get_plan(config, layout, context, **batch)
+
+        def attend(q: Tensor, gates: Tensor, *rest: Tensor) -> Tensor:
+            k, v = (
+                {b: x[None] for b, x in zip(BRANCHES, given, strict=True)}
+                for given in (rest[:3], rest[3:6])
+            )
+            out = native_sparse_attention(
+                *(q[None], k, v, gates[None], *stream.compressors),
+                config=config,
+                group=context,
+                backend=stream.ops.name,
+                plan=plan,
+                communication=counter,
+            )
+            assert isinstance(out, Tensor)
+            return out[0]
+
+        return over_ranks(replace(problem, name="nsa"), attend, sharding, 8, counter)
+
+    def dense() -> Contest:
+        counter = CommunicationCounter()
+        plan = get_dense_plan(layout, context, **batch)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return dense_attention(
+                *(q[None], k[None], v[None]), group=context, plan=plan, communication=counter
+            )[0]
+
+        def reference(rows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            start = rows // stream.size * stream.size
+            keys = torch.arange(length, device=rows.device)
+            mask = (keys >= start[:, None]) & (keys <= rows[:, None])
+            # A group at a time: a row has a probability for each head and key.
+            groups = zip(
+                q.split(config.heads_per_group, 1), k.split(1, 1), v.split(1, 1), strict=True
+            )
+            scale = config.softmax_scale
+            outputs = [
+                weighted_values(masked_softmax(query, key, mask, scale)[0], value)
+                for query, key, value in groups
+            ]
+            return torch.cat(outputs, dim=1)
+
+        judge = compare_sampled(reference, by_row=1)
+        problem = Problem(
+            "dense_ring", "", [stream.q, stream.k, stream.v], attend, judge, stream.flops["dense"]
+        )
+        return over_ranks(problem, attend, sharding, 3, counter)
+
+    return [dense, nsa]
+
+
+def bench(
+    options: DistributedOptions, context: ContextGroup, meter: Meter
+) -> tuple[list[DistributedRow], list[str]]:
+    """All rows, printed and written by rank 0 as they come, and what was wrong and not timed.
+
+    Collective: every rank draws the same streams and judges the same whole results.
+    """
+    rows: list[DistributedRow] = []
+    wrong: list[str] = []
+    is_main, layout = context.rank == 0, options.layout_name
+    torch.manual_seed(0)
+    peaks = meter.peaks(getattr(torch, options.dtype))
+    blank = DistributedRow(
+        *("", 0, "", 0.0, None),
+        shape=shape_of(options, meter.gpu),
+        ranks=context.size,
+        layout=layout,
+        **where(),
+    )
+    for length in options.lengths:
+        torch.manual_seed(0)
+        stream = Stream(options, length, meter.device)
+        for build in contests(stream, layout, context):
+            contest = build()
+            problem = contest.problem
+            verdict = problem.verdict()
+            found = f"{problem.name} at {length}: error {verdict.error:.1e}"
+            if not verdict.right:
+                wrong.append(f"{found}, at most {verdict.limit:.1e} is right")
+                if is_main:
+                    print(f"WRONG, not timed: {wrong[-1]}", flush=True)
+                continue
+            received = contest.received_mib()
+            row = replace(
+                blank,
+                operator=problem.name,
+                length=length,
+                error=verdict.error,
+                limit=verdict.limit,
+                forward_mib=largest(received[0], context),
+                backward_mib=largest(received[1], context),
+            )
+            share = 1 / context.size
+            flops = Flops(problem.flops.forward * share, problem.flops.backward * share)
+            del problem  # Whole tensors that only the judge needed.
+            rows.append(measure(row, contest.local, contest.attend, flops, peaks, meter))
+            rows = with_ring_ratios(rows)
+            if is_main:
+                print(line(rows[-1]), flush=True)
+                if options.csv is not None:
+                    write_csv(options.csv, rows)
+            del contest
+            if meter.device.type == "cuda":
+                torch.cuda.empty_cache()
+        del stream
+    return rows, wrong
+
+
+def with_ring_ratios(rows: Sequence[DistributedRow]) -> list[DistributedRow]:
+    """The rows with the ratios of dense ring attention's time to theirs filled in."""
+    rings = {
+        (row.length, row.shape, row.ranks, row.layout): row
+        for row in rows
+        if row.operator == "dense_ring"
+    }
+    filled = []
+    for row in rows:
+        ring = rings.get((row.length, row.shape, row.ranks, row.layout))
+        if ring is not None and row.operator == "nsa":
+            row = replace(
+                row,
+                forward_over_ring=ring.forward_ms / row.forward_ms,
+                both_over_ring=ring.both_ms / row.both_ms,
+            )
+        filled.append(row)
+    return filled
+
+
+def line(row: DistributedRow) -> str:
+    """What is printed of a row as soon as it is measured."""
+    ratio = pair(row.forward_over_ring, row.both_over_ring)
+    return (
+        f"{row.length:>8} {row.operator:<11} {pair(row.forward_ms, row.backward_ms)} ms, "
+        f"{pair(row.forward_mib, row.backward_mib)} MiB received, {number(row.peak_gib)} GiB, "
+        f"error {row.error:.1e}" + (f", {ratio} x dense ring" if ratio else "")
+    )
+
+
+def markdown(rows: Sequence[DistributedRow]) -> str:
+    """A table of each shape, number of ranks and layout."""
+    parts = []
+    head = ["tokens, attention", "ms", "ratio", "MiB received", "GiB", "TFLOP/s a rank"]
+    for kind in dict.fromkeys((row.shape, row.ranks, row.layout) for row in rows):
+        own = [row for row in rows if (row.shape, row.ranks, row.layout) == kind]
+        lines = [
+            [
+                f"{row.length:,}, {row.operator.replace('_', ' ')}",
+                pair(row.forward_ms, row.backward_ms),
+                pair(row.forward_over_ring, row.both_over_ring),
+                pair(row.forward_mib, row.backward_mib),
+                number(row.peak_gib),
+                pair(row.forward_tflops, row.backward_tflops),
+            ]
+            for row in own
+        ]
+        title = f"### {kind[1]} ranks, {kind[2]}, {kind[0].title()}"
+        parts.append(f"{title}\n\n{described(own)}\n\n{table(head, lines)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def join_ranks() -> ContextGroup:
+    """All processes of torchrun, a GPU each.
+
+    Raises:
+        ValueError: without torchrun, or with more processes than GPUs.
+    """
+    gpus = torch.cuda.device_count()
+    if "RANK" not in os.environ:
+        raise ValueError("ranks: found none; torchrun --nproc-per-node=GPUS works")
+    if not gpus:
+        raise ValueError("found no CUDA device; machines with NVIDIA GPUs work")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if here > gpus:
+        raise ValueError(f"ranks: found {here} on {gpus} GPUs; one a GPU works")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl", device_id=device)
+    return context_group(dist.group.WORLD)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = tyro.cli(DistributedOptions, args=arguments)
+    try:
+        context = join_ranks()
+        rows, wrong = bench(options, context, RanksMeter(options.repeats_ms, context))
+    except ValueError as error:
+        sys.exit(f"bench_distributed.py: {error}")
+    if rows and context.rank == 0:
+        print(f"\n{markdown(rows)}")
+    dist.barrier()
+    dist.destroy_process_group()
+    if wrong:
+        sys.exit("bench_distributed.py: wrong results, not timed:\n  " + "\n  ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The benchmark over ranks but for its clock: what it runs, checks, counts and refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import bench_distributed
+from bench_distributed import (
+    DistributedOptions,
+    DistributedRow,
+    bench,
+    contests,
+    markdown,
+    with_ring_ratios,
+)
+from bench_stream import Stream
+from bench_table import Shape, read_rows
+from nsa_dist.group import context_group
+from tests.distributed.ranks import Ranks
+from tests.launch.test_bench import NoClock
+
+pytestmark = pytest.mark.skipif(
+    find_spec("ring_flash_attn") is None, reason="needs ring-flash-attn, not here"
+)
+
+RanksOf = Callable[[int], Ranks]
+SMALL = DistributedOptions(
+    lengths=(96, 128),
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    v_head_dim=32,
+    compress_block=8,
+    compress_stride=4,
+    select_block=16,
+    num_selected=4,
+    window=20,
+    dtype="float32",
+    backend="pytorch",
+    layout="contiguous",
+)
+RUNS = {
+    "contiguous": SMALL,
+    "contiguous-packed": replace(SMALL, documents=2),
+    "zigzag": replace(SMALL, layout="auto", dtype="bfloat16"),
+    "zigzag-packed": replace(SMALL, layout="auto", dtype="bfloat16", documents=2),
+}
+
+
+def run_bench(options: DistributedOptions) -> tuple[list[DistributedRow], list[str]]:
+    context = context_group(dist.group.WORLD)
+    return bench(options, context, NoClock())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_gives_a_row_of_each_attention(ranks_of: RanksOf, tmp_path: Path, name: str) -> None:
+    options = replace(RUNS[name], csv=tmp_path / "out.csv")
+    (rows, wrong), *others = ranks_of(2).run(run_bench, options)
+    assert wrong == []
+    assert all(other == (rows, wrong) for other in others)
+    expected = [(kind, length) for length in (96, 128) for kind in ("dense_ring", "nsa")]
+    assert [(row.operator, row.length) for row in rows] == expected
+    for row in rows:
+        assert (row.ranks, row.layout) == (2, options.layout_name)
+        assert row.forward_ms == row.backward_ms == 2.0
+        assert row.error is not None and row.limit is not None and 0 < row.error <= row.limit
+        assert row.peak_gib == 1.0 and row.commit
+        assert row.forward_tflops is not None and row.backward_tflops is not None
+        if row.operator == "nsa":
+            assert row.forward_over_ring == row.both_over_ring == 1.0
+    # Keys and values of one other rank, and twice these or their float32 gradients on top.
+    size = {"float32": 4, "bfloat16": 2}[options.dtype]
+    for row in rows:
+        if row.operator == "dense_ring":
+            moved = row.length // 2 * 2 * (32 + 32) * size  # Widths are filled up to 32.
+            back = 2 * moved if row.layout == "contiguous" else moved + 2 * 4 / size * moved
+            assert row.forward_mib == moved / 2**20
+            assert row.backward_mib == back / 2**20
+    found = read_rows(tmp_path / "out.csv", DistributedRow)
+    assert [(row.operator, row.length, row.ranks) for row in found] == [
+        (row.operator, row.length, row.ranks) for row in rows
+    ]
+    text = markdown(rows)
+    assert f"### 2 ranks, {options.layout_name}, a clock that stands: 4 heads" in text
+    assert "| 96, nsa | 2.00 / 2.00 | 1.00 / 1.00 |" in text
+
+
+def run_twisted(options: DistributedOptions) -> tuple[list[DistributedRow], list[str]]:
+    """With gradients of one rank's keys of dense attention doubled."""
+    original = bench_distributed.dense_attention
+
+    def twisted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> torch.Tensor:
+        if dist.get_rank() == 1:
+            k = 2 * k - k.detach()
+        return original(q, k, v, **more)
+
+    bench_distributed.dense_attention = twisted
+    try:
+        return run_bench(options)
+    finally:
+        bench_distributed.dense_attention = original
+
+
+def test_a_wrong_result_on_one_rank_is_not_timed(ranks_of: RanksOf) -> None:
+    for rows, wrong in ranks_of(2).run(run_twisted, replace(SMALL, lengths=(96,))):
+        assert [row.operator for row in rows] == ["nsa"]
+        assert len(wrong) == 1 and wrong[0].startswith("dense_ring at 96: error ")
+        assert rows[0].forward_over_ring is None
+
+
+def whole_gradients(options: DistributedOptions) -> list[list[torch.Tensor]]:
+    """Of each attention, the gradients of its whole inputs by its run over the ranks."""
+    torch.manual_seed(0)
+    context = context_group(dist.group.WORLD)
+    stream = Stream(options, options.lengths[0], "cpu")
+    found = []
+    for build in contests(stream, options.layout_name, context):
+        problem = build().problem
+        out = problem.run(*problem.inputs)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(out, problem.inputs, weight.to(out.dtype))
+        found.append([out.detach(), *grads])
+    return found
+
+
+def test_gathered_runs_are_those_of_one_rank(ranks_of: RanksOf) -> None:
+    """Outputs and all gradients, weights included, to rounding in float32."""
+    options = replace(SMALL, lengths=(96,), documents=2)
+    (expected,) = ranks_of(1).run(whole_gradients, options)
+    for found in ranks_of(2).run(whole_gradients, options):
+        for ours, theirs in zip(found, expected, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                assert float((a - b).norm()) <= 64 * 2**-23 * float(b.norm())
+
+
+def test_ratios_are_of_the_same_run() -> None:
+    shape = Shape("a GPU", "bfloat16", 4, 2, 16, 16, 1, 8, 4, 16, 4, 20)
+    rows = [
+        DistributedRow(kind, length, "", ms, 3 * ms, shape, ranks=ranks, layout="zigzag")
+        for kind, length, ms, ranks in (
+            ("dense_ring", 64, 10.0, 2),
+            ("nsa", 64, 4.0, 2),
+            ("nsa", 64, 2.0, 4),
+            ("nsa", 128, 5.0, 2),
+        )
+    ]
+    ratios = [(row.forward_over_ring, row.both_over_ring) for row in with_ring_ratios(rows)]
+    assert ratios == [(None, None), (2.5, 2.5), (None, None), (None, None)]
+
+
+def refusal(options: DistributedOptions) -> str:
+    try:
+        run_bench(options)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_what_does_not_fit_the_ranks_is_refused_by_name(ranks_of: RanksOf) -> None:
+    for options, message in (
+        (replace(SMALL, lengths=(97,)), "lengths: found 97; multiples of 2 work"),
+        (
+            replace(SMALL, lengths=(100,), documents=2, layout="zigzag_per_document"),
+            "lengths: found 100; multiples of 8 work",
+        ),
+        (replace(SMALL, layout="auto"), "layout: found 'zigzag' for dense attention"),
+    ):
+        for found in ranks_of(2).run(refusal, options):
+            assert message in found
+
+
+def test_a_start_without_ranks_or_gpus_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as error:
+        bench_distributed.main(["--lengths", "64"])
+    assert "ranks: found none; torchrun --nproc-per-node=GPUS works" in str(error.value.code)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as error:
+        bench_distributed.main(["--lengths", "64"])
+    assert "found no CUDA device" in str(error.value.code)
