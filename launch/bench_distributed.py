@@ -193,10 +193,9 @@ def contests(stream: Stream, layout: str, context: ContextGroup) -> list[Callabl
         bounds = torch.arange(options.documents + 1, dtype=torch.int32) * stream.size
     sharding = make_sharding(length, cu_seqlens=bounds, layout=layout, group=context)
     if sharding.padded_length != length:
-        multiple = 2 * context.size * options.documents
-        raise ValueError(
-            f"lengths: found {length}; a multiple of {multiple} works over these ranks"
-        )
+        cut = make_layout(layout, context.size)
+        works = f"multiples of {cut.multiple * (options.documents if cut.per_document else 1)} work"
+        raise ValueError(f"lengths: found {length}; {works} with layout {layout!r} on these ranks")
     batch: dict[str, Any] = {
         "batch": 1,
         "local_length": length // context.size,
