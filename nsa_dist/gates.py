@@ -14,6 +14,23 @@ def _initial_logits(config: NSAConfig) -> Tensor:
     return torch.tensor(logits).expand(config.num_heads, -1)
 
 
+class _LogitLinear(nn.Linear):
+    """Hidden width to logits [H*nb], its bias set by ``gate_init``.
+
+    By itself, and before its own constructor ends: ZeRO 3 may cut the weights right after that.
+    """
+
+    def __init__(self, in_features: int, config: NSAConfig, **factory: object) -> None:
+        self.config = config  # Read by reset_parameters, which the constructor calls.
+        width = config.num_heads * len(config.branches)
+        super().__init__(in_features, width, **factory)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.bias.copy_(_initial_logits(self.config).flatten())
+
+
 class LinearGate(nn.Module):
     """sigmoid(W x + b), W [H*nb, hidden] with rows ordered (head, branch); b starts at
     ``gate_init``."""
@@ -21,15 +38,11 @@ class LinearGate(nn.Module):
     def __init__(self, hidden_size: int, config: NSAConfig, **factory: object) -> None:
         super().__init__()
         self.config = config
-        width = config.num_heads * len(config.branches)
-        self.proj = nn.Linear(hidden_size, width, **factory)  # type: ignore[arg-type]
-        self.reset_parameters()
+        self.proj = _LogitLinear(hidden_size, config, **factory)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw W as torch's linear layers do; set b."""
         self.proj.reset_parameters()
-        self.proj.bias.copy_(_initial_logits(self.config).flatten())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> gates [..., H, nb], float32 (float64 for float64)."""
@@ -42,18 +55,14 @@ class MLPGate(nn.Module):
     def __init__(self, hidden_size: int, config: NSAConfig, **factory: object) -> None:
         super().__init__()
         self.config = config
-        width = config.num_heads * len(config.branches)
         gate_hidden = config.gate_hidden or config.head_dim
         self.up = nn.Linear(hidden_size, gate_hidden, **factory)  # type: ignore[arg-type]
-        self.down = nn.Linear(gate_hidden, width, **factory)  # type: ignore[arg-type]
-        self.reset_parameters()
+        self.down = _LogitLinear(gate_hidden, config, **factory)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weights as torch's linear layers do; set b2."""
         self.up.reset_parameters()
         self.down.reset_parameters()
-        self.down.bias.copy_(_initial_logits(self.config).flatten())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> gates [..., H, nb], float32 (float64 for float64)."""
