@@ -19,6 +19,7 @@ from nsa_dist.adapters.huggingface.batch import Batch
 from nsa_dist.adapters.huggingface.cache import NSACacheLayer
 from nsa_dist.compressor import BlockCompressor, apply_compressor
 from nsa_dist.config import NSAConfig
+from nsa_dist.flow import ZeroGradient
 from nsa_dist.functional import native_sparse_attention
 from nsa_dist.gates import make_gate
 from nsa_dist.layer import SetNorm
@@ -213,6 +214,8 @@ class NSAAttention(nn.Module):
                 scale=scale,
             )
         out = ops.combine([outputs[branch] for branch in config.branches], gates)
+        if config.uses_compression and "compressed" not in config.branches:
+            out = ZeroGradient.apply(out, k_cmp)
         return out.view(shape) if batch.rows is None else _put(out, batch.rows, shape)
 
     def _compress(

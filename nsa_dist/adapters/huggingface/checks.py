@@ -181,6 +181,7 @@ def check_call(
     past_key_values: Any,
     use_cache: bool | None,
     cu_seqlens: Any,
+    labels: Any,
     kwargs: Mapping[str, Any],
 ) -> str | None:
     """What is wrong with the arguments of a model's ``forward``, or None.
@@ -205,6 +206,13 @@ def check_call(
             return f"attention_mask: found {describe(attention_mask)} with {why}; None works"
         if use_cache:
             return f"use_cache: found True with {why}; None or False works"
+    if split and labels is not None:
+        for option, works in (
+            ("shift_labels", "the labels of nsa_dist.shard_batch, shifted before the cut, work"),
+            ("num_items_in_batch", "num_targets of nsa_dist.shard_batch works"),
+        ):
+            if kwargs.get(option) is None:
+                return f"{option}: found None beside labels with {why}; {works}"
     if packed and rows != 1:
         return f"cu_seqlens: found with batch size {rows}; it works with batch size 1 only"
     return None

@@ -146,8 +146,9 @@ class _NSAMixin:
         """As of the dense model, on this rank's part of the batch where the sequence is split.
 
         Args:
-            input_ids, inputs_embeds, labels, logits_to_keep: as of the dense model. ``labels`` are
-                shifted here, which a split sequence cannot be: give ``shift_labels`` there.
+            input_ids, inputs_embeds, labels, logits_to_keep: as of the dense model. Labels of a
+                split sequence cannot be shifted here: give ``shift_labels`` and
+                ``num_items_in_batch`` too, of ``shard_batch``; the loss is this rank's share then.
             attention_mask: [B, cached and new tokens], zeros before and behind each row's tokens.
             position_ids: positions in the document, [B, L]; worked out when None. Rows whose
                 positions start anew are packed documents, as for the dense model.
@@ -174,6 +175,7 @@ class _NSAMixin:
                 past_key_values,
                 use_cache,
                 cu_seqlens,
+                labels,
                 kwargs,
             )
         if len(self.nsa_layers) == self.config.num_hidden_layers:  # type: ignore[attr-defined]
@@ -200,6 +202,7 @@ class _NSAMixin:
         past_key_values: Any,
         use_cache: bool | None,
         cu_seqlens: Tensor | None,
+        labels: Tensor | None,
         kwargs: Mapping[str, Any],
     ) -> tuple[Batch, Tensor, Any]:
         """The batch, its positions, and the cache in use."""
@@ -217,6 +220,7 @@ class _NSAMixin:
             past_key_values=past_key_values,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
+            labels=labels,
             kwargs=kwargs,
         ) or check_position_ids(position_ids, (rows, length))
         # On a split sequence all ranks raise together, where the plan is made.

@@ -204,6 +204,8 @@ def refusals_on_rank() -> dict[str, str]:
         "position_ids, wrong on rank 1": {"position_ids": positions + rank},
         "position_ids, on one rank only": {"position_ids": None if rank else positions},
         "attention_mask, on one rank only": {"attention_mask": ones if rank else None},
+        "shift_labels": {"labels": batch.labels, "num_items_in_batch": batch.num_targets},
+        "num_items_in_batch": {"labels": batch.labels, "shift_labels": batch.labels},
         "cu_seqlens, of the shard": {"cu_seqlens": torch.tensor([0, 32], dtype=torch.int32)},
     }
     found = {}

@@ -94,12 +94,19 @@ def test_greedy_over_the_cache_is_full_recomputation(name: str, length: int) -> 
 
 
 @pytest.mark.parametrize(
-    "name", [x if x in IN_CI else pytest.param(x, marks=pytest.mark.slow) for x in MODELS]
+    ("name", "lengths"),
+    [
+        *(pytest.param(name, SOME, id=name) for name in IN_CI),
+        *(
+            pytest.param(name, tuple(LENGTHS), id=f"{name}-all", marks=pytest.mark.slow)
+            for name in MODELS
+        ),
+    ],
 )
-def test_left_padded_batch_is_its_rows(name: str) -> None:
-    """All prompt lengths in one batch."""
+def test_left_padded_batch_is_its_rows(name: str, lengths: tuple[int, ...]) -> None:
+    """Prompts of all these lengths in one batch."""
     model = _model(name)
-    prompts = [some_tokens(1, n, seed=n)[0] for n in LENGTHS]
+    prompts = [some_tokens(1, n, seed=n)[0] for n in lengths]
     tokens, mask = left_padded(prompts)
     found = _generate(model, tokens, attention_mask=mask)
     for row, prompt in zip(found, prompts, strict=True):

@@ -15,6 +15,8 @@ from nsa_dist import NSAConfig
 
 pytest.importorskip("transformers")
 
+from transformers import DynamicCache
+
 from tests.adapters.huggingface.case import (
     INDEPENDENT,
     SMALL,
@@ -24,6 +26,7 @@ from tests.adapters.huggingface.case import (
     some_tokens,
     sparse_model,
 )
+from tests.distributed.layer_case import largest
 from tests.distributed.ranks import Ranks
 from tests.ops.accuracy import assert_2x
 
@@ -88,6 +91,27 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         grads.append({name: x.grad for name, x in model.named_parameters()})
     for name, grad in grads[0].items():
         assert torch.equal(grads[1][name], grad), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, INDEPENDENT, replace(INDEPENDENT, branches=("selected", "window"))],
+    ids=["shared", "independent", "without-compressed"],
+)
+def test_gradients_through_a_cache(config: NSAConfig) -> None:
+    """Of a prompt in two pieces, the second of which attends to what the first left."""
+    tokens = some_tokens(2, 53)
+    grads = []
+    for sizes in ((53,), (31, 22)):
+        model = sparse_model("qwen3", config, layers=[1], dtype=torch.float64).train()
+        cache = DynamicCache() if len(sizes) > 1 else None
+        logits = [
+            model(piece, past_key_values=cache).logits for piece in tokens.split(sizes, dim=1)
+        ]
+        torch.cat(logits, dim=1).square().sum().backward()
+        grads.append({name: x.grad for name, x in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert largest(grads[1][name] - grad) <= 1e-12 * largest(grad), name
 
 
 def test_training_moves_every_new_weight() -> None:
