@@ -49,7 +49,7 @@ def _plans_of(group: ContextGroup) -> list[_Entry]:
     return _plans_of_groups.setdefault(group.process_group, [])
 
 
-def _on_host(cu_seqlens: Tensor) -> Tensor:
+def on_host(cu_seqlens: Tensor) -> Tensor:
     """A CPU copy of device boundaries, made once a batch however many layers ask."""
     if cu_seqlens.device.type == "cpu":
         return cu_seqlens
@@ -105,7 +105,7 @@ def get_plan(
     if cu_seqlens is None:
         boundaries = "None"
     elif isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "meta":
-        cu_seqlens = _on_host(cu_seqlens)
+        cu_seqlens = on_host(cu_seqlens)
         boundaries = ""  # Printed only where a plan is made.
     else:
         boundaries = describe(cu_seqlens)

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from nsa_dist.adapters.ring.flash import FLASH_DTYPES, FLASH_WIDTH, flash_kind
 from nsa_dist.adapters.ring.library import missing_library, ring_functions
+from nsa_dist.agreement import agree, show_boundaries
 from nsa_dist.checks import DTYPES, check_number, check_tensor, describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.config import NSAConfig
 from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.plan import Plan
-from nsa_dist.planning import get_plan
+from nsa_dist.planning import get_plan, on_host
 
 # Of the plan a dense layer needs the checks, the ranks' agreement and each token's place in its
 # document. Neither depends on heads, and a window of the token itself needs no exchange.
@@ -92,15 +93,35 @@ def get_dense_plan(
     inputs: dict[str, str] | None = None,
     problem: str | None = None,
 ) -> DensePlan:
-    """The plan for one call, cached as by ``nsa_dist.get_plan``. Making a new one is a collective.
+    """The plan for one call, cached as by ``nsa_dist.get_plan``. A collective.
+
+    Ranks agree on every call and not on new plans alone: nothing else that a ring sends would tell
+    one rank of another's documents.
 
     Raises:
         ValueError: on every rank, naming the option, for what ``get_plan`` refuses, and for a
             layout that dense attention has no algorithm for, naming those that work.
     """
     context = context_group(group)
+    counter = CommunicationCounter() if communication is None else communication
     if context.size > 1:
         problem = problem or missing_library() or _layout_problem(layout, cu_seqlens, dtype)
+    inputs = {"attention": "dense"} | (inputs or {})
+    if isinstance(cu_seqlens, Tensor) and not cu_seqlens.is_meta:
+        cu_seqlens = on_host(cu_seqlens)
+        boundaries = show_boundaries(cu_seqlens)
+    else:
+        boundaries = describe(cu_seqlens)
+    values = {
+        "layout": repr(layout),
+        "batch size": str(batch),
+        "local sequence length": str(local_length),
+        "cu_seqlens": boundaries,
+        "dtype": str(dtype),
+        "device": device.type,
+        **inputs,
+    }
+    agree(values, problem, context, counter)
     plan = get_plan(
         PLACES,
         layout,
@@ -110,10 +131,8 @@ def get_dense_plan(
         cu_seqlens=cu_seqlens,
         dtype=dtype,
         device=device,
-        communication=communication,
-        inputs={"attention": "dense", "cu_seqlens given": str(cu_seqlens is not None)}
-        | (inputs or {}),
-        problem=problem,
+        communication=counter,
+        inputs=inputs,
     )
     if plan not in _splits:
         # Made where autograd may save them, as plans are.

@@ -126,9 +126,8 @@ class DenseAttention(nn.Module):
             ValueError: naming the option, the value found and the values that work; on every rank
                 of the group where it shows when a plan is made.
         """
-        config, rows = self.config, x.shape[:2]
-        plan = self._plan(x, cu_seqlens, position_ids)
-        places = plan.plan
+        config, plan = self.config, self._plan(x, cu_seqlens, position_ids)
+        places, rows = plan.plan, x.shape[:2]
         q = self.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim))
         k = self.k_proj(x).unflatten(-1, (config.num_kv_heads, config.head_dim))
         v = self.v_proj(x).unflatten(-1, (config.num_kv_heads, config.value_dim))
