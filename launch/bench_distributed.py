@@ -10,6 +10,7 @@ docs/benchmarks.md says what is counted.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from bench_judges import compare_sampled
+from bench_judges import Verdict, compare_sampled
 from bench_kernels import measure, shape_of, where
 from bench_meter import Meter
 from bench_options import Sizes
@@ -101,6 +102,12 @@ def largest(value: float, context: ContextGroup) -> float:
     found = torch.tensor([value], dtype=torch.float64, device=context.device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=context.process_group)
     return float(found)
+
+
+def of_all(verdict: Verdict, context: ContextGroup) -> Verdict:
+    """The worst of all ranks' verdicts, so that all time a result or none; a collective."""
+    error = math.inf if math.isnan(verdict.error) else verdict.error
+    return replace(verdict, error=largest(error, context))
 
 
 class _OverRanks(torch.autograd.Function):
@@ -285,7 +292,7 @@ def bench(
         for build in contests(stream, layout, context):
             contest = build()
             problem = contest.problem
-            verdict = problem.verdict()
+            verdict = of_all(problem.verdict(), context)
             found = f"{problem.name} at {length}: error {verdict.error:.1e}"
             if not verdict.right:
                 wrong.append(f"{found}, at most {verdict.limit:.1e} is right")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import bench_distributed
 from bench_distributed import (
     DistributedOptions,
     DistributedRow,
+    RanksMeter,
     bench,
     contests,
     markdown,
@@ -187,3 +189,28 @@ def test_a_start_without_ranks_or_gpus_is_told_so(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit) as error:
         bench_distributed.main(["--lengths", "64"])
     assert "found no CUDA device" in str(error.value.code)
+
+
+def timed_on_gpus(options: DistributedOptions) -> tuple[list[DistributedRow], list[str]]:
+    context = context_group(dist.group.WORLD)
+    return bench(options, context, RanksMeter(5, context))
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("documents", [1, 4])
+def test_a_run_on_gpus_times_both(documents: int) -> None:
+    options = DistributedOptions(lengths=(4096,), heads=16, kv_heads=1, documents=documents)
+    ranks = Ranks(2, timedelta(seconds=120), "nccl")
+    try:
+        (rows, wrong), (others, _) = ranks.run(timed_on_gpus, options)
+    finally:
+        ranks.close()
+    assert wrong == []
+    assert [row.operator for row in rows] == ["dense_ring", "nsa"]
+    for row, other in zip(rows, others, strict=True):
+        times = (row.forward_ms, row.backward_ms, row.peak_gib)
+        # Of all ranks, so the same on each.
+        assert times == (other.forward_ms, other.backward_ms, other.peak_gib)
+        assert all(value is not None and value > 0 for value in times)
+        # Nothing is faster than the GPU: what such a rate would count is wrong.
+        assert row.forward_of_floor is not None and 0 < row.forward_of_floor < 1.1
