@@ -1,6 +1,7 @@
 """Checkpoints by torch.distributed.checkpoint: every rank writes its shards, any world reads them.
 
-Those of the Megatron engine lie in the same folders, in Megatron's own format (convert.py).
+Those of the Megatron and the DeepSpeed engine lie in the same folders, in formats of their own
+(convert.py; DeepSpeed's are read by as many ranks as wrote them, or from its universal form).
 
 A checkpoint is a folder ``checkpoints/step_00001000`` with weights, optimizer state and the
 settings of its run. Data order and dropout follow from the seed and the step, so nothing else is
@@ -37,13 +38,20 @@ _FREE_OPTIONS = ("recompute", "recompute_part", "backend", "micro_batch")
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run folder, oldest first."""
     # The metadata file is written last; by Megatron another one after it.
-    found = sorted(path.parent for path in folder.glob("checkpoints/step_*/.metadata"))
-    return [path for path in found if not is_megatron(path) or (path / "metadata.json").exists()]
+    found = {path.parent for path in folder.glob("checkpoints/step_*/.metadata")}
+    found = {path for path in found if not is_megatron(path) or (path / "metadata.json").exists()}
+    settings = (path.parent for path in folder.glob("checkpoints/step_*/settings.toml"))
+    return sorted(found | {path for path in settings if is_deepspeed(path)})
 
 
 def is_megatron(path: Path) -> bool:
     """Whether a checkpoint is in Megatron's format."""
     return (path / "common.pt").exists()
+
+
+def is_deepspeed(path: Path) -> bool:
+    """Whether a checkpoint is in DeepSpeed's format."""
+    return any(path.glob("*_optim_states.pt"))
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -115,10 +123,10 @@ def load_weights(path: Path, model: nn.Module) -> None:
     collective.
 
     Raises:
-        ValueError: if it is one of Megatron's.
+        ValueError: if it is one of Megatron's or DeepSpeed's.
     """
     works = "a checkpoint of engine 'fsdp2' works; launch/convert.py makes one of Megatron's"
-    check(not is_megatron(path), "checkpoint", str(path), works)
+    check(not is_megatron(path) and not is_deepspeed(path), "checkpoint", str(path), works)
     state = {"model": get_model_state_dict(model)}
     load(state, checkpoint_id=path)
     set_model_state_dict(model, state["model"])

@@ -1,4 +1,4 @@
-"""What the training loop asks of whatever spreads the model over ranks: FSDP2 or Megatron."""
+"""What the training loop asks of what spreads the model: FSDP2, Megatron or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -75,6 +75,10 @@ def make_engine(settings: Settings, vocab_size: int, ranks: Ranks) -> Engine:
         from megatron_engine import MegatronEngine
 
         return MegatronEngine(settings, vocab_size, ranks)
+    if settings.parallel.engine == "deepspeed":
+        from deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(settings, vocab_size, ranks)
     from fsdp2_engine import Fsdp2Engine
 
     return Fsdp2Engine(settings, vocab_size, ranks)

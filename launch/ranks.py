@@ -1,8 +1,8 @@
 """The processes of a run, and what they agree on.
 
 Ranks form a pp x dp x cp x tp grid, neighbours last: tp ranks share each block, cp ranks a
-sequence, dp replicas the batch, pp stages the blocks. With FSDP2 tp and pp are 1, and weights,
-gradients and optimizer state are sharded over the whole grid, flattened.
+sequence, dp replicas the batch, pp stages the blocks. With FSDP2 and DeepSpeed tp and pp are 1, and
+weights, gradients and optimizer state are sharded over the whole grid, flattened.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def start_ranks(settings: Settings) -> Ranks:
     check_dense(settings, kind)
     parallel = settings.parallel
     cp, dp, tp, pp = parallel.cp, parallel.dp, parallel.tp, parallel.pp
-    if parallel.engine == "fsdp2":
+    if parallel.engine == "deepspeed":
+        check_deepspeed(parallel.engine)
+    if parallel.engine != "megatron":
         check(size % cp == 0, "parallel.cp", cp, f"a divisor of the {size} processes works")
         works = f"-1 or {size} // cp = {size // cp} works"
     else:
@@ -158,6 +160,13 @@ def check_dense(settings: Settings, kind: str) -> None:
     works = "on the CPU it is float32; 'bfloat16', or parallel.layout = 'contiguous', works"
     right = not wrong or settings.parallel.layout == "contiguous"
     check(right, "run.dtype", settings.run.dtype, f"dense layers: {works}")
+
+
+def check_deepspeed(engine: str) -> None:
+    """Refuse DeepSpeed where it is missing."""
+    works = "pip install nsa-dist[deepspeed], or 'fsdp2', works"
+    there = importlib.util.find_spec("deepspeed") is not None
+    check(there, "parallel.engine", engine, f"deepspeed is not installed here; {works}")
 
 
 def check_megatron(engine: str, kind: str) -> None:

@@ -120,7 +120,8 @@ class OptimizerSettings:
 class ParallelSettings:
     """How the ranks are used: dp replicas of cp (megatron: pp x cp x tp) ranks."""
 
-    engine: Literal["fsdp2", "megatron"] = "fsdp2"  # what spreads weights and runs the steps
+    # what spreads weights and runs the steps
+    engine: Literal["fsdp2", "megatron", "deepspeed"] = "fsdp2"
     cp: int = 1  # ranks that share one sequence
     dp: int = -1  # replicas, each with its share of the batch; -1: the rest of the world
     tp: int = 1  # megatron: ranks that share the heads and widths of each block
@@ -129,6 +130,8 @@ class ParallelSettings:
     layout: Literal["contiguous", "zigzag", "zigzag_per_document"] = "zigzag"
     # fsdp2: False keeps gathered weights until backward has used them
     reshard_after_forward: bool = True
+    # deepspeed: 1 shards optimizer state, 2 gradients too, 3 weights too
+    zero_stage: Literal[1, 2, 3] = 3
 
     def __post_init__(self) -> None:
         for option in ("cp", "tp", "pp"):
@@ -190,6 +193,8 @@ class Settings:
         )
         if self.parallel.engine == "megatron":
             _check_megatron(self)
+        elif self.parallel.engine == "deepspeed":
+            _check_deepspeed(self)
         else:
             _check_only(self, "fsdp2", _FSDP2_ONLY)
         _check_dense(self)
@@ -201,6 +206,11 @@ _FSDP2_ONLY: tuple[tuple[str, Any, str], ...] = (
     ("parallel.pp", 1, "pipeline parallelism is of engine 'megatron'"),
     ("parallel.sequence_parallel", False, "it is of engine 'megatron'"),
     ("model.recompute_part", "block", "'attention' is of engine 'megatron'"),
+    ("parallel.zero_stage", 3, "others are of engine 'deepspeed'"),
+)
+_DEEPSPEED_ONLY: tuple[tuple[str, Any, str], ...] = (
+    *(row for row in _FSDP2_ONLY if row[0] != "parallel.zero_stage"),
+    ("parallel.reshard_after_forward", True, "False is of engine 'fsdp2'"),
 )
 _MEGATRON_ONLY: tuple[tuple[str, Any, str], ...] = (
     ("model.attention", "nsa", "Megatron's own dense attention takes no packed documents here"),
@@ -212,6 +222,7 @@ _MEGATRON_ONLY: tuple[tuple[str, Any, str], ...] = (
     ("attention.compress_pre_rope", False, "Megatron hands over rotated keys"),
     ("parallel.layout", "zigzag_per_document", "so Megatron splits packed documents"),
     ("parallel.reshard_after_forward", True, "False is of engine 'fsdp2'"),
+    ("parallel.zero_stage", 3, "others are of engine 'deepspeed'"),
 )
 
 
@@ -234,6 +245,13 @@ def _check_dense(settings: Settings) -> None:
     works = f"'bfloat16', or parallel.layout = 'contiguous', works {why}"
     right = layout == "contiguous" or dtype in ("auto", "bfloat16")
     check(right, "run.dtype", dtype, works)
+
+
+def _check_deepspeed(settings: Settings) -> None:
+    """Refuse what DeepSpeed cannot do, before anything is started."""
+    _check_only(settings, "deepspeed", _DEEPSPEED_ONLY)
+    works = "'auto', 'bfloat16' and 'float32' work with parallel.engine = 'deepspeed'"
+    check(settings.run.dtype != "float64", "run.dtype", settings.run.dtype, works)
 
 
 def _check_megatron(settings: Settings) -> None:

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node=2 launch/train.py configs/default.toml [--section.option value ...]
 
 Runs on GPUs over NCCL and on CPUs over gloo, also as one process without torchrun. What spreads the
-model over ranks and runs a step is an engine: FSDP2 (fsdp2_engine.py) or Megatron-core
-(megatron_engine.py), by ``parallel.engine``.
+model over ranks and runs a step is an engine: FSDP2 (fsdp2_engine.py), Megatron-core
+(megatron_engine.py) or DeepSpeed (deepspeed_engine.py), by ``parallel.engine``.
 """
 
 from __future__ import annotations
@@ -274,6 +274,8 @@ def grid_name(settings: Settings, ranks: Ranks) -> str:
     if settings.parallel.engine == "megatron":
         with_sp = " with sequence parallel" if settings.parallel.sequence_parallel else ""
         grid = f"Megatron, pp {ranks.pp} x {grid} x tp {ranks.tp}{with_sp}"
+    if settings.parallel.engine == "deepspeed":
+        grid = f"DeepSpeed, ZeRO {settings.parallel.zero_stage}, {grid}"
     return grid
 
 

@@ -31,3 +31,10 @@ def megatron_ranks() -> Iterator[Callable[[int], Ranks]]:
     """As ``ranks_of``, but processes that answer for Megatron's GPUs."""
     with rank_pool() as get:
         yield get
+
+
+@pytest.fixture(scope="package")
+def deepspeed_ranks() -> Iterator[Callable[[int], Ranks]]:
+    """As ``ranks_of``, but processes in which DeepSpeed keeps groups."""
+    with rank_pool() as get:
+        yield get

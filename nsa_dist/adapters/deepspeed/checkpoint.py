@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -47,7 +48,26 @@ def load_checkpoint(
     read, state = engine.load_checkpoint(str(folder), tag=tag, **options)
     if read is None:
         raise ValueError(f"load_dir: found {str(path)!r}, which DeepSpeed cannot read")
+    only_weights = options.get("load_module_only", False)
+    with_state = options.get("load_optimizer_states", True) and not only_weights
+    if universal and with_state and engine.zero_optimization_stage() == 3:
+        _restore_groups(engine.optimizer.optimizer, path)
     return read, state
+
+
+def _restore_groups(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Undo what DeepSpeed's loading of universal checkpoints does to several parameter groups.
+
+    At ZeRO 3 all of them get the options of the first, and one tensor to count their steps in,
+    which each of them increments.
+    """
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+    file = path / "zero" / "optimizer_state.pt"
+    saved = torch.load(file, map_location="cpu", weights_only=False)["param_groups"]
+    for group, options in zip(optimizer.param_groups, saved, strict=True):
+        group.update({name: value for name, value in options.items() if name != "params"})
 
 
 def universal_command(path: Path) -> str:

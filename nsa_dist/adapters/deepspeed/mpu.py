@@ -70,6 +70,11 @@ class SequenceParallelMPU:
     def get_model_parallel_rank(self) -> int:
         return 0
 
+    # By these names where universal checkpoints are read.
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
 
 def make_mpu(group: GroupLike, *, sequence_dim: str | None = None) -> SequenceParallelMPU:
     """The ``mpu`` for ``deepspeed.initialize``: ``group`` shares a sequence, ZeRO shards over all.

@@ -1,0 +1,78 @@
+"""Runs by DeepSpeed, on CPUs and on GPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data import PackedStreams, load_corpus
+from engine import count_targets
+from ranks import start_ranks
+from settings import Settings
+from tests.launch.common import Gradients, replaced
+from tests.launch.megatron import use_gpus
+from train import Result, step_batches, train
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed, which is not here"
+)
+
+
+def run_deepspeed(settings: Settings) -> Result:
+    """A whole run."""
+    if settings.run.device == "cuda":
+        use_gpus()
+    return train(settings, start_ranks(settings))
+
+
+def deepspeed_gradients(settings: Settings) -> Gradients:
+    """Gradients of the first step's batch, whole, on the CPU."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from deepspeed_engine import DeepSpeedEngine
+    from nsa_dist.adapters.deepspeed import scale_loss
+
+    if settings.run.device == "cuda":
+        use_gpus()
+    ranks = start_ranks(settings)
+    engine = DeepSpeedEngine(settings, 256, ranks)
+    streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
+    batches = list(step_batches(settings, streams, 0, ranks))
+    targets = count_targets(batches, ranks)
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for index, batch in enumerate(batches):
+        loss = engine.deepspeed(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
+        engine.deepspeed.backward(scale_loss(engine.deepspeed, loss, targets))
+        total += loss.detach()
+        if index < len(batches) - 1:
+            engine.deepspeed.step()
+    grads = {
+        name: safe_get_full_grad(p).detach().cpu().clone()
+        for name, p in engine.model.named_parameters()
+    }
+    norm = torch.stack([grad.double().square().sum() for grad in grads.values()]).sum().sqrt()
+    return Gradients(float(ranks.total(total)) / targets, float(norm), grads)
+
+
+def broken_off(settings: Settings, root: Path, name: str, last: str) -> Settings:
+    """The run as if it had ended before its last checkpoint; the settings that go on with it."""
+    shutil.copytree(settings.run.folder, root / name)
+    shutil.rmtree(root / name / "checkpoints" / last)
+    return replaced(settings, "run", folder=str(root / name), resume=True)
+
+
+def run_command(command: str) -> None:
+    """A command that an error names, by this Python."""
+    program, *arguments = command.split()
+    assert program == "python"
+    done: Any = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,259 @@
+"""Training by DeepSpeed follows training by FSDP2, on the CPU: by the loss rule.
+
+``test_deepspeed_gpus.py`` does so on GPUs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from settings import Settings
+from tests.distributed.ranks import RankError, Ranks
+from tests.launch.common import replaced, run_training, tiny
+from tests.launch.deepspeed import broken_off, needs_deepspeed, run_command, run_deepspeed
+from tests.launch.test_megatron_engine import VARIANTS, assert_close, mean_difference
+from train import Result
+
+RanksOf = Callable[[int], Ranks]
+
+RUNS: list[Any] = [
+    ("independent", 2, {"zero_stage": 3, "cp": 2}, {"dropout": 0.1}),
+    ("shared", 2, {"zero_stage": 2, "cp": 2}, {"recompute": True}),
+    ("independent", 2, {"zero_stage": 1}, {}),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("shared", 2, {"zero_stage": 3, "cp": 2}, {"recompute": True}),
+            ("independent", 2, {"zero_stage": 2, "cp": 2}, {}),
+            ("shared", 2, {"zero_stage": 1, "cp": 2}, {}),
+            ("independent", 1, {"zero_stage": 3}, {}),
+            ("shared", 4, {"zero_stage": 3, "cp": 2, "layout": "contiguous"}, {}),
+            ("independent", 4, {"zero_stage": 2, "cp": 2}, {}),
+            ("shared", 4, {"zero_stage": 1, "cp": 4}, {}),
+        )
+    ),
+]
+
+
+def by_deepspeed(root: Path, variant: str, parallel: dict[str, Any], **run: Any) -> Settings:
+    options: dict[str, Any] = {
+        **VARIANTS[variant],
+        "parallel": {"engine": "deepspeed", **parallel},
+        "run": {"dtype": "float32", **run},
+    }
+    if variant == "independent":
+        options["data"] = {"global_batch": 4}
+    return tiny(root, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(ranks_of: RanksOf, root: Path) -> Callable[[Settings], Result]:
+    """The run by FSDP2 on one rank."""
+    done: dict[str, Result] = {}
+
+    def get(settings: Settings) -> Result:
+        settings = replaced(
+            settings, "parallel", engine="fsdp2", cp=1, zero_stage=3, layout="zigzag"
+        )
+        settings = replaced(settings, "model", recompute=False)
+        settings = replaced(settings, "run", folder="")
+        key = repr(settings)
+        if key not in done:
+            folder = str(root / f"fsdp2-beside-deepspeed-{len(done)}")
+            settings = replaced(settings, "run", folder=folder)
+            (done[key],) = ranks_of(1).run(run_training, settings)
+        return done[key]
+
+    return get
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("variant, size, parallel, model", RUNS)
+def test_every_step_is_that_of_fsdp2(
+    deepspeed_ranks: RanksOf,
+    alone: Callable[[Settings], Result],
+    root: Path,
+    variant: str,
+    size: int,
+    parallel: dict[str, Any],
+    model: dict[str, Any],
+) -> None:
+    name = "-".join(("deepspeed", variant, str(size), *map(str, parallel.values())))
+    settings = by_deepspeed(root, variant, parallel, folder=str(root / name))
+    settings = replaced(settings, "model", **model)
+    first, *others = deepspeed_ranks(size).run(run_deepspeed, settings)
+    expected = alone(settings)
+    assert all(other.losses == first.losses for other in others)
+    assert len(first.losses) == 20
+    assert_close(first.losses, expected.losses, 1e-5)
+    assert_close(first.grad_norms, expected.grad_norms, 1e-5)
+    assert math.isclose(first.validation_loss, expected.validation_loss, rel_tol=1e-5)
+    assert bool(sum(first.received.values())) == (settings.parallel.cp > 1)
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(ranks_of: RanksOf, root: Path) -> Callable[[str], tuple[Result, Result]]:
+    """Fifty steps of a variant by FSDP2 on one rank and on two that share the sequence."""
+    done: dict[str, tuple[Result, Result]] = {}
+
+    def get(variant: str) -> tuple[Result, Result]:
+        if variant not in done:
+            found = []
+            for cp in (1, 2):
+                folder = str(root / f"bfloat16-beside-deepspeed-{variant}-{cp}")
+                settings = by_deepspeed(root, variant, {}, dtype="bfloat16", steps=50)
+                settings = replaced(settings, "parallel", engine="fsdp2", cp=cp)
+                settings = replaced(settings, "run", folder=folder)
+                found.append(ranks_of(cp).run(run_training, settings)[0])
+            done[variant] = (found[0], found[1])
+        return done[variant]
+
+    return get
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_differs_from_fsdp2_no_more_than_twice_what_that_does_from_itself(
+    deepspeed_ranks: RanksOf,
+    in_bfloat16: Callable[[str], tuple[Result, Result]],
+    root: Path,
+    variant: str,
+    stage: int,
+) -> None:
+    folder = str(root / f"deepspeed-bfloat16-{variant}-{stage}")
+    parallel = {"zero_stage": stage, "cp": 2}
+    settings = by_deepspeed(root, variant, parallel, dtype="bfloat16", steps=50, folder=folder)
+    found, *_ = deepspeed_ranks(2).run(run_deepspeed, settings)
+    one, two = in_bfloat16(variant)
+    assert mean_difference(found, one) <= 2 * mean_difference(one, two)
+
+
+LAST = "step_00000006"
+
+
+@pytest.fixture(scope="module")
+def unbroken(deepspeed_ranks: RanksOf, root: Path) -> Callable[[int], tuple[Settings, Result]]:
+    """A run at a stage on two ranks, with a checkpoint half way, and a sample."""
+    done: dict[int, tuple[Settings, Result]] = {}
+
+    def get(stage: int) -> tuple[Settings, Result]:
+        if stage not in done:
+            options = {"steps": 6, "checkpoint_every": 3, "keep_checkpoints": 0}
+            settings = by_deepspeed(
+                root,
+                "independent",
+                {"zero_stage": stage, "cp": 2},
+                sample_tokens=4,
+                folder=str(root / f"unbroken-deepspeed-{stage}"),
+                **options,
+            )
+            result, *_ = deepspeed_ranks(2).run(run_deepspeed, settings)
+            done[stage] = settings, result
+        return done[stage]
+
+    return get
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
+    deepspeed_ranks: RanksOf,
+    root: Path,
+    unbroken: Callable[[int], tuple[Settings, Result]],
+    stage: int,
+) -> None:
+    settings, expected = unbroken(stage)
+    settings = broken_off(settings, root, f"resumed-deepspeed-{stage}", LAST)
+    result, other = deepspeed_ranks(2).run(run_deepspeed, settings)
+    assert result.losses == expected.losses[3:]
+    assert result.grad_norms == expected.grad_norms[3:]
+    assert result.validation_loss == expected.validation_loss
+    assert result.sample == other.sample == expected.sample
+    assert result.sample.startswith("def ")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_goes_on_elsewhere_by_the_command_that_its_refusal_names(
+    deepspeed_ranks: RanksOf,
+    root: Path,
+    unbroken: Callable[[int], tuple[Settings, Result]],
+    stage: int,
+) -> None:
+    settings, expected = unbroken(stage)
+    settings = broken_off(settings, root, f"moved-deepspeed-{stage}", LAST)
+    settings = replaced(settings, "parallel", cp=1)
+    with pytest.raises(RankError) as error:
+        deepspeed_ranks(1).run(run_deepspeed, settings)
+    found = re.search(
+        r"world size: found 1 with a checkpoint of 2 ranks, .*; 2 works, or "
+        r"(python -m deepspeed\S* .*) and {\"checkpoint\"",
+        str(error.value),
+    )
+    assert found, str(error.value)
+    run_command(found[1])
+    (result,) = deepspeed_ranks(1).run(run_deepspeed, settings)
+    assert len(result.losses) == 3
+    assert_close(result.losses, expected.losses[3:], 1e-5)
+    assert_close(result.grad_norms, expected.grad_norms[3:], 1e-5)
+
+
+@needs_deepspeed
+def test_another_stage_or_engine_is_refused(
+    deepspeed_ranks: RanksOf,
+    ranks_of: RanksOf,
+    root: Path,
+    unbroken: Callable[[int], tuple[Settings, Result]],
+) -> None:
+    settings = broken_off(unbroken(2)[0], root, "refused-deepspeed", LAST)
+    with pytest.raises(RankError, match=r"parallel\.zero_stage: found 3; 2, the checkpoint's"):
+        deepspeed_ranks(2).run(run_deepspeed, replaced(settings, "parallel", zero_stage=3))
+    fsdp2 = replaced(settings, "parallel", engine="fsdp2", cp=1, zero_stage=3)
+    message = r"parallel\.engine: found 'fsdp2'; 'deepspeed', the checkpoint's, works"
+    with pytest.raises(RankError, match=message):
+        ranks_of(1).run(run_training, fsdp2)
+
+
+@pytest.mark.parametrize(
+    "section, option, value, message",
+    [
+        ("parallel", "tp", 2, "parallel.tp: found 2; 1 works with parallel.engine = 'deepspeed'"),
+        ("parallel", "pp", 2, "parallel.pp: found 2; 1 works with parallel.engine = 'deepspeed'"),
+        ("parallel", "sequence_parallel", True, "parallel.sequence_parallel: found True; False"),
+        ("parallel", "reshard_after_forward", False, "parallel.reshard_after_forward: found False"),
+        (
+            "model",
+            "recompute_part",
+            "attention",
+            "model.recompute_part: found 'attention'; 'block'",
+        ),
+        ("run", "dtype", "float64", "run.dtype: found 'float64'; 'auto', 'bfloat16' and"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_by_name(
+    root: Path, section: str, option: str, value: Any, message: str
+) -> None:
+    settings = by_deepspeed(root, "independent", {})
+    with pytest.raises(ValueError) as error:
+        replaced(settings, section, **{option: value})
+    assert message in str(error.value)
+
+
+def test_a_stage_is_refused_with_other_engines(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"parallel\.zero_stage: found 2; 3 works with.*fsdp2"):
+        replaced(tiny(root), "parallel", zero_stage=2)
+
+
+@needs_deepspeed
+def test_sizes_that_do_not_fit_are_refused(deepspeed_ranks: RanksOf, root: Path) -> None:
+    settings = by_deepspeed(root, "independent", {"cp": 3})
+    with pytest.raises(RankError, match=r"parallel\.cp: found 3; a divisor of the 2 processes"):
+        deepspeed_ranks(2).run(run_deepspeed, settings)
