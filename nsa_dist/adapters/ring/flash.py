@@ -264,7 +264,7 @@ def _plain_backward(
             delta = (probs * dprobs).sum(-1, keepdim=True)
         dlogits = (dprobs - delta) * probs * scale
         dq[rows] = torch.einsum("mgrn,ngd->mgrd", dlogits, k[keys].to(compute)).flatten(1, 2)
-        # Summed by head first: one running sum over all heads of a group rounds as often as it adds.
+        # By head first: one running sum over all heads of a group would round as often as it adds.
         dk[keys] += torch.einsum("mgrn,mgrd->rngd", dlogits, queries).sum(0)
         dv[keys] += torch.einsum("mgrn,mgrd->rngd", probs, grad).sum(0)
     return dq, dk, dv
