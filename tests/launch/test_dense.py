@@ -21,6 +21,7 @@ from tests.launch.common import (
     sampled_and_naive,
     tiny,
 )
+from tests.launch.deepspeed import needs_deepspeed, run_deepspeed
 from tests.launch.test_training import assert_close, assert_same_gradients, run
 
 pytestmark = pytest.mark.skipif(
@@ -97,6 +98,19 @@ def test_the_ring_trains_in_bfloat16(ranks_of: RanksOf, root: Path) -> None:
     print({kind: f"{value:.1e}" for kind, value in mean.items()})
     for kind in KINDS:
         assert 0 < mean[kind] <= 2 * mean["nsa"], mean
+
+
+@needs_deepspeed
+def test_deepspeed_trains_hybrid_models(
+    ranks_of: RanksOf, deepspeed_ranks: RanksOf, root: Path
+) -> None:
+    settings = settings_of(root, "hybrid", "fsdp2", dtype="float32")
+    expected = run(ranks_of(1), settings)
+    settings = replaced(settings, "parallel", engine="deepspeed", zero_stage=3, cp=2)
+    settings = replaced(settings, "run", folder=str(root / "hybrid-deepspeed"))
+    found, *_ = deepspeed_ranks(2).run(run_deepspeed, settings)
+    assert_close(found.losses, expected.losses, 1e-5)
+    assert found.received["ring"] > 0 and found.received["fetch"] > 0
 
 
 def test_a_sample_is_drawn_from_the_logits_of_the_last_token(ranks_of: RanksOf, root: Path) -> None:
