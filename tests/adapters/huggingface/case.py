@@ -12,6 +12,9 @@ os.environ["TRANSFORMERS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import (
     DynamicCache,
     LlamaConfig,
@@ -154,12 +157,20 @@ def gradients(
     packed: bool,
     split: bool,
     recompute: bool = False,
+    sharded: bool = False,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and every gradient of one batch, over all ranks if ``split``."""
+    """Loss and every gradient of one batch, over all ranks if ``split``; ``sharded`` by FSDP2."""
     group = dist.group.WORLD if split else None
     model = sparse_model(family, config, group=group, layout=layout, dtype=dtype).train()
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+            # gloo has no scaled sums.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     bounds = torch.tensor([0, *DOCUMENTS]).cumsum(0).int() if packed else None
     tokens = some_tokens(1, sum(DOCUMENTS)) if packed else some_tokens(2, 75)
     batch = shard_batch(tokens, cu_seqlens=bounds, layout=layout, group=group)
@@ -176,10 +187,11 @@ def gradients(
     total = loss.detach()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
-        grads[name] = parameter.grad
+        grad = parameter.grad
+        grads[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
     if split:
-        for grad in [*grads.values(), total]:
-            dist.all_reduce(grad)
+        for whole in [*([] if sharded else grads.values()), total]:
+            dist.all_reduce(whole)
     return float(total), grads
 
 

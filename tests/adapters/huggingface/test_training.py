@@ -67,11 +67,12 @@ def test_gradients_over_two_ranks_by_the_2x_rule(case: str, ranks_of: GetRanks) 
         assert_2x(ours_loss, plain32.float(), exact, torch.float32, "loss")
 
 
-def test_recomputation_changes_no_bit(ranks_of: GetRanks) -> None:
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole-weights", "FSDP2"])
+def test_recomputation_changes_no_bit(sharded: bool, ranks_of: GetRanks) -> None:
     arguments = ("qwen3", INDEPENDENT, "zigzag", torch.float32, True)
     expected, found = (
-        ranks_of(2).run(gradients_on_rank, *arguments, True, recompute)[0]
-        for recompute in (False, True)
+        ranks_of(2).run(gradients_on_rank, *arguments, True, *options)[0]
+        for options in ((False, False), (True, sharded))
     )
     assert found[0] == expected[0]
     for name, grad in expected[1].items():
