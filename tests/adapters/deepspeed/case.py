@@ -153,7 +153,7 @@ def prepare() -> Any:
     return deepspeed
 
 
-def config_of(case: Case) -> dict[str, Any]:
+def config_of(case: Case, universal: bool = False) -> dict[str, Any]:
     # Buffers of a bucket's size, which is two gigabytes by default, are filled in these processes.
     zero = {"stage": case.stage, "reduce_bucket_size": 2048, **dict(case.zero)}
     if case.stage == 3:
@@ -164,6 +164,7 @@ def config_of(case: Case) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "checkpoint": {"load_universal": universal},
         **dict(case.options),
     }
     if case.dtype == torch.bfloat16:
@@ -174,7 +175,7 @@ def config_of(case: Case) -> dict[str, Any]:
 class Run:
     """A model under DeepSpeed on this rank. Collective."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, universal: bool = False) -> None:
         deepspeed = prepare()
         from nsa_dist.adapters.deepspeed import make_mpu
 
@@ -184,11 +185,21 @@ class Run:
         self.model = make_model(self.mpu.get_sequence_parallel_group(), case.layout)
         optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), case.lr)
         if case.adam:
-            optimizer = torch.optim.AdamW(self.model.parameters(), case.lr)
+            # Groups of unlike options and sizes.
+            named = dict(self.model.named_parameters())
+            matrices = [p for name, p in named.items() if name.endswith("weight")]
+            others = [p for name, p in named.items() if not name.endswith("weight")]
+            optimizer = torch.optim.AdamW(
+                [
+                    {"params": matrices, "weight_decay": 0.3},
+                    {"params": others, "weight_decay": 0.0},
+                ],
+                case.lr,
+            )
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=optimizer,
-            config=config_of(case),
+            config=config_of(case, universal),
             mpu=self.mpu if case.mpu else None,
         )
 
