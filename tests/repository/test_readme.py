@@ -25,7 +25,7 @@ def _examples() -> list[str]:
 
 
 ONE_RANK = [code for code in _examples() if "init_process_group" not in code]
-OPTIONAL = {"huggingface": "transformers", "ring": "ring_flash_attn"}
+OPTIONAL = {"deepspeed": "deepspeed", "huggingface": "transformers", "ring": "ring_flash_attn"}
 TWO_RANKS = [code for code in _examples() if "init_process_group" in code]
 
 

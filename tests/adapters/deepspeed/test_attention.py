@@ -1,0 +1,122 @@
+"""The module is the functional form on one rank, takes Ulysses' place, and refuses by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_dist import NSAConfig
+from nsa_dist.adapters.deepspeed import NSADistributedAttention
+from tests.adapters.deepspeed.attention_case import (
+    beside_ulysses,
+    difference,
+    make_module,
+    refused_on_every_rank,
+    rotary_tables,
+    tensors,
+    with_fewer_kv_heads_than_ranks,
+)
+from tests.adapters.deepspeed.case import SMALL
+from tests.distributed.ranks import Ranks
+
+pytest.importorskip("deepspeed")
+
+GetRanks = Callable[[int], Ranks]
+
+# Changes of the config; layout, batch_dim_idx, packed, rotated channels, whether gates are given.
+CASES: dict[str, Any] = {
+    "rows-batch-first-rotary": ({}, "contiguous", 0, False, 8, False),
+    "rows-tokens-first-gates": ({}, "zigzag", 1, False, 0, True),
+    "packed-rotary-of-some-channels": ({}, "zigzag_per_document", 0, True, 4, False),
+    "packed-tokens-first": ({"compress": "attention_pool"}, "zigzag", 1, True, 8, False),
+    "two-branches": ({"branches": ("selected", "window")}, "contiguous", 0, True, 0, False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_four_ranks_with_two_kv_heads_are_one(deepspeed_ranks: GetRanks, name: str) -> None:
+    for found in deepspeed_ranks(4).run(difference, *CASES[name]):
+        assert max(found.values()) <= 1e-12, found
+
+
+@pytest.mark.parametrize("rotated_here", [False, True], ids=["rotated", "rotary_pos_emb"])
+def test_it_stands_where_ulysses_stood(deepspeed_ranks: GetRanks, rotated_here: bool) -> None:
+    for found in deepspeed_ranks(2).run(beside_ulysses, rotated_here):
+        assert found <= 1e-12
+
+
+def test_fewer_kv_heads_than_ranks_work_here_alone(deepspeed_ranks: GetRanks) -> None:
+    for raised, shape in deepspeed_ranks(4).run(with_fewer_kv_heads_than_ranks):
+        assert "2" in raised and "4" in raised, raised
+        assert shape == (1, 16, SMALL.num_heads, SMALL.head_dim)
+
+
+def test_given_gates_leave_static_ones_a_gradient_of_zeros() -> None:
+    module = make_module(SMALL, None, "contiguous")
+    q, k, v, gates = tensors(SMALL, 1)
+    module(q, k, v, 0, gates=gates).sum().backward()
+    assert module.gate.logits.grad.count_nonzero() == 0
+    module(q, k, v, 0).sum().backward()
+    assert module.gate.logits.grad.count_nonzero() > 0
+
+
+def test_what_cannot_be_built_is_refused_by_name() -> None:
+    independent = NSAConfig(4, 2, 8, gate="static")
+    cases: list[tuple[NSAConfig, dict[str, Any], str]] = [
+        (independent, {}, "independent_kv: found True; False works"),
+        (replace(SMALL, compress_pre_rope=True), {}, "compress_pre_rope: found True; False works"),
+        (SMALL, {"layout": "stripes"}, "layout: found 'stripes'"),
+        (SMALL, {"backend": "cuda"}, "backend"),
+        (SMALL, {"k_compressor": torch.nn.Identity()}, "k_compressor: found a Identity with"),
+        (replace(SMALL, compress="custom"), {}, "k_compressor: found None with compress='custom'"),
+        (SMALL, {"sequence_process_group": "sp"}, "group: found 'sp'"),
+    ]
+    for config, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            NSADistributedAttention(config, **options)
+    with pytest.raises(ValueError, match="config: found 4; an NSAConfig works"):
+        NSADistributedAttention(4)
+
+
+@pytest.mark.parametrize("gate", ["linear", "mlp"])
+def test_gates_of_hidden_states_must_be_given(gate: Any) -> None:
+    module = make_module(replace(SMALL, gate=gate), None, "contiguous")
+    q, k, v, gates = tensors(SMALL, 1)
+    assert module(q, k, v, 0, gates=gates).shape == q.shape
+    assert not any(name.startswith("gate") for name, _ in module.named_parameters())
+    message = f"gates: found None with gate='{gate}'.*a tensor works, or gate='static'"
+    with pytest.raises(ValueError, match=message):
+        module(q, k, v, 0)
+
+
+def test_what_cannot_be_called_is_refused_by_name() -> None:
+    module = make_module(SMALL, None, "contiguous")
+    q, k, v, gates = tensors(SMALL, 2)
+    cos, sin = rotary_tables(q.shape[1], 8)
+    bounds = torch.tensor([0, 64], dtype=torch.int32)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        ((q, k, v, 2), {}, "batch_dim_idx: found 2; 0 for"),
+        ((q, k, v, True), {}, "batch_dim_idx: found True; 0 for"),
+        ((q[..., :3, :], k, v, 0), {}, "q: found .*; two dimensions"),
+        ((q, k.flatten(2), v, 0), {}, "k: found"),
+        ((q, k, v[:, 1:], 0), {}, "v: found"),
+        ((q, k.float(), v, 0), {}, "k: found torch.float32"),
+        ((q.long(), k.long(), v.long(), 0), {}, "q: found torch.int64"),
+        ((q, k, v, 0, cos), {}, r"rotary_pos_emb: found .*\(cos, sin\) or None works"),
+        ((q, k, v, 0, (cos[1:], sin[1:])), {}, "rotary_pos_emb: found cos.*64 tokens of the whole"),
+        ((q, k, v, 0, (cos, sin[..., :4])), {}, "rotary_pos_emb: found sin"),
+        ((q, k, v, 0), {"gates": gates[..., :2]}, "gates: found"),
+        ((q, k, v, 0), {"cu_seqlens": bounds}, "cu_seqlens: found with batch size 2"),
+    ]
+    for arguments, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            module(*arguments, **options)
+
+
+def test_what_one_rank_has_wrong_every_rank_raises(deepspeed_ranks: GetRanks) -> None:
+    for found in deepspeed_ranks(4).run(refused_on_every_rank, 2):
+        assert "rank 2: batch_dim_idx: found 2; 0 for" in found
