@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ranks import check_deepspeed
 from settings import Settings
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import replaced, run_training, tiny
@@ -257,3 +258,12 @@ def test_sizes_that_do_not_fit_are_refused(deepspeed_ranks: RanksOf, root: Path)
     settings = by_deepspeed(root, "independent", {"cp": 3})
     with pytest.raises(RankError, match=r"parallel\.cp: found 3; a divisor of the 2 processes"):
         deepspeed_ranks(2).run(run_deepspeed, settings)
+
+
+def test_without_deepspeed_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    message = (
+        r"parallel\.engine: found 'deepspeed'; .* pip install nsa-dist\[deepspeed\], or 'fsdp2'"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_deepspeed("deepspeed")
