@@ -268,6 +268,7 @@ def _forward(
             PIECE_TILES=PIECE,
             num_warps=shape.warps,
             num_stages=shape.stages,
+            maxnreg=shape.registers,
             enable_fp_fusion=False,
         )
     return o, lse

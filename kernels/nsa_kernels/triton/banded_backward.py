@@ -486,7 +486,7 @@ def banded_backward(
             q, k, v, do, lse, delta, *workspace, tiles.table, programs.table, first, *strides,
             scale, logit_scale(q, scale), G=groups, BT=tokens,
             BM=key_shape.rows, BN=size, **shared, num_warps=key_shape.warps,
-            num_stages=key_shape.stages,
+            num_stages=key_shape.stages, maxnreg=key_shape.registers,
         )  # fmt: skip
         for i, out in enumerate((dk, dv)):
             _add_parts_kernel[(len(programs.parts) - 1, groups, size // 8)](
