@@ -364,7 +364,8 @@ def attention_shapes(q: Tensor, v: Tensor) -> tuple[TileShape, TileShape, TileSh
         return TileShape(64, 64, 8, 2), TileShape(128, 32, 8, 2), TileShape(32, 64, 8, 2)
     if width > 64:
         # A second tile in flight is a few registers too many where two widths have their masks.
-        stages = 2 if q.shape[-1] == v.shape[-1] else 1
+        widths = {x.shape[-1] for x in (q, v) if x.shape[-1] != padded(x.shape[-1])}
+        stages = 1 if len(widths) == 2 else 2
         return TileShape(128, 64, 8, 3), TileShape(128, 32, 8, 3), TileShape(64, 128, 8, stages)
     return TileShape(128, 64, 8, 3), TileShape(128, 64, 8, 3), TileShape(64, 128, 8, 3)
 
