@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nsa_dist.checks import check
+
 
 def load_checkpoint(
     engine: Any, load_dir: str | Path, tag: str | None = None, **options: Any
@@ -25,7 +27,8 @@ def load_checkpoint(
         The path that was read, and the client state.
 
     Raises:
-        ValueError: on every rank, if there is no checkpoint, or one of another number of ranks.
+        ValueError: on every rank, if there is no checkpoint, or one of another number of ranks, or
+            of another stage (1 and 2 read each other's), or a universal one without ZeRO.
     """
     folder, universal = Path(load_dir), bool(engine.load_universal_checkpoint())
     if tag is None:
@@ -33,26 +36,39 @@ def load_checkpoint(
         if not latest.is_file():
             raise ValueError(f"load_dir: found {str(folder)!r} without {latest.name!r}; one works")
         tag = latest.read_text(encoding="utf-8").strip()
-    path = folder / tag
+    path, stage = folder / tag, engine.zero_optimization_stage()
     if not path.is_dir():
         raise ValueError(f"tag: found {tag!r}; a folder in {str(folder)!r} works")
-    if not universal:
-        saved, size = len(list(path.glob("*zero_pp_rank_*_optim_states.pt"))), dist.get_world_size()
-        # Without ZeRO every rank has everything, and there is one file.
-        if saved not in (0, size):
-            raise ValueError(
-                f"world size: found {size} with a checkpoint of {saved} ranks, {str(path)!r}; "
-                f"{saved} works, or {universal_command(path)} and "
-                '{"checkpoint": {"load_universal": true}} in the config of DeepSpeed'
-            )
+    if universal:
+        works = "False works: without ZeRO any number of ranks reads a checkpoint as it is"
+        check(stage > 0, "checkpoint.load_universal", universal, works)
+    else:
+        _check_parts(path, stage)
     read, state = engine.load_checkpoint(str(folder), tag=tag, **options)
     if read is None:
         raise ValueError(f"load_dir: found {str(path)!r}, which DeepSpeed cannot read")
     only_weights = options.get("load_module_only", False)
     with_state = options.get("load_optimizer_states", True) and not only_weights
-    if universal and with_state and engine.zero_optimization_stage() == 3:
+    if universal and with_state and stage == 3:
         _restore_groups(engine.optimizer.optimizer, path)
     return read, state
+
+
+def _check_parts(path: Path, stage: int) -> None:
+    """Raise ValueError unless a checkpoint's files are those of this stage and number of ranks."""
+    saved, size = len(list(path.glob("*zero_pp_rank_*_optim_states.pt"))), dist.get_world_size()
+    # Without ZeRO every rank has everything, and there is one file.
+    stages: tuple[int, ...] = (1, 2) if saved else (0,)
+    if any(path.glob("zero_pp_rank_*_model_states.pt")):
+        stages = (3,)
+    works = f"{' or '.join(map(str, stages))}, as that of {str(path)!r}, works"
+    check(stage in stages, "zero_optimization.stage", stage, works)
+    if saved not in (0, size):
+        raise ValueError(
+            f"world size: found {size} with a checkpoint of {saved} ranks, {str(path)!r}; "
+            f"{saved} works, or {universal_command(path)} and "
+            '{"checkpoint": {"load_universal": true}} in the config of DeepSpeed'
+        )
 
 
 def _restore_groups(optimizer: torch.optim.Optimizer, path: Path) -> None:

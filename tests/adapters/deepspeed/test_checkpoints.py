@@ -51,10 +51,10 @@ def loaded(case: Case, folder: str, universal: bool) -> Losses:
     return [run.step(step) for step in range(2, 5)]
 
 
-def refused(case: Case, folder: str, tag: str | None) -> str:
+def refused(case: Case, folder: str, tag: str | None, universal: bool = False) -> str:
     from nsa_dist.adapters.deepspeed import load_checkpoint
 
-    run = Run(case)
+    run = Run(case, universal)
     with pytest.raises(ValueError) as error:
         load_checkpoint(run.engine, folder, tag)
     return str(error.value)
@@ -136,6 +136,38 @@ def test_without_zero_any_number_of_ranks_goes_on(
     folder, losses = saved(0)
     for found in deepspeed_ranks(4).run(loaded, replace(SAVED, dp=2), folder, False):
         assert_close(found, losses)
+
+
+@pytest.mark.parametrize(
+    "stage, others, works", [(0, (1, 3), "0"), (1, (0, 3), "1 or 2"), (3, (0, 2), "3")]
+)
+def test_other_stages_are_refused(
+    deepspeed_ranks: GetRanks,
+    saved: Callable[[int], tuple[str, Losses]],
+    stage: int,
+    others: tuple[int, ...],
+    works: str,
+) -> None:
+    folder, _ = saved(stage)
+    for other in others:
+        for message in deepspeed_ranks(2).run(refused, replace(SAVED, stage=other), folder, TAG):
+            assert f"zero_optimization.stage: found {other}; {works}, as that of" in message
+
+
+def test_stages_1_and_2_read_each_other_s(
+    deepspeed_ranks: GetRanks, saved: Callable[[int], tuple[str, Losses]]
+) -> None:
+    folder, losses = saved(1)
+    for found in deepspeed_ranks(2).run(loaded, replace(SAVED, stage=2), folder, False):
+        assert_close(found, losses)
+
+
+def test_a_universal_form_is_refused_without_zero(
+    deepspeed_ranks: GetRanks, saved: Callable[[int], tuple[str, Losses]]
+) -> None:
+    folder, _ = saved(0)
+    for message in deepspeed_ranks(2).run(refused, SAVED, folder, TAG, True):
+        assert "checkpoint.load_universal: found True; False works" in message
 
 
 def test_what_is_not_there_is_refused(deepspeed_ranks: GetRanks, tmp_path: Path) -> None:
