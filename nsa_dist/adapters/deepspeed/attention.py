@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.checks import DTYPES, check, describe
+from nsa_dist.checks import DTYPES, check, check_tensor, describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.compressor import BlockCompressor
 from nsa_dist.config import NSAConfig
@@ -169,6 +169,7 @@ class NSADistributedAttention(nn.Module):
         gates: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> Plan:
+        check_tensor("q", q, "a tensor")
         problem = self._problem(q, k, v, batch_dim_idx, gates)
         rows = (0, 0)
         if problem is None:

@@ -101,6 +101,8 @@ def test_what_cannot_be_called_is_refused_by_name() -> None:
     cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
         ((q, k, v, 2), {}, "batch_dim_idx: found 2; 0 for"),
         ((q, k, v, True), {}, "batch_dim_idx: found True; 0 for"),
+        ((None, k, v, 0), {}, "q: found None; a tensor works"),
+        ((q, None, v, 0), {}, "k: found None; "),
         ((q[..., :3, :], k, v, 0), {}, "q: found .*; two dimensions"),
         ((q, k.flatten(2), v, 0), {}, "k: found"),
         ((q, k, v[:, 1:], 0), {}, "v: found"),
