@@ -65,7 +65,8 @@ def convert(source: Path, folder: Path) -> Path:
             cannot run the settings.
     """
     there = (source / ".metadata").exists() and (source / "settings.toml").exists()
-    check(there, "SOURCE", str(source), "a folder RUN/checkpoints/step_N works")
+    works = "a folder RUN/checkpoints/step_N of engine 'fsdp2' or 'megatron' works"
+    check(there, "SOURCE", str(source), works)
     target = checkpoint_path(folder, int(source.name.removeprefix("step_")))
     check(not target.exists(), "OTHER_RUN", str(folder), f"one without {target.name} works")
     settings = from_toml(source / "settings.toml")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,15 @@ def deepspeed_config(settings: Settings, dtype: torch.dtype, dp: int, size: int)
 def universal_of(path: Path) -> Path:
     """Where DeepSpeed's universal form of a checkpoint lies, if there is one."""
     return path.with_name(f"{path.name}_universal")
+
+
+def remove_old_universal(path: Path) -> None:
+    """Remove universal forms of checkpoints that are gone, and of ``path``, which is to be written:
+    a run that goes on would read what stood there before."""
+    for form in path.parent.glob("step_*_universal"):
+        origin = form.with_name(form.name.removesuffix("_universal"))
+        if origin == path or not origin.is_dir():
+            shutil.rmtree(form)
 
 
 def resumes_universal(settings: Settings) -> bool:
@@ -138,6 +148,8 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path, step: int) -> None:
         path = checkpoint_path(folder, step)
+        if self.ranks.is_main:
+            remove_old_universal(path)
         self.deepspeed.save_checkpoint(
             str(path.parent), tag=path.name, client_state={"step": step}, save_latest=False
         )

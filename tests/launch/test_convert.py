@@ -133,5 +133,8 @@ def test_fsdp2_goes_on_from_a_checkpoint_of_megatron_and_it_goes_back(
 
 
 def test_what_is_no_checkpoint_is_refused(ranks_of: RanksOf, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"SOURCE: found .*RUN/checkpoints/step_N works"):
+    with pytest.raises(
+        RankError,
+        match=r"SOURCE: found .*RUN/checkpoints/step_N of engine 'fsdp2' or 'megatron' works",
+    ):
         ranks_of(1).run(convert, tmp_path, tmp_path / "there")

@@ -201,7 +201,16 @@ def test_a_run_goes_on_elsewhere_by_the_command_that_its_refusal_names(
     )
     assert found, str(error.value)
     run_command(found[1])
+    folder = Path(settings.run.folder, "checkpoints")
+    for old in ("step_00000001_universal", f"{LAST}_universal"):
+        (folder / old).mkdir()
     (result,) = deepspeed_ranks(1).run(run_deepspeed, settings)
+    # Of checkpoints that are gone, or written anew, none is left to go on from.
+    assert sorted(path.name for path in folder.glob("step_*")) == [
+        "step_00000003",
+        "step_00000003_universal",
+        LAST,
+    ]
     assert len(result.losses) == 3
     assert_close(result.losses, expected.losses[3:], 1e-5)
     assert_close(result.grad_norms, expected.grad_norms[3:], 1e-5)
