@@ -238,6 +238,7 @@ def _forward(
     tokens = shape.rows // ratio
     tiles = query_tiles(segments, tokens, band.column)
     keys = band.window + tokens if band.window else band.most_keys(tiles.last)
+    long = keys > (PIECE - 1) * shape.keys
     if num_rows:
         _forward_kernel[(len(tiles.host), groups)](
             q,
@@ -256,7 +257,7 @@ def _forward(
             OFFSET=band.offset,
             STRIDE=band.stride,
             WINDOW=band.window,
-            LONG=keys > (PIECE - 1) * shape.keys,
+            LONG=long,
             BT=tokens,
             BM=shape.rows,
             BN=shape.keys,
@@ -267,7 +268,8 @@ def _forward(
             PRECISION=precision(q),
             PIECE_TILES=PIECE,
             num_warps=shape.warps,
-            num_stages=shape.stages,
+            # Sums of pieces beside two bounds leave registers for one tile in flight less.
+            num_stages=shape.stages - 1 if long and band.window else shape.stages,
             maxnreg=shape.registers,
             enable_fp_fusion=False,
         )

@@ -219,7 +219,7 @@ def walk_shapes(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[Walk
     if q.dtype == torch.float32:
         return WalkShape(keys, 4, 1, apart), WalkShape(keys, 4, 1, apart)
     major = compute_capability(q)[0]
-    dq_keys = min(keys, 32) if 0 < major < 9 and width <= 64 else keys
+    dq_keys = min(keys, 32) if 0 < major < 9 else keys
     dq_apart = num * select_block > PIECE * dq_keys
     if width > 128 or apart:
         return WalkShape(keys, 8, 3, apart), WalkShape(dq_keys, 8, 3, dq_apart)
