@@ -33,8 +33,8 @@ def megatron_ranks() -> Iterator[Callable[[int], Ranks]]:
         yield get
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def deepspeed_ranks() -> Iterator[Callable[[int], Ranks]]:
-    """As ``ranks_of``, but processes in which DeepSpeed keeps groups."""
+    """As ``ranks_of``, but processes in which DeepSpeed keeps groups and their threads."""
     with rank_pool() as get:
         yield get
