@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from bench_meter import Meter
 from bench_options import Sizes
 from bench_problems import Problem, problems
 from bench_stream import Stream
-from bench_table import Row, described, number, pair, table, write_csv
+from bench_table import Row, described, number, pair, table, write_csv, write_numbers
 from bench_work import Flops
 from nsa_dist import (
     BRANCHES,
@@ -39,6 +40,7 @@ from nsa_dist import (
     native_sparse_attention,
 )
 from nsa_dist.adapters.ring import dense_attention, get_dense_plan
+from nsa_dist.checks import check
 from nsa_dist.group import ContextGroup, context_group
 from nsa_dist.layout import make_layout
 from nsa_kernels.reference import masked_softmax, weighted_values
@@ -53,10 +55,18 @@ class DistributedOptions(Sizes):
 
     Args:
         layout: auto: zigzag, with several documents zigzag_per_document; or one by name.
+        docs: document that gets the tables, between its marks for the file of ``csv``.
     """
 
     lengths: tuple[int, ...] = (65536, 131072)
     layout: Literal["auto", "contiguous", "zigzag", "zigzag_per_document"] = "auto"
+    docs: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        works = "None works, or with csv, whose name its marks have, an existing document"
+        there = self.docs is None or (self.csv is not None and self.docs.is_file())
+        check(there, "docs", None if self.docs is None else str(self.docs), works)
 
     @property
     def layout_name(self) -> str:
@@ -407,6 +417,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"bench_distributed.py: {error}")
     if rows and context.rank == 0:
         print(f"\n{markdown(rows)}")
+        if options.docs is not None and options.csv is not None:
+            write_numbers(options.docs, markdown(rows), options.csv.name)
     dist.barrier()
     dist.destroy_process_group()
     if wrong:

@@ -425,6 +425,12 @@ def with_numbers(document: str, numbers: str, name: str) -> str:
     return f"{head}{begin}\n\n{numbers}\n{END}{tail}"
 
 
+def write_numbers(path: Path, numbers: str, name: str) -> None:
+    """``with_numbers`` of a document's file."""
+    text = with_numbers(path.read_text(encoding="utf-8"), numbers, name)
+    path.write_text(text, encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class TableOptions:
     """Print the tables of measurements as Markdown, or put them into a document.
@@ -452,8 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_csv(options.merged, rows)
         if options.docs is not None:
             name = (options.merged or options.csv[0]).name
-            text = with_numbers(options.docs.read_text(encoding="utf-8"), markdown(rows), name)
-            options.docs.write_text(text, encoding="utf-8")
+            write_numbers(options.docs, markdown(rows), name)
         else:
             print(markdown(rows))
         if options.plot is not None:

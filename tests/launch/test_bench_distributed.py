@@ -179,6 +179,16 @@ def test_what_does_not_fit_the_ranks_is_refused_by_name(ranks_of: RanksOf) -> No
             assert message in found
 
 
+def test_tables_go_into_a_document_that_has_a_place_for_the_file(tmp_path: Path) -> None:
+    document = tmp_path / "document.md"
+    with pytest.raises(ValueError, match=r"docs: found .*document.md'; None works, or with csv"):
+        DistributedOptions(csv=tmp_path / "out.csv", docs=document)
+    document.touch()
+    with pytest.raises(ValueError, match=r"docs: found .*document.md'; None works, or with csv"):
+        DistributedOptions(docs=document)
+    assert DistributedOptions(csv=tmp_path / "out.csv", docs=document).docs == document
+
+
 def test_a_start_without_ranks_or_gpus_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as error:
