@@ -31,7 +31,7 @@ with warnings.catch_warnings():
 
 from checkpoint import check_same_run, checkpoint_path, checkpoints, finish_checkpoint
 from data import mix_seed
-from engine import Step, count_targets, is_decayed
+from engine import Step, count_targets, is_decayed, make_adamw
 from model import Decoder, compute_dtype
 from nsa_dist import ShardedBatch
 from nsa_dist.adapters.deepspeed import load_checkpoint, make_mpu, scale_loss
@@ -196,22 +196,8 @@ def make_optimizer(model: Decoder, decoder: Decoder, settings: Settings) -> torc
     Args:
         decoder: the same on the meta device; those of ``model`` may have lost their shapes.
     """
-    options = settings.optimizer
     decayed = {name for name, p in decoder.named_parameters() if is_decayed(name, p)}
-    named = list(model.named_parameters())
-    return torch.optim.AdamW(
-        [
-            {
-                "params": [p for name, p in named if name in decayed],
-                "weight_decay": options.weight_decay,
-            },
-            {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
-        ],
-        lr=options.lr,
-        betas=(options.beta1, options.beta2),
-        eps=options.eps,
-        fused=True,
-    )
+    return make_adamw(model.named_parameters(), decayed, settings.optimizer)
 
 
 @torch.no_grad()

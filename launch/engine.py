@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nsa_dist import ShardedBatch
 from ranks import Ranks
-from settings import Settings
+from settings import OptimizerSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,26 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     positions, logits or queries, be it one set of them or one a head."""
     vector = name.endswith((".position", ".logits", ".query")) or "norm" in name
     return parameter.ndim >= 2 and not vector
+
+
+def make_adamw(
+    named: Iterable[tuple[str, nn.Parameter]], decayed: Container[str], options: OptimizerSettings
+) -> torch.optim.AdamW:
+    """AdamW that decays the parameters whose names are ``decayed`` and leaves the others alone."""
+    named = list(named)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [p for name, p in named if name in decayed],
+                "weight_decay": options.weight_decay,
+            },
+            {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
+        ],
+        lr=options.lr,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+        fused=True,
+    )
 
 
 def count_targets(batches: Sequence[ShardedBatch], ranks: Ranks) -> int:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from checkpoint import load_checkpoint, save_checkpoint
 from data import mix_seed
-from engine import Step, count_targets, is_decayed
+from engine import Step, count_targets, is_decayed, make_adamw
 from model import build_model
 from nsa_dist import ShardedBatch
 from ranks import Ranks
@@ -25,19 +25,9 @@ from settings import OptimizerSettings, Settings
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves the rest alone."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if is_decayed(name, p)]
-    others = [p for name, p in named if not is_decayed(name, p)]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )
+    named = dict(model.named_parameters())
+    decayed = {name for name, p in named.items() if is_decayed(name, p)}
+    return make_adamw(named.items(), decayed, settings)
 
 
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:

@@ -112,6 +112,22 @@ class BlockCompressor(nn.Module):
         return f"kind={self.kind}, block={self.block}, dim={self.dim}"
 
 
+def check_custom(name: str, given: Any, config: NSAConfig, in_use: bool) -> None:
+    """Raise ValueError unless a module was ``given`` where there must be one of the user's.
+
+    Args:
+        name: of the option.
+        in_use: whether what it compresses is.
+    """
+    needed = in_use and config.compress == "custom"
+    if (given is not None) != needed or not isinstance(given, (nn.Module, type(None))):
+        works = "an nn.Module works" if needed else "None works"
+        raise ValueError(
+            f"{name}: found {describe(given)} with compress={config.compress!r} and "
+            f"branches={config.branches}; {works}"
+        )
+
+
 def apply_compressor(
     compressor: nn.Module, x: Tensor, block_rows: Tensor, block: int, backend: Backend
 ) -> Tensor:

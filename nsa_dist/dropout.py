@@ -41,3 +41,15 @@ def token_dropout(
     bits = _shift_right(_mix(token[:, None] + _GOLDEN * channel), 32)
     keep = bits >= int(p * (1 << 32))
     return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
+
+
+def drop_tokens(x: Tensor, p: float, documents: Tensor, positions: Tensor) -> Tensor:
+    """``token_dropout`` of a layer's output, its seed drawn from torch's CPU generator.
+
+    Args:
+        x: [B, L, width].
+        documents, positions: int64 [B * L].
+    """
+    seed = torch.randint(1 << 62, (), device="cpu").to(x.device)
+    dropped = token_dropout(x.flatten(0, 1), p, seed, documents, positions)
+    return dropped.unflatten(0, x.shape[:2])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from nsa_dist.checks import (
     describe,
 )
 from nsa_dist.comm import CommunicationCounter
-from nsa_dist.compressor import BlockCompressor
+from nsa_dist.compressor import BlockCompressor, check_custom
 from nsa_dist.config import NSAConfig, RotaryConfig
-from nsa_dist.dropout import token_dropout
+from nsa_dist.dropout import drop_tokens
 from nsa_dist.functional import NSADetails, native_sparse_attention
 from nsa_dist.gates import make_gate
 from nsa_dist.group import ContextGroup, GroupLike, context_group
@@ -228,10 +229,7 @@ class NativeSparseAttention(nn.Module):
         attended, details = result if isinstance(result, tuple) else (result, None)
         out = self.o_proj(attended.flatten(2))
         if self.training and self.dropout > 0:
-            seed = torch.randint(1 << 62, (), device="cpu").to(x.device)
-            flat = out.flatten(0, 1)
-            flat = token_dropout(flat, self.dropout, seed, plan.documents, plan.positions)
-            out = flat.unflatten(0, rows)
+            out = drop_tokens(out, self.dropout, plan.documents, plan.positions)
         return out if details is None else (out, details)
 
     @torch.compiler.disable  # The one break of a compiled layer: see get_plan.
@@ -359,17 +357,8 @@ def _check_options(
     works = "a probability in [0, 1) works"
     check_number("dropout", dropout, works, positive=False)
     check(0 <= dropout < 1, "dropout", dropout, works)
-    custom = config.compress == "custom"
-    for name, module, needed in (
-        ("k_compressor", k_compressor, custom and config.uses_compression),
-        ("v_compressor", v_compressor, custom and "compressed" in config.branches),
-    ):
-        if (module is not None) != needed or not isinstance(module, (nn.Module, type(None))):
-            works = "an nn.Module works" if needed else "None works"
-            raise ValueError(
-                f"{name}: found {describe(module)} with compress={config.compress!r} and "
-                f"branches={config.branches}; {works}"
-            )
+    check_custom("k_compressor", k_compressor, config, config.uses_compression)
+    check_custom("v_compressor", v_compressor, config, "compressed" in config.branches)
 
 
 class SwiGLU(nn.Module):
@@ -385,15 +374,10 @@ class SwiGLU(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class NSABlock(nn.Module):
-    """A transformer block: norm, attention, norm, SwiGLU, with residuals.
+class PreNormBlock(nn.Module):
+    """Norm, attention, norm, SwiGLU, with residuals; ``attention_type`` says which attention."""
 
-    Args:
-        hidden_size, config: as of ``NativeSparseAttention``, which takes the further keyword
-            arguments.
-        mlp_hidden: hidden width of the SwiGLU.
-        norm_eps: epsilon of every RMSNorm.
-    """
+    attention_type: ClassVar[Callable[..., nn.Module]]
 
     def __init__(
         self,
@@ -411,7 +395,7 @@ class NSABlock(nn.Module):
         check_int("mlp_hidden", mlp_hidden, 1)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
-        self.attention = NativeSparseAttention(
+        self.attention: Any = type(self).attention_type(
             hidden_size, config, norm_eps=norm_eps, **factory, **attention
         )
         self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
@@ -424,6 +408,19 @@ class NSABlock(nn.Module):
         self.mlp_norm.reset_parameters()
         for linear in (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj):
             linear.reset_parameters()
+
+
+class NSABlock(PreNormBlock):
+    """A transformer block: norm, attention, norm, SwiGLU, with residuals.
+
+    Args:
+        hidden_size, config: as of ``NativeSparseAttention``, which takes the further keyword
+            arguments.
+        mlp_hidden: hidden width of the SwiGLU.
+        norm_eps: epsilon of every RMSNorm.
+    """
+
+    attention_type = NativeSparseAttention
 
     def forward(
         self,

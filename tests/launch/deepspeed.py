@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -66,13 +63,3 @@ def broken_off(settings: Settings, root: Path, name: str, last: str) -> Settings
     shutil.copytree(settings.run.folder, root / name)
     shutil.rmtree(root / name / "checkpoints" / last)
     return replaced(settings, "run", folder=str(root / name), resume=True)
-
-
-def run_command(command: str) -> None:
-    """A command that an error names, by this Python."""
-    program, *arguments = command.split()
-    assert program == "python"
-    done: Any = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=150, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

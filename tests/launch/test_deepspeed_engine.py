@@ -15,9 +15,10 @@ import pytest
 
 from ranks import check_deepspeed
 from settings import Settings
+from tests.adapters.deepspeed.case import run_command
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import replaced, run_training, tiny
-from tests.launch.deepspeed import broken_off, needs_deepspeed, run_command, run_deepspeed
+from tests.launch.deepspeed import broken_off, needs_deepspeed, run_deepspeed
 from tests.launch.test_megatron_engine import VARIANTS, assert_close, mean_difference
 from train import Result
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nsa_dist.checks import DTYPES, check, check_tensor, describe
 from nsa_dist.comm import CommunicationCounter
-from nsa_dist.compressor import BlockCompressor
+from nsa_dist.compressor import BlockCompressor, check_custom
 from nsa_dist.config import NSAConfig
 from nsa_dist.functional import native_sparse_attention
 from nsa_dist.gates import StaticGate
@@ -82,14 +82,9 @@ class NSADistributedAttention(nn.Module):
         self.gate = StaticGate(0, config, **factory) if config.gate == "static" else None
 
         def compressor(name: str, given: nn.Module | None, needed: bool, dim: int) -> Any:
-            custom = needed and config.compress == "custom"
-            if (given is not None) != custom or not isinstance(given, (nn.Module, type(None))):
-                works = "an nn.Module works" if custom else "None works"
-                raise ValueError(
-                    f"{name}: found {describe(given)} with compress={config.compress!r} and "
-                    f"branches={config.branches}; {works}"
-                )
-            return BlockCompressor(config, dim, **factory) if needed and not custom else given
+            check_custom(name, given, config, needed)
+            build = needed and given is None
+            return BlockCompressor(config, dim, **factory) if build else given
 
         in_use = "compressed" in config.branches
         keys = config.uses_compression

@@ -12,9 +12,9 @@ from nsa_dist.adapters.ring.library import missing_library
 from nsa_dist.checks import check, check_bool, check_int, check_number, check_tensor, describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.config import NSAConfig, RotaryConfig
-from nsa_dist.dropout import token_dropout
+from nsa_dist.dropout import drop_tokens
 from nsa_dist.group import ContextGroup, GroupLike, context_group
-from nsa_dist.layer import SwiGLU, autocast_dtype, input_problem
+from nsa_dist.layer import PreNormBlock, autocast_dtype, input_problem
 from nsa_dist.layout import make_layout
 from nsa_dist.rotary import apply_rotary, rotary_cos_sin
 
@@ -147,10 +147,7 @@ class DenseAttention(nn.Module):
         )
         out = self.o_proj(out.flatten(2))
         if self.training and self.dropout > 0:
-            seed = torch.randint(1 << 62, (), device="cpu").to(x.device)
-            flat = out.flatten(0, 1)
-            flat = token_dropout(flat, self.dropout, seed, places.documents, places.positions)
-            out = flat.unflatten(0, rows)
+            out = drop_tokens(out, self.dropout, places.documents, places.positions)
         return out
 
     @torch.compiler.disable
@@ -187,7 +184,7 @@ class DenseAttention(nn.Module):
         )
 
 
-class DenseBlock(nn.Module):
+class DenseBlock(PreNormBlock):
     """``NSABlock`` with dense attention: norm, attention, norm, SwiGLU, with residuals.
 
     Args:
@@ -196,34 +193,7 @@ class DenseBlock(nn.Module):
         norm_eps: epsilon of every RMSNorm.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        config: NSAConfig,
-        *,
-        mlp_hidden: int,
-        norm_eps: float = 1e-6,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **attention: Any,
-    ) -> None:
-        super().__init__()
-        check_int("mlp_hidden", mlp_hidden, 1)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
-        self.attention = DenseAttention(
-            hidden_size, config, norm_eps=norm_eps, **factory, **attention
-        )
-        self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
-        self.mlp = SwiGLU(hidden_size, mlp_hidden, **factory)
-
-    def reset_parameters(self) -> None:
-        """Draw all weights anew from torch's generator, in a fixed order."""
-        self.attention_norm.reset_parameters()
-        self.attention.reset_parameters()
-        self.mlp_norm.reset_parameters()
-        for linear in (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj):
-            linear.reset_parameters()
+    attention_type = DenseAttention
 
     def forward(
         self,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -251,3 +253,13 @@ def plain_step(case: Case, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]
         assert own.grad is not None
         weights[name] = parameter.detach() - case.lr * own.grad.to(parameter) / max(targets, 1)
     return total / max(targets, 1), weights
+
+
+def run_command(command: str) -> None:
+    """A command that an error names, by this Python."""
+    program, *arguments = command.split()
+    assert program == "python"
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.adapters.deepspeed.case import Case, Run
+from tests.adapters.deepspeed.case import Case, Run, run_command
 from tests.distributed.ranks import Ranks
 
 pytest.importorskip("deepspeed")
@@ -118,16 +116,6 @@ def test_other_numbers_of_ranks_go_on_by_the_command_that_the_refusal_names(
     for case in (*elsewhere, replace(SAVED, stage=stage)):
         for found in deepspeed_ranks(case.size).run(loaded, case, folder, True):
             assert_close(found, losses)
-
-
-def run_command(command: str) -> None:
-    """A command that an error names, by this Python."""
-    program, *arguments = command.split()
-    assert program == "python"
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=150, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_without_zero_any_number_of_ranks_goes_on(
