@@ -333,14 +333,17 @@ def _shape(
 ) -> _Shape:
     if dtype == torch.float32:
         return _Shape(columns=32, keys=64, warps=8, stages=2)
+    # A head and a key by themselves are summed with no other: a thread keeps all scores of a tile.
+    few = 2 if heads * per_block == 1 and capability[0] == 10 else 1
     if widths[1]:
         # With more warps the compiler would lay out the results of the two products differently.
         stages = 3 if sum(widths) <= 128 else 2
         registers = MOST_REGISTERS if capability[0] == 10 else None
-        return _Shape(128 if heads >= 8 else 64, 64, warps=4, stages=stages, registers=registers)
+        columns = (128 if heads >= 8 else 64) // few
+        return _Shape(columns, 64, warps=4, stages=stages, registers=registers)
     # Few heads or short blocks leave many sums of a tile for a thread.
     if heads < 8 or heads * per_block < 16 or capability[0] not in (9, 10):
-        return _Shape(columns=128, keys=64, warps=8, stages=2)
+        return _Shape(columns=128 // few, keys=64, warps=8, stages=2)
     shape = _Shape(columns=256, keys=64, warps=8, stages=2)
     if widths[0] <= 128 and capability == (9, 0):
         # Two programs fill the registers of a multiprocessor, and with three stages its shared
@@ -449,7 +452,7 @@ def _choose(
         first = found is selected
         parts = triton.cdiv(count, MOST_COLUMNS)
         # Powers of 4: few kernels to compile.
-        width = min(1 << max(4, -(-(count - 1).bit_length() // 2) * 2), MOST_COLUMNS)
+        width = min(1 << max(6, -(-(count - 1).bit_length() // 2) * 2), MOST_COLUMNS)
         out = selected
         if parts > 1:
             out = selected.new_empty(rows * groups * parts * num_selected)
@@ -462,6 +465,7 @@ def _choose(
             PN=triton.next_power_of_2(num_selected), FIRST=first, LAST=parts == 1, L=lines, W=width,
             WORDS=min(max(32, width // 32), width // near), NEAR=near,
             num_warps=max(1, width // LINE_ELEMENTS),
+            maxnreg=MOST_REGISTERS if compute_capability(scores)[0] == 10 else None,
         )  # fmt: skip
         if parts == 1:
             return

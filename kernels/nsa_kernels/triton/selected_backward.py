@@ -476,7 +476,7 @@ def selected_backward(
         _dkv_kernel[(end - first, select_block // shape.keys)](
             q, *sources, do, log_sum, delta, *workspace, *queries, *blocks, *strides, first, scale,
             logit_scale(q, scale), MOST=most, BQ=at_once, BM=shape.rows, BN=shape.keys, **shared,
-            num_warps=shape.warps, num_stages=shape.stages,
+            num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
         )  # fmt: skip
         for i, width in enumerate(widths):
             _add_programs_kernel[(groups * block_lengths.shape[0], select_block // 8)](

@@ -158,6 +158,18 @@ def test_selected_attention(case: Case, dtype: torch.dtype) -> None:
     judge(case, found, masks(case, "selected", choice), case.bounds, inputs, grad_o)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
+@pytest.mark.parametrize("width", [128, 256])
+def test_most_keys_of_the_selected_branch(width: int, dtype: torch.dtype) -> None:
+    """The longest sums there are, n l' keys a query, added one tile after another."""
+    options = {"key_width": width, "value_width": width, "select_block": 128, "num_selected": 64}
+    case = Case("most_keys", (8192,), heads=4, groups=1, **options)
+    choice = random_choice(case)
+    inputs, grad_o = make_inputs(case, dtype)
+    found = attention_results(case, inputs, grad_o, choice)
+    judge(case, found, masks(case, "selected", choice), case.bounds, inputs, grad_o)
+
+
 @every_case
 def test_block_selection(case: Case, dtype: torch.dtype) -> None:
     layout = Layout(case)
