@@ -1,4 +1,4 @@
-"""Puts each bug of ``mutations.py`` and ``kernel_mutations.py`` in, to see its trap's test fail.
+"""Puts the bugs of ``mutations.py`` and the files beside it in, to see each trap's test fail.
 
     python -m tests.traps.run_mutations [--only TEXT] [--quick] [--jobs N] [--json FILE]
 
@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.traps.adapter_mutations import ADAPTER_MUTATIONS, is_installed
 from tests.traps.kernel_mutations import KERNEL_MUTATIONS
 from tests.traps.mutations import MUTATIONS, Mutation
 
@@ -124,9 +125,12 @@ def main() -> int:
     options = parser.parse_args()
     # On a GPU a wrong kernel may take the device down; the interpreter only fails.
     kernels = () if torch.cuda.is_available() else KERNEL_MUTATIONS
-    chosen = [m for m in (*MUTATIONS, *kernels) if options.only in m.row]
+    adapters = filter(is_installed, ADAPTER_MUTATIONS)
+    chosen = [m for m in (*MUTATIONS, *kernels, *adapters) if options.only in m.row]
     if options.quick:
         chosen = [m for m in chosen if m.quick]
+    if not chosen:
+        parser.error(f"--only: found {options.only!r}; a part of a row of tests/README.md works")
     outcomes = run_all(chosen, options.jobs)
     if options.json:
         table = {name: [o.code, o.output] for name, o in outcomes.items()}

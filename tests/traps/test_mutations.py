@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.traps.adapter_mutations import ADAPTER_MUTATIONS, is_installed
 from tests.traps.kernel_mutations import KERNEL_MUTATIONS
 from tests.traps.mutations import MUTATIONS, Mutation
 
@@ -52,10 +53,15 @@ QUICK = [mutation for mutation in KERNEL_MUTATIONS if mutation.quick]
 interpreted = pytest.mark.skipif(
     find_spec("triton") is None or torch.cuda.is_available(), reason="needs Triton and no GPU"
 )
-EVERY = [*MUTATIONS, *(pytest.param(m, marks=interpreted) for m in KERNEL_MUTATIONS)]
+EVERY = [
+    *MUTATIONS,
+    *(pytest.param(m, marks=interpreted) for m in KERNEL_MUTATIONS),
+    *filter(is_installed, ADAPTER_MUTATIONS),
+]
 HEADERS = {
     "| trap | mutation put in | test that fails |": MUTATIONS,
     "| trap | mutation of a kernel | test of `ops/triton` that fails |": KERNEL_MUTATIONS,
+    "| trap | mutation of an adapter | test of `adapters` that fails |": ADAPTER_MUTATIONS,
 }
 
 
@@ -67,11 +73,11 @@ def label(mutation: Mutation) -> str:
 def test_every_trap_has_a_mutation() -> None:
     assert {mutation.trap for mutation in MUTATIONS} == set(TRAPS)
     assert {mutation.trap for mutation in KERNEL_MUTATIONS} == KERNEL_TRAPS
-    every = (*MUTATIONS, *KERNEL_MUTATIONS)
+    every = (*MUTATIONS, *KERNEL_MUTATIONS, *ADAPTER_MUTATIONS)
     assert len({mutation.row for mutation in every}) == len(every)
 
 
-@pytest.mark.parametrize("mutation", [*MUTATIONS, *KERNEL_MUTATIONS], ids=label)
+@pytest.mark.parametrize("mutation", [*MUTATIONS, *KERNEL_MUTATIONS, *ADAPTER_MUTATIONS], ids=label)
 def test_mutation_fits_the_code(mutation: Mutation) -> None:
     source = ROOT / mutation.file
     compile(mutation.mutated(ROOT), str(source), "exec")
