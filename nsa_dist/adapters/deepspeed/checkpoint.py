@@ -14,11 +14,14 @@ from nsa_dist.checks import check
 def load_checkpoint(
     engine: Any, load_dir: str | Path, tag: str | None = None, **options: Any
 ) -> tuple[str, dict[str, Any]]:
-    """As ``engine.load_checkpoint``, which returns None or fails late where this refuses.
+    """As ``engine.load_checkpoint``, which where this refuses returns None, fails late, or leaves
+    weights as they are.
 
     A checkpoint of ZeRO holds each rank's part: it loads on as many ranks, however they split
     sequences. Elsewhere it loads as DeepSpeed's universal checkpoint, made by the command that the
-    error names, with ``"checkpoint": {"load_universal": true}`` in DeepSpeed's config.
+    error names, with ``"checkpoint": {"load_universal": true}`` in DeepSpeed's config. Weights
+    alone (``load_module_only=True`` or ``load_optimizer_states=False``) are whole at stages 0 to
+    2, and load at any of these on any number of ranks.
 
     Args:
         load_dir, tag, options: as of ``engine.load_checkpoint``.
@@ -28,7 +31,8 @@ def load_checkpoint(
 
     Raises:
         ValueError: on every rank, if there is no checkpoint, or one of another number of ranks, or
-            of another stage (1 and 2 read each other's), or a universal one without ZeRO.
+            of another stage (1 and 2 read each other's), or a universal one without ZeRO; or if
+            weights alone are asked for in a way that DeepSpeed does not follow.
     """
     folder, universal = Path(load_dir), bool(engine.load_universal_checkpoint())
     if tag is None:
@@ -37,37 +41,66 @@ def load_checkpoint(
             raise ValueError(f"load_dir: found {str(folder)!r} without {latest.name!r}; one works")
         tag = latest.read_text(encoding="utf-8").strip()
     path, stage = folder / tag, engine.zero_optimization_stage()
+    module_only = bool(options.get("load_module_only", False))
+    optimizer_states = bool(options.get("load_optimizer_states", True))
     if not path.is_dir():
         raise ValueError(f"tag: found {tag!r}; a folder in {str(folder)!r} works")
     if universal:
         works = "False works: without ZeRO any number of ranks reads a checkpoint as it is"
         check(stage > 0, "checkpoint.load_universal", universal, works)
     else:
-        _check_parts(path, stage)
+        _check_parts(engine, path, only_weights=module_only or not optimizer_states)
+        _check_options(engine, path, module_only, optimizer_states)
     read, state = engine.load_checkpoint(str(folder), tag=tag, **options)
     if read is None:
         raise ValueError(f"load_dir: found {str(path)!r}, which DeepSpeed cannot read")
-    only_weights = options.get("load_module_only", False)
-    with_state = options.get("load_optimizer_states", True) and not only_weights
-    if universal and with_state and stage == 3:
+    if universal and stage == 3 and optimizer_states and not module_only:
         _restore_groups(engine.optimizer.optimizer, path)
     return read, state
 
 
-def _check_parts(path: Path, stage: int) -> None:
+def _check_parts(engine: Any, path: Path, only_weights: bool) -> None:
     """Raise ValueError unless a checkpoint's files are those of this stage and number of ranks."""
     saved, size = len(list(path.glob("*zero_pp_rank_*_optim_states.pt"))), dist.get_world_size()
     # Without ZeRO every rank has everything, and there is one file.
     stages: tuple[int, ...] = (1, 2) if saved else (0,)
     if any(path.glob("zero_pp_rank_*_model_states.pt")):
         stages = (3,)
+    elif only_weights:
+        stages = (0, 1, 2)
     works = f"{' or '.join(map(str, stages))}, as that of {str(path)!r}, works"
+    stage = engine.zero_optimization_stage()
     check(stage in stages, "zero_optimization.stage", stage, works)
+    # Weights are whole below stage 3. On a node's own disk are the parts of its ranks alone:
+    # DeepSpeed itself then compares the number of ranks with that in the file.
+    if (only_weights and stage < 3) or engine.use_node_local_storage():
+        return
     if saved not in (0, size):
         raise ValueError(
             f"world size: found {size} with a checkpoint of {saved} ranks, {str(path)!r}; "
             f"{saved} works, or {universal_command(path)} and "
             '{"checkpoint": {"load_universal": true}} in the config of DeepSpeed'
+        )
+
+
+def _check_options(engine: Any, path: Path, module_only: bool, optimizer_states: bool) -> None:
+    """Raise ValueError where DeepSpeed 0.19.8 would keep other weights, and say nothing."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3 and module_only and optimizer_states:
+        raise ValueError(
+            "load_module_only: found True at ZeRO 3, where it loads nothing; "
+            "load_optimizer_states=False works"
+        )
+    if stage == 3 and not optimizer_states:
+        latest = path.parent / "latest"
+        newest = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+        works = f"{newest!r}, as in {str(latest)!r}, works: without the optimizer ZeRO 3 reads that"
+        check(path.name == newest, "tag", path.name, works)
+    low = engine.bfloat16_enabled() or engine.fp16_enabled()
+    if stage == 0 and low and not optimizer_states and not module_only:
+        raise ValueError(
+            "load_optimizer_states: found False in 16 bits without ZeRO, where the optimizer keeps "
+            "its own weights; load_module_only=True works"
         )
 
 

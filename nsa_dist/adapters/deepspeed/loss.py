@@ -7,7 +7,7 @@ sum is divided by the number of targets everywhere, and multiplied by what DeepS
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,43 @@ from nsa_dist.adapters.deepspeed.mpu import SequenceParallelMPU
 from nsa_dist.checks import check_int, describe
 from nsa_dist.sharding import ShardedBatch
 
-# What would divide gradients otherwise, or has not been tried; the value that works.
-_ONLY_ENGINE: tuple[tuple[str, str, Any], ...] = (
-    ("gradient_predivide_factor", "gradient_predivide_factor", 1.0),
-    ("zero_optimization.zero_quantized_gradients", "zero_quantized_gradients", False),
-    ("zero_optimization.zero_hpz_partition_size", "zero_hpz_partition_size", 1),
+# What would divide gradients otherwise, or has not been tried: how it is found, what works.
+_ONLY_ENGINE: tuple[tuple[str, Callable[[Any], Any], tuple[Any, ...]], ...] = (
+    ("gradient_predivide_factor", lambda engine: engine.gradient_predivide_factor(), (1.0,)),
+    (
+        "zero_optimization.zero_quantized_gradients",
+        lambda engine: engine.zero_quantized_gradients(),
+        (False,),
+    ),
+    (
+        "zero_optimization.zero_hpz_partition_size",
+        lambda engine: engine.zero_hpz_partition_size(),
+        (1,),
+    ),
+    (
+        "zero_optimization.offload_optimizer.device",
+        lambda engine: _device(engine.zero_offload_optimizer()),
+        ("none", "cpu"),
+    ),
+    (
+        "zero_optimization.offload_optimizer.super_offload",
+        lambda engine: engine.super_offload(),
+        (False,),
+    ),
+    (
+        "zero_optimization.offload_param.device",
+        lambda engine: _device(engine.zero_offload_param()),
+        ("none", "cpu"),
+    ),
+    ("zero_optimization.zenflow", lambda engine: engine.zenflow_config(), (None,)),
+    ("compile.deepcompile", lambda engine: engine.is_deepcompile_enabled(), (False,)),
+    ("tensor_parallel.autotp_size", lambda engine: engine.autotp_size(), (0, 1)),
+    ("MoE layers in the model", lambda engine: engine.has_moe_layers, (False,)),
 )
+
+
+def _device(offload: Any) -> str:
+    return "none" if offload is None else offload.device
 
 
 def count_targets(batches: Sequence[ShardedBatch], mpu: SequenceParallelMPU) -> int:
@@ -59,7 +90,8 @@ def scale_loss(engine: Any, loss_sum: Tensor, num_targets: int) -> Tensor:
         divide by N.
 
     Raises:
-        ValueError: if the engine has another ``mpu``, or divides gradients in ways not known here.
+        ValueError: if the engine has another ``mpu``, or an option that divides gradients in
+            ways not known here, or has not been tried.
     """
     check_int("num_targets", num_targets, 0)
     if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
@@ -74,15 +106,33 @@ def _divisor(engine: Any) -> float:
         raise ValueError(
             f"mpu: found {describe(mpu)}; deepspeed.initialize(mpu=make_mpu(group)) works"
         )
-    for option, method, works in _ONLY_ENGINE:
-        found = getattr(engine, method)()
-        if found != works:
-            raise ValueError(f"{option}: found {found!r}; {works!r} works with scale_loss")
+    for option, find, works in _ONLY_ENGINE:
+        found = find(engine)
+        if found not in works:
+            values = " or ".join(map(repr, works))
+            raise ValueError(f"{option}: found {found!r}; {values} works with scale_loss")
     if not engine.gradient_average:
         replicas = 1
-    elif engine.zero_optimization_stage() == 3 and engine.zero_reduce_scatter():
+    elif engine.zero_optimization_stage() == 3 and _scatters(engine):
         # This path alone takes ranks that share a sequence for replicas.
         replicas = dist.get_world_size(mpu.get_sequence_data_parallel_group())
     else:
         replicas = mpu.get_data_parallel_world_size()
     return float(replicas * engine.gradient_accumulation_steps())
+
+
+def _scatters(engine: Any) -> bool:
+    """Whether ZeRO 3 averages all gradients by reduce-scatter. It falls back to that, by another
+    divisor, for what is not in its contiguous bucket."""
+    if engine.zero_reduce_scatter() or not engine.zero_contiguous_gradients():
+        return True
+    bucket = engine.zero_reduce_bucket_size()
+    trained = (p for p in engine.module.parameters() if p.requires_grad)
+    largest = max((getattr(p, "ds_numel", p.numel()) for p in trained), default=0)
+    if largest > bucket and engine.mpu.get_sequence_parallel_world_size() > 1:
+        raise ValueError(
+            f"zero_optimization.reduce_bucket_size: found {bucket} with reduce_scatter=False; "
+            f"{largest}, the elements of the largest parameter, and more work with scale_loss, or "
+            "reduce_scatter=True"
+        )
+    return False

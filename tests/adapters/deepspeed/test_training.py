@@ -11,16 +11,26 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations, product
+from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
 
-from tests.adapters.deepspeed.case import Case, plain_step, stepped
+from tests.adapters.deepspeed.case import Case, Run, plain_step, stepped
 from tests.distributed.ranks import Ranks
 from tests.ops.accuracy import assert_2x
 
 pytest.importorskip("deepspeed")
+
+from deepspeed.runtime.zenflow.zenflow_config import ZenFlowConfig
+from deepspeed.runtime.zero.offload_config import (
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+)
+
+from nsa_dist.adapters.deepspeed import scale_loss
+from nsa_dist.adapters.deepspeed.loss import _ONLY_ENGINE
 
 GetRanks = Callable[[int], Ranks]
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -61,9 +71,13 @@ def name_of(row: tuple[int, int, int, torch.dtype]) -> str:
 
 def assert_a_step_of_one_process(ranks: Ranks, case: Case) -> None:
     loss64, exact = plain_step(case, torch.float64)
-    _, plain = plain_step(case, case.dtype)
+    plain_loss, plain = plain_step(case, case.dtype)
+    plain["loss"], exact["loss"] = (
+        torch.tensor([plain_loss]),
+        torch.tensor([loss64], dtype=torch.float64),
+    )
     for loss, weights in ranks.run(stepped, case):
-        assert math.isclose(loss, loss64, rel_tol=10 * torch.finfo(case.dtype).eps)
+        weights["loss"] = torch.tensor([loss])
         assert weights.keys() == exact.keys()
         for name, x64 in exact.items():
             assert_2x(weights[name], plain[name], x64, case.dtype, name)
@@ -86,6 +100,10 @@ def test_one_step_is_that_of_one_process_in_the_full_product(
     assert_a_step_of_one_process(deepspeed_ranks(case.size), case)
 
 
+LARGEST = 512  # Elements of the largest parameter.
+OFFLOADED = ("offload_optimizer", {"device": "cpu"})
+ANY_OPTIMIZER = ("zero_force_ds_cpu_optimizer", False)  # Else DeepSpeed compiles one of its own.
+
 OPTIONS: dict[str, Case] = {
     # What changes what DeepSpeed divides gradients by.
     "accumulation": Case(2, dp=2, cp=2, streams=4),
@@ -93,6 +111,23 @@ OPTIONS: dict[str, Case] = {
     "ZeRO3-all-reduce": Case(3, dp=2, cp=2, zero=(("reduce_scatter", False),)),
     "ZeRO2-all-reduce": Case(2, dp=2, cp=2, zero=(("reduce_scatter", False),)),
     "prescaled": Case(0, dp=2, cp=2, options=(("prescale_gradients", True),)),
+    "ZeRO3-all-reduce-of-one": Case(
+        3, dp=2, cp=2, zero=(("reduce_scatter", False), ("reduce_bucket_size", LARGEST))
+    ),
+    "ZeRO3-all-reduce-without-a-bucket": Case(
+        3, dp=2, cp=2, zero=(("reduce_scatter", False), ("contiguous_gradients", False))
+    ),
+    "ZeRO3-without-a-bucket": Case(3, dp=2, cp=2, zero=(("contiguous_gradients", False),)),
+    "offload-ZeRO1": Case(1, dp=2, cp=2, streams=4, zero=(OFFLOADED,), options=(ANY_OPTIMIZER,)),
+    "offload-ZeRO2": Case(2, dp=2, cp=2, streams=4, zero=(OFFLOADED,), options=(ANY_OPTIMIZER,)),
+    "offload-ZeRO3": Case(3, dp=2, cp=2, streams=4, zero=(OFFLOADED,), options=(ANY_OPTIMIZER,)),
+    "offload-ZeRO3-weights": Case(
+        3,
+        dp=2,
+        cp=2,
+        zero=(OFFLOADED, ("offload_param", {"device": "cpu"})),
+        options=(ANY_OPTIMIZER,),
+    ),
     "sums": Case(1, dp=2, cp=2, options=(("gradient_allreduce_op", "sum"),)),
     "sums-ZeRO0": Case(0, dp=2, cp=2, options=(("gradient_allreduce_op", "sum"),)),
     "zigzag": Case(3, cp=4, layout="zigzag"),
@@ -129,15 +164,99 @@ def test_a_batch_without_targets_changes_nothing(deepspeed_ranks: GetRanks) -> N
             assert all(torch.equal(weights[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"options": (("gradient_predivide_factor", 2.0),)}, "gradient_predivide_factor: found 2"),
-        ({"mpu": False}, r"mpu: found None; deepspeed.initialize\(mpu=make_mpu"),
-    ],
-)
-def test_what_would_scale_gradients_otherwise_is_refused(
-    deepspeed_ranks: GetRanks, changes: dict[str, Any], message: str
+UNKNOWN: dict[str, tuple[Case, dict[str, Any], str]] = {
+    # By option: a case, what is set in the engine where DeepSpeed could not build it here, and
+    # what is said.
+    "gradient_predivide_factor": (
+        Case(0, cp=2, options=(("gradient_predivide_factor", 2.0),)),
+        {},
+        "found 2.0; 1.0 works",
+    ),
+    "zero_optimization.zero_quantized_gradients": (
+        Case(3, cp=2, zero=(("zero_quantized_gradients", True),)),
+        {},
+        "found True; False works",
+    ),
+    "zero_optimization.zero_hpz_partition_size": (
+        Case(3, cp=2, zero=(("zero_hpz_partition_size", 2),)),
+        {},
+        "found 2; 1 works",
+    ),
+    "zero_optimization.offload_optimizer.device": (
+        Case(3, cp=2),
+        {
+            "_config.zero_config.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig(
+                device="nvme"
+            )
+        },
+        "found 'nvme'; 'none' or 'cpu' works",
+    ),
+    "zero_optimization.offload_optimizer.super_offload": (
+        Case(3, cp=2, zero=(OFFLOADED,), options=(ANY_OPTIMIZER,)),
+        {"_config.zero_config.offload_optimizer.super_offload": True},
+        "found True; False works",
+    ),
+    "zero_optimization.offload_param.device": (
+        Case(3, cp=2),
+        {"_config.zero_config.offload_param": DeepSpeedZeroOffloadParamConfig(device="nvme")},
+        "found 'nvme'; 'none' or 'cpu' works",
+    ),
+    "zero_optimization.zenflow": (
+        Case(2, cp=2),
+        {"_config.zero_config.zenflow": ZenFlowConfig()},
+        r"found ZenFlowConfig.*; None works",
+    ),
+    "compile.deepcompile": (
+        Case(3, cp=2, options=(("compile", {"deepcompile": True}),)),
+        {},
+        "found True; False works",
+    ),
+    "tensor_parallel.autotp_size": (
+        Case(1, cp=2),
+        {"_config.tensor_parallel_config.autotp_size": 2},
+        "found 2; 0 or 1 works",
+    ),
+    "MoE layers in the model": (
+        Case(1, cp=2),
+        {"has_moe_layers": True},
+        "found True; False works",
+    ),
+    "zero_optimization.reduce_bucket_size": (
+        Case(3, cp=2, zero=(("reduce_scatter", False), ("reduce_bucket_size", LARGEST - 1))),
+        {},
+        "found 511 with reduce_scatter=False; 512, the elements of the largest parameter",
+    ),
+    "mpu": (Case(0, cp=2, mpu=False), {}, r"found None; deepspeed.initialize\(mpu=make_mpu"),
+}
+
+
+def refused(case: Case, changes: dict[str, Any]) -> str:
+    """On every rank: what ``scale_loss`` says."""
+    run = Run(case)
+    for path, value in changes.items():
+        owner, _, name = path.rpartition(".")
+        setattr(attrgetter(owner)(run.engine) if owner else run.engine, name, value)
+    try:
+        scale_loss(run.engine, torch.ones(()), 1)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("option", UNKNOWN)
+def test_what_would_scale_gradients_otherwise_or_is_untried_is_refused(
+    deepspeed_ranks: GetRanks, option: str
 ) -> None:
-    answers = deepspeed_ranks(2).try_run(stepped, Case(0, cp=2, **changes))
-    assert [not ok and re.search(message, text) is not None for ok, text in answers] == [True, True]
+    case, changes, said = UNKNOWN[option]
+    for message in deepspeed_ranks(2).run(refused, case, changes):
+        assert re.match(f"{re.escape(option)}: {said}", message), message
+
+
+def test_each_refused_option_is_tested() -> None:
+    assert {option for option, *_ in _ONLY_ENGINE} < UNKNOWN.keys()
+
+
+def test_one_rank_to_a_sequence_goes_with_any_bucket(deepspeed_ranks: GetRanks) -> None:
+    zero = (("reduce_scatter", False), ("reduce_bucket_size", LARGEST - 1))
+    case = Case(3, dp=2, zero=zero, lr=RATE)
+    assert_a_step_of_one_process(deepspeed_ranks(2), case)
