@@ -129,6 +129,39 @@ def packed_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
     return torch.cat((opens.flatten().nonzero().squeeze(1), end)).int()
 
 
+def check_positions_count_on(
+    position_ids: Tensor, batch: int, ranges: list[tuple[int, int]] | None, past: int
+) -> None:
+    """Raise ValueError where a row's positions start anew beside padding or a cache.
+
+    A single new token is not looked at: that would wait for the device at each step.
+
+    Args:
+        position_ids: integer [1 or B, new].
+        ranges: as ``read_mask`` returns them for all B x T columns.
+        past: cached tokens of each row.
+    """
+    new = position_ids.shape[1]
+    if new == 1:
+        return
+    positions = position_ids.cpu().long().expand(batch, -1)
+    first, end = torch.tensor(ranges or [(0, past + new)] * batch).unsqueeze(-1).unbind(1)
+    columns = torch.arange(past, past + new)
+    token = (columns >= first) & (columns < end)
+    anew = torch.zeros_like(token)
+    anew[:, 1:] = token[:, 1:] & token[:, :-1] & (positions.diff(dim=1) != 1)
+    # Whatever a row began with, it has counted its cached tokens since.
+    anew[:, :1] = token[:, :1] & (positions[:, :1] < past - first)
+    if bool(anew.any()):
+        row, column = anew.nonzero()[0].tolist()
+        why = "padding in attention_mask" if ranges is not None else "past_key_values"
+        raise ValueError(
+            f"position_ids: found ones that start anew (row {row}, new token {column}) beside "
+            f"{why}; one document a row works, or packed documents without padding and without a "
+            "cache"
+        )
+
+
 def plan_stream(
     config: NSAConfig,
     runtime: Runtime,

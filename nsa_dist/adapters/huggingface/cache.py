@@ -54,7 +54,7 @@ class NSACacheLayer(DynamicLayer):
         length = self.get_seq_length()
         if length == 0:
             return
-        same = len(starts) == len(self.starts) and all(
+        same = all(
             new == old or min(new, old) >= length
             for new, old in zip(starts, self.starts, strict=True)
         )
@@ -108,12 +108,15 @@ class NSACacheLayer(DynamicLayer):
             self._take_rows(indices)
 
 
-def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig) -> None:
+def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig, batch: int) -> None:
     """Put an ``NSACacheLayer`` in the place of each empty layer of ``nsa_layers``.
+
+    Args:
+        batch: rows of the call that the cache is for.
 
     Raises:
         ValueError: for a cache that is no growing one on the model's device, or one that other
-            layers have filled.
+            layers or another number of rows have filled.
     """
     if not isinstance(cache, DynamicCache):
         raise ValueError(
@@ -133,6 +136,11 @@ def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig) -> N
                 layer.config,
                 "a cache of this model works",
             )
+            if layer.get_seq_length() > 0 and len(layer.starts) != batch:
+                raise ValueError(
+                    f"past_key_values: found tokens of {len(layer.starts)} rows, with batch size "
+                    f"{batch}; batch size {len(layer.starts)} works, or an empty cache"
+                )
         elif type(layer) is DynamicLayer and layer.get_seq_length() == 0:
             cache.layers[index] = NSACacheLayer(config)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,13 +30,15 @@ def check_layers(layers: Iterable[int] | None, config: Any) -> tuple[int, ...]:
     total = config.num_hidden_layers
     if layers is None:
         layers = range(total)
+    works = f"different indices from 0 to {total - 1}, at least one, or None for all, work"
+    check(isinstance(layers, Iterable), "layers", layers, works)
     found = list(layers)
     check(
         all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < total for i in found)
         and 0 < len(found) == len(set(found)),
         "layers",
         found,
-        f"different indices from 0 to {total - 1}, at least one, or None for all, work",
+        works,
     )
     types = getattr(config, "layer_types", None)
     for index in sorted(found):
@@ -113,6 +116,7 @@ def check_modules(model: Any, layers: tuple[int, ...]) -> None:
 def check_config(config: Any, hf_config: Any, gate_init: tuple[float, float, float]) -> None:
     """Raise ValueError for an ``NSAConfig`` that the dense model's weights do not fit."""
     check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
+    gate_init = replace(config, gate_init=gate_init).gate_init  # Refused there if bad.
     for option, theirs, found in (
         ("num_heads", "num_attention_heads", config.num_heads),
         ("num_kv_heads", "num_key_value_heads", config.num_kv_heads),
@@ -154,11 +158,10 @@ def check_config(config: Any, hf_config: Any, gate_init: tuple[float, float, flo
         f"None or at least 2 * head_dim = {2 * config.head_dim} works, which can start as a mean",
     )
     check(
-        config.gate_init in (DENSE_GATE_INIT, tuple(gate_init)),
+        config.gate_init in (DENSE_GATE_INIT, gate_init),
         "NSAConfig.gate_init",
         config.gate_init,
-        f"its default works: gate_init= of the conversion, here {tuple(gate_init)}, takes its "
-        "place",
+        f"its default works: gate_init= of the conversion, here {gate_init}, takes its place",
     )
 
 
@@ -170,6 +173,14 @@ def check_attention(config: NSAConfig, backend: str, attention: Any) -> None:
     refused = get_backend(backend, device).refuses(weight.dtype, config.kernel_options)
     if refused is not None:
         raise ValueError(refused)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
+        return False
+    return bool((one.to(other.device) == other).all())
 
 
 def check_call(
@@ -188,13 +199,16 @@ def check_call(
 
     Args:
         split: whether the sequence is split over ranks.
+        cu_seqlens: what the caller gave, or else ``cu_seq_lens_q`` of ``kwargs``.
     """
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
         return "output_attentions: found True; False works: this attention keeps no probabilities"
     keys = kwargs.get("cu_seq_lens_k")
     queries = kwargs.get("cu_seq_lens_q")
-    same = isinstance(keys, Tensor) and isinstance(queries, Tensor) and keys.equal(queries)
-    if keys is not None and not same:
+    # Dense layers beside ours would take these, ours take cu_seqlens.
+    if queries is not None and not _same(queries, cu_seqlens):
+        return "cu_seq_lens_q: found other boundaries than cu_seqlens; the same, or None, work"
+    if keys is not None and not _same(keys, queries):
         return "cu_seq_lens_k: found other boundaries than cu_seq_lens_q; the same work"
     packed = cu_seqlens is not None
     why = "a sequence split over ranks" if split else "packed documents (cu_seqlens)"

@@ -141,16 +141,28 @@ def from_pretrained(
         options: for the ``from_pretrained`` of transformers, such as ``dtype`` and ``device_map``.
 
     Returns:
-        A ``NSALlamaForCausalLM`` or ``NSAQwen3ForCausalLM`` in eval mode.
+        A ``NSALlamaForCausalLM`` or ``NSAQwen3ForCausalLM`` in eval mode; with
+        ``output_loading_info=True`` a pair of it and what transformers tells of the loading.
 
     Raises:
-        ValueError: for a checkpoint that is no converted model's, naming its model_type.
+        ValueError: for a folder that is not there or is empty, and for a checkpoint that is no
+            converted model's, naming its model_type.
     """
     of_type: dict[str, Any] = {config.model_type: model for model, config in FAMILIES.values()}
     where = Path(folder) / "config.json"
     if not where.is_file():
         names = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
-        where = Path(cached_file(folder, "config.json", **_some(options, names)))
+        works = "one that save_pretrained wrote works, or a name on the Hub"
+        try:
+            file = cached_file(folder, "config.json", **_some(options, names))
+        except OSError as error:
+            raise ValueError(
+                f"folder: found {str(folder)!r}, which is no folder and not to be had from the "
+                f"Hub ({error}); {works}"
+            ) from error
+        if file is None:
+            raise ValueError(f"folder: found {str(folder)!r} without a config.json; {works}")
+        where = Path(file)
     found = json.loads(where.read_text(encoding="utf-8")).get("model_type")
     check(
         found in of_type,
@@ -161,6 +173,7 @@ def from_pretrained(
     )
     for option in ("tp_plan", "quantization_config"):
         check(options.get(option) is None, option, options.get(option), "None works")
+    wants_info = options.pop("output_loading_info", False)
     options["output_loading_info"] = True
     model, info = of_type[found].from_pretrained(folder, **options)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -168,7 +181,7 @@ def from_pretrained(
     devices = sorted({str(x) for x in (getattr(model, "hf_device_map", None) or {}).values()})
     check(len(devices) < 2, "device_map", devices, "one device works")
     model.use_group(group, layout=layout, backend=backend)
-    return model
+    return (model, info) if wants_info else model
 
 
 def _some(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

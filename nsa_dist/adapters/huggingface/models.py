@@ -28,6 +28,7 @@ from nsa_dist.adapters.huggingface.batch import (
     Runtime,
     cache_tables,
     check_position_ids,
+    check_positions_count_on,
     packed_boundaries,
     plan_stream,
     read_mask,
@@ -151,12 +152,14 @@ class _NSAMixin:
                 ``num_items_in_batch`` too, of ``shard_batch``; the loss is this rank's share then.
             attention_mask: [B, cached and new tokens], zeros before and behind each row's tokens.
             position_ids: positions in the document, [B, L]; worked out when None. Rows whose
-                positions start anew are packed documents, as for the dense model.
+                positions start anew are packed documents, as for the dense model; without padding
+                and without a cache.
             past_key_values: a ``DynamicCache``, empty or filled by this model.
             use_cache: when None, ``config.use_cache`` outside of training and for one document a
                 row, else False.
             cu_seqlens: int32 boundaries of packed documents, of the whole padded stream on every
-                rank, with B = 1; ``cu_seq_lens_q`` as transformers' collators name it works too.
+                rank, with B = 1; ``cu_seq_lens_q`` as transformers' collators name it works too,
+                and must be the same where both are given.
 
         Raises:
             ValueError: naming the option, the value found and the values that work.
@@ -168,7 +171,7 @@ class _NSAMixin:
                 "inputs_embeds, work"
             )
         with torch.device("cpu"):  # Whatever the default device is: tables are made on the host.
-            batch, positions, past_key_values = self._read_batch(
+            batch, positions, past_key_values, attention_mask = self._read_batch(
                 tokens,
                 attention_mask,
                 position_ids,
@@ -204,8 +207,8 @@ class _NSAMixin:
         cu_seqlens: Tensor | None,
         labels: Tensor | None,
         kwargs: Mapping[str, Any],
-    ) -> tuple[Batch, Tensor, Any]:
-        """The batch, its positions, and the cache in use."""
+    ) -> tuple[Batch, Tensor, Any, Tensor | None]:
+        """The batch, its positions, the cache in use, and the mask where it shows padding."""
         model: Any = self
         runtime, config, hf_config = self.nsa_runtime, self.nsa_config, model.config
         rows, length = tokens.shape[:2]
@@ -226,10 +229,25 @@ class _NSAMixin:
         # On a split sequence all ranks raise together, where the plan is made.
         if problem is not None and not split:
             raise ValueError(problem)
-        documents = cu_seqlens
-        alone = attention_mask is None and past_key_values is None and not split
-        if alone and cu_seqlens is None and position_ids is not None:
-            documents = packed_boundaries(position_ids, rows)
+        caching = past_key_values is not None or use_cache
+        if caching and model.training and model.is_gradient_checkpointing and not split:
+            raise ValueError(
+                "use_cache: found True with gradient checkpointing in training; False works"
+            )
+        documents, ranges, past = cu_seqlens, None, 0
+        if not split:
+            if past_key_values is not None:
+                adopt_cache(past_key_values, self.nsa_layers, config, rows)
+                past = past_key_values.get_seq_length(self.nsa_layers[0])
+            ranges = read_mask(attention_mask, rows, past + length)
+            if ranges is None:
+                # Dense layers look for packed documents only where there is no mask.
+                attention_mask = None
+            if position_ids is not None and cu_seqlens is None:
+                if ranges is None and past_key_values is None:
+                    documents = packed_boundaries(position_ids, rows)
+                else:
+                    check_positions_count_on(position_ids, rows, ranges, past)
             if documents is not None and use_cache:
                 raise ValueError(
                     "use_cache: found True with packed documents, which position_ids that start "
@@ -242,27 +260,21 @@ class _NSAMixin:
                 config,
                 runtime,
                 tokens,
-                None if split else read_mask(attention_mask, rows, length),
+                ranges,
                 documents,
                 position_ids,
                 exact_positions=cu_seqlens is not None,
                 dtype=model.dtype,
                 problem=problem,
             )
-            return batch, positions, None
-        if model.training and model.is_gradient_checkpointing:
-            raise ValueError(
-                "use_cache: found True with gradient checkpointing in training; False works"
-            )
+            return batch, positions, None, attention_mask
         if past_key_values is None:
             past_key_values = DynamicCache(config=hf_config)
-        adopt_cache(past_key_values, self.nsa_layers, config)
-        past = past_key_values.get_seq_length(self.nsa_layers[0])
-        ranges = read_mask(attention_mask, rows, past + length)
+            adopt_cache(past_key_values, self.nsa_layers, config, rows)
         batch, positions = cache_tables(config, runtime, tokens, ranges, past)
         if position_ids is not None:
             positions = position_ids
-        return batch, positions, past_key_values
+        return batch, positions, past_key_values, attention_mask
 
 
 class NSALlamaForCausalLM(_NSAMixin, LlamaForCausalLM):

@@ -138,6 +138,24 @@ def test_options_are_refused(option: str, value: str, tmp_path: Path) -> None:
         from_pretrained(tmp_path, **{option: value})
 
 
+def test_folders_that_are_not_there(tmp_path: Path) -> None:
+    for folder in (tmp_path / "of-old", str(tmp_path / "of-old"), "./of-old", "out/of-old"):
+        with pytest.raises(ValueError, match=r"(?s)folder: found .* works") as caught:
+            from_pretrained(folder, local_files_only=True)
+        assert f"found '{folder}'" in str(caught.value)
+    with pytest.raises(ValueError, match=r"folder: found .* without a config\.json"):
+        from_pretrained(tmp_path)
+
+
+def test_loading_info(tmp_path: Path) -> None:
+    sparse_model("llama").save_pretrained(tmp_path)
+    found = from_pretrained(tmp_path, output_loading_info=True)
+    expected = NSALlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert [type(x) for x in found] == [type(x) for x in expected]
+    assert found[1] == expected[1]
+    assert type(from_pretrained(tmp_path, output_loading_info=False)) is NSALlamaForCausalLM
+
+
 def test_config_says_what_the_model_is(tmp_path: Path) -> None:
     model = sparse_model("qwen3", layers=[1])
     model.save_pretrained(tmp_path)

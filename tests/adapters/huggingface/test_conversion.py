@@ -22,14 +22,15 @@ from nsa_dist.adapters.huggingface import NSAAttention, convert_to_nsa
 from tests.adapters.huggingface.case import (
     INDEPENDENT,
     SMALL,
+    cast,
     dense_model,
     left_padded,
     some_tokens,
     sparse_model,
 )
 from tests.distributed.layer_case import largest
+from tests.ops.accuracy import assert_2x
 
-COVERED = min(SMALL.window, SMALL.num_selected * SMALL.select_block)
 CASES: dict[str, tuple[str, NSAConfig, dict[str, Any]]] = {
     "llama-llama3-tied": ("llama", SMALL, {"rope": "llama3", "tie_word_embeddings": True}),
     "llama-yarn-bias": ("llama", INDEPENDENT, {"rope": "yarn", "attention_bias": True}),
@@ -49,6 +50,9 @@ CASES: dict[str, tuple[str, NSAConfig, dict[str, Any]]] = {
         replace(INDEPENDENT, branches=("selected", "window"), compress="attention_pool"),
         {"rope": "llama3"},
     ),
+    # In those above the window covers less than the chosen blocks do.
+    "llama-blocks-before-window": ("llama", replace(SMALL, window=32), {}),
+    "qwen3-blocks-before-window": ("qwen3", replace(INDEPENDENT, window=32), {}),
 }
 
 
@@ -60,17 +64,17 @@ def _logits(model: Any, tokens: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_starts_as_the_dense_model(case: str) -> None:
     family, config, options = CASES[case]
+    covered = min(config.window, config.num_selected * config.select_block)
     dense = dense_model(family, **options)
     converted = convert_to_nsa(copy.deepcopy(dense), config)
-    tokens = some_tokens(2, COVERED)
-    expected = _logits(dense, tokens)
-    for use_cache in (False, True):
-        found = _logits(converted, tokens, use_cache=use_cache)
-        assert largest(found - expected) <= 1e-3 * largest(expected)
-    # Past that length it is another function, and not by little.
-    longer = some_tokens(2, 4 * COVERED)
-    apart = largest(_logits(converted, longer) - _logits(dense, longer))
-    assert apart > 1e-2 * largest(expected)
+    for length in (covered - 1, covered, covered + 1):
+        tokens = some_tokens(2, length)
+        expected = _logits(dense, tokens)
+        for use_cache in (False, True):
+            error = (_logits(converted, tokens, use_cache=use_cache) - expected).abs()
+            assert largest(error[:, :covered]) <= 1e-3 * largest(expected)
+            # The first token past that length misses a key, in its window or of a whole block.
+            assert (error[:, covered:] > 1e-2 * largest(expected)).any(-1).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -159,7 +163,9 @@ def test_padding_changes_nothing(layers: Any, use_cache: bool) -> None:
 
 
 @pytest.mark.parametrize("layers", [None, [0]], ids=["all", "hybrid"])
-@pytest.mark.parametrize("told_by", ["cu_seqlens", "cu_seq_lens_q", "position_ids"])
+@pytest.mark.parametrize(
+    "told_by", ["cu_seqlens", "cu_seq_lens_q", "both", "position_ids", "position_ids-and-ones"]
+)
 def test_packed_documents(told_by: str, layers: Any) -> None:
     model = sparse_model("qwen3", layers=layers, dtype=torch.float64)
     lengths = (37, 1, 20)
@@ -169,7 +175,16 @@ def test_packed_documents(told_by: str, layers: Any) -> None:
     options: dict[str, Any] = {
         "cu_seqlens": {"cu_seqlens": bounds},
         "cu_seq_lens_q": {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds.clone()},
+        "both": {
+            "cu_seqlens": bounds,
+            "cu_seq_lens_q": bounds.long(),
+            "cu_seq_lens_k": bounds.clone(),
+        },
         "position_ids": {"position_ids": positions},
+        "position_ids-and-ones": {
+            "position_ids": positions,
+            "attention_mask": torch.ones_like(positions),
+        },
     }[told_by]
     found = _logits(model, tokens, **options)[0]
     for start, end in itertools.pairwise(bounds):
@@ -190,16 +205,37 @@ def test_packed_rows_of_a_batch() -> None:
         assert largest(found[row, start:end] - alone) <= 1e-12 * largest(alone)
 
 
-def test_autocast_and_hidden_states() -> None:
-    model = sparse_model("qwen3").train()
-    tokens = some_tokens(2, 60)
-    with torch.autocast("cpu", torch.bfloat16):
+def _results(dtype: torch.dtype, autocast: bool) -> dict[str, Tensor]:
+    """Loss, logits and gradients of bfloat16 weights, on tokens whose blocks are all chosen."""
+    model = sparse_model("qwen3", dtype=torch.float64).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    cast(model, dtype)
+    tokens = some_tokens(2, SMALL.num_selected * SMALL.select_block)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = model(tokens, labels=tokens, output_hidden_states=True)
     assert len(out.hidden_states) == 3
-    out.loss.backward()
-    exact = model(tokens).logits.detach()
-    assert largest(out.logits.detach().float() - exact) <= 0.2 * largest(exact)
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    # A linear function of the logits: its gradient rounds nothing in the dtype under test.
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(out.logits.shape, generator=generator).bfloat16()
+    out.logits.backward(weight.to(out.logits))
+    # transformers takes its logits to float32 for the loss, whatever they are.
+    loss = out.loss[None].to(torch.float64 if dtype == torch.float64 else torch.float32)
+    results = {"loss": loss, "logits": out.logits.flatten(0, 1)}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == dtype, name
+        results[name] = parameter.grad
+    return results
+
+
+def test_autocast_and_hidden_states() -> None:
+    """float32 weights under autocast, beside the same weights and all else in bfloat16."""
+    ours = _results(torch.float32, True)
+    plain, x64 = _results(torch.bfloat16, False), _results(torch.float64, False)
+    assert ours["logits"].dtype == torch.bfloat16
+    for name in x64:
+        assert_2x(ours[name], plain[name], x64[name], torch.bfloat16, name)
 
 
 def test_embeddings_instead_of_tokens() -> None:

@@ -23,6 +23,7 @@ from transformers import (
 
 from nsa_dist import NSAConfig
 from nsa_dist.adapters.huggingface import convert_to_nsa
+from nsa_dist.adapters.huggingface.batch import check_positions_count_on
 from tests.adapters.huggingface.case import SMALL, dense_model, some_tokens, sparse_model
 
 TINY = dict(
@@ -77,6 +78,11 @@ def test_configs(message: str) -> None:
         ("layers", [0, 0]),
         ("layers", [-1]),
         ("layers", [True]),
+        ("layers", 1),
+        ("gate_init", None),
+        ("gate_init", 0.0),
+        ("gate_init", (0.0, 0.0)),
+        ("gate_init", "123"),
         ("layout", "striped"),
         ("group", "cp"),
         ("backend", "cuda"),
@@ -179,6 +185,11 @@ def test_calls() -> None:
     with torch.no_grad():
         model(tokens, past_key_values=ours)
     static = StaticCache(config=model.config, max_cache_len=32)
+    others = torch.tensor([0, 7, 12], dtype=torch.int32)
+    anew = torch.cat([torch.arange(n) for n in (5, 7)])[None]
+    # Row 1 has four columns of padding, and starts anew at the last of them too.
+    padding = (torch.arange(12) >= torch.tensor([[0], [4]])).long()
+    padded = torch.cat([torch.arange(n) for n in (12, 3, 5, 4)]).view(2, 12)
     calls: dict[str, dict[str, Any]] = {
         "attention_mask: found padding between tokens (row 1)": {"attention_mask": hole},
         "attention_mask: found torch.float32 of shape (2, 1, 12, 12)": {
@@ -205,15 +216,41 @@ def test_calls() -> None:
             "cu_seq_lens_q": bounds,
             "cu_seq_lens_k": bounds + 1,
         },
+        "cu_seq_lens_q: found other boundaries": {
+            **one,
+            "cu_seqlens": bounds,
+            "cu_seq_lens_q": others,
+            "cu_seq_lens_k": others,
+        },
+        "cu_seq_lens_k: found other boundaries than cu_seq_lens_q": {
+            **one,
+            "cu_seqlens": bounds,
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": others,
+        },
         "position_ids: found others": {
             **one,
             "cu_seqlens": bounds,
             "position_ids": torch.arange(12)[None],
         },
+        "position_ids: found ones that start anew (row 1, new token 8) beside padding": {
+            "attention_mask": padding,
+            "position_ids": padded,
+        },
+        "position_ids: found ones that start anew (row 0, new token 5) beside past_key_values": {
+            "attention_mask": torch.ones_like(padding),
+            "position_ids": anew,
+            "past_key_values": DynamicCache(),
+        },
+        "position_ids: found ones that start anew (row 0, new token 0) beside past_key_values": {
+            "position_ids": torch.arange(12)[None],
+            "past_key_values": copy.deepcopy(ours),
+        },
         "position_ids: found torch.float32": {"position_ids": torch.zeros(1, 12)},
         "use_cache: found True with packed": {**one, "cu_seqlens": bounds, "use_cache": True},
         "use_cache: found True with packed documents, which position_ids": {
-            "position_ids": torch.cat((torch.arange(5), torch.arange(7)))[None],
+            "attention_mask": torch.ones_like(padding),
+            "position_ids": anew,
             "use_cache": True,
         },
         "past_key_values: found a DynamicCache with packed": {
@@ -223,6 +260,10 @@ def test_calls() -> None:
         },
         "past_key_values: found a StaticCache": {"past_key_values": static},
         "past_key_values: found a DynamicLayer with 12 tokens": {"past_key_values": full},
+        "past_key_values: found tokens of 2 rows, with batch size 3; batch size 2 works": {
+            "input_ids": some_tokens(3, 12),
+            "past_key_values": copy.deepcopy(ours),
+        },
         "past_key_values: found NSAConfig": {"past_key_values": _cache_of_another()},
         "output_attentions: found True": {"output_attentions": True},
         "input_ids: found None": {"input_ids": None},
@@ -235,6 +276,12 @@ def test_calls() -> None:
     model.gradient_checkpointing_enable()
     found = _refusal(lambda: model(tokens, use_cache=True))
     assert "use_cache: found True with gradient checkpointing" in found
+
+
+def test_positions_of_a_single_token_are_not_read() -> None:
+    """Which would wait for the device at every step: what is on meta cannot be read."""
+    positions = torch.empty(2, 1, dtype=torch.int64, device="meta")
+    check_positions_count_on(positions, 2, None, 7)
 
 
 def _cache_of_another() -> DynamicCache:
