@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -53,7 +54,15 @@ def flash_kind(device: torch.device, dtype: torch.dtype) -> FlashKind:
     """What computes attention of ``dtype`` on ``device`` here."""
     if device.type != "cuda" or dtype not in FLASH_DTYPES:
         return "plain"
-    return "flash_attn" if find_spec("flash_attn") is not None else "torch"
+    return "flash_attn" if _has_flash_attn() else "torch"
+
+
+def _has_flash_attn() -> bool:
+    """Whether its second generation is here: the fourth has the name, and not these functions."""
+    package, _, module = INTERFACE.rpartition(".")
+    spec = find_spec(package)  # Of the module it would import the package.
+    folders = spec.submodule_search_locations if spec is not None else None
+    return any((Path(folder) / f"{module}.py").is_file() for folder in folders or ())
 
 
 def flash_functions(kind: FlashKind) -> dict[str, Callable[..., Any]]:

@@ -85,6 +85,17 @@ def test_an_installed_flash_attn_is_used_as_it_is(
         assert flash_kind(device, dtype) == "plain"
 
 
+def test_a_flash_attn_without_these_functions_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert flash_kind(torch.device("cuda", 0), torch.bfloat16) == "torch"
+    assert "flash_attn" not in sys.modules
+
+
 def test_without_it_gpus_use_the_flash_kernels_of_torch() -> None:
     gpu = torch.device("cuda", 0)
     expected = "torch" if importlib.util.find_spec("flash_attn") is None else "flash_attn"
