@@ -14,13 +14,18 @@ SHAPES = "bfloat16, 64 query heads, 4 KV heads, width 128"
 _said: set[str] = set()
 
 
-def hint_at_crossover(longest: int, device: torch.device) -> None:
+def hint_at_crossover(
+    longest: int, device: torch.device, backend: str, dtype: torch.dtype
+) -> None:
     """Warn when the longest document is shorter than the crossover measured on this GPU.
 
     Args:
         longest: tokens of the longest document of the batch.
         device: where the attention runs; nothing is said of GPUs that were not measured.
+        backend, dtype: what runs there; the Triton backend was measured, in 16 bits.
     """
+    if backend != "triton" or dtype not in (torch.bfloat16, torch.float16):
+        return
     # First, so that no graph depends on the length; the GPU is asked last, in few forwards.
     if torch.compiler.is_compiling() or device.type != "cuda":
         return

@@ -135,7 +135,7 @@ def native_sparse_attention(
         )
 
     if context.rank == 0:
-        hint_at_crossover(plan.longest, q.device)
+        hint_at_crossover(plan.longest, q.device, ops.name, q.dtype)
     flow = Flow(ops, config, plan, context, counter, rotary)
     shape = q.shape[:2]
     out, lse, selected = flow.run(

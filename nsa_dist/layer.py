@@ -21,6 +21,7 @@ from nsa_dist.checks import (
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.compressor import BlockCompressor, check_custom
 from nsa_dist.config import NSAConfig, RotaryConfig
+from nsa_dist.crossover import hint_at_crossover
 from nsa_dist.dropout import drop_tokens
 from nsa_dist.functional import NSADetails, native_sparse_attention
 from nsa_dist.gates import make_gate
@@ -242,7 +243,7 @@ class NativeSparseAttention(nn.Module):
             backend = get_backend(backend, x.device).name
         except ValueError as error:
             problem = problem or str(error)
-        return get_plan(
+        plan = get_plan(
             self.config,
             self.layout,
             self.context,
@@ -262,6 +263,10 @@ class NativeSparseAttention(nn.Module):
             },
             problem=problem,
         )
+        if self.context.rank == 0:  # Here, too: what is compiled says nothing by itself.
+            dtype = autocast_dtype(x.device.type) or x.dtype
+            hint_at_crossover(plan.longest, x.device, backend, dtype)
+        return plan
 
     def _problem(self, x: Tensor, position_ids: Tensor | None) -> str | None:
         """What is wrong with the tensors of one call, or None."""

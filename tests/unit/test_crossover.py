@@ -19,10 +19,15 @@ def _in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
 
 
-def hint(longest: int, device: str = "cuda") -> list[str]:
+def hint(
+    longest: int,
+    device: str = "cuda",
+    backend: str = "triton",
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        crossover.hint_at_crossover(longest, torch.device(device))
+        crossover.hint_at_crossover(longest, torch.device(device), backend, dtype)
     return [str(warning.message) for warning in caught]
 
 
@@ -35,6 +40,11 @@ def test_below_the_crossover_it_is_said_once() -> None:
 @pytest.mark.parametrize("longest, device", [(AT, "cuda"), (AT - 1, "cpu")])
 def test_nothing_is_said_elsewhere(longest: int, device: str) -> None:
     assert not hint(longest, device)
+
+
+def test_nothing_is_said_of_what_was_not_measured() -> None:
+    assert not hint(16, backend="pytorch")
+    assert not hint(16, dtype=torch.float32)
 
 
 def test_nothing_is_said_of_a_gpu_that_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
