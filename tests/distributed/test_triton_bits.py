@@ -41,7 +41,10 @@ LARGE = NSAConfig(32, 2, 128, num_selected=8, window=200)
 
 @dataclass(frozen=True)
 class Case:
-    """Documents of one packed stream, or one document of ``length`` tokens for None."""
+    """Documents of one packed stream, or one document of ``length`` tokens for None.
+
+    shared: one k and v for all branches.
+    """
 
     config: NSAConfig = SMALL
     layout: str = "zigzag"
@@ -49,6 +52,7 @@ class Case:
     length: int = 97
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    shared: bool = False
 
 
 def drawn(case: Case) -> tuple[list[Tensor], list[BlockCompressor]]:
@@ -82,6 +86,8 @@ def forward_bits(case: Case, group: Any = None) -> Tensor:
         tensors[0].shape[1], cu_seqlens=bounds, layout=case.layout, group=group
     )
     q, *kv, gates = (sharding.shard(x) for x in tensors)
+    k = kv[0] if case.shared else dict(zip(BRANCHES, kv[:3], strict=True))
+    v = kv[3] if case.shared else dict(zip(BRANCHES, kv[3:], strict=True))
     order: Any = nullcontext()
     if INTERPRETED:
         from tests.ops.triton.guard import fixed_order_dot
@@ -90,8 +96,8 @@ def forward_bits(case: Case, group: Any = None) -> Tensor:
     with order, torch.no_grad():
         out = native_sparse_attention(
             q,
-            dict(zip(BRANCHES, kv[:3], strict=True)),
-            dict(zip(BRANCHES, kv[3:], strict=True)),
+            k,
+            v,
             gates,
             *compressors,
             config=case.config,
@@ -119,7 +125,10 @@ QUICK = {
 }
 PRODUCT = [
     pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
-    for case in itertools.product((2, 4), LAYOUTS, (False, True), ("mlp", "mean"))
+    for case in (
+        *itertools.product((2, 4), LAYOUTS, (False, True), ("mlp", "mean")),
+        *itertools.product((2, 4), ("zigzag",), (True,), ("linear", "conv1d", "attention_pool")),
+    )
 ]
 
 
@@ -137,24 +146,40 @@ def test_bits_do_not_depend_on_the_split(
         assert torch.equal(found, expected)
 
 
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[Ranks]:
-    ranks = Ranks(torch.cuda.device_count(), timedelta(seconds=120), "nccl")
+@pytest.mark.skipif(not INTERPRETED, reason="GPUs run the larger cases")
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_bits_of_shared_keys_and_values(layout: str, ranks_of: Callable[[int], Ranks]) -> None:
+    """One buffer of keys, with one halo, for all branches."""
+    config = replace(SMALL, independent_kv=False, compress="mean")
+    case = Case(config, layout, shared=True)
+    expected = forward_bits(case)
+    assert expected.isfinite().all()
+    for found in ranks_of(2).run(bits_on_rank, case):
+        assert torch.equal(found, expected)
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids="{}_ranks".format)
+def gpus(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    there = torch.cuda.device_count()
+    if there < request.param:
+        pytest.skip(f"needs {request.param} CUDA devices, found {there}")
+    ranks = Ranks(request.param, timedelta(seconds=120), "nccl")
     yield ranks
     ranks.close()
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.parametrize("shared", [False, True], ids=["independent", "shared"])
 @pytest.mark.parametrize("compress", ["mlp", "linear", "conv1d", "attention_pool", "mean"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one-document", "packed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bits_do_not_depend_on_the_gpus(
-    dtype: torch.dtype, layout: str, packed: bool, compress: Any, gpus: Ranks
+    dtype: torch.dtype, layout: str, packed: bool, compress: Any, shared: bool, gpus: Ranks
 ) -> None:
     lengths = (1500, 1, 33, 3500, 70) if packed else None
-    config = replace(LARGE, compress=compress)
-    case = Case(config, layout, lengths, 5003, dtype, "cuda")
+    config = replace(LARGE, compress=compress, independent_kv=not shared)
+    case = Case(config, layout, lengths, 5003, dtype, "cuda", shared)
     expected = forward_bits(case)
     assert expected.isfinite().all()
     for found in gpus.run(bits_on_rank, case):

@@ -179,7 +179,23 @@ KERNEL_MUTATIONS = (
         "selected_backward.py",
         "row = tl.load(p_rows + tl.minimum(place, num - 1)).to(tl.int64)",
         "row = tl.load(p_rows + tl.minimum(place, num - 1))",
-        "test_selected_attention.py::test_offsets_past_two_to_the_31st",
+        "test_selected_attention.py::test_offsets_past_two_to_the_31st[rows]",
+    ),
+    _of_kernel(
+        "int32 offsets",
+        "heads are int32 in the selected branch",
+        "selected_attention.py",
+        "i_g = tl.program_id(1).to(tl.int64)",
+        "i_g = tl.program_id(1)",
+        "test_selected_attention.py::test_offsets_past_two_to_the_31st[heads]",
+    ),
+    _of_kernel(
+        "int32 offsets",
+        "heads are int32 in the scores",
+        "block_selection.py",
+        "i_g = tl.program_id(1).to(tl.int64)",
+        "i_g = tl.program_id(1).to(tl.int32)",
+        "test_selection_chunks.py::test_offsets_past_two_to_the_31st[heads]",
     ),
     _of_kernel(
         "int32 offsets",
@@ -242,8 +258,8 @@ KERNEL_MUTATIONS = (
         "fp16 dq",
         "dq is added up over blocks in float16 in the selected branch",
         "selected_backward.py",
-        "b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)\n",
-        "b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)\n"
+        "b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION, APART)\n",
+        "b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION, APART)\n"
         "        b_dq = b_dq.to(tl.float16).to(tl.float32)\n",
         "test_selected_attention.py::test_against_the_oracle[R1-float32]",
     ),

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsa_kernels.triton.tiles import kept_in
+
 
 class BlockMap(NamedTuple):
     """The blocks of l rows that start at given rows, no two at the same one, in order of rows.
@@ -37,9 +39,8 @@ class BlockMap(NamedTuple):
             return cls._made(block_rows, block, num_rows)
         kept = block_rows.__dict__.setdefault("_block_maps", {})
         name = (block, num_rows, block_rows._version)
-        if name not in kept:
-            kept[name] = cls._made(block_rows, block, num_rows)
-        return kept[name]
+        device = block_rows.device
+        return kept_in(kept, name, device, lambda: cls._made(block_rows, block, num_rows))
 
     @classmethod
     def _made(cls, block_rows: Tensor, block: int, num_rows: int) -> BlockMap:

@@ -167,7 +167,7 @@ def _score_kernel(
     """scores [end_row - begin_row, G, pitch, PARTS] of a query tile's rows and a span of keys."""
     # Late tokens see most: starting with them leaves the short programs for the end.
     i_tile = end_tile - 1 - tl.program_id(0)
-    i_g = tl.program_id(1)
+    i_g = tl.program_id(1).to(tl.int64)
     first_row = tl.load(tiles + i_tile * 4)
     num_tokens = tl.load(tiles + i_tile * 4 + 1).to(tl.int32)
     position = tl.load(tiles + i_tile * 4 + 2).to(tl.int32)
@@ -177,7 +177,8 @@ def _score_kernel(
     limit = tl.maximum(last - OFFSET + STRIDE, 0) // STRIDE  # Keys that the last query sees.
     shared = tl.maximum(position - OFFSET + STRIDE, 0) // STRIDE // BN * BN
     begin = tl.program_id(2) * SPAN
-    end = tl.minimum(begin + SPAN, limit)
+    # A tile that the chunk's end cuts may hold later tokens, which see blocks past the pitch.
+    end = tl.minimum(tl.minimum(begin + SPAN, limit), pitch * PER_BLOCK)
     if begin >= end:
         return
     shared = tl.minimum(tl.maximum(shared, begin), end)  # Before: all tiles seen by all.
@@ -199,7 +200,7 @@ def _score_kernel(
     row_t = first_row + o_t
     m_store = (o_t < num_tokens) & (row_t >= begin_row) & (row_t < end_row)
     # In 32 bits, as the workspace is small.
-    o_scores = ((row_t - begin_row).to(tl.int32) * G + i_g) * PARTS * pitch
+    o_scores = ((row_t - begin_row).to(tl.int32) * G + i_g.to(tl.int32)) * PARTS * pitch
     k += i_g * stride_kh
     _score_tiles(
         scores, o_scores, m_store, b_q, b_q_rest, b_lse, position + token, k, base, begin, shared,
@@ -291,7 +292,7 @@ def _choose_kernel(
     if FIRST:
         b_chosen = i_part * W + b_column
     else:
-        b_chosen = tl.load(p_found + b_column, mask=m_n, other=-1)
+        b_chosen = tl.load(p_found + i_part * W + b_column, mask=m_n, other=-1)
     if LAST:
         # Ascending: the free blocks are those between the forced ones.
         p_out = out + ((begin_row * G + o_line) * NUM_SELECTED)[:, None] + o_n
@@ -335,15 +336,14 @@ def _shape(
         return _Shape(columns=32, keys=64, warps=8, stages=2)
     # A head and a key by themselves are summed with no other: a thread keeps all scores of a tile.
     few = 2 if heads * per_block == 1 and capability[0] == 10 else 1
+    registers = MOST_REGISTERS if capability[0] in (8, 10) else None
     if widths[1]:
         # With more warps the compiler would lay out the results of the two products differently.
         stages = 3 if sum(widths) <= 128 else 2
-        registers = MOST_REGISTERS if capability[0] == 10 else None
-        columns = (128 if heads >= 8 else 64) // few
-        return _Shape(columns, 64, warps=4, stages=stages, registers=registers)
+        return _Shape((128 if heads >= 8 else 64) // few, 64, 4, stages, registers)
     # Few heads or short blocks leave many sums of a tile for a thread.
     if heads < 8 or heads * per_block < 16 or capability[0] not in (9, 10):
-        return _Shape(columns=128 // few, keys=64, warps=8, stages=2)
+        return _Shape(columns=128 // few, keys=64, warps=8, stages=2, registers=registers)
     shape = _Shape(columns=256, keys=64, warps=8, stages=2)
     if widths[0] <= 128 and capability == (9, 0):
         # Two programs fill the registers of a multiprocessor, and with three stages its shared

@@ -143,7 +143,7 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):
     i_tile = tl.program_id(0).to(tl.int64)
-    i_g = tl.program_id(1)
+    i_g = tl.program_id(1).to(tl.int64)
     first_row = tl.load(tiles + i_tile * 4)
     num_tokens = tl.load(tiles + i_tile * 4 + 1).to(tl.int32)
     position = tl.load(tiles + i_tile * 4 + 2).to(tl.int32)
@@ -183,11 +183,16 @@ def _forward_kernel(
                 b_a, b_m, b_l, b_q, p_k, p_v, stride_k, stride_v, i % TILES * BN, chose, token,
                 BLOCK, logit_scale, False, BN, DK, DV, PDK, PDV, PRECISION,
             )  # fmt: skip
-            if APART and i % TILES == TILES - 1:
-                b_acc, b_max, b_sum = _add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, PRECISION)
-                b_a = tl.zeros([BM, PDV], dtype=tl.float32)
-                b_m = tl.full([BM], -float("inf"), dtype=tl.float32)
-                b_l = tl.zeros([BM], dtype=tl.float32)
+            if APART:
+                # No branch, for which ptxas would let every wgmma wait for the one before.
+                ends = i % TILES == TILES - 1
+                b_acc, b_max, b_sum = _add_softmax(
+                    b_acc, b_max, b_sum, b_a, tl.where(ends, b_m, -float("inf")),
+                    tl.where(ends, b_l, 0.0), PRECISION,
+                )  # fmt: skip
+                b_a = tl.where(ends, 0.0, b_a)
+                b_m = tl.where(ends, -float("inf"), b_m)
+                b_l = tl.where(ends, 0.0, b_l)
             entry = following
     first_edge = (position + 1) // BLOCK
     for i in tl.range(0, EDGE_BLOCKS * TILES, num_stages=1):

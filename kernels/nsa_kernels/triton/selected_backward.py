@@ -67,6 +67,7 @@ def _add_dq(
     logit_scale,
     EDGE: tl.constexpr,
     TO_DELTA: tl.constexpr,
+    APART: tl.constexpr,
     BN: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -90,7 +91,7 @@ def _add_dq(
         b_delta += tl.sum(tl.where(seen, b_p * b_dp, 0.0), 1)
     else:
         b_ds = tl.where(seen, b_p * (b_dp - b_delta[:, None]), 0.0)
-        b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
+        b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION, APART)
     return b_dq, b_delta
 
 
@@ -146,7 +147,7 @@ def _dq_kernel(
     cancel, and then the rounding of o would be all that is left.
     """
     i_tile = tl.program_id(0).to(tl.int64)
-    i_g = tl.program_id(1)
+    i_g = tl.program_id(1).to(tl.int64)
     first_row = tl.load(tiles + i_tile * 4)
     num_tokens = tl.load(tiles + i_tile * 4 + 1).to(tl.int32)
     position = tl.load(tiles + i_tile * 4 + 2).to(tl.int32)
@@ -195,12 +196,13 @@ def _dq_kernel(
                 chose = ((entry.to(tl.int32) >> token) & 1) != 0
                 b_dq, b_delta = _add_dq(
                     b_dq, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_k, stride_v, i % TILES * BN,
-                    chose, token, BLOCK, logit_scale, False, i_pass == 0, BN, DK, DV, PDK, PDV,
-                    PRECISION,
+                    chose, token, BLOCK, logit_scale, False, i_pass == 0, APART, BN, DK, DV, PDK,
+                    PDV, PRECISION,
                 )  # fmt: skip
-                if APART and i % TILES == TILES - 1:
-                    b_dq_sum += b_dq
-                    b_dq = tl.zeros([BM, PDK], dtype=tl.float32)
+                if APART:
+                    ends = i % TILES == TILES - 1
+                    b_dq_sum += tl.where(ends, b_dq, 0.0)
+                    b_dq = tl.where(ends, 0.0, b_dq)
                 several = several | chose
                 entry = following
         for i in tl.range(0, EDGE_BLOCKS * TILES, num_stages=1):
@@ -215,8 +217,8 @@ def _dq_kernel(
                 b_seen = position + token + 1 - (first_edge + i // TILES) * BLOCK
                 b_dq, b_delta = _add_dq(
                     b_dq, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_k, stride_v, i % TILES * BN,
-                    chose, b_seen, limit, logit_scale, True, i_pass == 0, BN, DK, DV, PDK, PDV,
-                    PRECISION,
+                    chose, b_seen, limit, logit_scale, True, i_pass == 0, APART, BN, DK, DV, PDK,
+                    PDV, PRECISION,
                 )  # fmt: skip
                 several = several | (chose & (b_seen > 1))
             if APART and i % TILES == TILES - 1:

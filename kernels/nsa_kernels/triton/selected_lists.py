@@ -191,15 +191,15 @@ def near(x: Tensor, select_block: int) -> Tensor:
 class WalkShape(NamedTuple):
     """Keys of a tile, the warps of a program, the tiles in flight.
 
-    registers: of a thread, where the compiler is told.
     apart: whether the tiles of a block are summed by themselves, for too many to add in a row.
+    registers: of a thread, where the compiler is told.
     """
 
     keys: int
     warps: int
     stages: int
+    apart: bool
     registers: int | None = None
-    apart: bool = False
 
 
 def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -214,26 +214,29 @@ def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
 def walk_shapes(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkShape, WalkShape]:
     """Of the forward and dq kernels; by widths, dtype, n, l' and GPU, for the promise of bits."""
     width = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    keys = min(16 if q.dtype == torch.float32 else 32 if width > 128 else 64, select_block)
+    apart = num * select_block > PIECE * keys
     if q.dtype == torch.float32:
-        keys = min(16, select_block)
-        # 16-bit inputs have far fewer tiles than what their own rounding would hide.
-        shape = WalkShape(keys, 4, 1, apart=num * select_block > PIECE * keys)
+        shape = WalkShape(keys, 4, 1, apart)
         return shape, shape
-    keys = min(32 if width > 128 else 64, select_block)
     major = compute_capability(q)[0]
     dq_keys = min(keys, 32) if 0 < major < 9 else keys
-    if width > 128:
-        return WalkShape(keys, 8, 3), WalkShape(dq_keys, 8, 3)
+    dq_apart = num * select_block > PIECE * dq_keys
     # On Hopper the compiler is right to spare registers where tiles are 64 rows high.
     tall = token_tile(q.shape[1] // v.shape[1], q.dtype)[1] >= 64
-    registers = None if major == 9 and tall else MOST_REGISTERS
+    registers = None if width > 128 or (major == 9 and tall) else MOST_REGISTERS
+    if width > 128 or apart:
+        return (
+            WalkShape(keys, 8, 3, apart, registers),
+            WalkShape(dq_keys, 8, 3, dq_apart, registers),
+        )
     forward_warps = 4 if ratio_is_power_of_two(q, v) else 8
     # Two programs of 112 and 96 KB fit a Hopper multiprocessor; elsewhere dq would spill, and so
     # does all that divides rows by a ratio that is no power of two.
     dq_warps = 4 if major in (0, 9) else 8
     return (
-        WalkShape(keys, forward_warps, 3, registers),
-        WalkShape(dq_keys, dq_warps, 2, registers),
+        WalkShape(keys, forward_warps, 3, apart, registers),
+        WalkShape(dq_keys, dq_warps, 2, dq_apart, registers),
     )
 
 

@@ -62,7 +62,7 @@ class Chunk(NamedTuple):
     last: int
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """What is kept; on a GPU, the stream that made it and the event after that."""
 
     value: Any
@@ -71,7 +71,7 @@ class _Kept(NamedTuple):
 
 
 # Tables by the values [M, 6] of the segments, the latest last.
-_remembered: list[tuple[Tensor, dict[Any, _Kept]]] = []
+_remembered: list[tuple[Tensor, dict[Any, Kept]]] = []
 _remembering = threading.Lock()
 
 
@@ -123,23 +123,32 @@ def kept(segments: QuerySegments, name: Any, make: Callable[[], Any]) -> Any:
 
 
 def _kept(host: Tensor, device: torch.device, name: Any, make: Callable[[], Any]) -> Any:
-    tables, place = _tables_of(host), (device, name)
-    found = tables.get(place)
+    return kept_in(_tables_of(host), (device, name), device, make)
+
+
+def kept_in(
+    tables: dict[Any, Kept], name: Any, device: torch.device, make: Callable[[], Any]
+) -> Any:
+    """What `make` made under that name, a tensor or a tuple with tensors, for any stream."""
+    found = tables.get(name)
     if device.type != "cuda":
         if found is None:
-            found = tables[place] = _Kept(make())
+            found = tables[name] = Kept(make())
         return found.value
     stream = torch.cuda.current_stream(device)
     if found is None:
         value, made = make(), torch.cuda.Event()
         made.record(stream)
-        found = tables[place] = _Kept(value, stream.cuda_stream, made)
+        found = tables[name] = Kept(value, stream.cuda_stream, made)
     elif found.stream != stream.cuda_stream and not torch.cuda.is_current_stream_capturing():
         stream.wait_event(found.made)
+        for x in found.value if isinstance(found.value, tuple) else (found.value,):
+            if isinstance(x, Tensor) and x.is_cuda:
+                x.record_stream(stream)  # Its memory is not taken again before this stream is done.
     return found.value
 
 
-def _tables_of(host: Tensor) -> dict[Any, _Kept]:
+def _tables_of(host: Tensor) -> dict[Any, Kept]:
     """Kept with the tensor as long as its values are the same."""
     if host.is_inference():  # whose changes are not counted
         return _tables_of_equal(host)
@@ -150,7 +159,7 @@ def _tables_of(host: Tensor) -> dict[Any, _Kept]:
     return tables
 
 
-def _tables_of_equal(host: Tensor) -> dict[Any, _Kept]:
+def _tables_of_equal(host: Tensor) -> dict[Any, Kept]:
     """Of the packings that were used last: copies of a tensor, made by whoever, have one set."""
     with _remembering:
         for at, (values, tables) in enumerate(_remembered):
@@ -269,13 +278,14 @@ def precision(x: Tensor) -> str:
 
 
 @triton.jit
-def add_dot(acc, a, b, PRECISION: tl.constexpr):
+def add_dot(acc, a, b, PRECISION: tl.constexpr, BY_ITSELF: tl.constexpr = False):
     """acc + a b. In float32 the product is summed by itself and then added.
 
     One running sum through all tiles would round as often as it has terms; a plain addition would
-    be made one by the compiler.
+    be made one by the compiler. BY_ITSELF does so in every dtype: for an acc that a loop sets back
+    to zero, ptxas would let every wgmma that adds to it wait for the one before.
     """
-    if PRECISION == "ieee":
+    if PRECISION == "ieee" or BY_ITSELF:
         return tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 

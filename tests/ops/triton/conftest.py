@@ -49,6 +49,15 @@ def _guard() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _many_lines_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation takes the interpreter as long on one line of scores as on a thousand."""
+    if INTERPRETED:
+        from nsa_kernels.triton import block_selection
+
+        monkeypatch.setattr(block_selection, "LINE_ELEMENTS", 1 << 13)
+
+
 @pytest.fixture
 def _same_bits_in_any_row() -> Iterator[None]:
     """For tests that compare bits: a dot's row must not depend on where it stands in the tile."""

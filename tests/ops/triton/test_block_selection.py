@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -26,21 +24,6 @@ from tests.ops.op_cases import CASES, Case, Layout, case_id, fill, random
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda")]
-
-
-@pytest.fixture(autouse=True)
-def _many_lines_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operation takes the interpreter as long on one line as on a thousand."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(block_selection, "LINE_ELEMENTS", 1 << 13)
-
-
-@pytest.fixture
-def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of a few rows, whose ends are not those of tiles, and lines ranked in parts."""
-    monkeypatch.setattr(block_selection, "WORKSPACE_BYTES", 47 * 1024)
-    monkeypatch.setattr(block_selection, "MOST_COLUMNS", 16)
-    monkeypatch.setattr(block_selection, "SPAN_TILES", 1)
 
 
 def choose(
@@ -245,17 +228,6 @@ def test_trap_ties(gain: float) -> None:
     assert torch.equal(selected[16 * 6, 0], torch.tensor([0, 1, 2, 5, 6], dtype=torch.int32))
 
 
-@pytest.mark.usefixtures("small_workspace")
-def test_trap_ties_between_parts() -> None:
-    """No score but the forced blocks': the lowest win, in whichever parts of the line they are."""
-    case = small("ties", num_selected=4)
-    q = torch.zeros(70, case.heads, case.key_width)
-    k = torch.zeros(num_compressed(70, 4, 2), 1, case.key_width)
-    selected = choose(case, one(70), q, k, init=0, local=1)
-    # Block 0 has one key less in front of it than the others.
-    assert selected[69, 0].tolist() == [1, 2, 3, 17]
-
-
 def test_trap_k_larger_than_the_blocks_there_are() -> None:
     case = Case("one", (70,), num_selected=9)
     q, k = make_inputs(case, torch.float32)
@@ -308,60 +280,6 @@ def test_future_and_other_documents_change_no_choice(bits: int) -> None:
         assert_well_formed(case, after[:110].long(), torch.arange(110), 1, 2)
 
 
-def captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """What `run` returns, and the scores in its workspace, [N, G, pitch, parts]."""
-    chunks = []
-    rank = block_selection._choose
-
-    def keep(
-        work: Tensor,
-        selected: Tensor,
-        positions: Tensor,
-        chunk: Any,
-        parts: int,
-        select_block: int,
-        *rest: Any,
-    ) -> None:
-        pitch = block_selection._pitch(chunk.last // select_block + 1)
-        shape = chunk.end - chunk.begin, selected.shape[1], pitch, parts
-        chunks.append(work[: math.prod(shape)].view(shape).cpu().clone())
-        rank(work, selected, positions, chunk, parts, select_block, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(block_selection, "_choose", keep)
-        selected = run()
-    pitch = max(x.shape[2] for x in chunks)
-    return selected, torch.cat([pad(x, (0, 0, 0, pitch - x.shape[2])) for x in chunks])
-
-
-@pytest.mark.usefixtures("_same_bits_in_any_row")
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-def test_bits_do_not_depend_on_split_chunks_or_parts(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    """Every score and choice of a row, from one segment and from pieces of a document."""
-    case = small("split", heads=8, num_selected=6)
-    case = replace(case, documents=(133,), runs=())
-    q, k = make_inputs(case, dtype)
-    expected, whole = captured(monkeypatch, lambda: choose(case, one(133), q, k))
-    assert_highest(case, expected, q, k)
-    cut = replace(case, runs=((0, 100, 33), (0, 3, 41), (0, 64, 1), (0, 97, 2)))
-    layout = Layout(cut)
-    rows = cut.local_rows
-    keys = fill(k, layout.compressed_index)
-    request.getfixturevalue("small_workspace")
-    selected, parts = captured(monkeypatch, lambda: choose(cut, layout.segments, q[rows], keys))
-    assert torch.equal(selected, expected[rows])
-    block = torch.arange(whole.shape[2])
-    visible = (rows - case.block + case.stride).clamp(min=0) // case.stride
-    written = -(-visible // (case.select_block // case.stride))[:, None, None]
-    # Sums of the keys that begin in block j, and of what those of block j - 1 pass on to it.
-    written = torch.stack([block < written, (block > 0) & (block <= written)], dim=-1)
-    a, b = (x.masked_fill(~written, 0.0) for x in (parts[:, :, : len(block)], whole[rows]))
-    assert written.any()
-    assert torch.equal(a, b)
-
-
 def test_strided_inputs() -> None:
     case = small("strides", heads=8, groups=2)
     layout = Layout(case)
@@ -381,17 +299,6 @@ def test_has_no_gradient() -> None:
     q, k = (x.requires_grad_() for x in make_inputs(case, torch.float32))
     selected = choose(case, one(70), q[:70], k[: num_compressed(70, 4, 2)])
     assert not selected.requires_grad
-
-
-def test_workspace_is_bounded() -> None:
-    """At any length, and for no row less than one of the workspace."""
-    for blocks, groups, num_selected in ((1 << 20, 4, 64), (1 << 10, 32, 16)):
-        pitch = block_selection._pitch(blocks)
-        assert pitch >= blocks
-        size = block_selection._chunk_rows(blocks, groups, 2, num_selected)
-        bytes_used = block_selection._row_bytes(blocks, groups, 2, num_selected) * size
-        assert size >= 1
-        assert bytes_used <= 256 << 20
 
 
 def scores_of(

@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsa_kernels import QuerySegments
+from nsa_kernels.triton.block_map import BlockMap
+from nsa_kernels.triton.tiles import query_tiles
 from tests.ops.op_cases import (
     Case,
     Layout,
@@ -136,9 +139,7 @@ def judge(
     assert_attention(case, ours, own_masks, key_bounds, (q, k, v), grad_o.to(DEVICE))
 
 
-@every_case
-@pytest.mark.parametrize("name", ["compressed", "window"])
-def test_band(name: str, case: Case, dtype: torch.dtype) -> None:
+def assert_band(name: str, case: Case, dtype: torch.dtype) -> None:
     branch = Branch(name, case)
     inputs, grad_o = branch.inputs(dtype)
     buffers = branch.buffers(inputs)
@@ -150,6 +151,27 @@ def test_band(name: str, case: Case, dtype: torch.dtype) -> None:
 
 
 @every_case
+@pytest.mark.parametrize("name", ["compressed", "window"])
+def test_band(name: str, case: Case, dtype: torch.dtype) -> None:
+    assert_band(name, case, dtype)
+
+
+@pytest.mark.xdist_group("long")  # One after another: the oracle takes much memory.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
+@pytest.mark.parametrize("width", [128, 192])
+def test_widest_window(width: int, dtype: torch.dtype) -> None:
+    """Its keys are more than are summed in one piece; nor do its bits depend on the split."""
+    case = Case("widest", (9000,), groups=1, key_width=width, value_width=128, window=4096)
+    assert_band("window", case, dtype)
+    whole = Branch("window", case)
+    inputs, _ = whole.inputs(dtype)
+    expected = whole.attend(*whole.buffers(inputs))
+    part = Branch("window", replace(case, runs=((0, 6001, 1500), (0, 7501, 1499))))
+    found = part.attend(*part.buffers(inputs))
+    assert_same(list(found), [x[6001:] for x in expected])
+
+
+@every_case
 def test_selected_attention(case: Case, dtype: torch.dtype) -> None:
     choice = random_choice(case)
     inputs, grad_o = make_inputs(case, dtype)
@@ -158,6 +180,7 @@ def test_selected_attention(case: Case, dtype: torch.dtype) -> None:
     judge(case, found, masks(case, "selected", choice), case.bounds, inputs, grad_o)
 
 
+@pytest.mark.xdist_group("long")  # One after another: the oracle takes much memory.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
 @pytest.mark.parametrize("width", [128, 256])
 def test_most_keys_of_the_selected_branch(width: int, dtype: torch.dtype) -> None:
@@ -190,6 +213,27 @@ def test_compression(kind: str, width: int) -> None:
         if kind == "attention_pool":  # logits as large as those of 16 channels
             params["query"] *= (16 / width) ** 0.5
         assert_compresses(blocks, kind, dtype, params, width)
+
+
+def test_tables_of_one_stream_are_waited_for_on_another() -> None:
+    host = torch.arange(0, 3000, 16)
+    segments = [QuerySegments.from_rows([(0, 3000, 0, 0, 0, 0)]) for _ in range(2)]
+    rows = [host.to(DEVICE) for _ in range(2)]
+
+    def tables(which: int) -> list[Tensor]:
+        found = query_tiles(segments[which].to(DEVICE), 16 + which, "selected_base").table
+        return [found, *BlockMap.of(rows[which], 32, 3000)]
+
+    torch.cuda.synchronize()
+    late, other = torch.cuda.Stream(), torch.cuda.Stream()
+    for which in range(2):  # The first time for what is compiled or loaded on the way.
+        with torch.cuda.stream(late):
+            torch.cuda._sleep(1 << 29)
+            expected = tables(which)
+        with torch.cuda.stream(other):
+            copies = [x.clone() for x in tables(which)]
+        torch.cuda.synchronize()
+        assert_same(copies, expected)
 
 
 @every_dtype

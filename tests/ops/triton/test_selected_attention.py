@@ -353,21 +353,25 @@ def test_views_of_a_fused_projection(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="memory that is only addresses is the host's")
-def test_offsets_past_two_to_the_31st() -> None:
+@pytest.mark.parametrize("far", ["rows", "heads"])
+def test_offsets_past_two_to_the_31st(far: str) -> None:
     from tests.ops.triton.guard import far_apart
 
-    case = Case("one", (37,), value_width=16)
+    case = Case("one", (37,), heads=8, groups=4, value_width=16)
     inputs, grad_o = make_inputs(case, torch.float16)
     copies = [x.clone().requires_grad_() for x in inputs]
     selected = random_choice(case)
     o, _ = attend_plain(case, *copies, selected)
     grads = torch.autograd.grad(o, copies, grad_o)
-    # The last so far apart that a block of it passes 2^31 by itself.
+    # The last rows so far apart that a block of them passes 2^31 by itself.
     strides = [(1 << 26, 1 << 22, 1), (1 << 26, 1 << 24, 1), (1 << 28, 1 << 24, 1)]
-    far = [far_apart(x, *s).requires_grad_() for x, s in zip(inputs, strides, strict=True)]
-    far_o, _ = attend_plain(case, *far, selected)
+    if far == "heads":
+        strides = [(16, 1 << 29, 1), (16, 1 << 30, 1), (16, 1 << 30, 1)]
+    views = [far_apart(x, *s).requires_grad_() for x, s in zip(inputs, strides, strict=True)]
+    far_o, _ = attend_plain(case, *views, selected)
     assert same_bits(o, far_o)
-    for x, y in zip(grads, torch.autograd.grad(far_o, far, grad_o), strict=True):
+    far_grads = torch.autograd.grad(far_o, views, far_apart(grad_o, *strides[0]))
+    for x, y in zip(grads, far_grads, strict=True):
         assert same_bits(x, y)
 
 
