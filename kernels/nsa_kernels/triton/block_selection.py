@@ -465,7 +465,7 @@ def _choose(
             PN=triton.next_power_of_2(num_selected), FIRST=first, LAST=parts == 1, L=lines, W=width,
             WORDS=min(max(32, width // 32), width // near), NEAR=near,
             num_warps=max(1, width // LINE_ELEMENTS),
-            maxnreg=MOST_REGISTERS if compute_capability(scores)[0] == 10 else None,
+            maxnreg=None if first and compute_capability(scores)[0] != 10 else MOST_REGISTERS,
         )  # fmt: skip
         if parts == 1:
             return
