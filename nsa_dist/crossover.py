@@ -14,9 +14,7 @@ SHAPES = "bfloat16, 64 query heads, 4 KV heads, width 128"
 _said: set[str] = set()
 
 
-def hint_at_crossover(
-    longest: int, device: torch.device, backend: str, dtype: torch.dtype
-) -> None:
+def hint_at_crossover(longest: int, device: torch.device, backend: str, dtype: torch.dtype) -> None:
     """Warn when the longest document is shorter than the crossover measured on this GPU.
 
     Args:
