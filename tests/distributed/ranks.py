@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import tempfile
@@ -37,6 +38,7 @@ class Ranks:
         self, size: int, timeout: timedelta = GROUP_TIMEOUT, backend: str = "gloo"
     ) -> None:
         self.size = size
+        self.runs = 0
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "nsa_dist"])
         self._folder = tempfile.TemporaryDirectory()
@@ -67,6 +69,7 @@ class Ranks:
 
     def try_run(self, function: Callable[..., Any], *args: Any) -> list[tuple[bool, Any]]:
         """As ``run``, but each rank's (True, result) or (False, traceback)."""
+        self.runs += 1
         for pipe in self._pipes:
             pipe.send((function, args))
         answers = []
@@ -86,15 +89,20 @@ class Ranks:
 
 
 @contextmanager
-def rank_pool() -> Iterator[Callable[[int], Ranks]]:
+def rank_pool(most_runs: float = math.inf) -> Iterator[Callable[[int], Ranks]]:
     """get(P): P gloo processes, started at the first request and ended with the context.
 
     Groups that tests make in them and never end keep threads that poll: tests that make many have
     a pool of their own, not that of the session.
+
+    Args:
+        most_runs: of functions, after which the next request starts new processes.
     """
     started: dict[int, Ranks] = {}
 
     def get(size: int) -> Ranks:
+        if size in started and started[size].runs >= most_runs:
+            started.pop(size).close()
         if size not in started:
             started[size] = Ranks(size)
         return started[size]

@@ -10,6 +10,9 @@ import pytest
 from tests.distributed.ranks import Ranks, rank_pool
 from tests.launch.common import write_documents
 
+# A training run makes groups of its own, whose threads poll until their process ends.
+MOST_RUNS = 6
+
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -22,19 +25,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="package")
 def ranks_of() -> Iterator[Callable[[int], Ranks]]:
     """As everywhere, but processes of these tests alone: each training run makes groups."""
-    with rank_pool() as get:
+    with rank_pool(MOST_RUNS) as get:
         yield get
 
 
 @pytest.fixture(scope="package")
 def megatron_ranks() -> Iterator[Callable[[int], Ranks]]:
     """As ``ranks_of``, but processes that answer for Megatron's GPUs."""
-    with rank_pool() as get:
+    with rank_pool(MOST_RUNS) as get:
         yield get
 
 
 @pytest.fixture(scope="module")
 def deepspeed_ranks() -> Iterator[Callable[[int], Ranks]]:
     """As ``ranks_of``, but processes in which DeepSpeed keeps groups and their threads."""
-    with rank_pool() as get:
+    with rank_pool(MOST_RUNS) as get:
         yield get
