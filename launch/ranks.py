@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from settings import Settings, check
+from startup import compare_in_group, describe, join_store, show_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +76,7 @@ class Ranks:
         found: list[str] = [""] * self.size
         dist.all_gather_object(found, value)
         if len(set(found)) > 1:
-            each = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(found))
-            raise ValueError(f"{option}: differs between ranks ({each}); {works}")
+            raise ValueError(f"{option}: differs between ranks ({show_values(found)}); {works}")
 
 
 def start_ranks(settings: Settings) -> Ranks:
@@ -85,7 +85,52 @@ def start_ranks(settings: Settings) -> Ranks:
     A process group that is there already is used as it is.
 
     Raises:
-        ValueError: if the device is not there, or the grid does not have the number of processes.
+        ValueError: on every rank, if a device is not there, the grid does not have the number of
+            processes, or ranks were started with other options or other code.
+    """
+    problem = ""
+    try:
+        kind, device, dp = check_place(settings)
+    except ValueError as error:
+        # May be so on one rank only: told on every rank.
+        problem, kind = str(error), ""
+    if dist.is_initialized():
+        compare_in_group(describe(settings, problem, kind))
+    else:
+        store, rank, size = join_store(describe(settings, problem, kind))
+        backend = "nccl" if kind == "cuda" else "gloo"
+        device_id = device if kind == "cuda" else None
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, device_id=device_id
+        )
+    rank, size = dist.get_rank(), dist.get_world_size()
+    cp, tp, pp = settings.parallel.cp, settings.parallel.tp, settings.parallel.pp
+    grid = init_device_mesh(kind, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
+    return Ranks(
+        rank=rank,
+        size=size,
+        device=device,
+        dp=dp,
+        dp_rank=rank // (cp * tp) % dp,
+        cp=cp,
+        cp_rank=rank // tp % cp,
+        tp=tp,
+        tp_rank=rank % tp,
+        pp=pp,
+        pp_rank=rank // (dp * cp * tp),
+        cp_mesh=grid["cp"],
+        flat_mesh=init_device_mesh(kind, (size,), mesh_dim_names=("dp_cp",)),
+    )
+
+
+def check_place(settings: Settings) -> tuple[str, torch.device, int]:
+    """Whether this process has what the settings ask for; without any other rank.
+
+    Returns:
+        The device's type, the device, and the number of replicas.
+
+    Raises:
+        ValueError: naming the option.
     """
     cuda = torch.cuda.is_available()
     kind = settings.run.device if settings.run.device != "auto" else ("cuda" if cuda else "cpu")
@@ -120,32 +165,7 @@ def start_ranks(settings: Settings) -> Ranks:
     batch, micro = settings.data.global_batch, settings.data.micro_batch
     works = f"a multiple of dp x micro_batch = {dp * micro} works"
     check(batch % (dp * micro) == 0, "data.global_batch", batch, works)
-
-    if not dist.is_initialized():
-        backend = "nccl" if kind == "cuda" else "gloo"
-        device_id = device if kind == "cuda" else None
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, device_id=device_id)
-        else:
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device_id)
-    grid = init_device_mesh(kind, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
-    rank = dist.get_rank()
-    return Ranks(
-        rank=rank,
-        size=size,
-        device=device,
-        dp=dp,
-        dp_rank=rank // (cp * tp) % dp,
-        cp=cp,
-        cp_rank=rank // tp % cp,
-        tp=tp,
-        tp_rank=rank % tp,
-        pp=pp,
-        pp_rank=rank // (dp * cp * tp),
-        cp_mesh=grid["cp"],
-        flat_mesh=init_device_mesh(kind, (size,), mesh_dim_names=("dp_cp",)),
-    )
+    return kind, device, dp
 
 
 def check_dense(settings: Settings, kind: str) -> None:

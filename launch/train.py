@@ -39,6 +39,7 @@ from ranks import Ranks, start_ranks
 from report import Report, show_bytes
 from sampling import PAD_TO, sample
 from settings import OptimizerSettings, Settings, check, from_command_line, to_toml
+from startup import describe, join_store
 
 # What layers count, and the order in which it is summed over ranks.
 COMMUNICATION_KINDS = (
@@ -334,10 +335,24 @@ def summarise(result: Result, report: Report, recent: int) -> None:
     report.summary(rows)
 
 
-def main() -> None:
+def start() -> tuple[Ranks, Settings]:
+    """Join the other ranks with the command line's settings.
+
+    Raises:
+        ValueError: on every rank, for a mistake of any.
+    """
     try:
         settings = from_command_line(sys.argv[1:])
-        ranks = start_ranks(settings)
+    except ValueError as error:
+        # May be so on one rank only, which has another file: raised there as on the others.
+        join_store(describe(None, str(error)))
+        raise
+    return start_ranks(settings), settings
+
+
+def main() -> None:
+    try:
+        ranks, settings = start()
     except ValueError as error:
         sys.exit(f"train.py: {error}")
     train(settings, ranks)

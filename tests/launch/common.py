@@ -7,10 +7,12 @@ return values that can be sent.
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -24,6 +26,7 @@ from record_choices import Recording, RecordOptions
 from record_choices import run as run_recording
 from sampling import sample
 from settings import Settings, from_table
+from startup import join_store
 from train import Result, shard_stream, step_batches, train
 
 Table = dict[str, dict[str, Any]]
@@ -84,6 +87,20 @@ def write_documents(root: Path) -> None:
 def run_training(settings: Settings) -> Result:
     """A whole run."""
     return train(settings, start_ranks(settings))
+
+
+def start_each(each: list[Settings]) -> None:
+    """Start with settings of each rank's own."""
+    start_ranks(each[torch.distributed.get_rank()])
+
+
+def meet(tables: list[dict[str, str]], port: int) -> tuple[int, int]:
+    """Rank and size of ranks that find each other as torchrun's do."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    job = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in job.items()}):
+        _, *place = join_store(tables[rank])
+    return tuple(place)
 
 
 def full_state(model: Decoder) -> dict[str, torch.Tensor]:

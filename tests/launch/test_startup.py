@@ -1,0 +1,119 @@
+"""Ranks that were not started alike are told so, all of them, before anything hangs."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from settings import Settings, to_toml
+from startup import describe, judge, show_ranks, show_values, source_digest
+from tests.distributed.ranks import Ranks
+from tests.launch.common import meet, replaced, start_each, tiny
+from tests.launch.processes import TRAIN, started_ranks
+
+RanksOf = Callable[[int], Ranks]
+
+
+@pytest.mark.parametrize(
+    "section, option, values",
+    [
+        ("optimizer", "lr", (3e-3, 1e-3)),
+        ("run", "seed", (0, 1)),
+        ("run", "folder", ("", "elsewhere")),
+        ("parallel", "cp", (1, 2)),
+        ("run", "dtype", ("float32", "float64")),
+    ],
+)
+def test_an_option_that_differs_is_named_on_every_rank(
+    ranks_of: RanksOf, root: Path, section: str, option: str, values: tuple[object, object]
+) -> None:
+    each = [replaced(tiny(root), section, **{option: value}) for value in values]
+    for ok, text in ranks_of(2).try_run(start_each, each):
+        assert not ok
+        both = f"rank 0: {values[0]!r}, rank 1: {values[1]!r}"
+        assert f"{section}.{option}: differs between ranks ({both}); the same on" in text
+
+
+def test_a_problem_of_one_rank_is_told_on_every_rank(ranks_of: RanksOf, root: Path) -> None:
+    each = [tiny(root), tiny(root, run={"device": "cuda"})]
+    for ok, text in ranks_of(2).try_run(start_each, each):
+        assert not ok
+        assert "run.device: found 'cuda'; no GPU is usable here" in text
+        assert "(on rank 1)" in text
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_meet_by_the_store_and_compare(ranks_of: RanksOf, size: int) -> None:
+    each = [{"a": "1", "b": str(rank // 3)} for rank in range(size)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank, (ok, found) in enumerate(ranks_of(size).try_run(meet, each, port)):
+        assert ok == (size < 4)
+        if ok:
+            assert found == (rank, size)
+        else:
+            assert "ValueError: b: differs between ranks (ranks 0-2: 0, rank 3: 1)" in found
+
+
+@pytest.mark.slow
+def test_processes_with_another_option_end_with_its_name(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(to_toml(tiny(root)))
+    line = [sys.executable, TRAIN, "run.toml"]
+    lines = [line, [*line, "--optimizer.lr", "0.5"]]
+    with started_ranks(lines, [tmp_path, tmp_path]) as ranks:
+        for rank in ranks:
+            assert rank.wait() == 1
+            assert "optimizer.lr: differs between ranks (rank 0: 0.003, rank 1: 0.5)" in rank.text
+            assert "Traceback" not in rank.text
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_without_its_config_ends_them_all(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(to_toml(tiny(root)))
+    lines = [[sys.executable, TRAIN, name] for name in ("run.toml", "run.toml", "missing.toml")]
+    with started_ranks(lines, [tmp_path] * 3) as ranks:
+        for rank in ranks:
+            assert rank.wait() == 1
+            assert "config: found 'missing.toml'; a TOML file works" in rank.text
+            assert "(on rank 2)" in rank.text
+
+
+def table(settings: Settings) -> dict[str, str]:
+    return describe(settings, device="cpu")
+
+
+def test_code_and_the_device_found_are_compared(root: Path) -> None:
+    ours = table(tiny(root))
+    assert judge([ours, dict(ours)]) == ""
+    theirs = {**ours, "code version": "nsa-dist 0"}
+    assert judge([ours, ours, theirs]).startswith("code version: differs between ranks (ranks 0-1")
+    there = {**ours, "run.device, as found": "cuda"}
+    assert "run.device, as found: differs between ranks (rank 0: cpu, rank 1: cuda)" in judge(
+        [ours, there]
+    )
+
+
+def test_the_digest_is_of_the_sources_wherever_they_lie(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "__pycache__").mkdir(parents=True)
+        (tmp_path / name / "module.py").write_text("x = 1\n")
+        (tmp_path / name / "__pycache__" / f"{name}.pyc").write_text(name)
+    first = source_digest([tmp_path / "a"])
+    assert source_digest([tmp_path / "b"]) == first
+    (tmp_path / "b" / "module.py").write_text("x = 2\n")
+    assert source_digest([tmp_path / "b"]) != first
+    (tmp_path / "b" / "module.py").rename(tmp_path / "b" / "other.py")
+    (tmp_path / "b" / "other.py").write_text("x = 1\n")
+    assert source_digest([tmp_path / "b"]) != first
+
+
+def test_ranks_are_shown_in_runs() -> None:
+    assert show_ranks([3]) == "rank 3"
+    assert show_ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
+    assert show_values(["a", "b", "a"]) == "ranks 0, 2: a, rank 1: b"
