@@ -1,0 +1,288 @@
+"""The ``.metadata`` of torch.distributed.checkpoint, read without running code.
+
+It is a pickle, and a pickle can name any function of any module and have it called. Here the names
+that it may hold are an exact list, nothing of them is built while the file is read, and what comes
+out is built anew from values whose types were checked. The files that it names must lie in the
+checkpoint's folder and hold the bytes that they should.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+WORKS = "a checkpoint as torch.distributed.checkpoint writes it works"
+
+MOST_SHOWN = 300
+"""Characters of a file's contents in an error."""
+
+_NAMES = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    # Megatron's plans of what each rank wrote, for its next save.
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    ),
+    # Where it was written; nothing reads it.
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+}
+"""What a ``.metadata`` may name beside torch's dtypes: exact modules and names."""
+
+_CALLED = ("PosixPath", "Size", "WriteItemType", "_MEM_FORMAT_ENCODING", "_get_layout")
+"""Those that are called with values; others are given their attributes."""
+
+_LAYOUTS = {str(x): x for x in vars(torch).values() if isinstance(x, torch.layout)}
+_FORMATS = {x.value: x for x in _MEM_FORMAT_ENCODING}
+
+
+class _Refused(Exception):
+    """What was found in a file."""
+
+
+class _Record:
+    """In the place of what a pickle wants built of a class: what it would have been built from."""
+
+    args: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds containers, dtypes and records, and refuses any other name."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        # Of this file alone: a pickle can set attributes of what it names.
+        self._kinds = {
+            (module, name): type(name, (_Record,), {})
+            for module, names in _NAMES.items()
+            for name in names
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._kinds:
+            return self._kinds[module, name]
+        dtype = vars(torch).get(name) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        raise _Refused(f"{in_a_line(f'{module}.{name}')}, which no checkpoint names")
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The ``.metadata`` of a checkpoint's folder, and that the files that it names hold its parts.
+
+    Raises:
+        ValueError: naming the file and what was found in it.
+    """
+    file = path / ".metadata"
+    try:
+        _inside(path, file.name)
+        data = file.read_bytes()
+        metadata = _metadata(_Unpickler(io.BytesIO(data)).load())
+        _check_places(path, metadata.storage_data)
+    except _Refused as error:
+        raise ValueError(f"{file}: found {error}; {WORKS}") from error
+    except Exception as error:  # A damaged pickle leads to any.
+        told = in_a_line(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{file}: found what cannot be read ({told}); {WORKS}") from error
+    return metadata
+
+
+def in_a_line(text: str) -> str:
+    """What a file made of its own contents, short and without control characters."""
+    line = " ".join(text[:MOST_SHOWN].split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def _inside(path: Path, name: str) -> int:
+    """Bytes of a file of the folder."""
+    whole = path / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        raise _Refused(f"the file {name!r}, which is not in the folder")
+    if not whole.resolve().is_relative_to(path.resolve()):
+        raise _Refused(f"the file {name!r}, a link that leaves the folder")
+    if not whole.is_file():
+        raise _Refused(f"no file {name!r}")
+    return whole.stat().st_size
+
+
+def _check_places(path: Path, places: dict[MetadataIndex, _StorageInfo]) -> None:
+    sizes: dict[str, int] = {}
+    for index, place in places.items():
+        name = place.relative_path
+        if name not in sizes:
+            sizes[name] = _inside(path, name)
+        if place.offset + place.length > sizes[name]:
+            end, size = place.offset + place.length, sizes[name]
+            raise _Refused(f"{index.fqn!r} up to byte {end} of {name!r}, which has {size}")
+
+
+# From records to what they stand for. Each value's type is checked on the way.
+
+
+def _need(ok: bool, what: str) -> None:
+    if not ok:
+        raise _Refused(f"{what} in another form")
+
+
+def _is_count(x: Any) -> bool:
+    return type(x) is int and x >= 0
+
+
+def _record(x: Any, name: str) -> _Record:
+    _need(isinstance(x, _Record) and type(x).__name__ == name, name)
+    assert isinstance(x, _Record)
+    return x
+
+
+def _fields(x: Any, name: str, *needed: str, others: Sequence[str] = ()) -> dict[str, Any]:
+    """The attributes of a dataclass, which are pickled as a dict."""
+    record = _record(x, name)
+    state = {} if record.state is None else record.state
+    _need(record.args == () and type(state) is dict, name)
+    _need({*needed} <= {*state} <= {*needed, *others}, name)
+    return dict(state)
+
+
+def _argument(x: Any, name: str) -> Any:
+    """What a class was called with, one argument."""
+    record = _record(x, name)
+    _need(len(record.args) == 1 and record.state is None, name)
+    return record.args[0]
+
+
+def _size(x: Any) -> torch.Size:
+    values = _argument(x, "Size")
+    _need(type(values) is tuple and all(map(_is_count, values)), "Size")
+    return torch.Size(values)
+
+
+def _properties(x: Any) -> TensorProperties:
+    record = _record(x, "TensorProperties")
+    state = record.state
+    _need(record.args == () and type(state) is tuple and len(state) == 5, "TensorProperties")
+    dtype, layout, requires_grad, memory_format, pinned = state
+    layout = _argument(layout, "_get_layout")
+    _need(type(layout) is str and layout in _LAYOUTS, "layout")
+    memory_format = _argument(memory_format, "_MEM_FORMAT_ENCODING")
+    _need(type(memory_format) is int and memory_format in _FORMATS, "memory_format")
+    _need(isinstance(dtype, torch.dtype), "dtype")
+    _need(type(requires_grad) is bool and type(pinned) is bool, "TensorProperties")
+    properties = TensorProperties(dtype)
+    properties.__setstate__(
+        (dtype, _LAYOUTS[layout], requires_grad, _FORMATS[memory_format], pinned)
+    )
+    return properties
+
+
+def _stored(x: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if type(x).__name__ == "BytesStorageMetadata":
+        _fields(x, "BytesStorageMetadata")
+        return BytesStorageMetadata()
+    found = _fields(x, "TensorStorageMetadata", "properties", "size", "chunks")
+    size, chunks = _size(found["size"]), []
+    _need(type(found["chunks"]) is list, "chunks")
+    for each in found["chunks"]:
+        chunk = _fields(each, "ChunkStorageMetadata", "offsets", "sizes")
+        offsets, sizes = _size(chunk["offsets"]), _size(chunk["sizes"])
+        _need(len(offsets) == len(sizes) == len(size), "ChunkStorageMetadata")
+        fits = all(o + s <= most for o, s, most in zip(offsets, sizes, size, strict=True))
+        _need(fits, "ChunkStorageMetadata")
+        chunks.append(ChunkStorageMetadata(offsets, sizes))
+    return TensorStorageMetadata(_properties(found["properties"]), size, chunks)
+
+
+def _index(x: Any) -> MetadataIndex:
+    found = _fields(x, "MetadataIndex", "fqn", others=("offset", "index"))
+    offset, index = found.get("offset"), found.get("index")
+    _need(type(found["fqn"]) is str and (index is None or _is_count(index)), "MetadataIndex")
+    return MetadataIndex(found["fqn"], None if offset is None else _size(offset), index)
+
+
+def _place(x: Any) -> _StorageInfo:
+    found = _fields(x, "_StorageInfo", "relative_path", "offset", "length")
+    _need(type(found["relative_path"]) is str, "relative_path")
+    _need(_is_count(found["offset"]) and _is_count(found["length"]), "_StorageInfo")
+    return _StorageInfo(**found)
+
+
+def _metadata(x: Any) -> Metadata:
+    others = ("all_local_plans", "planner_data", "storage_meta", "version")
+    found = _fields(x, "Metadata", "state_dict_metadata", "storage_data", others=others)
+    stored, places, names = (
+        found[name] for name in ("state_dict_metadata", "storage_data", "planner_data")
+    )
+    _need(type(stored) is dict and all(type(key) is str for key in stored), "state_dict_metadata")
+    _need(type(places) is dict, "storage_data")
+    _need(names is None or type(names) is dict, "planner_data")
+    for key, parts in (names or {}).items():
+        _need(type(key) is str and type(parts) is tuple, "planner_data")
+        _need(all(type(part) is str or _is_count(part) for part in parts), "planner_data")
+    for name in ("all_local_plans", "storage_meta"):  # Not kept.
+        _check_plain(found.get(name), set())
+    version = found.get("version")
+    _need(version is None or type(version) is str, "version")
+    return Metadata(
+        {key: _stored(value) for key, value in stored.items()},
+        names,
+        {_index(key): _place(value) for key, value in places.items()},
+        StorageMeta(),
+        version,
+    )
+
+
+def _check_plain(x: Any, seen: set[int]) -> None:
+    """Refuse what is not containers, values and records of such in the usual form."""
+    if id(x) in seen:
+        return
+    seen.add(id(x))
+    parts: Sequence[Any] = ()
+    if isinstance(x, _Record):
+        name = type(x).__name__
+        _need((x.state is None) if name in _CALLED else (x.args == ()), name)
+        parts = (x.args, x.state)
+    elif type(x) in (list, tuple):
+        parts = x
+    elif type(x) is dict:
+        parts = (*x, *x.values())
+    else:
+        known = x is None or isinstance(x, torch.dtype)
+        _need(known or type(x) in (str, int, bool), type(x).__name__)
+    for part in parts:
+        _check_plain(part, seen)
