@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from checkpoint import checkpoints
 from data import (
     Corpus,
     PackedStreams,
@@ -33,12 +32,13 @@ from data import (
     unigram_loss,
 )
 from engine import Engine, make_engine
+from folder import check_folder_options, run_folder
 from nsa_dist import ShardedBatch, shard_batch
 from nsa_kernels import get_backend
 from ranks import Ranks, start_ranks
 from report import Report, show_bytes
 from sampling import PAD_TO, sample
-from settings import OptimizerSettings, Settings, check, from_command_line, to_toml
+from settings import OptimizerSettings, Settings, from_command_line, to_toml
 from startup import describe, join_store
 
 # What layers count, and the order in which it is summed over ranks.
@@ -154,40 +154,30 @@ def held_out_streams(corpus: Corpus, settings: Settings) -> list[Stream]:
     return [packed[i * packed.per_epoch // count] for i in range(count)]
 
 
-def choose_folder(settings: Settings, ranks: Ranks) -> Path:
-    """The run's folder, the same on every rank.
-
-    Raises:
-        ValueError: if it holds another run's checkpoints.
-    """
-    fresh = f"runs/{settings.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(ranks.from_main(settings.run.folder or fresh))
-    check(
-        settings.run.resume or not checkpoints(folder),
-        "run.folder",
-        str(folder),
-        "it holds checkpoints; another folder works, or run.resume = true to continue from them",
-    )
-    return folder
-
-
 def train(settings: Settings, ranks: Ranks) -> Result:
     """The whole run: data, model, steps, validation, checkpoint, sample. Collective."""
     started = time.perf_counter()
-    run = settings.run
+    check_folder_options(settings.run)
     corpus = load_corpus(settings.data)
     ranks.check_equal(
         "data.source", corpus.digest[:16], "the same documents (and Python) on every machine work"
     )
+    with run_folder(settings, ranks) as folder:
+        return run_steps(settings, ranks, corpus, folder, started)
+
+
+def run_steps(
+    settings: Settings, ranks: Ranks, corpus: Corpus, folder: Path, started: float
+) -> Result:
+    """Everything after the data, in a folder that is this run's."""
+    run = settings.run
     streams = PackedStreams(corpus.training, settings.data.length, run.seed)
     held_out = held_out_streams(corpus, settings)
     unigram = unigram_loss(corpus.training, held_out, corpus.tokenizer.vocab_size)
 
     engine = make_engine(settings, corpus.tokenizer.vocab_size, ranks)
-    folder = choose_folder(settings, ranks)
     first_step = engine.load(folder) if run.resume else 0
     if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
 
     history: list[torch.Tensor] = []

@@ -7,9 +7,11 @@ return values that can be sent.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import random
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +20,7 @@ import torch
 
 from checkpoint import checkpoints, load_weights
 from data import PackedStreams, load_corpus
+from folder import run_folder
 from fsdp2_engine import clip_gradients, forward_backward
 from model import Decoder, build_model
 from nsa_dist import shard_batch
@@ -101,6 +104,38 @@ def meet(tables: list[dict[str, str]], port: int) -> tuple[int, int]:
     with mock.patch.dict(os.environ, {name: str(value) for name, value in job.items()}):
         _, *place = join_store(tables[rank])
     return tuple(place)
+
+
+@functools.cache
+def same_ranks() -> Ranks:
+    """All ranks; their groups are made once."""
+    return start_ranks(from_table(Settings, {"attention": TINY["attention"]}))
+
+
+def hold_folder(settings: Settings, how: str = "") -> tuple[Path, list[str]]:
+    """Make the run's folder this one's: which it is, and what lies in it meanwhile."""
+    ranks = same_ranks()
+    with ExitStack() as stack:
+        if how == "rank 0 elsewhere" and ranks.is_main:
+            stack.enter_context(mock.patch("lock._machine", return_value="another"))
+        folder = stack.enter_context(run_folder(settings, ranks))
+        torch.distributed.barrier()
+        names = sorted(path.name for path in folder.iterdir())
+        torch.distributed.barrier()
+        assert how != "fail"
+    torch.distributed.barrier()
+    return folder, names
+
+
+def hold_folders(settings: Settings, each: list[str]) -> None:
+    """As ``hold_folder``, every rank in a working folder of its own."""
+    before = Path.cwd()
+    os.chdir(each[torch.distributed.get_rank()])
+    try:
+        with mock.patch("folder.SHARED_SECONDS", 0.3):
+            hold_folder(settings)
+    finally:
+        os.chdir(before)
 
 
 def full_state(model: Decoder) -> dict[str, torch.Tensor]:

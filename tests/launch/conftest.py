@@ -30,6 +30,13 @@ def ranks_of() -> Iterator[Callable[[int], Ranks]]:
 
 
 @pytest.fixture(scope="package")
+def starting_ranks() -> Iterator[Callable[[int], Ranks]]:
+    """As ``ranks_of``, for functions that make groups once or not at all."""
+    with rank_pool() as get:
+        yield get
+
+
+@pytest.fixture(scope="package")
 def megatron_ranks() -> Iterator[Callable[[int], Ranks]]:
     """As ``ranks_of``, but processes that answer for Megatron's GPUs."""
     with rank_pool(MOST_RUNS) as get:

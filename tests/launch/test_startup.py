@@ -29,30 +29,30 @@ RanksOf = Callable[[int], Ranks]
     ],
 )
 def test_an_option_that_differs_is_named_on_every_rank(
-    ranks_of: RanksOf, root: Path, section: str, option: str, values: tuple[object, object]
+    starting_ranks: RanksOf, root: Path, section: str, option: str, values: tuple[object, object]
 ) -> None:
     each = [replaced(tiny(root), section, **{option: value}) for value in values]
-    for ok, text in ranks_of(2).try_run(start_each, each):
+    for ok, text in starting_ranks(2).try_run(start_each, each):
         assert not ok
         both = f"rank 0: {values[0]!r}, rank 1: {values[1]!r}"
         assert f"{section}.{option}: differs between ranks ({both}); the same on" in text
 
 
-def test_a_problem_of_one_rank_is_told_on_every_rank(ranks_of: RanksOf, root: Path) -> None:
+def test_a_problem_of_one_rank_is_told_on_every_rank(starting_ranks: RanksOf, root: Path) -> None:
     each = [tiny(root), tiny(root, run={"device": "cuda"})]
-    for ok, text in ranks_of(2).try_run(start_each, each):
+    for ok, text in starting_ranks(2).try_run(start_each, each):
         assert not ok
         assert "run.device: found 'cuda'; no GPU is usable here" in text
         assert "(on rank 1)" in text
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_meet_by_the_store_and_compare(ranks_of: RanksOf, size: int) -> None:
+def test_ranks_meet_by_the_store_and_compare(starting_ranks: RanksOf, size: int) -> None:
     each = [{"a": "1", "b": str(rank // 3)} for rank in range(size)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for rank, (ok, found) in enumerate(ranks_of(size).try_run(meet, each, port)):
+    for rank, (ok, found) in enumerate(starting_ranks(size).try_run(meet, each, port)):
         assert ok == (size < 4)
         if ok:
             assert found == (rank, size)

@@ -1,0 +1,177 @@
+"""The run's folder: which one, the same on every rank, and this run's alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from checkpoint import checkpoints
+from lock import NAME, STALE_SECONDS, FolderLock, Owner
+from ranks import Ranks
+from settings import RunSettings, Settings, check
+from startup import show_ranks
+
+SHARED_SECONDS = 5.0
+"""So long a file of another node may take to be seen: caches of network file systems."""
+
+T = TypeVar("T")
+
+
+def check_folder_options(run: RunSettings) -> None:
+    """Refuse what no folder can be chosen by.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    works = "without run.folder; a folder to continue in, by run.folder, or False works"
+    check(bool(run.folder) or not run.resume, "run.resume", run.resume, works)
+    plain = run.name.isprintable() and not set(run.name) & set("/\\")
+    plain = plain and run.name not in (".", "..")
+    works = "a name without slashes works; run.folder takes a path"
+    check(plain or bool(run.folder), "run.name", run.name, works)
+
+
+@contextmanager
+def run_folder(settings: Settings, ranks: Ranks) -> Iterator[Path]:
+    """The run's folder, locked for as long as the context lasts. Collective.
+
+    Raises:
+        ValueError: on every rank, if it cannot be written, is not the same folder on every rank, is
+            another run's, or holds checkpoints that are not to be continued.
+    """
+    folder = Path(_on_main(ranks, lambda: _make(settings.run)))
+    lock = FolderLock(folder)
+    try:
+        _check_shared(folder, ranks)
+        _take(lock, ranks)
+        held = _on_main(ranks, lambda: bool(checkpoints(folder)))
+        works = "another folder works, or run.resume = true to continue from them"
+        found = f"it holds checkpoints; {works}"
+        check(settings.run.resume or not held, "run.folder", str(folder), found)
+        yield folder
+    finally:
+        lock.release()
+
+
+def _on_main(ranks: Ranks, act: Callable[[], T]) -> T:
+    """What ``act`` gives on rank 0, on every rank; so for its ValueError and OSError."""
+    value, problem = None, ""
+    if ranks.is_main:
+        try:
+            value = act()
+        except ValueError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"run.folder: {error}; a folder that can be written works"
+    value, problem = json.loads(ranks.from_main(json.dumps([value, problem])))
+    if problem:
+        raise ValueError(problem)
+    return value
+
+
+def _make(run: RunSettings) -> str:
+    """Make the folder, if it is not there; one without a name of its own is new."""
+    if run.folder:
+        Path(run.folder).mkdir(parents=True, exist_ok=True)
+        return run.folder
+    fresh = f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = fresh if number == 1 else f"{fresh}-{number}"
+        try:
+            Path(folder).mkdir(parents=True)
+            break
+        except FileExistsError:
+            # Of another run that was started in the same second.
+            continue
+    return folder
+
+
+def _check_shared(folder: Path, ranks: Ranks) -> None:
+    """Refuse a folder that is not one and the same on every rank: checkpoints would be in parts."""
+    token = ranks.from_main(secrets.token_hex(8))
+    path = folder / f"{NAME}.seen-{token}"
+    _on_main(ranks, lambda: _write(path, token))
+    try:
+        seen: list[tuple[str, bool]] = [("", False)] * ranks.size
+        dist.all_gather_object(seen, (socket.gethostname(), _reads(path, token)))
+    finally:
+        if ranks.is_main:
+            path.unlink(missing_ok=True)
+    blind = [rank for rank, (_, sees) in enumerate(seen) if not sees]
+    hosts = ", ".join(dict.fromkeys(seen[rank][0] for rank in blind))
+    works = (
+        f"{show_ranks(blind)} (on {hosts}) cannot see what rank 0 (on {seen[0][0]}) writes there"
+    )
+    works = f"{works}; a folder that all nodes share, by its whole path, works"
+    check(not blind, "run.folder", str(folder), works)
+
+
+def _reads(path: Path, token: str) -> bool:
+    end = time.monotonic() + SHARED_SECONDS
+    while True:
+        try:
+            if path.read_text() == token:
+                return True
+        except OSError:
+            # Not there, or not yet.
+            pass
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+
+
+def _take(lock: FolderLock, ranks: Ranks) -> None:
+    """Make the folder this run's, after waiting for an owner that may be dead. Collective.
+
+    A rank on the owner's machine knows whether it lives, whichever rank that is: a run that was
+    started again never waits for what it was.
+    """
+    known: dict[str, float] = {}
+    while True:
+        found = _on_main(ranks, lambda: _try(lock))
+        if not found:
+            return
+        owner = Owner(**found["owner"])
+        seen: list[bool | None] = [None] * ranks.size
+        dist.all_gather_object(seen, owner.lives())
+        waited = owner.token in known
+        beats = known.setdefault(owner.token, found["heard"]) != found["heard"]
+        lives = False not in seen and (True in seen or beats)
+        works = f"{owner} trains there; another folder works, or this one when that has ended"
+        check(not lives, "run.folder", str(lock.path.parent), works)
+        if False in seen or found["age"] >= STALE_SECONDS:
+            _on_main(ranks, partial(lock.remove, owner))
+            continue
+        if ranks.is_main and not waited:
+            left = STALE_SECONDS - found["age"]
+            print(
+                f"run.folder: {lock.path.parent} was left by {owner}, {found['age']:.0f} s ago, or "
+                f"is still in use; waiting for a sign of it, {left:.0f} s at most",
+                flush=True,
+            )
+        time.sleep(1.0)
+
+
+def _try(lock: FolderLock) -> dict[str, Any]:
+    """Take the lock: nothing if it is ours, else its owner and when that was heard of."""
+    while not lock.take():
+        owner, heard = lock.holder(), lock.heard()
+        if owner is not None and heard is not None:
+            age = max(0.0, lock.now() - heard)
+            return {"owner": dataclasses.asdict(owner), "heard": heard, "age": age}
+    return {}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)

@@ -1,0 +1,217 @@
+"""One run at a time in a folder: a file that names its owner, kept fresh by a heartbeat.
+
+The file is made by a link, so that of two runs that start at once one wins, on NFS too. Whoever
+finds it asks whether its owner lives. On the owner's machine that is known: a process that is gone
+frees the folder at once. From elsewhere it shows in the file's time, which the owner renews; ages
+are taken against a file written now in the same folder, so that machines' clocks do not matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+NAME = "run.lock"
+HEARTBEAT_SECONDS = 10.0
+"""Between two renewals of the file's time."""
+STALE_SECONDS = 60.0
+"""After so long without one, the owner on another machine counts as dead."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, and what tells it from all others.
+
+    Args:
+        machine: boot and process namespace, in which alone ``pid`` means anything.
+        started: when the process started, so that another one of the same ``pid`` is not it.
+        token: of this lock; no other has it.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    started: str
+    token: str
+
+    @classmethod
+    def here(cls) -> Owner:
+        """This process."""
+        pid = os.getpid()
+        return cls(socket.gethostname(), _machine(), pid, _started(pid), secrets.token_hex(8))
+
+    def lives(self) -> bool | None:
+        """Whether the process runs; None where that cannot be seen from here."""
+        if self.machine != _machine():
+            return None
+        started = _started(self.pid)
+        return bool(started) and started == self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class FolderLock:
+    """This process's lock on a folder; not shared with other ranks.
+
+    Args:
+        lost: called, by the heartbeat's thread, with the other owner, once it is another's.
+    """
+
+    def __init__(self, folder: Path, lost: Callable[[str], None] | None = None) -> None:
+        self.path = folder / NAME
+        self.owner = Owner.here()
+        self._lost = lost or _end
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def take(self) -> bool:
+        """Whether the lock is this process's now; False if the file is there already."""
+        if not self._create(json.dumps(dataclasses.asdict(self.owner)).encode()):
+            return False
+        self._thread = threading.Thread(target=self._beat, name="run.lock", daemon=True)
+        self._thread.start()
+        return True
+
+    def holder(self) -> Owner | None:
+        """Who holds it; None if nobody does. One whose file says nothing is a stranger."""
+        try:
+            return _parse(self.path.read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def heard(self) -> float | None:
+        """The time of the holder's last heartbeat, by the file system's clock."""
+        try:
+            return self.path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def now(self) -> float:
+        """The file system's clock."""
+        path = self._aside("now")
+        path.touch()
+        try:
+            return path.stat().st_mtime
+        finally:
+            path.unlink()
+
+    def remove(self, owner: Owner) -> None:
+        """Free the folder of an owner that is dead; another one's lock stays."""
+        aside = self._aside("dead")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return
+        content = aside.read_bytes()
+        if _parse(content) != owner:
+            # Another run removed the dead one's and made its own since we looked: give it back.
+            self._create(content)
+        aside.unlink()
+
+    def release(self) -> None:
+        """Remove the lock, if it is this process's."""
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self.holder() == self.owner:
+                self.path.unlink()
+
+    def _create(self, content: bytes) -> bool:
+        """Make the file, whole from its first moment, unless it is there."""
+        new = self._aside("new")
+        try:
+            new.write_bytes(content)
+            try:
+                os.link(new, self.path)
+            except FileExistsError:
+                # What NFS also says when the answer to a link that was made got lost.
+                return new.stat().st_nlink == 2
+            except OSError:
+                # A file system without links: whole a moment later.
+                return self._create_alone(content)
+            return True
+        finally:
+            new.unlink(missing_ok=True)
+
+    def _create_alone(self, content: bytes) -> bool:
+        try:
+            with self.path.open("xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+        return True
+
+    def _beat(self) -> None:
+        while not self._done.wait(HEARTBEAT_SECONDS):
+            try:
+                self._renew()
+            except OSError as error:
+                # A server that does not answer now; the next beat tries again.
+                print(f"{self.path}: not renewed: {error}", file=sys.stderr, flush=True)
+
+    def _renew(self) -> None:
+        holder = self.holder()
+        if holder == self.owner:
+            os.utime(self.path)
+        elif holder is None:
+            # Removed by hand: made anew, unless another run is faster.
+            self._create(json.dumps(dataclasses.asdict(self.owner)).encode())
+        else:
+            self._done.set()
+            self._lost(f"{self.path.parent}: {holder} has taken it over")
+
+    def _aside(self, what: str) -> Path:
+        return self.path.with_name(f"{NAME}.{what}-{self.owner.token}")
+
+
+def _end(message: str) -> None:
+    """End this process at once: two runs that write into one folder would spoil both."""
+    why = f"as this one was not heard of for {STALE_SECONDS:.0f} s; it ends here"
+    print(f"run.folder: {message}, {why}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _parse(content: bytes) -> Owner:
+    try:
+        return Owner(**json.loads(content))
+    except (ValueError, TypeError):
+        # Being written at this moment, or cut by a full disk.
+        return Owner("an unknown host", "", 0, "", "")
+
+
+def _machine() -> str:
+    """This boot of this machine and its process namespace, or what comes nearest to it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        # No Linux.
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine started; empty if it does not run."""
+    try:
+        # Behind the name, which may hold anything: state, ..., start time as the 22nd field.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass  # It runs, as another user.
+    return "running"
