@@ -99,10 +99,12 @@ def _from_megatron(source: Path, folder: Path, settings: Settings) -> None:
     )
     model, optimizer = _build(settings, weights["embedding.weight"].shape[0])
     model.load_state_dict(weights | moments["param"])
-    step = int(torch.load(source / "common.pt", weights_only=True)["step"])
+    common = torch.load(source / "common.pt", weights_only=True)
+    step = int(common["step"])
+    updates = float(common.get("updates", step))
     for name, parameter in model.named_parameters():
         state: dict[str, Tensor] = {kind: moments[kind][name].clone() for kind in _MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+        optimizer.state[parameter] = {"step": torch.tensor(updates), **state}
     save_checkpoint(folder, step, model, optimizer, settings)
 
 
@@ -132,7 +134,9 @@ def _to_megatron(source: Path, folder: Path, target: Path, settings: Settings) -
     tensors |= {key: value.to(dtype) for key, value in whole.items()}
     target.mkdir(parents=True)
     save(tensors, checkpoint_id=target)
-    torch.save({"step": step}, target / "common.pt")
+    # Skipped steps make no update.
+    updates = int(optimizer.state[named["embedding.weight"]]["step"])
+    torch.save({"step": step, "updates": updates}, target / "common.pt")
     (target / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
     finish_checkpoint(folder, target, megatron)
 

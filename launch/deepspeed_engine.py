@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,14 @@ with warnings.catch_warnings():
 
 from checkpoint import check_same_run, checkpoint_path, checkpoints, finish_checkpoint
 from data import mix_seed
-from engine import Step, count_targets, is_decayed, make_adamw
+from engine import (
+    Step,
+    count_targets,
+    is_decayed,
+    make_adamw,
+    optimizer_tensors,
+    spoil_gradients,
+)
 from model import Decoder, compute_dtype
 from nsa_dist import ShardedBatch
 from nsa_dist.adapters.deepspeed import load_checkpoint, make_mpu, scale_loss
@@ -134,7 +141,9 @@ class DeepSpeedEngine:
             at = self.ranks.dp_rank * len(batches) + index
             torch.manual_seed(mix_seed(seed, "micro-batch", at))
             loss = self.deepspeed(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
-            self.deepspeed.backward(scale_loss(self.deepspeed, loss, targets))
+            self.deepspeed.backward(scale_loss(self.deepspeed, spoil_gradients(loss), targets))
+            # At the last one DeepSpeed leaves the update out where the norm is not finite, and
+            # gives it as inf.
             self.deepspeed.step()
             loss_sum += loss.detach()
         return Step(loss_sum, targets, torch.as_tensor(self.deepspeed.get_global_grad_norm()))
@@ -145,6 +154,11 @@ class DeepSpeedEngine:
         loss = self.deepspeed(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
         self.deepspeed.train()
         return loss
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            yield name, getattr(parameter, "ds_tensor", parameter)
+        yield from optimizer_tensors(self.deepspeed.optimizer.optimizer)
 
     def save(self, folder: Path, step: int) -> None:
         path = checkpoint_path(folder, step)

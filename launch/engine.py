@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nsa_dist import ShardedBatch
 from ranks import Ranks
@@ -17,14 +18,14 @@ from settings import OptimizerSettings, Settings
 
 @dataclass(frozen=True)
 class Step:
-    """One update.
+    """One update; none, where ``grad_norm`` is not finite: weights and optimizer state stay.
 
     Args:
         loss_sum: float64 scalar, nats; the sum over all ranks is that of all targets, before the
             update.
         targets: number of targets everywhere.
         grad_norm: scalar, the global norm of the mean loss's gradient before clipping; the same on
-            every rank.
+            every rank. Not finite if any gradient, or any micro-batch's loss, is not.
     """
 
     loss_sum: Tensor
@@ -44,7 +45,7 @@ class Engine(Protocol):
     sampler: nn.Module
 
     def step(self, batches: Sequence[ShardedBatch], learning_rate: float, seed: int) -> Step:
-        """One update from this replica's micro-batches."""
+        """One update from this replica's micro-batches, or none, as ``Step`` says."""
         ...
 
     def loss(self, batch: ShardedBatch) -> Tensor:
@@ -57,6 +58,10 @@ class Engine(Protocol):
 
     def reset_communication(self) -> None:
         """Start counting anew."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of weights and optimizer state, by names to tell; not copied."""
         ...
 
     def save(self, folder: Path, step: int) -> None:
@@ -109,6 +114,32 @@ def make_adamw(
         eps=options.eps,
         fused=True,
     )
+
+
+def spoil_gradients(loss: Tensor) -> Tensor:
+    """The same loss; where it is not finite, its gradients are not either.
+
+    So one number, the norm of all gradients, tells every rank of both. Some losses would hide: that
+    of a probability of 0 is inf, its gradient finite.
+    """
+    return loss * (1 + 0 * loss.detach())
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Local tensors of an optimizer: what it steps and its state, by names to tell."""
+    # DeepSpeed takes parameters out of their groups between the steps.
+    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(dict.fromkeys([*stepped, *optimizer.state])):
+        name = f"the optimizer's tensor {index}"
+        yield name, local_part(parameter)
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                yield f"{name}: {kind}", local_part(value)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def count_targets(batches: Sequence[ShardedBatch], ranks: Ranks) -> int:

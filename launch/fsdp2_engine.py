@@ -7,7 +7,7 @@ accumulated micro-batches: how a batch is spread changes no gradient beyond roun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,14 @@ from torch.distributed.tensor import DTensor
 
 from checkpoint import load_checkpoint, save_checkpoint
 from data import mix_seed
-from engine import Step, count_targets, is_decayed, make_adamw
+from engine import (
+    Step,
+    count_targets,
+    is_decayed,
+    local_part,
+    make_adamw,
+    spoil_gradients,
+)
 from model import build_model
 from nsa_dist import ShardedBatch
 from ranks import Ranks
@@ -55,7 +62,7 @@ def forward_backward(
         # Dropout's draws follow from the seed, the step and the micro-batch alone.
         torch.manual_seed(mix_seed(seed, "micro-batch", ranks.dp_rank * len(batches) + index))
         loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
-        (loss / max(targets, 1)).backward()
+        (spoil_gradients(loss) / max(targets, 1)).backward()
         loss_sum += loss.detach()
     return loss_sum, targets
 
@@ -77,6 +84,9 @@ class Fsdp2Engine:
             group["lr"] = learning_rate
         loss_sum, targets = forward_backward(self.model, batches, self.ranks, seed)
         grad_norm = clip_gradients(self.model, self.settings.optimizer.clip)
+        # Where it is 1, fused AdamW leaves weights, moments and step counts as they are. It reads
+        # it on the device: the host does not wait.
+        self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         return Step(loss_sum, targets, grad_norm)
@@ -87,6 +97,12 @@ class Fsdp2Engine:
         loss = self.model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
         self.model.train()
         return loss
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            yield name, local_part(parameter)
+            for kind, value in self.optimizer.state.get(parameter, {}).items():
+                yield f"{name}: {kind}", local_part(value)
 
     def save(self, folder: Path, step: int) -> None:
         save_checkpoint(folder, step, self.model, self.optimizer, self.settings)

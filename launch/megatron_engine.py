@@ -10,6 +10,7 @@ Megatron keeps its groups and random state in the process: one engine lives at a
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ with warnings.catch_warnings():
     from nsa_dist.adapters.megatron import get_gpt_decoder_block_nsa_spec, make_packed_seq_params
 
 from checkpoint import check_same_run, checkpoint_path, checkpoints, finish_checkpoint
-from engine import Step, count_targets, is_decayed
+from engine import Step, count_targets, is_decayed, optimizer_tensors, spoil_gradients
 from megatron_names import block_to_megatron, own_part, rest_to_megatron
 from model import Decoder, compute_dtype
 from nsa_dist import ShardedBatch
@@ -232,6 +233,7 @@ class MegatronEngine:
         self.optimizer = make_optimizer(self.model, settings.optimizer, config)
         # Main weights would otherwise start from the rounded ones.
         self.optimizer.reload_model_params(weights)
+        self.updates = 0
 
     def step(self, batches: Sequence[ShardedBatch], learning_rate: float, seed: int) -> Step:
         for group in self.optimizer.param_groups:
@@ -240,9 +242,24 @@ class MegatronEngine:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = run_schedule(self.model, batches, _forward_loss, forward_only=False)
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = self._update()
         targets = count_targets(batches, self.ranks)
         return Step(self._own_sum(losses), targets, torch.tensor(grad_norm))
+
+    def _update(self) -> float:
+        """Megatron's ``step`` in its parts; the last is left out where the norm is not finite.
+
+        Returns:
+            The global gradient norm, for which Megatron waits.
+        """
+        (optimizer,) = self.optimizer.chained_optimizers
+        optimizer.prepare_grads()
+        largest = self.settings.optimizer.clip
+        norm = optimizer.clip_grad_norm(largest) if largest else optimizer.get_grad_norm()
+        if math.isfinite(norm):
+            self.optimizer.step_with_ready_grads()
+            self.updates += 1
+        return float(norm)
 
     @torch.no_grad()
     def loss(self, batch: ShardedBatch) -> Tensor:
@@ -288,12 +305,31 @@ class MegatronEngine:
         )
         return {"model": model, "optimizer": state}
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.gpt.named_parameters()
+        (optimizer,) = self.optimizer.chained_optimizers
+        yield from optimizer_tensors(optimizer.optimizer)
+
+    def _set_updates(self, optimizer: Any) -> None:
+        """Let Megatron's optimizer count its updates as this engine does."""
+        if isinstance(optimizer.optimizer, torch.optim.AdamW):
+            for moments in optimizer.optimizer.state.values():
+                moments["step"] = torch.tensor(float(self.updates))
+        else:  # Of TransformerEngine or apex.
+            for group in optimizer.param_groups:
+                group["step"] = self.updates
+
     def save(self, folder: Path, step: int) -> None:
         path = checkpoint_path(folder, step)
         if self.ranks.is_main:
             path.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        dist_checkpointing.save({**self._state(is_loading=False), "step": step}, str(path))
+        if not self.updates:  # All steps so far were skipped: no update has made the moments.
+            (optimizer,) = self.optimizer.chained_optimizers
+            optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+            self._set_updates(optimizer)
+        state = {**self._state(is_loading=False), "step": step, "updates": self.updates}
+        dist_checkpointing.save(state, str(path))
         finish_checkpoint(folder, path, self.settings)
 
     def load(self, folder: Path) -> int:
@@ -314,12 +350,9 @@ class MegatronEngine:
         assert all(name.endswith("_extra_state") for name in missing), missing
         assert not unexpected, unexpected
         optimizer.load_parameter_state_from_fully_reshardable(state["optimizer"])
-        if isinstance(optimizer.optimizer, torch.optim.AdamW):
-            for moments in optimizer.optimizer.state.values():
-                moments["step"] = torch.tensor(float(step))
-        else:  # Of TransformerEngine or apex.
-            for group in optimizer.param_groups:
-                group["step"] = step
+        # Checkpoints without it are of runs that skipped no step.
+        self.updates = int(state.get("updates", step))
+        self._set_updates(optimizer)
         return step
 
 
@@ -385,7 +418,7 @@ def _loss_sum(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     is_target = labels != -100
     loss = losses.masked_fill(~is_target, 0).sum(dtype=torch.float64)
-    return loss, is_target.sum().int(), loss.detach()
+    return spoil_gradients(loss), is_target.sum().int(), loss.detach()
 
 
 def _forward_logits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,6 +87,13 @@ class Report:
         if not self.console.is_terminal:
             self.line(f"step {step:>6}  {text}")
 
+    def skipped(self, step: int, why: str, in_a_row: int) -> None:
+        """Tell a step without an update."""
+        if self.active:
+            self._write({"step": step, "skipped": why, "in_a_row": in_a_row})
+            self._scalars(step, {"skipped_in_a_row": in_a_row})
+            self.line(f"step {step:>6}  update skipped: {why} ({in_a_row} in a row)")
+
     def validation(self, step: int, loss: float, unigram: float) -> None:
         if self.active:
             self._write({"step": step, "validation_loss": loss, "unigram_loss": unigram})
@@ -103,13 +111,21 @@ class Report:
             self.console.print(table)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps({**record, "time": time.time()}) + "\n")
+        # JSON has no number that is not finite.
+        plain = {key: None if _is_odd(value) else value for key, value in record.items()}
+        text = json.dumps({**plain, "time": time.time()}, allow_nan=False)
+        self._metrics.write(text + "\n")
         self._metrics.flush()
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                if not _is_odd(value):
+                    self._board.add_scalar(name, value, step)
+
+
+def _is_odd(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:

@@ -107,11 +107,13 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only
     clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    # skipped steps in a row, whose gradients are not finite, that end a run; 0: the first does
+    max_skipped: int = 3
 
     def __post_init__(self) -> None:
         check(self.lr > 0, "optimizer.lr", self.lr, "a positive number works")
         check(0 <= self.min_lr <= 1, "optimizer.min_lr", self.min_lr, "0 <= min_lr <= 1 works")
-        for option in ("warmup_steps", "weight_decay", "clip"):
+        for option in ("warmup_steps", "weight_decay", "clip", "max_skipped"):
             value = getattr(self, option)
             check(value >= 0, f"optimizer.{option}", value, "0 or more works")
 

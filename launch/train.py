@@ -33,6 +33,7 @@ from data import (
 )
 from engine import Engine, make_engine
 from folder import check_folder_options, run_folder
+from health import Health, check_state, check_validation, finite_mean
 from nsa_dist import ShardedBatch, shard_batch
 from nsa_kernels import get_backend
 from ranks import Ranks, start_ranks
@@ -54,7 +55,8 @@ class Result:
 
     Args:
         losses: nats a token of each step, before its update, from the first step of this process.
-        grad_norms: global gradient norm of each step, before clipping.
+        grad_norms: global gradient norm of each step, before clipping; not finite where the update
+            was skipped.
         received: bytes moved in the last step by kind, over all layers and ranks.
     """
 
@@ -177,6 +179,7 @@ def run_steps(
 
     engine = make_engine(settings, corpus.tokenizer.vocab_size, ranks)
     first_step = engine.load(folder) if run.resume else 0
+    check_state(engine.tensors(), f"that step {first_step} left", ranks)
     if ranks.is_main:
         (folder / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
 
@@ -191,12 +194,14 @@ def run_steps(
             f"{grid_name(settings, ranks)} on {ranks.device.type}; "
             f"{attention_name(settings, ranks.device)} attention; {folder}"
         )
+        health = Health(settings.optimizer, report)
         mark, logged = time.perf_counter(), first_step
         for step in range(first_step, run.steps):
             batches = list(step_batches(settings, streams, step, ranks))
             history.append(train_step(engine, batches, settings, step, ranks))
 
             done = step + 1
+            health.add(done, history[-1])
             goes_on = done < run.steps
             validates = goes_on and run.validate_every and done % run.validate_every == 0
             saves = goes_on and run.checkpoint_every and done % run.checkpoint_every == 0
@@ -204,6 +209,7 @@ def run_steps(
             if not (logs or validates or saves):
                 continue
             # The only wait for the device in the loop.
+            health.settle()
             recent = torch.stack(history[logged - done :]).tolist()
             new_tokens = len(recent) * settings.data.global_batch * settings.data.length
             elapsed = time.perf_counter() - mark
@@ -213,7 +219,7 @@ def run_steps(
                 {
                     "step": done,
                     "loss": loss,
-                    "mean_loss": sum(row[0] for row in recent) / len(recent),
+                    "mean_loss": finite_mean([row[0] for row in recent]),
                     "grad_norm": grad_norm,
                     "lr": learning_rate(settings.optimizer, step, run.steps),
                     "tokens_per_second": new_tokens / elapsed,
@@ -221,16 +227,17 @@ def run_steps(
                 },
                 by_kind(received),
             )
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss of step {done} is {loss}")
             if validates:
                 report.validation(done, validate(engine, held_out, settings, ranks), unigram)
             if saves:
+                check_state(engine.tensors(), f"after step {done}", ranks)
                 engine.save(folder, done)
             mark, logged = time.perf_counter(), done
 
+        check_state(engine.tensors(), f"after step {run.steps}", ranks)
         validation = validate(engine, held_out, settings, ranks)
         report.validation(run.steps, validation, unigram)
+        check_validation(validation, run.steps)
         if first_step < run.steps:
             engine.save(folder, run.steps)
         text = sample_text(engine, corpus.tokenizer, settings, ranks)
@@ -246,7 +253,7 @@ def run_steps(
             seconds=time.perf_counter() - started,
             sample=text,
         )
-        summarise(result, report, run.log_every)
+        summarise(result, report, run.log_every, health)
     return result
 
 
@@ -303,7 +310,7 @@ def peak_memory(device: torch.device) -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
 
 
-def summarise(result: Result, report: Report, recent: int) -> None:
+def summarise(result: Result, report: Report, recent: int, health: Health) -> None:
     """Print how the run ended; its last training loss is a mean over ``recent`` steps."""
     if result.sample:
         # Escape sequences of a model's making do not reach the terminal.
@@ -312,7 +319,7 @@ def summarise(result: Result, report: Report, recent: int) -> None:
     unit, rows = report.unit, {}
     if result.losses:
         last = result.losses[-recent:]
-        mean = sum(last) / len(last)
+        mean = finite_mean(last)
         rows["training loss"] = f"{result.losses[0]:.4f} -> {mean:.4f} (last {len(last)} steps)"
     rows["validation loss"] = f"{result.validation_loss:.4f} nats/{unit}"
     rows["unigram loss"] = f"{result.unigram_loss:.4f} nats/{unit}, same held-out text"
@@ -320,6 +327,9 @@ def summarise(result: Result, report: Report, recent: int) -> None:
         moved = [f"{kind} {show_bytes(size)}" for kind, size in result.received.items() if size]
         rows["speed"] = f"{result.tokens_per_second:,.0f} {unit}s/s"
         rows["bytes moved per step"] = ", ".join(moved) or "none"
+    if health.skipped:
+        which = ", the last one too" if health.in_a_row else ""
+        rows["skipped"] = f"{health.skipped} of {len(result.losses)} steps{which}"
     rows["seconds"] = f"{result.seconds:.1f}"
     rows["folder"] = str(result.folder)
     report.summary(rows)
@@ -345,7 +355,10 @@ def main() -> None:
         ranks, settings = start()
     except ValueError as error:
         sys.exit(f"train.py: {error}")
-    train(settings, ranks)
+    try:
+        train(settings, ranks)
+    except FloatingPointError as error:  # The same on every rank: told once.
+        sys.exit(f"train.py: {error}" if ranks.is_main else 1)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,0 +1,164 @@
+"""Whether a run is sound: each step's loss and gradient norm, and the state before it is saved.
+
+Engines skip, on the device, an update whose gradient norm is not finite; a loss that is not finite
+makes the norm so (``engine.spoil_gradients``). Here skipped steps are counted and told, and runs
+that are beyond help end, on every rank at the same step: all of it follows from numbers that are
+the same on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ranks import Ranks
+from report import Report
+from settings import OptimizerSettings
+
+HUGE_NORM = 1e6
+"""A gradient norm above it is told, however large those before were."""
+HUGE_RATIO = 1e3
+"""So is one that is so many times the median of the latest norms."""
+LATEST = 100
+"""Norms that the median is of; it counts from a tenth of them on."""
+
+
+class Health:
+    """Looks at every step, one step late, so that the device never waits for the host.
+
+    Attributes:
+        skipped: steps of this process without an update.
+        in_a_row: of them, those since the last update.
+    """
+
+    def __init__(self, settings: OptimizerSettings, report: Report) -> None:
+        self.skipped = self.in_a_row = 0
+        self._most, self._report = settings.max_skipped, report
+        self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._norms: deque[float] = deque(maxlen=LATEST)
+        self._told = 0.0
+
+    def add(self, step: int, values: Tensor) -> None:
+        """Take what ``train_step`` returned of a step, counted from 1; look at the step before.
+
+        Raises:
+            FloatingPointError: on every rank, if the run cannot go on.
+        """
+        done = None
+        if values.is_cuda:
+            host = torch.empty(2, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values[:2], non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        self._waiting.append((step, values, done))
+        while len(self._waiting) > 1:
+            self._look()
+
+    def settle(self) -> None:
+        """Look at all steps so far; waits for the device.
+
+        Raises:
+            FloatingPointError: as ``add``.
+        """
+        while self._waiting:
+            self._look()
+
+    def _look(self) -> None:
+        step, values, done = self._waiting.popleft()
+        if done is not None:
+            done.synchronize()
+        loss, norm = values[:2].tolist()
+        wrong = not_finite(loss, norm)
+        if math.isfinite(norm):
+            self.in_a_row = 0
+            self._tell_huge(step, norm)
+            if wrong:
+                raise FloatingPointError(
+                    f"step {step}: {wrong}, and its gradients are finite: the update was made; "
+                    "an earlier checkpoint works"
+                )
+            return
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self._report.skipped(step, wrong, self.in_a_row)
+        if self.in_a_row >= max(self._most, 1):
+            which = f"{step - self.in_a_row + 1} to {step}" if self.in_a_row > 1 else f"{step}"
+            raise FloatingPointError(
+                f"optimizer.max_skipped: found {self._most}, and the update was skipped in steps "
+                f"{which}: {wrong} in the last; a smaller optimizer.lr or other data from the "
+                "latest checkpoint, or a larger number, works"
+            )
+
+    def _tell_huge(self, step: int, norm: float) -> None:
+        """Tell a norm that is finite but huge; again only once norms were as before, or if it has
+        grown as much again."""
+        few = len(self._norms) * 10 < LATEST
+        usual = math.inf if few else statistics.median(self._norms)
+        is_huge = norm > HUGE_NORM or norm > HUGE_RATIO * usual
+        if is_huge and norm > HUGE_RATIO * self._told:
+            before = "" if few else f"; the median of the {len(self._norms)} before is {usual:.3g}"
+            self._report.line(f"step {step}: warning: the gradient norm is {norm:.3g}{before}")
+            self._told = norm
+        if not is_huge:
+            self._norms.append(norm)
+            self._told = 0.0
+
+
+def not_finite(loss: float, norm: float) -> str:
+    """What of the two is not finite, in words; empty if both are."""
+    values = (("the loss", loss), ("the gradient norm", norm))
+    return " and ".join(f"{name} is {value}" for name, value in values if not math.isfinite(value))
+
+
+def finite_mean(values: Sequence[float]) -> float:
+    """The mean of those that are finite; nan if none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def check_validation(loss: float, step: int) -> None:
+    """Refuse a model that has finite weights and no finite loss.
+
+    Raises:
+        FloatingPointError: if the loss is not finite.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the validation loss after step {step} is {loss} though all weights are finite; a "
+            "smaller optimizer.lr from an earlier checkpoint works"
+        )
+
+
+def check_state(tensors: Iterable[tuple[str, Tensor]], when: str, ranks: Ranks) -> None:
+    """Refuse a state that is not finite; collective.
+
+    Args:
+        tensors: this rank's part of weights and optimizer state, by name; integers are passed over.
+        when: what the state is of, such as "after step 10".
+
+    Raises:
+        FloatingPointError: on every rank, naming the first such tensors of every rank.
+    """
+    # The largest magnitude is not finite where any element is not, and needs no copy of a tensor.
+    largest = {
+        name: torch.linalg.vector_norm(tensor.detach(), math.inf)
+        for name, tensor in tensors
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    flags = [value.isfinite().all().to(ranks.device) for value in largest.values()]
+    wrong = torch.stack(flags).logical_not() if flags else torch.zeros(1, device=ranks.device)
+    if not int(ranks.total(wrong.sum())):
+        return
+    bad = wrong.tolist()
+    mine = [name for name, is_wrong in zip(largest, bad, strict=True) if is_wrong] if flags else []
+    found: list[list[str]] = [[]] * ranks.size
+    dist.all_gather_object(found, mine[:3])
+    which = "; ".join(f"rank {rank}: {', '.join(n)}" for rank, n in enumerate(found) if n)
+    raise FloatingPointError(
+        f"the state {when} is not finite ({which}); an earlier checkpoint works"
+    )
