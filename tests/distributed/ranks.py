@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 GROUP_TIMEOUT = timedelta(seconds=60)
 ANSWER_SECONDS = 150
@@ -32,10 +34,16 @@ class Ranks:
         size: number of ranks.
         timeout: of the process group.
         backend: "gloo", or "nccl" with a GPU a rank.
+        ends_groups: after each function, end the groups that it made and left.
     """
 
     def __init__(
-        self, size: int, timeout: timedelta = GROUP_TIMEOUT, backend: str = "gloo"
+        self,
+        size: int,
+        timeout: timedelta = GROUP_TIMEOUT,
+        backend: str = "gloo",
+        *,
+        ends_groups: bool = False,
     ) -> None:
         self.size = size
         self.runs = 0
@@ -46,7 +54,7 @@ class Ranks:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (rank, size, self._folder.name, timeout, backend, theirs)
+            arguments = (rank, size, self._folder.name, timeout, backend, ends_groups, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -89,7 +97,9 @@ class Ranks:
 
 
 @contextmanager
-def rank_pool(most_runs: float = math.inf) -> Iterator[Callable[[int], Ranks]]:
+def rank_pool(
+    most_runs: float = math.inf, *, ends_groups: bool = False
+) -> Iterator[Callable[[int], Ranks]]:
     """get(P): P gloo processes, started at the first request and ended with the context.
 
     Groups that tests make in them and never end keep threads that poll: tests that make many have
@@ -97,6 +107,7 @@ def rank_pool(most_runs: float = math.inf) -> Iterator[Callable[[int], Ranks]]:
 
     Args:
         most_runs: of functions, after which the next request starts new processes.
+        ends_groups: as of ``Ranks``.
     """
     started: dict[int, Ranks] = {}
 
@@ -104,7 +115,7 @@ def rank_pool(most_runs: float = math.inf) -> Iterator[Callable[[int], Ranks]]:
         if size in started and started[size].runs >= most_runs:
             started.pop(size).close()
         if size not in started:
-            started[size] = Ranks(size)
+            started[size] = Ranks(size, ends_groups=ends_groups)
         return started[size]
 
     try:
@@ -115,7 +126,13 @@ def rank_pool(most_runs: float = math.inf) -> Iterator[Callable[[int], Ranks]]:
 
 
 def _serve(
-    rank: int, size: int, folder: str, timeout: timedelta, backend: str, pipe: Connection
+    rank: int,
+    size: int,
+    folder: str,
+    timeout: timedelta,
+    backend: str,
+    ends_groups: bool,
+    pipe: Connection,
 ) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -134,4 +151,14 @@ def _serve(
             answer = (True, function(*args))
         except Exception:
             answer = (False, traceback.format_exc())
+        if ends_groups:
+            _end_groups()
         pipe.send(answer)
+
+
+def _end_groups() -> None:
+    """End all groups but that of all ranks: the threads of one poll for as long as it lives."""
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()  # Engines are cycles, and hold groups.

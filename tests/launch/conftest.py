@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.ranks import Ranks, rank_pool
 from tests.launch.common import write_documents
 
-# A training run makes groups of its own, whose threads poll until their process ends.
+# DeepSpeed keeps the groups of a run, whose threads poll, until its process ends.
 MOST_RUNS = 6
 
 
@@ -24,8 +24,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def ranks_of() -> Iterator[Callable[[int], Ranks]]:
-    """As everywhere, but processes of these tests alone: each training run makes groups."""
-    with rank_pool(MOST_RUNS) as get:
+    """As everywhere, but each function's groups end with it: each training run makes some."""
+    with rank_pool(ends_groups=True) as get:
         yield get
 
 
@@ -39,7 +39,7 @@ def starting_ranks() -> Iterator[Callable[[int], Ranks]]:
 @pytest.fixture(scope="package")
 def megatron_ranks() -> Iterator[Callable[[int], Ranks]]:
     """As ``ranks_of``, but processes that answer for Megatron's GPUs."""
-    with rank_pool(MOST_RUNS) as get:
+    with rank_pool(ends_groups=True) as get:
         yield get
 
 
