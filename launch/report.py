@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -10,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from logs import Board, MetricsFile, Screen
 from settings import Settings
 
 
@@ -26,11 +25,12 @@ class Report:
     def __init__(self, settings: Settings, folder: Path, *, active: bool, first_step: int) -> None:
         self.active = active
         self.unit = "token"
-        self.console = Console(highlight=False)
+        self.console = Screen(highlight=False)
         if not active:
             return
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = _tensorboard(folder, first_step) if settings.run.tensorboard else None
+        board = settings.run.tensorboard
+        self._board = Board(folder / "tensorboard", first_step, self.line) if board else None
+        self._metrics = MetricsFile(folder / "metrics.jsonl", first_step, self.line)
         self._live = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -63,7 +63,7 @@ class Report:
     def line(self, text: str) -> None:
         """Print a line above the live one."""
         if self.active:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.say(text, markup=False, soft_wrap=True)
 
     def step(self, values: Mapping[str, float], received: Mapping[str, int]) -> None:
         """Log one optimizer step.
@@ -95,12 +95,27 @@ class Report:
             self.line(f"step {step:>6}  update skipped: {why} ({in_a_row} in a row)")
 
     def validation(self, step: int, loss: float, unigram: float) -> None:
+        """Log a validation; one that was logged before it was resumed is only printed."""
         if self.active:
-            self._write({"step": step, "validation_loss": loss, "unigram_loss": unigram})
-            self._scalars(step, {"validation_loss": loss})
+            if not self.has_validation(step):
+                self._write({"step": step, "validation_loss": loss, "unigram_loss": unigram})
+                self._scalars(step, {"validation_loss": loss})
+                self.sync()
             self.line(
                 f"step {step:>6}  validation {loss:.4f} nats/{self.unit}  (unigram {unigram:.4f})"
             )
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the validation of a step was logged before this run resumed; on rank 0."""
+        return self.active and step in self._metrics.validated
+
+    def sync(self) -> None:
+        """Have all that was logged on the disk, as before a checkpoint: a run that resumes from it
+        does not log it again."""
+        if self.active:
+            self._metrics.sync()
+            if self._board is not None:
+                self._board.flush()
 
     def summary(self, rows: Mapping[str, str]) -> None:
         """Print the table that ends a run."""
@@ -108,36 +123,20 @@ class Report:
             table = Table(show_header=False, box=None, pad_edge=False)
             for name, value in rows.items():
                 table.add_row(name, value)
-            self.console.print(table)
+            self.console.say(table)
 
     def _write(self, record: dict[str, Any]) -> None:
         # JSON has no number that is not finite.
         plain = {key: None if _is_odd(value) else value for key, value in record.items()}
-        text = json.dumps({**plain, "time": time.time()}, allow_nan=False)
-        self._metrics.write(text + "\n")
-        self._metrics.flush()
+        self._metrics.write({**plain, "time": time.time()})
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._board is not None:
-            for name, value in values.items():
-                if not _is_odd(value):
-                    self._board.add_scalar(name, value, step)
+            self._board.scalars(step, {k: v for k, v in values.items() if not _is_odd(v)})
 
 
 def _is_odd(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "run.tensorboard: found True, but the package tensorboard is not installed here; "
-            "pip install tensorboard, or False, works"
-        ) from None
-    # A resumed run repeats the steps after its checkpoint: the old ones are dropped.
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
 
 
 def show_bytes(size: float) -> str:

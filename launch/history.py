@@ -1,0 +1,49 @@
+"""Numbers of the steps so far, of bounded size, read from the device now and then."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+KEPT = 100_000
+"""Steps whose loss and norm are kept, the latest ones: 3 MB at most."""
+UNREAD = 1000
+"""Steps whose numbers may wait on the device."""
+
+
+class History:
+    """Each step's vector, as ``train_step`` returns it.
+
+    Attributes:
+        losses, grad_norms: of the steps read, the latest ``KEPT``.
+        last: the whole vector of the last step read.
+    """
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=KEPT)
+        self.grad_norms: deque[float] = deque(maxlen=KEPT)
+        self.last: list[float] = []
+        self._unread: list[Tensor] = []
+
+    def add(self, values: Tensor) -> None:
+        """Take a step's vector; waits for the device every ``UNREAD`` steps."""
+        self._unread.append(values)
+        if len(self._unread) >= UNREAD:
+            self.read()
+
+    def read(self) -> None:
+        """Read what has not been read; waits for the device."""
+        if not self._unread:
+            return
+        rows = torch.stack(self._unread).tolist()
+        self._unread.clear()
+        self.losses.extend(row[0] for row in rows)
+        self.grad_norms.extend(row[1] for row in rows)
+        self.last = rows[-1]
+
+    def latest_losses(self, count: int) -> list[float]:
+        """Losses of the last ``count`` steps read, or of as many as are kept."""
+        return list(islice(self.losses, max(0, len(self.losses) - count), None))

@@ -1,0 +1,192 @@
+"""What a run's numbers are written to: exact after a resume, and never what ends a run.
+
+A resumed run repeats the steps after its checkpoint, so what was logged of them goes first. A disk
+that is full is told once; the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+HELD_LINES = 10_000
+"""Of metrics.jsonl, while its disk is full; older ones are lost."""
+
+Warn = Callable[[str], None]
+
+
+class MetricsFile:
+    """A file of JSON lines, each with its ``step``.
+
+    Args:
+        first_step: steps that are done; lines of later ones are cut off.
+        warn: called once, when a line cannot be written.
+
+    Attributes:
+        validated: steps of kept lines with a ``validation_loss``.
+    """
+
+    def __init__(self, path: Path, first_step: int, warn: Warn) -> None:
+        self.validated: set[int] = set()
+        self._path, self._warn, self._warned = path, warn, False
+        self._held: deque[bytes] = deque(maxlen=HELD_LINES)
+        self._file = -1
+        try:
+            self._cut(first_step)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            # Lines after those that should have been cut would be there twice.
+            self._tell(error, "nothing is written to it")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a line, and those that could not be written before."""
+        if self._file < 0:
+            return
+        self._held.append(json.dumps(record, allow_nan=False).encode() + b"\n")
+        data = memoryview(b"".join(self._held))
+        size = os.fstat(self._file).st_size
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            self._tell(error, f"the latest {HELD_LINES} lines are held until it can be written")
+            self._undo(size)
+            return
+        self._held.clear()
+
+    def sync(self) -> None:
+        """Have everything on the disk."""
+        if self._file >= 0:
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                self._tell(error, "it may lose lines if this machine fails")
+
+    def close(self) -> None:
+        """Lines that cannot be written even now are lost."""
+        if self._file >= 0:
+            try:
+                os.close(self._file)
+            except OSError as error:
+                self._tell(error, "its last lines may be lost")
+            self._file = -1
+
+    def _cut(self, first_step: int) -> None:
+        """Leave the lines of the steps that are done, whole; a kill may have torn the last one."""
+        if not self._path.is_file():
+            return
+        lines = self._path.read_bytes().splitlines()
+        kept = []
+        for line in lines:
+            step, validated = _step_of(line)
+            if step is not None and step <= first_step:
+                kept.append(line)
+                self.validated |= {step} if validated else set()
+        text = b"".join(line + b"\n" for line in kept)
+        if text != self._path.read_bytes():
+            new = self._path.with_name(f"{self._path.name}.new")
+            with new.open("wb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self._path)
+
+    def _undo(self, size: int) -> None:
+        """Take off the part of a line that had room."""
+        try:
+            os.ftruncate(self._file, size)
+        except OSError as error:
+            self._tell(error, "it may hold part of a line")
+
+    def _tell(self, error: OSError, then: str) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(f"warning: {self._path}: {error.strerror}; {then}")
+
+
+def _step_of(line: bytes) -> tuple[int | None, bool]:
+    """The step of a line, None without one, and whether it is of a validation."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None, False
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None, False
+    return record["step"], "validation_loss" in record
+
+
+class Board:
+    """TensorBoard's event files in a folder; after an error there are none any more."""
+
+    def __init__(self, folder: Path, first_step: int, warn: Warn) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                "run.tensorboard: found True, but the package tensorboard is not installed here; "
+                "pip install tensorboard, or False, works"
+            ) from None
+        self._folder, self._warn = folder, warn
+        self._writer: Any = None
+        # Readers drop events of that step and later ones from the files before.
+        self._try(lambda: self._open(SummaryWriter, first_step + 1))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a value by each name."""
+        for name, value in values.items():
+            if self._writer is not None:
+                self._try(partial(self._writer.add_scalar, name, value, step))
+
+    def flush(self) -> None:
+        """Have all events in their file, which else takes two minutes."""
+        if self._writer is not None:
+            self._try(self._writer.flush)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._try(self._writer.close)
+            self._writer = None
+
+    def _open(self, writer: Callable[..., Any], purge_step: int) -> None:
+        self._writer = writer(str(self._folder), purge_step=purge_step)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        # Errors of the writer's own thread are raised here, by its next call.
+        try:
+            act()
+        except OSError as error:
+            self._writer = None
+            self._warn(f"warning: {self._folder}: {error.strerror}; nothing more is written to it")
+
+
+class Screen(Console):
+    """A console that falls silent when nobody can be told any more: a closed pipe, a full disk."""
+
+    def say(self, *text: RenderableType, **how: Any) -> None:
+        """Print."""
+        try:
+            self.print(*text, **how)
+        except OSError as error:
+            self._silence(error.strerror or str(error))
+
+    def on_broken_pipe(self) -> None:
+        self._silence("nobody reads it any more")
+
+    def _silence(self, why: str) -> None:
+        self.quiet = True
+        # What is in the stream's buffer would be tried again, and fail, at the process's end.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        # Where standard error is closed too there is nobody to tell.
+        with suppress(OSError):
+            print(f"warning: standard output: {why}; the run goes on", file=sys.stderr, flush=True)
