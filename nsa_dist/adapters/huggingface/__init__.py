@@ -17,14 +17,18 @@ except ModuleNotFoundError as error:
     ) from error
 
 from nsa_dist.adapters.huggingface.attention import NSAAttention
+from nsa_dist.adapters.huggingface.auto import register
 from nsa_dist.adapters.huggingface.cache import NSACacheLayer
 from nsa_dist.adapters.huggingface.convert import convert_to_nsa, from_pretrained
 from nsa_dist.adapters.huggingface.models import (
+    FAMILIES,
     NSALlamaConfig,
     NSALlamaForCausalLM,
     NSAQwen3Config,
     NSAQwen3ForCausalLM,
 )
+
+register(FAMILIES.values())
 
 __all__ = [
     "NSAAttention",

@@ -17,6 +17,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from nsa_dist.adapters.huggingface.batch import Batch
 from nsa_dist.adapters.huggingface.cache import NSACacheLayer
+from nsa_dist.adapters.huggingface.weights import whole
 from nsa_dist.compressor import BlockCompressor, apply_compressor
 from nsa_dist.config import NSAConfig
 from nsa_dist.flow import ZeroGradient
@@ -65,17 +66,21 @@ class NSAAttention(nn.Module):
             norm = SetNorm(
                 config.num_key_sets, config.head_dim, dense_norm.variance_epsilon, **factory
             )
-            with torch.no_grad():
+            with torch.no_grad(), whole([dense_norm.weight, norm.weight]):
                 norm.weight.copy_(dense_norm.weight.expand_as(norm.weight))
             norm.weight.requires_grad_(dense_norm.weight.requires_grad)
-            self.k_norm = norm
+            self.k_norm = norm.train(dense_norm.training)
         self.gate = make_gate(dense.q_proj.in_features, config, **factory)
         self.k_compressor = self.v_compressor = None
         if config.uses_compression:
             self.k_compressor = BlockCompressor(config, config.head_dim, **factory)
         if "compressed" in config.branches:
             self.v_compressor = BlockCompressor(config, config.value_dim, **factory)
-        self.train(dense.training)
+        # Not train(): the modules that were taken over are the dense model's still.
+        self.training = dense.training
+        for module in (self.gate, self.k_compressor, self.v_compressor):
+            if module is not None:
+                module.train(dense.training)
 
     def forward(
         self,
@@ -286,10 +291,11 @@ def _repeat_rows(linear: nn.Linear, times: int) -> nn.Linear:
         device=weight.device,
         dtype=weight.dtype,
     )
-    with torch.no_grad():
+    with torch.no_grad(), whole([weight, bias, wide.weight, wide.bias]):
         wide.weight.copy_(weight.repeat(times, 1))
-        wide.weight.requires_grad_(weight.requires_grad)
         if bias is not None:
             wide.bias.copy_(bias.repeat(times))
-            wide.bias.requires_grad_(bias.requires_grad)
-    return wide
+    wide.weight.requires_grad_(weight.requires_grad)
+    if bias is not None:
+        wide.bias.requires_grad_(bias.requires_grad)
+    return wide.train(linear.training)

@@ -27,12 +27,17 @@ from nsa_kernels import QuerySegments
 
 @dataclass(frozen=True, eq=False)
 class Runtime:
-    """How a model runs, which is no part of what it computes."""
+    """How a model runs, which is no part of what it computes.
+
+    Attributes:
+        told: whether the user has said over which ranks sequences are split, if over none.
+    """
 
     context: ContextGroup
     layout: str
     backend: str
     communication: CommunicationCounter
+    told: bool = False
 
 
 @dataclass(frozen=True, eq=False)

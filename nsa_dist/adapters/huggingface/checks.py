@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nsa_dist.adapters.huggingface.attention import ROTARY
+from nsa_dist.adapters.huggingface.weights import check_parameter
 from nsa_dist.checks import check, describe
 from nsa_dist.config import NSAConfig
 from nsa_kernels import get_backend
@@ -87,30 +87,32 @@ def check_model(model: Any, families: Mapping[type, Any]) -> None:
 
 
 def check_modules(model: Any, layers: tuple[int, ...]) -> None:
-    """Raise ValueError for attention modules that something else has replaced or wrapped."""
+    """Raise ValueError for attention modules or weights that something has replaced or wrapped."""
     for index in layers:
-        attention = model.model.layers[index].self_attn
+        attention, where = model.model.layers[index].self_attn, f"layers[{index}].self_attn"
         check(
             type(attention) in ROTARY,
-            f"layers[{index}].self_attn",
+            where,
             type(attention).__name__,
             f"{', '.join(x.__name__ for x in ROTARY)} work",
         )
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            linear = getattr(attention, name)
+            linear, option = getattr(attention, name), f"{where}.{name}"
             check(
-                type(linear) is nn.Linear and linear.weight.is_floating_point(),
-                f"layers[{index}].self_attn.{name}",
+                type(linear) is nn.Linear,
+                option,
                 type(linear).__name__,
-                "torch.nn.Linear in a floating dtype works: merge adapters, convert before "
-                "quantising",
+                "torch.nn.Linear works: merge adapters, convert before quantising",
             )
-            check(
-                not isinstance(linear.weight, DTensor),
-                f"layers[{index}].self_attn.{name}.weight",
-                "a DTensor",
-                "a whole tensor works: convert before FSDP or tensor parallelism split it",
+            check_parameter(
+                f"{option}.weight", linear.weight, (linear.out_features, linear.in_features)
             )
+            if linear.bias is not None:
+                check_parameter(f"{option}.bias", linear.bias, (linear.out_features,))
+        for name in ("q_norm", "k_norm"):
+            if hasattr(attention, name):
+                weight = getattr(attention, name).weight
+                check_parameter(f"{where}.{name}.weight", weight, (attention.head_dim,))
 
 
 def check_config(config: Any, hf_config: Any, gate_init: tuple[float, float, float]) -> None:

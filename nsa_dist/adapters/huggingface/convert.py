@@ -20,7 +20,13 @@ from nsa_dist.adapters.huggingface.checks import (
     check_model,
     check_modules,
 )
-from nsa_dist.adapters.huggingface.models import FAMILIES, make_runtime, write_config
+from nsa_dist.adapters.huggingface.models import (
+    FAMILIES,
+    make_attention,
+    make_runtime,
+    write_config,
+)
+from nsa_dist.adapters.huggingface.weights import whole
 from nsa_dist.checks import check
 from nsa_dist.compressor import BlockCompressor
 from nsa_dist.config import NSAConfig
@@ -73,18 +79,23 @@ def convert_to_nsa(
     chosen = check_layers(layers, model.config)
     check_modules(model, chosen)
     check_attention(config, backend, model.model.layers[chosen[0]].self_attn)
-    runtime = make_runtime(group, layout, backend, chosen, model.config.num_hidden_layers)
+    layers_in_all, told = model.config.num_hidden_layers, group is not None
+    runtime = make_runtime(group, layout, backend, chosen, layers_in_all, told=told)
     config = replace(config, gate_init=gate_init)
 
+    # All that can fail comes before the first change of the model.
     sparse, config_type = FAMILIES[type(model)]
-    dense_config, model.__class__ = model.config, sparse
+    dense_config = model.config
     new_config = write_config(dense_config, config_type, config, chosen)
+    attention = make_attention(model, config, chosen)
+    for module in attention.values():
+        start_from_dense(module)
+
+    model.__class__ = sparse
     for module in model.modules():
         if getattr(module, "config", None) is dense_config:
             module.config = new_config
-    model._become_sparse(config, chosen, runtime)
-    for index in chosen:
-        start_from_dense(model.model.layers[index].self_attn)
+    model._become_sparse(config, attention, runtime)
     return model
 
 
@@ -92,12 +103,13 @@ def convert_to_nsa(
 def start_from_dense(attention: NSAAttention) -> None:
     """Set gates to the constants of ``gate_init``, and compressors to the mean of a block."""
     gate = attention.gate
-    if isinstance(gate, LinearGate):
-        gate.proj.weight.zero_()
-    elif isinstance(gate, MLPGate):
-        gate.down.weight.zero_()
-    for compressor in (attention.k_compressor, attention.v_compressor):
-        if compressor is not None:
+    compressors = [x for x in (attention.k_compressor, attention.v_compressor) if x is not None]
+    with whole(x for module in (gate, *compressors) for x in module.parameters()):
+        if isinstance(gate, LinearGate):
+            gate.proj.weight.zero_()
+        elif isinstance(gate, MLPGate):
+            gate.down.weight.zero_()
+        for compressor in compressors:
             _start_as_mean(compressor)
 
 
@@ -180,7 +192,7 @@ def from_pretrained(
         check(not info[kind], kind, sorted(info[kind]), "the weights of the saved model work")
     devices = sorted({str(x) for x in (getattr(model, "hf_device_map", None) or {}).values()})
     check(len(devices) < 2, "device_map", devices, "one device works")
-    model.use_group(group, layout=layout, backend=backend)
+    model._use(group, layout, backend, told=group is not None)
     return (model, info) if wants_info else model
 
 

@@ -40,6 +40,7 @@ from nsa_dist.adapters.huggingface.checks import (
     check_config,
     check_layers,
 )
+from nsa_dist.adapters.huggingface.parallelism import stated_split
 from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.config import NSAConfig
@@ -47,22 +48,31 @@ from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.layout import make_layout
 
 SPARSE = "native_sparse_attention"
-"""What ``layer_types`` of a saved config calls our layers; a dense config class refuses it."""
+"""What older versions called our layers in ``layer_types`` of a saved config."""
+
+MARK = f" with {SPARSE} (nsa_dist.adapters.huggingface.from_pretrained loads this model)"
+"""Behind ``hidden_act`` of a saved config. A dense model, which looks for a function of that name,
+raises KeyError with these words before it has a weight; transformers' base class, by which
+tokenizers and the Trainer read ``config.json``, takes any string."""
 
 
 class _NSAConfigMixin:
-    """Two fields more, and ``layer_types`` in the file that no dense model accepts."""
+    """Two fields more, and a ``hidden_act`` in the file that no dense model can be built with."""
 
+    hidden_act: str
     nsa: dict[str, Any] | None
     nsa_layers: list[int] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As of the dense config, with our layers named in ``layer_types``."""
+        """As of the dense config, with ``hidden_act`` marked."""
         values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        types = values.get("layer_types") or ["full_attention"] * values["num_hidden_layers"]
-        chosen = set(self.nsa_layers or ())
-        values["layer_types"] = [SPARSE if i in chosen else x for i, x in enumerate(types)]
+        if self.nsa is not None:
+            values["hidden_act"] = self.hidden_act + MARK
         return values
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.hidden_act = self.hidden_act.removesuffix(MARK)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
 
 
 class NSALlamaConfig(_NSAConfigMixin, LlamaConfig):
@@ -73,7 +83,8 @@ class NSALlamaConfig(_NSAConfigMixin, LlamaConfig):
     nsa_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("layer_types", None)  # Llama has one kind of dense layer.
+        if SPARSE in (kwargs.get("layer_types") or ()):
+            del kwargs["layer_types"]  # Of an older version: Llama has one kind of dense layer.
         super().__post_init__(**kwargs)
 
 
@@ -86,7 +97,7 @@ class NSAQwen3Config(_NSAConfigMixin, Qwen3Config):
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.layer_types is not None:
+        if self.layer_types is not None:  # Of an older version, which named our layers there.
             self.layer_types = ["full_attention" if x == SPARSE else x for x in self.layer_types]
         super().__post_init__(**kwargs)
 
@@ -98,13 +109,14 @@ class _NSAMixin:
     nsa_layers: tuple[int, ...]
     nsa_runtime: Runtime
 
-    def _become_sparse(self, config: NSAConfig, layers: tuple[int, ...], runtime: Runtime) -> None:
-        """Replace the attention modules; everything has been checked."""
-        self.nsa_config, self.nsa_layers, self.nsa_runtime = config, layers, runtime
+    def _become_sparse(
+        self, config: NSAConfig, attention: Mapping[int, NSAAttention], runtime: Runtime
+    ) -> None:
+        """Take over attention modules, by the index of their layer."""
+        self.nsa_config, self.nsa_layers, self.nsa_runtime = config, tuple(attention), runtime
         decoder: Any = self.model  # type: ignore[attr-defined]
-        for index in layers:
-            layer = decoder.layers[index]
-            layer.self_attn = NSAAttention(layer.self_attn, config)
+        for index, module in attention.items():
+            decoder.layers[index].self_attn = module
 
     def use_group(
         self,
@@ -116,16 +128,22 @@ class _NSAMixin:
         """Say over which ranks sequences are split from now on, and how.
 
         Args:
-            group: process group or one-dimensional DeviceMesh; None for one rank.
+            group: process group or one-dimensional DeviceMesh; None for one rank, which holds
+                whole sequences whatever accelerate or DeepSpeed say.
             layout: "contiguous", "zigzag" or "zigzag_per_document", as given to ``shard_batch``.
             backend: "auto" or a name that ``nsa_kernels.get_backend`` knows.
 
         Raises:
             ValueError: naming the option, the value found and the values that work.
         """
+        self._use(group, layout, backend, told=True)
+
+    def _use(
+        self, group: GroupLike | ContextGroup, layout: str, backend: str, *, told: bool
+    ) -> None:
         model: Any = self
         runtime = make_runtime(
-            group, layout, backend, self.nsa_layers, model.config.num_hidden_layers
+            group, layout, backend, self.nsa_layers, model.config.num_hidden_layers, told=told
         )
         first = model.model.layers[self.nsa_layers[0]].self_attn
         check_attention(self.nsa_config, backend, first)
@@ -215,7 +233,8 @@ class _NSAMixin:
         split = runtime.context.size > 1
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
-        problem = check_call(
+        problem = None if runtime.told else stated_split()
+        problem = problem or check_call(
             hf_config,
             split=split,
             rows=rows,
@@ -225,7 +244,8 @@ class _NSAMixin:
             cu_seqlens=cu_seqlens,
             labels=labels,
             kwargs=kwargs,
-        ) or check_position_ids(position_ids, (rows, length))
+        )
+        problem = problem or check_position_ids(position_ids, (rows, length))
         # On a split sequence all ranks raise together, where the plan is made.
         if problem is not None and not split:
             raise ValueError(problem)
@@ -284,7 +304,8 @@ class NSALlamaForCausalLM(_NSAMixin, LlamaForCausalLM):
 
     def __init__(self, config: NSALlamaConfig) -> None:
         super().__init__(config)
-        self._become_sparse(*read_config(config))
+        nsa, layers, runtime = read_config(config)
+        self._become_sparse(nsa, make_attention(self, nsa, layers), runtime)
 
 
 class NSAQwen3ForCausalLM(_NSAMixin, Qwen3ForCausalLM):
@@ -294,7 +315,8 @@ class NSAQwen3ForCausalLM(_NSAMixin, Qwen3ForCausalLM):
 
     def __init__(self, config: NSAQwen3Config) -> None:
         super().__init__(config)
-        self._become_sparse(*read_config(config))
+        nsa, layers, runtime = read_config(config)
+        self._become_sparse(nsa, make_attention(self, nsa, layers), runtime)
 
 
 FAMILIES: Mapping[type, tuple[Any, Any]] = {
@@ -304,14 +326,23 @@ FAMILIES: Mapping[type, tuple[Any, Any]] = {
 """Dense model classes, and the model and config class that a conversion makes of them."""
 
 
+def make_attention(
+    model: Any, config: NSAConfig, layers: tuple[int, ...]
+) -> dict[int, NSAAttention]:
+    """New attention modules by the index of their layer; ``model`` stays as it is."""
+    return {i: NSAAttention(model.model.layers[i].self_attn, config) for i in layers}
+
+
 def make_runtime(
     group: GroupLike | ContextGroup,
     layout: str,
     backend: str,
     layers: tuple[int, ...],
     num_layers: int,
+    *,
+    told: bool,
 ) -> Runtime:
-    """Checked settings of how a model runs.
+    """Checked settings of how a model runs; ``told`` as of ``Runtime``.
 
     Raises:
         ValueError: naming the option, the value found and the values that work.
@@ -324,7 +355,7 @@ def make_runtime(
             f"{context.size} ranks, where transformers' dense layers do not work; all layers, or "
             "group=None, work"
         )
-    return Runtime(context, layout, backend, CommunicationCounter())
+    return Runtime(context, layout, backend, CommunicationCounter(), told)
 
 
 def read_config(config: Any) -> tuple[NSAConfig, tuple[int, ...], Runtime]:
@@ -340,7 +371,8 @@ def read_config(config: Any) -> tuple[NSAConfig, tuple[int, ...], Runtime]:
         )
     nsa, layers = NSAConfig(**config.nsa), check_layers(config.nsa_layers, config)
     check_config(nsa, config, nsa.gate_init)
-    return nsa, layers, make_runtime(None, "zigzag", "auto", layers, config.num_hidden_layers)
+    runtime = make_runtime(None, "zigzag", "auto", layers, config.num_hidden_layers, told=False)
+    return nsa, layers, runtime
 
 
 def write_config(dense: Any, config_type: type, nsa: NSAConfig, layers: tuple[int, ...]) -> Any:

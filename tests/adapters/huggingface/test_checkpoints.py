@@ -15,7 +15,24 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 
 from nsa_dist import NSAConfig
 from nsa_dist.adapters.huggingface import (
@@ -82,13 +99,79 @@ def test_round_trip_is_bit_equal(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", [None, [0]], ids=["all", "hybrid"])
 @pytest.mark.parametrize("family", CLASSES)
-def test_transformers_does_not_load_it_as_dense(family: str, layers: Any, tmp_path: Path) -> None:
-    sparse_model(family, layers=layers).save_pretrained(tmp_path)
-    for load in (AutoModelForCausalLM, AutoConfig):
-        with pytest.raises(ValueError, match=f"nsa_{family}"):
+def test_no_dense_class_loads_it(family: str, layers: Any, tmp_path: Path) -> None:
+    """Not even where all the dense model's weights are there, as with shared keys and values."""
+    model = sparse_model(family, layers=layers)
+    model.save_pretrained(tmp_path)
+    dense = CLASSES[family][2]
+    for load in (dense, LlamaModel, Qwen3Model, LlamaForSequenceClassification, MistralForCausalLM):
+        with pytest.raises(KeyError, match=r"native_sparse_attention .*from_pretrained loads"):
             load.from_pretrained(tmp_path)
-    with pytest.raises(Exception, match="native_sparse_attention"):
-        CLASSES[family][2].from_pretrained(tmp_path)
+    with pytest.raises(KeyError, match="native_sparse_attention"):
+        dense(dense.config_class(**model.config.to_dict()))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*gate"):
+        dense_model(family).load_state_dict(load_file(tmp_path / "model.safetensors"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is CLASSES[family][0]
+    assert torch.equal(loaded(some_tokens(1, 40)).logits, model(some_tokens(1, 40)).logits)
+
+
+@pytest.mark.parametrize("registered", [True, False], ids=["imported", "not-imported"])
+def test_what_reads_config_json_by_the_base_class(
+    registered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the adapter's classes in transformers' tables, and as in a process without them."""
+    model = sparse_model("qwen3", layers=[1])
+    model.save_pretrained(tmp_path)
+    if not registered:
+        monkeypatch.delitem(CONFIG_MAPPING._extra_content, "nsa_qwen3")
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("b").input_ids == [1]
+    for config in (
+        PreTrainedConfig.from_pretrained(tmp_path),
+        PreTrainedConfig.from_json_file(tmp_path / "config.json"),
+    ):
+        assert config.nsa_layers == [1]
+        assert config.transformers_version is not None
+    found = GenerationConfig.from_model_config(model.config)
+    expected = GenerationConfig.from_model_config(dense_model("qwen3").config)
+    assert found.to_dict() == expected.to_dict()
+    if registered:
+        assert type(AutoConfig.from_pretrained(tmp_path)) is NSAQwen3Config
+        assert AutoProcessor.from_pretrained(tmp_path)("b").input_ids == [1]
+    else:
+        with pytest.raises(ValueError, match="nsa_qwen3"):
+            AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_folders_of_older_versions_load(family: str, tmp_path: Path) -> None:
+    """They have our layers' name in ``layer_types``, and the dense ``hidden_act``."""
+    model = sparse_model(family, INDEPENDENT, layers=[1])
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = file.read_text(encoding="utf-8")
+    old = json.loads(written)
+    old["hidden_act"] = "silu"
+    old["layer_types"] = ["full_attention", "native_sparse_attention"]
+    file.write_text(json.dumps(old), encoding="utf-8")
+    tokens = some_tokens(1, 50)
+    for load in (from_pretrained, CLASSES[family][0].from_pretrained):
+        loaded = load(tmp_path)
+        assert loaded.nsa_layers == (1,)
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text(encoding="utf-8") == written
+
+
+def test_sharded_folders(tmp_path: Path) -> None:
+    model = sparse_model("llama", INDEPENDENT)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    loaded, expected = from_pretrained(tmp_path).state_dict(), model.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("family", CLASSES)
@@ -161,7 +244,9 @@ def test_config_says_what_the_model_is(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert saved["model_type"] == "nsa_qwen3"
-    assert saved["layer_types"] == ["full_attention", "native_sparse_attention"]
+    assert saved["layer_types"] == ["full_attention"] * 2
+    assert saved["hidden_act"].startswith("silu with native_sparse_attention")
+    assert model.config.hidden_act == "silu"
     assert saved["nsa_layers"] == [1]
     assert NSAConfig(**saved["nsa"]) == model.nsa_config
     assert set(saved["nsa"]) == set(asdict(SMALL))

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 UNTOUCHED = """
 import importlib
+import sys
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 NAMES = (
@@ -43,8 +44,17 @@ def seen():
         "attention": MODULES["modeling_utils"].ALL_ATTENTION_FUNCTIONS._global_mapping,
         "configs": MODULES["models.auto.configuration_auto"].CONFIG_MAPPING._extra_content,
         "models": AUTO.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content,
+        "names of models": AUTO.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     }
-    return found | {name: repr(sorted(map(str, x.items()))) for name, x in registries.items()}
+    # Entries of our own names are all that is added.
+    adapter = sys.modules.get("nsa_dist.adapters.huggingface.models")
+    ours = () if adapter is None else [x for pair in adapter.FAMILIES.values() for x in pair]
+    types = {x.model_type for x in ours if hasattr(x, "model_type")}
+    own = {*ours, *types, *(f"fsdp_{x}" for x in types)}
+    return found | {
+        name: repr(sorted(map(str, ((k, v) for k, v in x.items() if k not in own))))
+        for name, x in registries.items()
+    }
 
 
 # What models write into their own classes when they are made.
