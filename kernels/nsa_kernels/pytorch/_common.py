@@ -14,6 +14,8 @@ from torch import Tensor
 # goes back to the allocator instead of the system, which would page it in again for every tile.
 TILE_ELEMENTS = 1 << 20
 # More summands than this are added as a tree: error grows with the length of a chain of additions.
+# The rows that a matrix product sums over are summands too, in whatever order the BLAS likes, which
+# changes with its instruction set, the shapes and the number of threads.
 SUMMANDS_IN_A_ROW = 64
 
 
@@ -120,6 +122,44 @@ def add_rows_(target: Tensor, index: Tensor, source: Tensor) -> Tensor:
     return target.index_add_(0, index, source)
 
 
+class PairSum:
+    """Adds tensors in pairs, then their sums in pairs. What it is given, it changes."""
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[int, Tensor]] = []  # (level, sum of 2**level tensors)
+
+    def add(self, x: Tensor) -> None:
+        level = 0
+        while self._sums and self._sums[-1][0] == level:
+            x = self._sums.pop()[1].add_(x)
+            level += 1
+        self._sums.append((level, x))
+
+    def result(self) -> Tensor:
+        """The sum of at least one tensor; nothing may be added after."""
+        _, total = self._sums.pop()
+        while self._sums:
+            total = self._sums.pop()[1].add_(total)
+        return total
+
+
+def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a.mT @ b, sums over the rows of a [P, rows, m] and b [P, rows, n]; as a tree, if many."""
+    num_rows, row = a.shape[1], SUMMANDS_IN_A_ROW
+    if num_rows <= row:
+        return torch.bmm(a.mT, b)
+    total = PairSum()
+    rest = num_rows % row
+    if rest:
+        total.add(torch.bmm(a[:, :rest].mT, b[:, :rest]))
+    size = row * tile_rows(a.shape[0] * a.shape[2] * b.shape[2], 4)
+    for start in range(rest, num_rows, size):
+        left, right = (x[:, start : start + size].reshape(-1, row, x.shape[2]) for x in (a, b))
+        products = torch.bmm(left.mT, right).unflatten(0, (a.shape[0], -1))
+        total.add(products.sum(dim=1))  # torch adds as a tree
+    return total.result()
+
+
 class TreeSum:
     """Sums tiles into tensors of one shape, at most SUMMANDS_IN_A_ROW in a row, then in pairs."""
 
@@ -127,23 +167,17 @@ class TreeSum:
         self._sum = torch.zeros_like(like)
         self._count = 0
         self._in_a_row = in_a_row
-        self._pieces: list[tuple[int, Tensor]] = []  # (level, sum of 2**level pieces)
+        self._pieces = PairSum()
 
     def next(self) -> Tensor:
         """The tensor to add the next tile to, once."""
         if self._count == self._in_a_row:
-            level, piece = 0, self._sum
-            while self._pieces and self._pieces[-1][0] == level:
-                piece = self._pieces.pop()[1].add_(piece)
-                level += 1
-            self._pieces.append((level, piece))
-            self._sum, self._count = torch.zeros_like(piece), 0
+            self._pieces.add(self._sum)
+            self._sum, self._count = torch.zeros_like(self._sum), 0
         self._count += 1
         return self._sum
 
     def result(self) -> Tensor:
         """The sum; nothing may be added after."""
-        total = self._sum
-        while self._pieces:
-            total = self._pieces.pop()[1].add_(total)
-        return total
+        self._pieces.add(self._sum)
+        return self._pieces.result()

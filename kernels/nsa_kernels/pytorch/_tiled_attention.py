@@ -23,6 +23,7 @@ from nsa_kernels.pytorch._common import (
     exact,
     group_queries,
     heads_first,
+    product_over_rows,
     scaled_product,
     softmax_backward_,
     ungroup_queries,
@@ -114,13 +115,13 @@ class TiledAttention(torch.autograd.Function):
             query = group_queries(q[rows], num_groups, dtype)
             grad_out = group_queries(grad_o[rows], num_groups, dtype)
             probs = tile.mask_(tile.logits(query, context, scale).softmax(dim=-1), 0.0)
-            grad_v.next()[:, columns].baddbmm_(probs.mT, grad_out)
+            grad_v.next()[:, columns].add_(product_over_rows(probs, grad_out))
             grad_probs = tile.mask_(torch.bmm(grad_out, context.values[:, columns].mT), 0.0)
             grad_logits = tile.mask_(softmax_backward_(grad_probs, probs), 0.0)
-            grad_k.next()[:, columns].baddbmm_(grad_logits.mT, query, alpha=scale)
+            grad_k.next()[:, columns].add_(product_over_rows(grad_logits, query))
             grad_query = scaled_product(grad_logits, context.keys[:, columns], scale)
             m = tile.stop - tile.start
             grad_q[rows].unflatten(1, (num_groups, -1)).copy_(ungroup_queries(grad_query, m))
-        grad_keys = grad_k.result().transpose(0, 1).to(k.dtype)
+        grad_keys = grad_k.result().mul_(scale).transpose(0, 1).to(k.dtype)
         grad_values = grad_v.result().transpose(0, 1).to(v.dtype)
         return grad_q, grad_keys, grad_values, None, None, None

@@ -20,6 +20,7 @@ from nsa_kernels.pytorch._common import (
     accumulation_dtype,
     add_rows_,
     exact,
+    product_over_rows,
     tile_rows,
 )
 
@@ -49,7 +50,7 @@ class _Linear:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         placed = x + position.unsqueeze(1)
         grad_x = (grad @ weight).view_as(x)
-        return grad_x, (grad_x.sum(dim=1), grad.mT @ placed.flatten(2))
+        return grad_x, (grad_x.sum(dim=1), product_over_rows(grad, placed.flatten(2)))
 
 
 class _Mlp:
@@ -68,8 +69,9 @@ class _Mlp:
         gate = hidden.sigmoid()
         grad_hidden = (grad @ down) * (gate + gate * hidden * (1 - gate))
         grad_x = (grad_hidden @ up).view_as(x)
-        grad_down = grad.mT @ (gate * hidden)
-        return grad_x, (grad_x.sum(dim=1), grad_hidden.mT @ placed, grad_down)
+        grad_up = product_over_rows(grad_hidden, placed)
+        grad_down = product_over_rows(grad, gate * hidden)
+        return grad_x, (grad_x.sum(dim=1), grad_up, grad_down)
 
 
 class _Conv1d:

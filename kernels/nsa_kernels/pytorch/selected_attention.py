@@ -20,6 +20,7 @@ from nsa_kernels.pytorch._common import (
     TreeSum,
     accumulation_dtype,
     exact,
+    product_over_rows,
     scaled_product,
     tile_rows,
 )
@@ -273,12 +274,14 @@ def _backward_of_head(
         grad_query = torch.empty_like(query)
         grad_keys, grad_values = key_sum.next(), value_sum.next()
         for slot, of in pairs.blocks:
-            of_block = grad_logits[of].flatten(0, 1)
-            torch.mm(of_block, keys[slot], out=grad_query[of].flatten(0, 1))
-            grad_keys[slot].addmm_(of_block.mT, query[of].flatten(0, 1), alpha=scale)
-            grad_values[slot].addmm_(probs[of].flatten(0, 1).mT, out[of].flatten(0, 1))
+            block_grad, block_probs, block_query, block_out = (
+                x[of].flatten(0, 1) for x in (grad_logits, probs, query, out)
+            )
+            torch.mm(block_grad, keys[slot], out=grad_query[of].flatten(0, 1))
+            grad_keys[slot].add_(product_over_rows(block_grad[None], block_query[None])[0])
+            grad_values[slot].add_(product_over_rows(block_probs[None], block_out[None])[0])
         grad_q[rows] = pairs.by_query(grad_query).sum(dim=1).mul_(scale)
-    return grad_q, key_sum.result()[:-1], value_sum.result()[:-1]
+    return grad_q, key_sum.result()[:-1].mul_(scale), value_sum.result()[:-1]
 
 
 def selected_attention(
