@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -108,8 +108,7 @@ class PoisonedEngine:
                 for name, tensor in after.items()
             )
         )
-        if self._is_now("weight") or (mine and poison is not None and poison.what == "weight"):
-            assert poison is not None
+        if mine and poison is not None and poison.what == "weight":
             next(t for t in after.values() if t.numel()).detach().view(-1)[0] = poison.value
         if poison is not None and poison.what == "reported loss":
             done = replace(done, loss_sum=done.loss_sum + poison.value)
@@ -136,19 +135,12 @@ def run_poisoned(settings: Settings, poisons: dict[int, Poison]) -> Poisoned:
     Args:
         poisons: by step, counted from 1.
     """
-    if settings.parallel.engine == "megatron":
+    is_megatron = settings.parallel.engine == "megatron"
+    if is_megatron or settings.run.device == "cuda":
         _prepare(settings)
-    with _own_processes_if(settings), _poisoned_engines(poisons) as made:
+    processes = _own_processes() if is_megatron else nullcontext()
+    with processes, _poisoned_engines(poisons) as made:
         result = train.train(settings, start_ranks(settings))
     return Poisoned(
         result.losses, result.grad_norms, tuple(made[0].changed), result.validation_loss
     )
-
-
-@contextmanager
-def _own_processes_if(settings: Settings) -> Iterator[None]:
-    if settings.parallel.engine == "megatron":
-        with _own_processes():
-            yield
-    else:
-        yield

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +56,20 @@ def records(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def assert_skips_and_resumes(ranks: Ranks, settings: Settings) -> None:
+def broken_off(settings: Settings, last: str) -> Settings:
+    """The run as it was before its last checkpoint, to be resumed elsewhere."""
+    again = replaced(settings, "run", folder=f"{settings.run.folder}-resumed", resume=True)
+    shutil.copytree(settings.run.folder, again.run.folder)
+    shutil.rmtree(Path(again.run.folder, "checkpoints", last))
+    return again
+
+
+def assert_skips_and_resumes(
+    ranks: Ranks, settings: Settings, poisons: dict[int, Poison] = POISONS
+) -> None:
     """Of a run with a checkpoint after the fourth step, which is skipped."""
     settings = replaced(settings, "run", checkpoint_every=4, keep_checkpoints=0, log_every=1)
-    found: list[Poisoned] = ranks.run(run_poisoned, settings, POISONS)
+    found: list[Poisoned] = ranks.run(run_poisoned, settings, poisons)
     for result in found:
         assert result.changed == CHANGED
         assert tuple(map(math.isfinite, result.norms)) == CHANGED
@@ -74,10 +86,8 @@ def assert_skips_and_resumes(ranks: Ranks, settings: Settings) -> None:
     assert [steps[step]["grad_norm"] is None for step in range(1, 9)] == [not c for c in CHANGED]
     assert steps[6]["loss"] is steps[6]["mean_loss"] is None
 
-    again = replaced(settings, "run", folder=f"{settings.run.folder}-resumed", resume=True)
-    shutil.copytree(settings.run.folder, again.run.folder)
-    shutil.rmtree(Path(again.run.folder, "checkpoints", "step_00000008"))
-    for result in ranks.run(run_poisoned, again, POISONS):
+    again = broken_off(settings, "step_00000008")
+    for result in ranks.run(run_poisoned, again, poisons):
         assert repr(result.losses) == repr(found[0].losses[4:])
         assert repr(result.norms) == repr(found[0].norms[4:])
         assert result.changed == CHANGED[4:]
@@ -88,7 +98,8 @@ def assert_skips_and_resumes(ranks: Ranks, settings: Settings) -> None:
 def test_a_step_that_is_not_finite_changes_no_bit(
     ranks_of: RanksOf, root: Path, parallel: dict[str, Any]
 ) -> None:
-    settings = settings_of(root, f"skips-{len(parallel)}", parallel)
+    dtype = "float32" if parallel else "float64"
+    settings = settings_of(root, f"skips-{len(parallel)}", parallel, dtype=dtype)
     assert_skips_and_resumes(ranks_of(2), settings)
 
 
@@ -116,7 +127,7 @@ def test_megatron_skips_a_step_that_is_not_finite(
     "stage, dtype",
     [
         (3, "float32"),
-        (2, "bfloat16"),
+        pytest.param(2, "bfloat16", marks=pytest.mark.slow),
         pytest.param(1, "float32", marks=pytest.mark.slow),
         pytest.param(2, "float32", marks=pytest.mark.slow),
         pytest.param(1, "bfloat16", marks=pytest.mark.slow),
@@ -131,29 +142,76 @@ def test_deepspeed_skips_a_step_that_is_not_finite(
     assert_skips_and_resumes(deepspeed_ranks(2), settings)
 
 
+FIRST_STEPS: list[Any] = [
+    pytest.param("ranks_of", {"engine": "fsdp2"}, id="fsdp2"),
+    pytest.param(
+        "megatron_ranks",
+        {"engine": "megatron", "layout": "zigzag_per_document"},
+        marks=[needs_megatron, pytest.mark.slow],
+        id="megatron",
+    ),
+    *(
+        pytest.param(
+            "deepspeed_ranks",
+            {"engine": "deepspeed", "zero_stage": stage},
+            marks=[needs_deepspeed, pytest.mark.slow],
+            id=f"deepspeed{stage}",
+        )
+        for stage in (1, 2, 3)
+    ),
+]
+
+
+@pytest.mark.parametrize("ranks, parallel", FIRST_STEPS)
+def test_a_run_goes_on_from_a_first_step_without_an_update(
+    request: pytest.FixtureRequest, root: Path, ranks: str, parallel: dict[str, Any]
+) -> None:
+    two: Ranks = request.getfixturevalue(ranks)(2)
+    run = {"steps": 2, "checkpoint_every": 1, "keep_checkpoints": 0}
+    settings = settings_of(root, "first-" + "-".join(map(str, parallel.values())), parallel, **run)
+    poisons = {1: Poison("gradient", NAN, rank=1)}
+    expected = two.run(run_poisoned, settings, poisons)
+    assert expected[0].changed == (False, True)
+    found = two.run(run_poisoned, broken_off(settings, "step_00000002"), poisons)
+    for result in found:
+        assert (result.losses, result.norms) == (expected[0].losses[1:], expected[0].norms[1:])
+        assert result.validation_loss == expected[0].validation_loss
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_that_is_not_finite_changes_no_bit(root: Path) -> None:
+    size = min(2, torch.cuda.device_count())
+    settings = settings_of(root, "skips-gpu", {}, device="cuda", dtype="bfloat16")
+    settings = replaced(settings, "model", backend="pytorch")
+    poisons = {step: replace(poison, rank=poison.rank % size) for step, poison in POISONS.items()}
+    ranks = Ranks(size, timedelta(seconds=120), "nccl", ends_groups=True)
+    try:
+        assert_skips_and_resumes(ranks, settings, poisons)
+        settings = replaced(settings, "run", folder=str(root / "not-saved-gpu"), steps=2)
+        for value in (NAN, INF):
+            (ok, text), *_ = ranks.try_run(run_poisoned, settings, {2: Poison("weight", value, 0)})
+            assert not ok and "the state after step 2 is not finite (rank 0: " in text
+    finally:
+        ranks.close()
+
+
 def kept(folder: str | Path) -> list[str]:
     return [path.name for path in checkpoints(Path(folder))]
 
 
-@pytest.mark.parametrize("most, end", [(0, 3), (1, 3), (2, 4)])
-def test_steps_in_a_row_that_are_not_finite_end_the_run(
-    ranks_of: RanksOf, root: Path, most: int, end: int
-) -> None:
+def test_steps_in_a_row_that_are_not_finite_end_the_run(ranks_of: RanksOf, root: Path) -> None:
     run = {"checkpoint_every": 2, "keep_checkpoints": 1}
-    settings = settings_of(root, f"in-a-row-{most}", {"cp": 2}, **run)
-    settings = replaced(settings, "optimizer", max_skipped=most)
+    settings = settings_of(root, "in-a-row", {"cp": 2}, **run)
+    settings = replaced(settings, "optimizer", max_skipped=2)
     poisons = dict.fromkeys(range(3, 9), Poison("gradient", NAN, rank=1))
     answers = ranks_of(2).try_run(run_poisoned, settings, poisons)
-    which = "3 to 4" if end == 4 else "3"
-    message = rf"optimizer.max_skipped: found {most}, and .* in steps {which}: the gradient norm is"
+    message = "optimizer.max_skipped: found 2, and .* in steps 3 to 4: the gradient norm is"
     for ok, text in answers:
         assert not ok
         with pytest.raises(FloatingPointError, match=message):
             raise FloatingPointError(text)
     assert kept(settings.run.folder) == ["step_00000002"]
-    assert [r["step"] for r in records(settings.run.folder) if "skipped" in r] == [
-        *range(3, end + 1)
-    ]
+    assert [r["step"] for r in records(settings.run.folder) if "skipped" in r] == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +227,8 @@ def test_what_is_not_finite_by_another_way_is_not_saved(
 ) -> None:
     run = {"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 1}
     settings = settings_of(root, f"not-saved-{what[0]}", {"cp": 2}, **run)
-    for ok, text in ranks_of(2).try_run(run_poisoned, settings, {4: Poison(what, INF, rank=1)}):
+    poison = Poison(what, NAN if what == "weight" else INF, rank=1)
+    for ok, text in ranks_of(2).try_run(run_poisoned, settings, {4: poison}):
         assert not ok
         with pytest.raises(FloatingPointError, match=message):
             raise FloatingPointError(text)
@@ -180,7 +239,11 @@ def test_a_last_step_that_is_not_finite_leaves_a_good_checkpoint(
     ranks_of: RanksOf, root: Path, tmp_path: Path
 ) -> None:
     settings = settings_of(root, "last-step", {}, steps=3)
-    (result,) = ranks_of(1).run(run_poisoned, settings, {3: Poison("gradient", NAN, rank=0)})
+    # Of the second, each gradient is finite, and their norm in float32 is not.
+    poisons = {2: Poison("gradients", 1e30, rank=0), 3: Poison("gradient", NAN, rank=0)}
+    (result,) = ranks_of(1).run(run_poisoned, settings, poisons)
+    assert result.changed == (True, False, False)
+    assert result.norms[1] == INF
     assert math.isfinite(result.validation_loss)
     assert kept(settings.run.folder) == ["step_00000003"]
     (path,) = checkpoints(Path(settings.run.folder))
@@ -224,6 +287,14 @@ def test_each_step_is_looked_at_one_step_late() -> None:
     assert told.skips[1:] == [(2, "the loss is nan and the gradient norm is inf", 2)]
     look(watch, [1.0, NAN, NAN, 1.0, NAN])
     assert watch.skipped == 5 and watch.in_a_row == 1
+
+
+@pytest.mark.parametrize("most, steps", [(0, "2"), (1, "2"), (2, "2 to 3"), (3, "2 to 4")])
+def test_so_many_steps_in_a_row_end_the_run(most: int, steps: str) -> None:
+    message = rf"optimizer.max_skipped: found {most}, and .* in steps {steps}: the gradient norm is"
+    with pytest.raises(FloatingPointError, match=message):
+        look(health(Told(), most), [1.0, NAN, INF, NAN, NAN])
+    look(health(Told(), 2), [NAN, 1.0, INF, 1.0, -NAN])
 
 
 def test_a_huge_norm_is_told_once_until_it_is_over() -> None:
