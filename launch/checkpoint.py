@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from nsa_dist.safe_load import load
 from settings import Settings, check, from_toml, to_toml
 
 # Another model, other data or another seed would make a resumed run a different one. How it is
@@ -106,13 +106,16 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
 
     Returns:
         The steps done.
+
+    Raises:
+        ValueError: on every rank, if it holds more than data; naming the file.
     """
     state: dict[str, Any] = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
         "step": 0,
     }
-    load(state, checkpoint_id=path)
+    load(state, path)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return int(state["step"])
@@ -128,7 +131,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     works = "a checkpoint of engine 'fsdp2' works; launch/convert.py makes one of Megatron's"
     check(not is_megatron(path) and not is_deepspeed(path), "checkpoint", str(path), works)
     state = {"model": get_model_state_dict(model)}
-    load(state, checkpoint_id=path)
+    load(state, path)
     set_model_state_dict(model, state["model"])
 
 

@@ -23,9 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
@@ -39,6 +37,8 @@ from checkpoint import (
 from fsdp2_engine import make_optimizer
 from megatron_names import from_saved, to_saved
 from model import Decoder
+from nsa_dist.dcp_metadata import read_metadata
+from nsa_dist.safe_load import check_dcp, load, read_file
 from settings import Settings, check, from_toml
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,7 +62,7 @@ def convert(source: Path, folder: Path) -> Path:
 
     Raises:
         ValueError: if ``source`` is no checkpoint, the target is there already, or the other engine
-            cannot run the settings.
+            cannot run the settings, or a file holds more than data.
     """
     there = (source / ".metadata").exists() and (source / "settings.toml").exists()
     works = "a folder RUN/checkpoints/step_N of engine 'fsdp2' or 'megatron' works"
@@ -70,6 +70,7 @@ def convert(source: Path, folder: Path) -> Path:
     target = checkpoint_path(folder, int(source.name.removeprefix("step_")))
     check(not target.exists(), "OTHER_RUN", str(folder), f"one without {target.name} works")
     settings = from_toml(source / "settings.toml")
+    check_dcp(source, *(["common.pt"] if is_megatron(source) else []))
     if is_megatron(source):
         _from_megatron(source, folder, settings)
     else:
@@ -99,7 +100,7 @@ def _from_megatron(source: Path, folder: Path, settings: Settings) -> None:
     )
     model, optimizer = _build(settings, weights["embedding.weight"].shape[0])
     model.load_state_dict(weights | moments["param"])
-    common = torch.load(source / "common.pt", weights_only=True)
+    common = read_file(source / "common.pt")
     step = int(common["step"])
     updates = float(common.get("updates", step))
     for name, parameter in model.named_parameters():
@@ -117,7 +118,7 @@ def _to_megatron(source: Path, folder: Path, target: Path, settings: Settings) -
         reshard_after_forward=True,
     )
     megatron = replace(settings, parallel=parallel)  # Refuses what Megatron cannot run.
-    sizes = FileSystemReader(source).read_metadata().state_dict_metadata
+    sizes = read_metadata(source).state_dict_metadata
     embedding = sizes["model.embedding.weight"]
     assert isinstance(embedding, TensorStorageMetadata)
     model, optimizer = _build(settings, embedding.size[0])
@@ -152,13 +153,13 @@ def _saved(named: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, whole, by key."""
-    sizes = FileSystemReader(path).read_metadata().state_dict_metadata
+    sizes = read_metadata(path).state_dict_metadata
     tensors = {
         key: torch.empty(size.size, dtype=size.properties.dtype)
         for key, size in sizes.items()
         if isinstance(size, TensorStorageMetadata)
     }
-    load(tensors, checkpoint_id=path)
+    load(tensors, path)
     return tensors
 
 

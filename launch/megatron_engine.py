@@ -50,6 +50,7 @@ from engine import Step, count_targets, is_decayed, optimizer_tensors, spoil_gra
 from megatron_names import block_to_megatron, own_part, rest_to_megatron
 from model import Decoder, compute_dtype
 from nsa_dist import ShardedBatch
+from nsa_dist.safe_load import check_dcp, weights_only
 from ranks import Ranks
 from settings import OptimizerSettings, Settings, check, from_toml
 
@@ -336,7 +337,8 @@ class MegatronEngine:
         """As of ``engine.Engine``, whatever sizes wrote it. Before the first step.
 
         Raises:
-            ValueError: if the checkpoint is of another model, other data, another seed or FSDP2.
+            ValueError: if the checkpoint is of another model, other data, another seed or FSDP2,
+                or holds more than data.
         """
         found = checkpoints(folder)
         if not found:
@@ -344,7 +346,10 @@ class MegatronEngine:
         check_same_run(from_toml(found[-1] / "settings.toml"), self.settings)
         (optimizer,) = self.optimizer.chained_optimizers
         optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-        state = dist_checkpointing.load(self._state(is_loading=True), str(found[-1]))
+        # Megatron reads these by pickle, without a check.
+        check_dcp(found[-1], "common.pt")
+        with weights_only():
+            state = dist_checkpointing.load(self._state(is_loading=True), str(found[-1]))
         step = int(state["step"])
         missing, unexpected = self.gpt.load_state_dict(state["model"], strict=False)
         assert all(name.endswith("_extra_state") for name in missing), missing

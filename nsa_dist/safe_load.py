@@ -89,10 +89,13 @@ def load(state: dict[str, Any], path: Path) -> None:
         raise ValueError("; ".join(dict.fromkeys(named))) from error
 
 
-def check_dcp(path: Path) -> None:
+def check_dcp(path: Path, *files: str) -> None:
     """Refuse a checkpoint whose ``.metadata`` or byte entries hold more than data; collective.
 
     For libraries that read it themselves; rank 0 reads.
+
+    Args:
+        files: others in its folder, written by torch.save, which may hold no more either.
 
     Raises:
         ValueError: on every rank, naming the file and what was found in it.
@@ -109,6 +112,8 @@ def check_dcp(path: Path) -> None:
                     data = io.BytesIO(file.read(place.length))
                 with named_errors(str(path / place.relative_path), PLAIN):
                     torch.load(data, map_location="cpu", weights_only=True)
+        for name in files:
+            read_file(path / name)
 
     on_every_rank(read if _rank() == 0 else lambda: None)
 

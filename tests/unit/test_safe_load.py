@@ -21,20 +21,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from nsa_dist.dcp_metadata import read_metadata
 from nsa_dist.safe_load import check_dcp, load, read_file, weights_only
+from tests.unit.crafted import Call, mkdir
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 _METADATA = "torch.distributed.checkpoint.metadata"
-
-
-class Call:
-    """Pickled as a call of a function."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
-        self.call = function, args
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 def named(module: str, name: str) -> bytes:
@@ -45,10 +36,6 @@ def named(module: str, name: str) -> bytes:
 
 def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def mkdir(marker: Path) -> Call:
-    return Call(os.mkdir, str(marker))
 
 
 def in_storage_info(metadata: Metadata, marker: Path) -> Metadata:

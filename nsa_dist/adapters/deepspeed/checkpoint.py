@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,21 @@ import torch
 import torch.distributed as dist
 
 from nsa_dist.checks import check
+from nsa_dist.safe_load import PLAIN, on_every_rank, read_file, weights_only
+
+ALLOWED = (
+    f"{PLAIN}, a class of your client_state after torch.serialization.add_safe_globals([it]), and "
+    "anything with load_checkpoint(..., trusted=True), where you trust who wrote the file"
+)
 
 
 def load_checkpoint(
-    engine: Any, load_dir: str | Path, tag: str | None = None, **options: Any
+    engine: Any,
+    load_dir: str | Path,
+    tag: str | None = None,
+    *,
+    trusted: bool = False,
+    **options: Any,
 ) -> tuple[str, dict[str, Any]]:
     """As ``engine.load_checkpoint``, which where this refuses returns None, fails late, or leaves
     weights as they are.
@@ -23,16 +36,21 @@ def load_checkpoint(
     alone (``load_module_only=True`` or ``load_optimizer_states=False``) are whole at stages 0 to
     2, and load at any of these on any number of ranks.
 
+    DeepSpeed would run what code its files hold. Here they hold tensors, plain values and the few
+    classes that DeepSpeed writes, or are refused before it reads them.
+
     Args:
         load_dir, tag, options: as of ``engine.load_checkpoint``.
+        trusted: read whatever the files hold, and run it.
 
     Returns:
         The path that was read, and the client state.
 
     Raises:
         ValueError: on every rank, if there is no checkpoint, or one of another number of ranks, or
-            of another stage (1 and 2 read each other's), or a universal one without ZeRO; or if
-            weights alone are asked for in a way that DeepSpeed does not follow.
+            of another stage (1 and 2 read each other's), or a universal one without ZeRO; if
+            weights alone are asked for in a way that DeepSpeed does not follow; or if a file holds
+            more than data, with its name and what was found.
     """
     folder, universal = Path(load_dir), bool(engine.load_universal_checkpoint())
     if tag is None:
@@ -40,23 +58,59 @@ def load_checkpoint(
         if not latest.is_file():
             raise ValueError(f"load_dir: found {str(folder)!r} without {latest.name!r}; one works")
         tag = latest.read_text(encoding="utf-8").strip()
+        within = not Path(tag).is_absolute() and ".." not in Path(tag).parts
+        check(within, str(latest), tag, f"a folder in {str(folder)!r} works")
     path, stage = folder / tag, engine.zero_optimization_stage()
     module_only = bool(options.get("load_module_only", False))
     optimizer_states = bool(options.get("load_optimizer_states", True))
     if not path.is_dir():
         raise ValueError(f"tag: found {tag!r}; a folder in {str(folder)!r} works")
-    if universal:
-        works = "False works: without ZeRO any number of ranks reads a checkpoint as it is"
-        check(stage > 0, "checkpoint.load_universal", universal, works)
-    else:
-        _check_parts(engine, path, only_weights=module_only or not optimizer_states)
-        _check_options(engine, path, module_only, optimizer_states)
-    read, state = engine.load_checkpoint(str(folder), tag=tag, **options)
-    if read is None:
-        raise ValueError(f"load_dir: found {str(path)!r}, which DeepSpeed cannot read")
-    if universal and stage == 3 and optimizer_states and not module_only:
-        _restore_groups(engine.optimizer.optimizer, path)
+    with contextlib.nullcontext() if trusted else weights_only(_classes()):
+        if not trusted:
+            _check_contents(engine, path)
+        if universal:
+            works = "False works: without ZeRO any number of ranks reads a checkpoint as it is"
+            check(stage > 0, "checkpoint.load_universal", universal, works)
+        else:
+            _check_parts(engine, path, only_weights=module_only or not optimizer_states)
+            _check_options(engine, path, module_only, optimizer_states)
+        read, state = engine.load_checkpoint(str(folder), tag=tag, **options)
+        if read is None:
+            raise ValueError(f"load_dir: found {str(path)!r}, which DeepSpeed cannot read")
+        if universal and stage == 3 and optimizer_states and not module_only:
+            _restore_groups(engine.optimizer.optimizer, path)
     return read, state
+
+
+def _classes() -> tuple[Any, ...]:
+    """The classes that DeepSpeed writes; of attributes alone."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address
+
+
+def _check_contents(engine: Any, path: Path) -> None:
+    """Raise ValueError on every rank if a file holds more than data. Ranks share the files."""
+    files: list[Path] = []
+    seen: set[str] = set()
+    for folder, below, names in os.walk(path, followlinks=True):  # As DeepSpeed follows them.
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
+        else:
+            seen.add(real)
+            files += [Path(folder) / name for name in names if name.endswith(".pt")]
+    files.sort()
+    if not engine.use_node_local_storage():
+        files = files[dist.get_rank() :: dist.get_world_size()]
+
+    def read() -> None:
+        for file in files:
+            read_file(file, ALLOWED)
+
+    on_every_rank(read)
 
 
 def _check_parts(engine: Any, path: Path, only_weights: bool) -> None:
@@ -114,6 +168,7 @@ def _restore_groups(optimizer: torch.optim.Optimizer, path: Path) -> None:
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
     file = path / "zero" / "optimizer_state.pt"
+    # As DeepSpeed reads it: held to tensors, plain values and its classes unless it is trusted.
     saved = torch.load(file, map_location="cpu", weights_only=False)["param_groups"]
     for group, options in zip(optimizer.param_groups, saved, strict=True):
         group.update({name: value for name, value in options.items() if name != "params"})
