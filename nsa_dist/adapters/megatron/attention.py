@@ -27,7 +27,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nsa_dist.adapters.megatron.checks import check_build, check_call, check_packed
+from nsa_dist.adapters.megatron.checks import (
+    check_build,
+    check_call,
+    check_experts,
+    check_no_mask,
+    check_packed,
+)
+from nsa_dist.adapters.megatron.masks import check_mask
 from nsa_dist.adapters.megatron.modules import (
     Norm,
     ParallelCompressor,
@@ -108,7 +115,7 @@ class NSACoreAttention(MegatronModule):
 
         Args:
             query, key, value: as of the module's docstring; for packed batches without b.
-            attention_mask: not read, as of Megatron's causal attentions.
+            attention_mask: not read: ``NSASelfAttention`` has checked it.
 
         Returns:
             [s, b, own heads * d]; [t, own heads * d] for packed batches.
@@ -155,6 +162,7 @@ class NSASelfAttention(Attention):
             gives them.
         nsa_config: what is computed; its heads and widths are those of ``config``.
         backend: "auto" or a name that ``nsa_kernels.get_backend`` knows.
+        experts: whether the layer's MLP is a mixture of experts; None where that is not known.
 
     Raises:
         ValueError: naming the option, the value found and the values that work.
@@ -171,11 +179,13 @@ class NSASelfAttention(Attention):
         *,
         nsa_config: NSAConfig,
         backend: str = "auto",
+        experts: bool | None = None,
         **_: Any,
     ) -> None:
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         check_build(config, nsa_config, submodules, attn_mask_type, pg_collection, backend)
+        check_experts(config, layer_number, experts)
         core = ModuleSpec(
             module=submodules.core_attention,
             params={"nsa_config": nsa_config, "backend": backend},
@@ -226,10 +236,19 @@ class NSASelfAttention(Attention):
     ) -> tuple[Tensor, Tensor | None]:
         """As of Megatron's ``Attention``: [s, b, hidden_size] -> (the same, bias or None).
 
+        Args:
+            attention_mask: None, or a causal one; None for packed batches.
+
         Raises:
-            ValueError: for a KV cache, other layer's keys and values, or an attention bias.
+            ValueError: for a KV cache, other layer's keys and values, an attention bias, or a mask
+                that is more than causal.
         """
         check_call(kwargs)
+        if attention_mask is not None:
+            core: Any = self.core_attention
+            check_no_mask(attention_mask, kwargs)
+            tokens = hidden_states.shape[0] * (self.tp_group.size() if self.split_sequence else 1)
+            check_mask(attention_mask, tokens, core.context, core.communication)
         output, bias = super().forward(hidden_states, attention_mask, **kwargs)
         return output, bias
 

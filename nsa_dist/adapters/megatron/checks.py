@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,6 +82,7 @@ def check_build(
         # Off is None for some versions and False for others.
         off = not value and isinstance(value, (bool, type(None))) and found in (False, None)
         check(found == value or off, option, found, f"{value!r} {works}")
+    _check_arguments()
     _check_shapes(config, nsa_config)
     _check_groups(config, pg_collection)
     check_comm_type(config)
@@ -96,6 +98,45 @@ def check_build(
     refused = get_backend(backend, device).refuses(config.params_dtype, nsa_config.kernel_options)
     if refused is not None:
         raise ValueError(refused)
+
+
+def _check_arguments() -> None:
+    """Raise ValueError for an argument of Megatron-LM's programs that no layer is told of."""
+    variables = sys.modules.get("megatron.training.global_vars")
+    arguments = getattr(variables, "_GLOBAL_ARGS", None)
+    check(
+        not getattr(arguments, "reset_attention_mask", False),
+        "reset_attention_mask",
+        True,
+        "False works: attention masks are not read; documents in a row work as packed_seq_params",
+    )
+
+
+def check_experts(config: TransformerConfig, layer_number: int, experts: bool | None) -> None:
+    """Raise ValueError for a layer whose MLP is not what the config says.
+
+    Args:
+        layer_number: from 1 on, over all pipeline stages.
+        experts: whether the layer's MLP is a mixture of experts; None where that is not known.
+    """
+    if experts is None:
+        return
+    count, every = config.num_moe_experts, config.moe_layer_freq
+    at = layer_number - 1
+    wanted = count is not None and bool(every[at] if isinstance(every, list) else at % every == 0)
+    if wanted and not experts:
+        raise ValueError(
+            f"num_moe_experts: found {count} with a dense MLP in the spec of layer {layer_number}; "
+            f"None works, or a spec by get_gpt_layer_nsa_spec(num_experts={count}) or "
+            "get_gpt_decoder_block_nsa_spec"
+        )
+    if experts and not wanted:
+        option, found = ("num_moe_experts", None) if count is None else ("moe_layer_freq", every)
+        raise ValueError(
+            f"{option}: found {found!r} with a mixture of experts in the spec of layer "
+            f"{layer_number}; a spec by get_gpt_decoder_block_nsa_spec, which reads the config, "
+            "works"
+        )
 
 
 def check_comm_type(config: TransformerConfig) -> None:
@@ -193,6 +234,15 @@ def check_call(given: Mapping[str, Any]) -> None:
         if given.get(option) is not None:
             found = given[option]
             raise ValueError(f"{option}: found {describe(found)}; {works}")
+
+
+def check_no_mask(mask: Tensor, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for a mask beside a packed batch."""
+    if given.get("packed_seq_params") is not None:
+        raise ValueError(
+            f"attention_mask: found {describe(mask)} with packed_seq_params; None works: the "
+            "boundaries say which documents there are"
+        )
 
 
 def check_packed(packed: PackedSeqParams) -> Tensor:

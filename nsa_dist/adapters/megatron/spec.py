@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -160,6 +161,7 @@ def _with_nsa(layer: ModuleSpec, nsa_config: NSAConfig, backend: str) -> ModuleS
             "attn_mask_type": AttnMaskType.causal,
             "nsa_config": nsa_config,
             "backend": backend,
+            "experts": _has_experts(layer.submodules.mlp),
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=dense.submodules.linear_qkv,
@@ -170,6 +172,11 @@ def _with_nsa(layer: ModuleSpec, nsa_config: NSAConfig, backend: str) -> ModuleS
         ),
     )
     return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+
+
+def _has_experts(mlp: Any) -> bool:
+    module = mlp.module if isinstance(mlp, ModuleSpec) else mlp
+    return isinstance(module, type) and issubclass(module, MoELayer)
 
 
 def _with_our_norms(layer: ModuleSpec, normalization: str | None = None) -> ModuleSpec:

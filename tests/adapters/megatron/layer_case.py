@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -96,6 +98,99 @@ def refusal_of_call(option: str) -> str:
         except ValueError as error:
             return str(error)
         return ""
+
+
+def refusals_of_masks(layout: Layout) -> dict[str, str]:
+    """Messages with which masks are refused, by name; empty for those that are not.
+
+    Masks are cut as Megatron's ``get_batch_on_this_cp_rank`` cuts them.
+    """
+    with megatron(layout):
+        from nsa_dist.adapters.megatron import make_packed_seq_params
+
+        config = transformer_config(Variant(), layout)
+        layer = build_layer(config, SMALL)
+        length, cp = 16, layout.cp
+        rank = layer.core_attention.context.rank
+        causal = torch.ones(2, 1, length, length).tril() < 0.5
+        documents = causal.clone()
+        # The second row's second document begins at 12, which only some ranks' rows show.
+        documents[1, :, 12:, :12] = True
+        whole = {
+            "causal": causal,
+            "one for all rows": causal[:1],
+            "documents": documents,
+            "hides nothing": torch.zeros_like(causal),
+            "float": causal.double(),
+            "padding": causal[:, 0],
+        }
+        x = torch.randn(length // cp // layout.tp, 2, HIDDEN, dtype=torch.float64)
+        found = {}
+        for name, mask in whole.items():
+            axis = mask.ndim - 2
+            chunks = mask.chunk(2 * cp, axis)
+            mask = torch.cat((chunks[rank], chunks[2 * cp - 1 - rank]), axis)
+            for use in ("", ", again"):
+                try:
+                    layer(x, mask)
+                    found[name + use] = ""
+                except ValueError as error:
+                    found[name + use] = str(error)
+        try:
+            bounds = torch.tensor([0, length], dtype=torch.int32)
+            layer(x[:, :1], causal, packed_seq_params=make_packed_seq_params(bounds))
+        except ValueError as error:
+            found["packed"] = str(error)
+        return found
+
+
+def refusal_of_argument(value: bool) -> str:
+    """The message with which a layer is refused under Megatron-LM's own argument."""
+    variables: Any = ModuleType("megatron.training.global_vars")
+    variables._GLOBAL_ARGS = Namespace(reset_attention_mask=value)
+    with mock.patch.dict("sys.modules", {"megatron.training.global_vars": variables}):
+        return refusal(Layout(), {}, {}, {})
+
+
+def refusals_of_experts() -> dict[str, str]:
+    """Messages for a model's layers whose MLPs are not the config's, by name."""
+    with megatron(Layout()):
+        from megatron.core.transformer.spec_utils import build_module
+
+        from nsa_dist.adapters.megatron import (
+            get_gpt_decoder_block_nsa_spec,
+            get_gpt_layer_nsa_spec,
+        )
+
+        def build(layers: Any, **options: Any) -> str:
+            config = transformer_config(Variant())
+            for name, value in options.items():
+                setattr(config, name, value)
+            made = layers(config)
+            try:
+                for number, layer in enumerate(made, 1):
+                    spec = layer.submodules.self_attention
+                    build_module(spec, config=config, layer_number=number)
+            except ValueError as error:
+                return str(error)
+            return ""
+
+        def of_layer(**given: Any) -> Any:
+            return lambda config: [get_gpt_layer_nsa_spec(SMALL, **given)] * config.num_layers
+
+        def of_block(config: Any) -> Any:
+            return get_gpt_decoder_block_nsa_spec(config, SMALL).layer_specs
+
+        experts = {"num_experts": 4, "moe_grouped_gemm": False}
+        return {
+            "dense": build(of_layer()),
+            "experts": build(of_layer(**experts), num_moe_experts=4),
+            "every second": build(of_block, num_moe_experts=4, moe_layer_freq=2),
+            "listed": build(of_block, num_moe_experts=4, moe_layer_freq=[0, 1]),
+            "num_moe_experts": build(of_layer(), num_moe_experts=4),
+            "num_moe_experts, None": build(of_layer(**experts)),
+            "moe_layer_freq": build(of_layer(**experts), num_moe_experts=4, moe_layer_freq=2),
+        }
 
 
 def refusal_of_block(layout: Layout, layers: tuple[int, ...], apart: bool) -> str:

@@ -10,9 +10,12 @@ import pytest
 from tests.adapters.megatron.case import Layout
 from tests.adapters.megatron.layer_case import (
     refusal,
+    refusal_of_argument,
     refusal_of_block,
     refusal_of_call,
     refusal_of_modules,
+    refusals_of_experts,
+    refusals_of_masks,
 )
 from tests.distributed.ranks import Ranks
 
@@ -136,6 +139,39 @@ def test_calls(option: str, megatron_ranks: GetRanks) -> None:
     assert option in message
     assert "found" in message
     assert "work" in message
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(1, ONE), (4, Layout(tp=2, cp=2, sp=True))], ids=["one", "tp2-cp2-sp"]
+)
+def test_masks_that_are_more_than_causal(
+    ranks: int, layout: Layout, megatron_ranks: GetRanks
+) -> None:
+    """As --reset-attention-mask makes them: refused on every rank, whatever its own rows show."""
+    answers = megatron_ranks(ranks).run(refusals_of_masks, layout)
+    for answer in answers:
+        fine = {name for name, message in answer.items() if message == ""}
+        assert fine == {f"{x}{y}" for x in ("causal", "one for all rows") for y in ("", ", again")}
+        for name in answer.keys() - fine:
+            assert "attention_mask: found torch." in answer[name], name
+            assert "None works" in answer[name], name
+        assert "packed_seq_params" in answer["documents"]
+
+
+def test_an_argument_of_megatron_lm(megatron_ranks: GetRanks) -> None:
+    assert megatron_ranks(1).run(refusal_of_argument, False) == [""]
+    (message,) = megatron_ranks(1).run(refusal_of_argument, True)
+    _assert_names(message, "reset_attention_mask", True)
+
+
+def test_mlps_that_are_not_the_configs(megatron_ranks: GetRanks) -> None:
+    (answer,) = megatron_ranks(1).run(refusals_of_experts)
+    for name in ("dense", "experts", "every second", "listed"):
+        assert answer.pop(name) == "", name
+    found = {"num_moe_experts": 4, "num_moe_experts, None": None, "moe_layer_freq": 2}
+    assert answer.keys() == found.keys()
+    for name, value in found.items():
+        _assert_names(answer[name], name.split(",")[0], value)
 
 
 def test_tensor_parallel_beyond_the_kv_heads(megatron_ranks: GetRanks) -> None:
