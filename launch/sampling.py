@@ -49,7 +49,9 @@ def sample(
             padded.to(ranks.device), cu_seqlens=cu_seqlens, layout=layout, group=ranks.cp_mesh
         )
         logits = batch.unshard(model(batch.tokens, cu_seqlens=batch.cu_seqlens))
-        weights = (logits[0, len(context) - 1].double() / temperature).softmax(-1).cpu()
+        last = logits[0, len(context) - 1].double()
+        # The largest is taken off first: the others may become -inf, but none becomes NaN.
+        weights = ((last - last.max()) / temperature).softmax(-1).cpu()
         choice = torch.multinomial(weights, 1, generator=generator).to(ranks.device)
         # Replicas may differ in the last bits of a logit; one choice keeps them on one text.
         dist.broadcast(choice, src=0)

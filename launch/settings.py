@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import sys
 import types
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tyro
 
+from mistakes import read_once
 from nsa_dist import NSAConfig, RotaryConfig
 
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -26,7 +28,30 @@ tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else 
 def check(ok: bool, option: str, value: Any, works: str) -> None:
     """Refuse a setting: ValueError that names the option, the value found and what works."""
     if not ok:
-        raise ValueError(f"{option}: found {value!r}; {works}")
+        try:
+            found = repr(value)
+        except ValueError:  # Python prints no integer of thousands of digits.
+            found = f"a {type(value).__name__} that is too long to print"
+        raise ValueError(f"{option}: found {found}; {works}")
+
+
+def _check_values(section: str, options: Any) -> None:
+    """Refuse values of a section that its settings.toml could not hold, or that are no number."""
+    for option in dataclasses.fields(options):
+        name, value = f"{section}.{option.name}", getattr(options, option.name)
+        if isinstance(value, str):
+            works = "text in UTF-8 works"
+            check(not any("\ud800" <= c <= "\udfff" for c in value), name, value, works)
+            # In a prompt it is text; everything else names something.
+            fits = "\0" not in value or name == "run.prompt"
+            check(fits, name, value, "text without NUL works")
+        elif isinstance(value, float):
+            # No limit is a limit.
+            fits = math.isfinite(value) or (name == "optimizer.clip" and value == math.inf)
+            check(fits, name, value, "a finite number works")
+        elif isinstance(value, int):
+            fits = -(1 << 63) <= value < 1 << 63
+            check(fits, name, value, "an integer of 64 bits works")
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,7 @@ class ModelSettings:
     recompute_part: Literal["block", "attention"] = "block"
 
     def __post_init__(self) -> None:
+        _check_values("model", self)
         for option in ("layers", "hidden_size", "mlp_hidden"):
             check(getattr(self, option) >= 1, f"model.{option}", getattr(self, option), "1 or more")
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 <= dropout < 1 works")
@@ -84,15 +110,20 @@ class DataSettings:
     held_out: float = 0.05  # fraction of documents kept for validation
 
     def __post_init__(self) -> None:
+        _check_values("data", self)
         for option in ("length", "global_batch", "micro_batch"):
             check(getattr(self, option) >= 1, f"data.{option}", getattr(self, option), "1 or more")
+        most = ((1 << 31) - 1) // self.micro_batch
+        works = f"at most {most} works with data.micro_batch = {self.micro_batch}"
+        check(self.length <= most, "data.length", self.length, f"{works}: positions have 32 bits")
         check(0 < self.held_out < 1, "data.held_out", self.held_out, "0 < held_out < 1 works")
         if self.source == "stdlib":
             check(not self.path, "data.path", self.path, "source 'stdlib' takes no path")
         else:
-            exists = bool(self.path) and Path(self.path).exists()
+            # Whether it is there shows when it is read: settings of a run whose data has moved
+            # must be readable.
             works = f"source {self.source!r} works with an existing path"
-            check(exists, "data.path", self.path, works)
+            check(bool(self.path), "data.path", self.path, works)
 
 
 @dataclass(frozen=True)
@@ -106,16 +137,21 @@ class OptimizerSettings:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only
-    clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    clip: float = 1.0  # largest global gradient norm; 0 or inf: no clipping
     # skipped steps in a row, whose gradients are not finite, that end a run; 0: the first does
     max_skipped: int = 3
 
     def __post_init__(self) -> None:
+        _check_values("optimizer", self)
         check(self.lr > 0, "optimizer.lr", self.lr, "a positive number works")
         check(0 <= self.min_lr <= 1, "optimizer.min_lr", self.min_lr, "0 <= min_lr <= 1 works")
         for option in ("warmup_steps", "weight_decay", "clip", "max_skipped"):
             value = getattr(self, option)
             check(value >= 0, f"optimizer.{option}", value, "0 or more works")
+        for option in ("beta1", "beta2"):
+            value = getattr(self, option)
+            check(0 <= value < 1, f"optimizer.{option}", value, f"0 <= {option} < 1 works")
+        check(self.eps > 0, "optimizer.eps", self.eps, "a positive number works")
 
 
 @dataclass(frozen=True)
@@ -136,6 +172,7 @@ class ParallelSettings:
     zero_stage: Literal[1, 2, 3] = 3
 
     def __post_init__(self) -> None:
+        _check_values("parallel", self)
         for option in ("cp", "tp", "pp"):
             value = getattr(self, option)
             check(value >= 1, f"parallel.{option}", value, "1 or more works")
@@ -165,6 +202,7 @@ class RunSettings:
     temperature: float = 0.8
 
     def __post_init__(self) -> None:
+        _check_values("run", self)
         for option in ("steps", "log_every", "validation_streams"):
             check(getattr(self, option) >= 1, f"run.{option}", getattr(self, option), "1 or more")
         for option in ("validate_every", "checkpoint_every", "keep_checkpoints", "sample_tokens"):
@@ -290,7 +328,9 @@ def _convert(value: Any, hint: Any, option: str) -> Any:
         (inner,) = (a for a in arguments if a is not type(None))
         return _convert(value, inner, option)
     if origin is Literal:
-        check(value in arguments, option, value, f"{arguments} work")
+        # True equals 1 but is another value.
+        known = any(type(value) is type(a) and value == a for a in arguments)
+        check(known, option, value, f"{arguments} work")
         return value
     if origin is tuple:
         check(isinstance(value, list), option, value, "a list works")
@@ -299,6 +339,9 @@ def _convert(value: Any, hint: Any, option: str) -> Any:
         pairs = enumerate(zip(value, inner_hints, strict=True))
         return tuple(_convert(v, h, f"{option}[{i}]") for i, (v, h) in pairs)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        check(
+            abs(value) < 1 << 63, option, value, "a number of at most 64 bits or a fraction works"
+        )
         return float(value)
     check(type(value) is hint, option, value, f"a value of type {hint.__name__} works")
     return value
@@ -344,7 +387,8 @@ def from_toml(path: str | Path) -> Settings:
     """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        # ValueErrors are no TOML, no UTF-8, and integers of thousands of digits.
         raise ValueError(f"config: found {str(path)!r}; a TOML file works ({error})") from None
     return from_table(Settings, table)
 
@@ -352,7 +396,10 @@ def from_toml(path: str | Path) -> Settings:
 def from_command_line(arguments: Sequence[str]) -> Settings:
     """Settings of ``CONFIG.toml [--section.option value ...]``; the command line goes first.
 
-    A bad option on the command line ends the program with tyro's message and status 2.
+    A bad option on the command line ends the program with tyro's message, told once, and status 2.
+
+    Raises:
+        ValueError: as ``from_toml``, and if ``to_toml`` could not write the settings.
     """
     check(
         bool(arguments) and not arguments[0].startswith("-"),
@@ -360,26 +407,47 @@ def from_command_line(arguments: Sequence[str]) -> Settings:
         arguments[0] if arguments else None,
         "train.py CONFIG.toml [--section.option value ...] works",
     )
-    return tyro.cli(
-        Settings,
-        prog=f"train.py {arguments[0]}",
-        default=from_toml(arguments[0]),
-        args=list(arguments[1:]),
-        config=(tyro.conf.FlagConversionOff,),
+    default = from_toml(arguments[0])
+    shown = arguments[0].encode("utf-8", "backslashreplace").decode()
+    settings = read_once(
+        lambda: tyro.cli(
+            Settings,
+            prog=f"train.py {shown}",
+            default=default,
+            args=list(arguments[1:]),
+            config=(tyro.conf.FlagConversionOff,),
+        )
     )
+    to_toml(settings)  # What no run could be resumed from is told before it starts.
+    return settings
 
 
 def to_toml(settings: Settings) -> str:
     """The TOML text that ``from_toml`` reads back as equal settings.
 
     TOML has no null: an option that is None is left out, which reads back as its default.
+
+    Raises:
+        ValueError: if that text would read back otherwise.
     """
     lines = []
     for section in dataclasses.fields(settings):
         lines.append(f"[{section.name}]")
         for name, value in dataclasses.asdict(getattr(settings, section.name)).items():
             if value is not None:
-                # JSON's strings, numbers, booleans and arrays are TOML's.
-                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+                lines.append(f"{name} = {_toml(value)}")
         lines.append("")
-    return "\n".join(lines)
+    text = "\n".join(lines)
+    read = from_table(Settings, tomllib.loads(text))
+    for section in dataclasses.fields(settings):
+        written, found = getattr(settings, section.name), getattr(read, section.name)
+        works = f"options that settings.toml gives back work; it gives {found!r}"
+        check(written == found, section.name, written, works)
+    return text
+
+
+def _toml(value: Any) -> str:
+    if value in (math.inf, -math.inf):
+        return "inf" if value > 0 else "-inf"
+    # JSON's strings, numbers, booleans and arrays are TOML's, but for one character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from settings import Settings, from_command_line, from_toml, to_toml
+from nsa_dist import NSAConfig
+from settings import (
+    DataSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RunSettings,
+    Settings,
+    from_command_line,
+    from_toml,
+    to_toml,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.toml"))
@@ -15,7 +28,7 @@ SMALLEST = "[attention]\nnum_heads = 4\nnum_kv_heads = 2\nhead_dim = 8\n"
 
 def read(tmp_path: Path, text: str) -> Settings:
     path = tmp_path / "run.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     return from_toml(path)
 
 
@@ -31,7 +44,152 @@ def test_text_options_survive_a_round_trip(tmp_path: Path) -> None:
     assert read(tmp_path, to_toml(settings)) == settings
 
 
+def odd_texts(rng: random.Random) -> str:
+    """A few characters that files, shells and terminals take for something else."""
+    odd = "\x00\x01\x07\b\t\n\x0b\x0c\r\x1b\"#'=[]{}\\\x7f\x80\x85\x9f\xad\u2028\u202e\ud7ff\ue000"
+    odd += "\ufeff\ufffe\uffff\U0001f600\U000e0001\U0010ffff nul-- %$"
+    return "".join(rng.choice(odd) for _ in range(rng.randint(1, 12)))
+
+
+def odd_numbers(rng: random.Random) -> float:
+    """A positive finite number of any size."""
+    few = [5e-324, 2.2250738585072014e-308, 1e-5, 0.1, 1.0, 1e15, 1e16, 1e22, 1.7e308]
+    return rng.choice([*few, rng.random() * 10.0 ** rng.randint(-300, 300)])
+
+
+def test_odd_values_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    """Also over the command line, which takes what it is not given from the file."""
+    rng = random.Random(0)
+    for index in range(100):
+        names = ("pattern", "field", "path")
+        texts = {name: "x" + odd_texts(rng).replace("\0", "") for name in names}
+        settings = Settings(
+            attention=NSAConfig(
+                4,
+                2,
+                8,
+                scale=rng.choice([None, odd_numbers(rng)]),
+                gate_init=(odd_numbers(rng), -odd_numbers(rng), -0.0),
+            ),
+            model=ModelSettings(norm_eps=odd_numbers(rng)),
+            data=DataSettings(source="folder", tokenizer=texts["path"], **texts),
+            optimizer=OptimizerSettings(
+                lr=odd_numbers(rng),
+                eps=odd_numbers(rng),
+                weight_decay=odd_numbers(rng),
+                clip=rng.choice([0.0, float("inf"), odd_numbers(rng)]),
+            ),
+            run=RunSettings(
+                prompt=odd_texts(rng),
+                folder=texts["path"],
+                temperature=odd_numbers(rng),
+                seed=rng.choice([0, -1, 2**63 - 1, -(2**63), rng.getrandbits(62)]),
+            ),
+        )
+        text = to_toml(settings)
+        assert read(tmp_path, text) == settings
+        if index % 40 == 0:
+            path = str(tmp_path / "run.toml")
+            assert from_command_line([path]) == settings
+            options = ["--optimizer.clip", "inf", f"--run.prompt={settings.run.prompt}"]
+            again = from_command_line([path, *options])
+            assert again.optimizer.clip == float("inf")
+            assert again.run == settings.run
+
+
+def test_settings_of_data_that_has_moved_are_read(tmp_path: Path) -> None:
+    settings = read(tmp_path, SMALLEST + '[data]\nsource = "folder"\npath = "/no/longer/there"\n')
+    assert settings.data.path == "/no/longer/there"
+
+
+NO_NUMBERS = [
+    (section, option.name)
+    for section, kind in (
+        ("model", ModelSettings),
+        ("data", DataSettings),
+        ("optimizer", OptimizerSettings),
+        ("run", RunSettings),
+    )
+    for option in dataclasses.fields(kind)
+    if option.type == "float"
+]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1.0", "1e400"])
+@pytest.mark.parametrize("section, option", NO_NUMBERS, ids=".".join)
+def test_numbers_that_are_none_are_refused_by_name(
+    tmp_path: Path, section: str, option: str, value: str
+) -> None:
+    text = f"{SMALLEST}[{section}]\n{option} = {value}\n"
+    if option == "clip" and value in ("inf", "1e400"):  # 1e400 is inf.
+        assert read(tmp_path, text).optimizer.clip == float("inf")
+        return
+    with pytest.raises(ValueError, match=rf"^{section}\.{option}: found -?(nan|inf|1\.0); "):
+        read(tmp_path, text)
+
+
+def test_there_are_numbers_to_try() -> None:
+    assert ("optimizer", "beta2") in NO_NUMBERS and len(NO_NUMBERS) >= 11
+
+
+@pytest.mark.parametrize(
+    "section, option, value",
+    [
+        ("run", "folder", "runs/\udcff"),
+        ("run", "name", "\ud800"),
+        ("run", "prompt", "\udfff"),
+        ("data", "path", "\udcff"),
+        ("data", "pattern", "\udcff"),
+        ("data", "field", "\udcff"),
+        ("data", "tokenizer", "\udcff.json"),
+        ("model", "backend", "\udcff"),
+        ("run", "folder", "a\0b"),
+        ("data", "path", "a\0b"),
+        ("run", "seed", 2**63),
+        ("run", "seed", -(2**63) - 1),
+        ("run", "steps", 2**64),
+        ("data", "length", 2**31),
+    ],
+)
+def test_what_no_file_can_hold_is_refused_by_name(section: str, option: str, value: Any) -> None:
+    kinds = {"model": ModelSettings, "data": DataSettings, "run": RunSettings}
+    with pytest.raises(ValueError, match=rf"^{section}\.{option}: found ") as error:
+        kinds[section](**{option: value})
+    str(error.value).encode()
+
+
+def test_settings_that_would_read_back_otherwise_are_not_written() -> None:
+    settings = Settings(attention=NSAConfig(4, 2, 8), run=RunSettings(steps=True))
+    with pytest.raises(ValueError, match=r"run\.steps: found True"):
+        to_toml(settings)
+
+
 REFUSED = {
+    "integer of thousands of digits": ("[run]\nseed = " + "9" * 5000, "run.toml", "a TOML file"),
+    "the same in hexadecimal": (
+        "[run]\nseed = 0x" + "f" * 5000,
+        "run.seed: found a int that is too long to print",
+        "an integer of 64 bits works",
+    ),
+    "integer beyond every float": (
+        "[optimizer]\nlr = 1" + "0" * 400,
+        "optimizer.lr: found 1000",
+        "at most 64 bits",
+    ),
+    "nested too deep": ("[run]\nseed = " + "[" * 100_000, "run.toml", "a TOML file works"),
+    "truth for a choice of numbers": (
+        "[parallel]\nengine = 'deepspeed'\nzero_stage = true\n",
+        "parallel.zero_stage: found True",
+        "(1, 2, 3) work",
+    ),
+    "no UTF-8": ("# \udcff\n", "run.toml", "a TOML file works ('utf-8' codec"),
+    "beta1": ("[optimizer]\nbeta1 = 1.0\n", "optimizer.beta1: found 1.0", "0 <= beta1 < 1"),
+    "eps": ("[optimizer]\neps = 0.0\n", "optimizer.eps: found 0.0", "positive"),
+    "a length of 33 bits with its micro-batch": (
+        "[data]\nlength = 1073741824\nmicro_batch = 2\nglobal_batch = 2\n",
+        "data.length: found 1073741824",
+        "at most 1073741823 works with data.micro_batch = 2",
+    ),
     "unknown section": ("[atention]\nwindow = 1\n", "atention", "sections: attention, rotary"),
     "unknown key": ("[data]\nlenght = 64\n", "data.lenght: found 64", "length, global_batch"),
     "unknown key of the attention": ("blocks = 3\n", "attention.blocks: found 3", "select_block"),

@@ -1,0 +1,92 @@
+"""A user's mistake, told once however many processes see it.
+
+Under torchrun each rank finds the same wrong option or broken file, or one rank alone does. Whoever
+is first tells it; the others wait until it is told, as torchrun ends every rank as soon as one of
+them has exited.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# How long a rank waits for the words of another, which are on their way.
+_PATIENCE = timedelta(seconds=20)
+
+
+def _launcher_store() -> Any:
+    """A connection to the store of torchrun's agent, which outlives every rank; None without it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            address, port, is_master=False, wait_for_workers=False, timeout=_PATIENCE
+        )
+    except RuntimeError:
+        return None  # The agent is gone: every rank tells, which is better than none.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"mistakes/{attempt}", store)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def told_once(words: str) -> Iterator[bool]:
+    """Whether this process is the one that tells ``words``; the others wait until it has.
+
+    Without torchrun every process tells.
+    """
+    store = _launcher_store()
+    if store is None:
+        yield True
+        return
+    key = hashlib.sha256(words.encode("utf-8", "backslashreplace")).hexdigest()
+    if store.add(f"{key}/tellers", 1) == 1:
+        try:
+            yield True
+        finally:
+            store.set(f"{key}/told", "")
+        return
+    try:
+        store.wait([f"{key}/told"], _PATIENCE)
+    except RuntimeError:
+        # It was ended before it could tell.
+        yield True
+        return
+    yield False
+
+
+def end(program: str, error: Exception) -> NoReturn:
+    """Tell a mistake in one line and end the program with status 1, on every rank that has it."""
+    words = f"{program}: {' '.join(line.strip() for line in str(error).splitlines())}"
+    with told_once(words) as first:
+        if first:
+            print(words, file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def read_once(parse: Callable[[], T]) -> T:
+    """What ``parse`` reads of the command line.
+
+    Where that ends the program (a bad option, ``--help``), one process says why.
+    """
+    words = io.StringIO()
+    try:
+        with redirect_stdout(words), redirect_stderr(words):
+            read = parse()
+    except SystemExit:
+        with told_once("the command line") as first:
+            if first:
+                parse()
+        raise
+    print(words.getvalue(), end="", file=sys.stderr)
+    return read
