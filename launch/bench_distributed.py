@@ -31,6 +31,7 @@ from bench_problems import Problem, problems
 from bench_stream import Stream
 from bench_table import Row, described, number, pair, table, write_csv, write_numbers
 from bench_work import Flops
+from mistakes import end, read_once
 from nsa_dist import (
     BRANCHES,
     CommunicationCounter,
@@ -409,12 +410,12 @@ def join_ranks() -> ContextGroup:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = tyro.cli(DistributedOptions, args=arguments)
+    options = read_once(lambda: tyro.cli(DistributedOptions, args=arguments))
     try:
         context = join_ranks()
         rows, wrong = bench(options, context, RanksMeter(options.repeats_ms, context))
     except ValueError as error:
-        sys.exit(f"bench_distributed.py: {error}")
+        end("bench_distributed.py", error)
     if rows and context.rank == 0:
         print(f"\n{markdown(rows)}")
         if options.docs is not None and options.csv is not None:

@@ -8,128 +8,15 @@ Which tokens stream i holds depends on the data, the length and the seed alone, 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import json
-import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from settings import DataSettings, check
-
-# Not programs that people wrote to be read: tests and their data, generated tables, one huge
-# string of help text, and packages that only happen to be installed there.
-_SKIPPED_FOLDERS = frozenset(
-    ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data")
-)
-
-
-class Tokenizer(Protocol):
-    """Text to tokens and back."""
-
-    vocab_size: int
-    unit: str
-
-    def encode(self, text: bytes, name: str) -> Tensor:
-        """Tokens of a document, an integer vector."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
-
-
-class ByteTokenizer:
-    """A token is a byte."""
-
-    vocab_size = 256
-    unit = "byte"
-
-    def encode(self, text: bytes, name: str) -> Tensor:
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(tokens).decode("utf-8", errors="replace")
-
-
-class HuggingFaceTokenizer:
-    """A ``tokenizer.json`` (package tokenizers) or a model's name or folder (transformers)."""
-
-    unit = "token"
-
-    def __init__(self, name: str) -> None:
-        package = "tokenizers" if name.endswith(".json") else "transformers"
-        try:
-            library: Any = importlib.import_module(package)
-        except ImportError:
-            raise ValueError(
-                f"data.tokenizer: found {name!r}, which needs the package {package}, not installed "
-                f"here; pip install {package}, or 'bytes', works"
-            ) from None
-        self._inner: Any
-        if package == "tokenizers":
-            check(Path(name).is_file(), "data.tokenizer", name, "an existing file works")
-            self._inner = library.Tokenizer.from_file(name)
-            self.vocab_size = self._inner.get_vocab_size()
-        else:
-            self._inner = library.AutoTokenizer.from_pretrained(name)
-            self.vocab_size = len(self._inner)
-
-    def encode(self, text: bytes, name: str) -> Tensor:
-        try:
-            decoded = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"data.tokenizer: document {name!r} is not UTF-8 ({error}); 'bytes' works with it"
-            ) from None
-        encoded = self._inner.encode(decoded, add_special_tokens=False)
-        return torch.tensor(getattr(encoded, "ids", encoded), dtype=torch.int32)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return str(self._inner.decode(list(tokens)))
-
-
-def make_tokenizer(name: str) -> Tokenizer:
-    return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)
-
-
-def read_documents(settings: DataSettings) -> Iterator[tuple[str, bytes]]:
-    """Each document's name, the same on every machine, and its text, in a fixed order."""
-    if settings.source == "jsonl":
-        yield from _read_jsonl(Path(settings.path), settings.field)
-        return
-    if settings.source == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        files: Iterable[Path] = (
-            path
-            for path in root.glob("**/*.py")
-            if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
-            and not path.name.startswith("_sysconfigdata")
-        )
-    else:
-        root = Path(settings.path)
-        check(root.is_dir(), "data.path", settings.path, "source 'folder' works with a folder")
-        files = (path for path in root.glob(settings.pattern) if path.is_file())
-    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in files):
-        yield name, path.read_bytes()
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
-    check(path.is_file(), "data.path", str(path), "source 'jsonl' works with a file")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"data.path: {path} line {number} is no JSON ({error})") from None
-            known = isinstance(record, dict) and isinstance(record.get(field), str)
-            found = sorted(record) if isinstance(record, dict) else type(record).__name__
-            check(known, "data.field", field, f"{path} line {number} has {found}; a text field")
-            yield f"{path.name}:{number}", record[field].encode()
+from sources import read_documents
+from tokenizer import Tokenizer, make_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +36,12 @@ class Documents:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Training and held-out documents, and a digest by which ranks compare what they read."""
+    """Training and held-out documents.
+
+    Args:
+        digest: of the vocabulary's size and of every document's name and tokens, in hexadecimal:
+            the same wherever the documents and the tokenizer lie, another for other ones.
+    """
 
     training: Documents
     held_out: Documents
@@ -170,16 +62,16 @@ def load_corpus(settings: DataSettings) -> Corpus:
         ValueError: if either split ends up empty, or the source or the tokenizer do not work.
     """
     tokenizer = make_tokenizer(settings.tokenizer)
-    digest = hashlib.sha256(settings.tokenizer.encode())
+    digest = hashlib.sha256(f"vocabulary {tokenizer.vocab_size}\0".encode())
     splits: dict[bool, list[tuple[str, Tensor]]] = {False: [], True: []}
     for name, text in read_documents(settings):
-        digest.update(f"{name}\0{len(text)}\0".encode())
-        digest.update(text)
         tokens = tokenizer.encode(text, name)
         if tokens.numel():
+            _add_document(digest, name, tokens)
             splits[is_held_out(name, settings.held_out)].append((name, tokens))
-    counts = f"{len(splits[False])} documents to train on and {len(splits[True])} held out"
     where = settings.path or settings.source
+    check(any(splits.values()), "data.path", where, "documents with some text work")
+    counts = f"{len(splits[False])} documents to train on and {len(splits[True])} held out"
     for split in splits.values():
         works = f"{where} gives {counts}; a fraction and a source that give some of both work"
         check(bool(split), "data.held_out", settings.held_out, works)
@@ -192,6 +84,13 @@ def load_corpus(settings: DataSettings) -> Corpus:
         for split in (splits[False], splits[True])
     )
     return Corpus(training, held_out, tokenizer, digest.hexdigest())
+
+
+def _add_document(digest: hashlib._Hash, name: str, tokens: Tensor) -> None:
+    """Add a document to a digest that does not depend on the dtype of tokens."""
+    digest.update(f"{name}\0{tokens.numel()}\0".encode())
+    for piece in tokens.split(1 << 22):
+        digest.update(piece.to(torch.int32).numpy().astype("<i4", copy=False))
 
 
 def _starts(lengths: Sequence[int]) -> Tensor:

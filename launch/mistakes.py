@@ -24,9 +24,13 @@ T = TypeVar("T")
 _PATIENCE = timedelta(seconds=20)
 
 
+def _has_launcher() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _launcher_store() -> Any:
     """A connection to the store of torchrun's agent, which outlives every rank; None without it."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _has_launcher():
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
@@ -68,6 +72,8 @@ def told_once(words: str) -> Iterator[bool]:
 def end(program: str, error: Exception) -> NoReturn:
     """Tell a mistake in one line and end the program with status 1, on every rank that has it."""
     words = f"{program}: {' '.join(line.strip() for line in str(error).splitlines())}"
+    if not _has_launcher():
+        sys.exit(words)
     with told_once(words) as first:
         if first:
             print(words, file=sys.stderr, flush=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from settings import Settings, check
-from startup import compare_in_group, describe, join_store, show_values
+from startup import compare_in_group, describe, join_store, judge, show_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,25 @@ class Ranks:
         box = [text]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Around what each rank does alone, such as reading files: collective at its end.
+
+        Raises:
+            ValueError: on every rank, if it was raised on any; one rank's words go to all, so that
+                none waits for a rank that failed.
+        """
+        own: ValueError | None = None
+        try:
+            yield
+        except ValueError as error:
+            own = error
+        found: list[dict[str, str]] = [{}] * self.size
+        dist.all_gather_object(found, {} if own is None else {"problem": str(own)})
+        verdict = judge(found)
+        if verdict:
+            raise ValueError(verdict) from own
 
     def check_equal(self, option: str, value: str, works: str) -> None:
         """Refuse, on every rank, a value that is not the same on all of them."""

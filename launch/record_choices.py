@@ -11,7 +11,6 @@ does not hold.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,11 +24,13 @@ from torch import Tensor, nn
 
 from bench_options import first_bad_choice
 from checkpoint import checkpoints, load_weights
-from data import make_tokenizer
+from mistakes import end, read_once
 from model import Decoder, build_model
 from nsa_dist import NativeSparseAttention, shard_batch
 from ranks import Ranks, start_ranks
 from settings import Settings, check, from_toml
+from sources import read_file
+from tokenizer import make_tokenizer
 
 LAYOUT: Literal["zigzag_per_document"] = "zigzag_per_document"
 """Of one document it is zigzag; dense layers of hybrid models work with it too."""
@@ -94,11 +95,11 @@ def read_tokens(options: RecordOptions, settings: Settings) -> Tensor:
     """int64 [1, length], the first tokens of the texts.
 
     Raises:
-        ValueError: if a file is missing, or the texts have fewer tokens.
+        ValueError: if a file cannot be read, or the texts have fewer tokens.
     """
     for path in options.text:
         check(path.is_file(), "text", str(path), "existing files work")
-    text = b"".join(path.read_bytes() for path in options.text)
+    text = b"".join(read_file(path, "text") for path in options.text)
     tokens = make_tokenizer(settings.data.tokenizer).encode(text, str(options.text[0]))
     most = tokens.numel()
     length = most if options.length is None else options.length
@@ -176,7 +177,10 @@ def run(options: RecordOptions) -> Recording:
         run=replace(settings.run, device=options.device, dtype=options.dtype),
     )
     ranks = start_ranks(settings)
-    model = build_model(settings, make_tokenizer(settings.data.tokenizer).vocab_size, ranks)
+    tokenizer = make_tokenizer(settings.data.tokenizer)
+    if ranks.is_main and tokenizer.note:
+        print(tokenizer.note)
+    model = build_model(settings, tokenizer.vocab_size, ranks)
     load_weights(path, model)
     recording = record(model, tokens, ranks)
     for layer, selected in enumerate(recording.selected):
@@ -193,11 +197,11 @@ def run(options: RecordOptions) -> Recording:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = tyro.cli(RecordOptions, args=arguments)
+    options = read_once(lambda: tyro.cli(RecordOptions, args=arguments))
     try:
         run(options)
     except ValueError as error:
-        sys.exit(f"record_choices.py: {error}")
+        end("record_choices.py", error)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
 
+import mistakes
 from data import (
     Corpus,
     PackedStreams,
     Stream,
-    Tokenizer,
     join,
     load_corpus,
     mix_seed,
@@ -39,8 +40,9 @@ from nsa_kernels import get_backend
 from ranks import Ranks, start_ranks
 from report import Report, show_bytes
 from sampling import PAD_TO, sample
-from settings import OptimizerSettings, Settings, from_command_line, to_toml
+from settings import OptimizerSettings, Settings, check, from_command_line, to_toml
 from startup import describe, join_store
+from tokenizer import Tokenizer
 
 # What layers count, and the order in which it is summed over ranks.
 COMMUNICATION_KINDS = (
@@ -160,7 +162,9 @@ def train(settings: Settings, ranks: Ranks) -> Result:
     """The whole run: data, model, steps, validation, checkpoint, sample. Collective."""
     started = time.perf_counter()
     check_folder_options(settings.run)
-    corpus = load_corpus(settings.data)
+    with ranks.agreed():
+        corpus = load_corpus(settings.data)
+        check_prompt(settings, corpus.tokenizer)
     ranks.check_equal(
         "data.source", corpus.digest[:16], "the same documents (and Python) on every machine work"
     )
@@ -187,6 +191,8 @@ def run_steps(
     tokens, seconds = 0, 0.0
     with Report(settings, folder, active=ranks.is_main, first_step=first_step) as report:
         report.unit = corpus.tokenizer.unit
+        if corpus.tokenizer.note:
+            report.line(corpus.tokenizer.note)
         report.line(
             f"{engine.parameters:,} parameters; "
             f"{corpus.training.tokens.numel():,} {report.unit}s in "
@@ -282,6 +288,15 @@ def by_kind(received: Sequence[float]) -> dict[str, int]:
     return dict(zip(COMMUNICATION_KINDS, map(int, received), strict=True))
 
 
+def check_prompt(settings: Settings, tokenizer: Tokenizer) -> None:
+    """Refuse a prompt that the sample at the end could not continue."""
+    prompt = settings.run.prompt
+    if settings.run.sample_tokens:
+        tokens = tokenizer.encode(prompt.encode(), "run.prompt")
+        works = "text of at least one token works, or run.sample_tokens = 0"
+        check(tokens.numel() > 0, "run.prompt", prompt, works)
+
+
 def sample_text(engine: Engine, tokenizer: Tokenizer, settings: Settings, ranks: Ranks) -> str:
     """The prompt and what the model makes of it; collective, the same on every rank."""
     run = settings.run
@@ -350,15 +365,13 @@ def start() -> tuple[Ranks, Settings]:
     return start_ranks(settings), settings
 
 
+@record
 def main() -> None:
     try:
         ranks, settings = start()
-    except ValueError as error:
-        sys.exit(f"train.py: {error}")
-    try:
         train(settings, ranks)
-    except FloatingPointError as error:  # The same on every rank: told once.
-        sys.exit(f"train.py: {error}" if ranks.is_main else 1)
+    except (ValueError, FloatingPointError) as error:
+        mistakes.end("train.py", error)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -138,6 +138,15 @@ def hold_folders(settings: Settings, each: list[str]) -> None:
         os.chdir(before)
 
 
+def agree(settings: Settings, problems: list[str]) -> str:
+    """What a rank that finds its own problem, if any, does with the others."""
+    ranks = start_ranks(settings)
+    with ranks.agreed():
+        if problems[ranks.rank]:
+            raise ValueError(problems[ranks.rank])
+    return "done"
+
+
 def full_state(model: Decoder) -> dict[str, torch.Tensor]:
     """Whole weights of a sharded model; collective."""
     return {name: p.full_tensor().detach() for name, p in model.named_parameters()}

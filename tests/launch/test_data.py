@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from data import (
-    ByteTokenizer,
     Corpus,
     Documents,
     PackedStreams,
@@ -19,9 +18,7 @@ from data import (
     is_held_out,
     join,
     load_corpus,
-    make_tokenizer,
     mix_seed,
-    read_documents,
     unigram_loss,
 )
 from settings import DataSettings
@@ -130,27 +127,6 @@ def test_a_length_beyond_the_data_is_refused() -> None:
         PackedStreams(documents([30, 50, 16]), 512, 0)
 
 
-def test_a_folder_gives_its_matching_files_sorted(tmp_path: Path) -> None:
-    (tmp_path / "b").mkdir()
-    for name, text in {"b/x.txt": "one", "a.txt": "two", "c.md": "no", "empty.txt": ""}.items():
-        (tmp_path / name).write_text(text)
-    found = list(read_documents(DataSettings(source="folder", path=str(tmp_path))))
-    assert found == [("a.txt", b"two"), ("b/x.txt", b"one"), ("empty.txt", b"")]
-
-
-def test_jsonl_gives_one_field_of_each_line(tmp_path: Path) -> None:
-    path = tmp_path / "texts.jsonl"
-    path.write_text(json.dumps({"body": "één"}) + "\n\n" + json.dumps({"body": "two"}) + "\n")
-    settings = DataSettings(source="jsonl", path=str(path), field="body")
-    found = list(read_documents(settings))
-    assert found == [("texts.jsonl:1", "één".encode()), ("texts.jsonl:3", b"two")]
-    with pytest.raises(ValueError, match=r"data\.field: found 'text'.*line 1 has \['body'\]"):
-        list(read_documents(DataSettings(source="jsonl", path=str(path))))
-    path.write_text("{\n")
-    with pytest.raises(ValueError, match=r"data\.path: .*line 1 is no JSON"):
-        list(read_documents(settings))
-
-
 def test_a_source_without_both_splits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("alone")
     with pytest.raises(
@@ -159,40 +135,98 @@ def test_a_source_without_both_splits_is_refused(tmp_path: Path) -> None:
         load_corpus(DataSettings(source="folder", path=str(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    "name, package", [("gpt2", "transformers"), ("t.json", "tokenizers")], ids=["name", "file"]
-)
-def test_a_tokenizer_without_its_package_is_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, name: str, package: str
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"data\.tokenizer: found '{name}'.*{package}"):
-        make_tokenizer(name)
-
-
-def test_a_tokenizer_file_is_used(tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {"[UNK]": 0, "red": 1, "green": 2}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    inner.save(str(tmp_path / "words.json"))
-    tokenizer = make_tokenizer(str(tmp_path / "words.json"))
-    assert tokenizer.vocab_size == 3
-    assert tokenizer.encode(b"green red blue", "x").tolist() == [2, 1, 0]
-    with pytest.raises(ValueError, match=r"data\.tokenizer: document 'x' is not UTF-8"):
-        tokenizer.encode(b"\xff", "x")
-
-
-def test_bytes_that_are_no_text_decode_to_something() -> None:
-    assert ByteTokenizer().decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
-
-
 def test_unigram_loss_by_hand() -> None:
     # Counts of 0..3 with one added: 4, 2, 1, 1 of 8. Targets: all but each document's first.
     training = Documents(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 4]), ("d",))
     stream = Stream(torch.tensor([[3, 0, 1, 2, 2]]), torch.tensor([0, 3, 5], dtype=torch.int32))
     expected = (torch.tensor([2.0, 4.0, 8.0]).log().sum() / 3).item()
     assert unigram_loss(training, [stream], 4) == pytest.approx(expected, rel=1e-6)
+
+
+def words_json(path: Path, ids: dict[str, int]) -> str:
+    """Write a ``tokenizer.json`` with these words; its path."""
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path.parent.mkdir(exist_ok=True)
+    inner.save(str(path))
+    return str(path)
+
+
+def write_lines(path: Path, texts: list[str]) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+TEXTS = [f"red {'green ' * (i % 7)}red" for i in range(40)]
+
+
+def test_the_digest_is_of_names_tokens_and_the_vocabulary(tmp_path: Path) -> None:
+    ids = {"[UNK]": 0, "red": 1, "green": 2}
+    data = write_lines(tmp_path / "texts.jsonl", TEXTS)
+    here = DataSettings(
+        source="jsonl", path=data, tokenizer=words_json(tmp_path / "words.json", ids), held_out=0.2
+    )
+
+    def digest(path: str = here.path, tokenizer: str = here.tokenizer) -> str:
+        settings = DataSettings(source="jsonl", path=path, tokenizer=tokenizer, held_out=0.2)
+        return load_corpus(settings).digest
+
+    same = digest()
+    (tmp_path / "moved").mkdir()
+    moved = [shutil.copy(path, tmp_path / "moved") for path in (here.path, here.tokenizer)]
+    assert digest(*moved) == same
+    swapped = {"[UNK]": 0, "red": 2, "green": 1}
+    others = {
+        "another tokenizer of the same size": digest(
+            tokenizer=words_json(tmp_path / "b.json", swapped)
+        ),
+        "a larger vocabulary": digest(
+            tokenizer=words_json(tmp_path / "c.json", {**ids, "blue": 3})
+        ),
+        "bytes": digest(tokenizer="bytes"),
+        "another text": digest(write_lines(tmp_path / "d" / "texts.jsonl", ["green", *TEXTS[1:]])),
+        "another order": digest(write_lines(tmp_path / "e" / "texts.jsonl", TEXTS[::-1])),
+        "a document less": digest(write_lines(tmp_path / "f" / "texts.jsonl", TEXTS[:-1])),
+        # The name decides which documents are held out.
+        "another name": digest(write_lines(tmp_path / "other.jsonl", TEXTS)),
+    }
+    assert len({same, *others.values()}) == 1 + len(others), others
+
+
+def test_the_digest_of_a_folder_does_not_hold_its_path(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "documents", tmp_path / "elsewhere")
+    first, second = (
+        load_corpus(DataSettings(source="folder", path=str(path), held_out=0.2))
+        for path in (root / "documents", tmp_path / "elsewhere")
+    )
+    assert first.digest == second.digest
+    moved = tmp_path / "elsewhere" / "00.txt"
+    moved.rename(moved.with_name("first.txt"))
+    settings = DataSettings(source="folder", path=str(tmp_path / "elsewhere"), held_out=0.2)
+    assert load_corpus(settings).digest != first.digest
+
+
+def test_ids_with_holes_are_within_the_vocabulary(tmp_path: Path) -> None:
+    """The vocabulary is the largest id + 1, not the number of words."""
+    tokenizer = words_json(tmp_path / "words.json", {"[UNK]": 0, "red": 1, "green": 40_000})
+    data = write_lines(tmp_path / "texts.jsonl", TEXTS)
+    settings = DataSettings(source="jsonl", path=data, tokenizer=tokenizer, held_out=0.2)
+    corpus = load_corpus(settings)
+    vocab_size = corpus.tokenizer.vocab_size
+    assert vocab_size == 40_001
+    assert corpus.training.tokens.dtype == torch.int32
+    assert int(corpus.training.tokens.max()) == 40_000
+    torch.nn.Embedding(vocab_size, 1)(corpus.training.tokens)
+    streams = [PackedStreams(corpus.held_out, 8, None)[0]]
+    assert 0 < unigram_loss(corpus.training, streams, vocab_size) < 11
+
+
+def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"data\.path: found .*empty\.jsonl'; documents with some"):
+        load_corpus(DataSettings(source="jsonl", path=str(tmp_path / "empty.jsonl")))
 
 
 def test_mixed_seeds_differ_and_stay() -> None:

@@ -1,0 +1,266 @@
+"""Where documents come from: this Python's library, a folder's files, the lines of a JSONL file.
+
+What cannot be read is an error that names the file and the line; nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from settings import DataSettings, check
+
+# Not programs that people wrote to be read: tests and their data, generated tables, one huge
+# string of help text, and packages that only happen to be installed there.
+_SKIPPED_FOLDERS = frozenset(
+    ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data")
+)
+
+# How files begin that are often taken for text.
+_BEGINNINGS = {
+    b"\x1f\x8b": "gzip; decompress it",
+    b"\x28\xb5\x2f\xfd": "zstd; decompress it",
+    b"\x04\x22\x4d\x18": "lz4; decompress it",
+    b"\xfd7zXZ\0": "xz; decompress it",
+    b"BZh": "bzip2; decompress it",
+    b"PK\3\4": "zip; unpack it",
+    b"PAR1": "Parquet; convert it",
+    b"ARROW1": "Arrow; convert it",
+    b"\xff\xfe": "UTF-16; convert it to UTF-8",
+    b"\xfe\xff": "UTF-16; convert it to UTF-8",
+}
+
+
+def read_documents(settings: DataSettings) -> Iterator[tuple[str, bytes]]:
+    """Each document's name, the same on every machine, and its text, in a fixed order.
+
+    Names are unique: a file's path in its folder, or the JSONL file's name and the line's number.
+
+    Raises:
+        ValueError: naming the file and the line of what cannot be read.
+    """
+    if settings.source == "jsonl":
+        yield from _read_jsonl(Path(settings.path), settings.field)
+        return
+    if settings.source == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        files = {
+            name: path
+            for name, path in find_files(root, "**/*.py", _SKIPPED_FOLDERS).items()
+            if not path.name.startswith("_sysconfigdata")
+        }
+    else:
+        root = Path(settings.path)
+        check(root.is_dir(), "data.path", settings.path, "source 'folder' works with a folder")
+        files = find_files(root, settings.pattern)
+        works = f"a pattern that files of {settings.path} match works"
+        check(bool(files), "data.pattern", settings.pattern, works)
+    is_text = settings.tokenizer != "bytes"
+    for name, path in sorted(files.items()):
+        text = read_file(path, "data.path")
+        if is_text:
+            _check_utf8(path, text)
+        yield name, text
+
+
+def read_file(path: Path, option: str) -> bytes:
+    """What is in a file; ValueError that names it and the option where it cannot be read."""
+    with _named(path, option):
+        return path.read_bytes()
+
+
+def find_files(root: Path, pattern: str, skipped: frozenset[str] = frozenset()) -> dict[str, Path]:
+    """The files of a folder that match a pattern, by their path in the folder.
+
+    As pathlib's glob, with ``**`` for any folders (which does not enter linked ones), but that
+    raises for folders that cannot be read, is the same in every Python and stays in the folder.
+    Links to files are read, and links to folders that the pattern names.
+
+    Args:
+        skipped: names of folders that ``**`` does not enter.
+
+    Raises:
+        ValueError: for such a folder, a pattern that is none, and a match that is a broken link,
+            no regular file, or has a name that is no UTF-8.
+    """
+    parts = _split_pattern(pattern)
+    found: dict[str, Path] = {}
+    # Folders to look at, by their path in ``root``, and the number of parts that are matched.
+    waiting, seen = [("", 0)], set()
+    while waiting:
+        place = waiting.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        folder, done = place
+        with _named(root / folder):
+            entries = list(os.scandir(root / folder))
+        recursive = parts[done] == "**"
+        if recursive:
+            waiting += [
+                (f"{folder}{entry.name}/", done)
+                for entry in entries
+                if entry.is_dir(follow_symlinks=False) and entry.name not in skipped
+            ]
+            done += 1
+            if done < len(parts):
+                waiting.append((folder, done))
+                continue
+        last = recursive or done == len(parts) - 1
+        for entry in entries:
+            if not recursive and not fnmatchcase(entry.name, parts[done]):
+                continue
+            if not last:
+                with _named(Path(entry.path)):
+                    if entry.is_dir():
+                        waiting.append((f"{folder}{entry.name}/", done + 1))
+            elif _is_document(Path(entry.path)):
+                found[f"{folder}{entry.name}"] = Path(entry.path)
+    for path in found.values():
+        _check_name(path)
+    return found
+
+
+def _split_pattern(pattern: str) -> list[str]:
+    parts = [part for part in pattern.split("/") if part not in ("", ".")]
+    stays = not pattern.startswith("/") and ".." not in parts
+    works = "a pattern of files in data.path, such as '**/*.txt', works"
+    check(bool(parts) and stays and "\0" not in pattern, "data.pattern", pattern, works)
+    works = "'**' as a whole part, such as '**/*.txt', works"
+    check(all("**" not in part or part == "**" for part in parts), "data.pattern", pattern, works)
+    return [part for i, part in enumerate(parts) if part != "**" or parts[i + 1 : i + 2] != ["**"]]
+
+
+def _is_document(path: Path) -> bool:
+    """Whether it is a file, rather than a folder; ValueError for what is neither."""
+    with _named(path):
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"data.path: {_shown(path)} is a broken link; a file works")
+        mode = path.stat().st_mode
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        raise ValueError(f"data.path: {_shown(path)} is a pipe, socket or device; a file works")
+    return stat.S_ISREG(mode)
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        works = "a file with another name, or a data.pattern that leaves it out, works"
+        raise ValueError(
+            f"data.path: {_shown(path)} has a name that is no UTF-8; {works}"
+        ) from None
+
+
+def _check_utf8(path: Path, text: bytes) -> None:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = 1 + text.count(b"\n", 0, error.start)
+        works = "text in UTF-8, or data.tokenizer = 'bytes', works"
+        found = f"byte 0x{text[error.start]:02x}{_beginning(text)}"
+        raise ValueError(
+            f"data.path: {_shown(path)} line {line} is no UTF-8 ({found}); {works}"
+        ) from None
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
+    with _named(path):
+        folder = ", 'folder' with a folder" if path.is_dir() else ""
+        check(path.is_file(), "data.path", str(path), f"source 'jsonl' works with a file{folder}")
+        file = path.open("rb")
+    with file:
+        with _named(path):
+            head = file.peek(16)
+        what = _beginning(head)
+        if what:
+            raise ValueError(f"data.path: {_shown(path)} line 1 is no JSON{what}")
+        # A byte that is no UTF-8 must not end the reading before its line is known.
+        lines = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape")
+        number = 0
+        while True:
+            with _named(path):
+                line = lines.readline()
+            if not line:
+                return
+            number += 1
+            if number == 1:
+                line = line.removeprefix("\ufeff")  # A byte order mark.
+            if line.strip():
+                where = f"data.path: {_shown(path)} line {number}"
+                yield f"{path.name}:{number}", _text_of(line, field, where)
+
+
+def _text_of(line: str, field: str, where: str) -> bytes:
+    """One field of a JSON object, in UTF-8; ``where`` begins the errors."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        found = f"byte 0x{ord(line[error.start]) & 0xFF:02x} at column {error.start + 1}"
+        raise ValueError(f"{where} is no UTF-8 ({found}); JSON in UTF-8 works") from None
+    try:
+        # Numbers are not looked at: as floats they may have any number of digits.
+        record: Any = json.loads(line, parse_int=float)
+    except json.JSONDecodeError as error:
+        found = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise ValueError(f"{where} is no JSON ({found})") from None
+    except RecursionError:
+        raise ValueError(f"{where} is JSON nested too deep; a flat object works") from None
+    if not isinstance(record, dict):
+        kind = _KINDS[type(record)]
+        raise ValueError(f"{where} is {kind}; an object with the field {field!r} works")
+    if field not in record:
+        raise ValueError(
+            f"data.field: found {field!r}; {where} has {sorted(record)}; a text field works"
+        )
+    text = record[field]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: field {field!r} is {_KINDS[type(text)]}; text works")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        found = f"a lone surrogate, \\u{ord(text[error.start]):04x}, at character {error.start + 1}"
+        raise ValueError(f"{where}: field {field!r} has {found}; Unicode text works") from None
+
+
+_KINDS = {
+    type(None): "null",
+    bool: "a truth value",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _beginning(head: bytes) -> str:
+    """What a file that is no text looks like, as the end of a sentence; empty when unknown."""
+    for beginning, what in _BEGINNINGS.items():
+        if head.startswith(beginning):
+            return f"; it looks like {what}"
+    return ""
+
+
+@contextmanager
+def _named(path: Path, option: str = "data.path") -> Iterator[None]:
+    """Errors of the file system as ValueErrors that name the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(
+            f"{option}: {_shown(path)} cannot be read ({reason}); a file works"
+        ) from None
+
+
+def _shown(path: Path) -> str:
+    """A path in an error: as it is where it can be printed in a line."""
+    return str(path) if str(path).isprintable() else repr(str(path))

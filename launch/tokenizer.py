@@ -1,0 +1,155 @@
+"""Text to tokens: bytes as they are, a ``tokenizer.json``, or what transformers loads."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from settings import check
+
+# Tokens are kept as int32 at most.
+_MOST_TOKENS = torch.iinfo(torch.int32).max
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back.
+
+    Attributes:
+        vocab_size: the largest token + 1; not all below need to be in use.
+        unit: what a token is called.
+        note: what the user is told at the start of a run, in a line; empty when there is nothing.
+    """
+
+    vocab_size: int
+    unit: str
+    note: str
+
+    def encode(self, text: bytes, name: str) -> Tensor:
+        """Tokens of a document, an integer vector in the smallest dtype for the vocabulary.
+
+        Raises:
+            ValueError: naming the document, if it cannot be encoded.
+        """
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """A token is a byte."""
+
+    vocab_size = 256
+    unit = "byte"
+    note = ""
+
+    def encode(self, text: bytes, name: str) -> Tensor:
+        if not text:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json`` (package tokenizers) or a model's name or folder (transformers).
+
+    Truncation and padding, which a file may have switched on for a model's inputs, are switched
+    off: they would cut every document or fill it up.
+
+    Raises:
+        ValueError: if it cannot be loaded, or its ids are no indices of an embedding.
+    """
+
+    unit = "token"
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        package = "tokenizers" if name.endswith(".json") else "transformers"
+        try:
+            library: Any = importlib.import_module(package)
+        except ImportError:
+            raise ValueError(
+                f"data.tokenizer: found {name!r}, which needs the package {package}, not installed "
+                f"here; pip install {package}, or 'bytes', works"
+            ) from None
+        if package == "tokenizers":
+            check(Path(name).is_file(), "data.tokenizer", name, "an existing file works")
+            load = library.Tokenizer.from_file
+            # What transformers' option of this name does not switch on.
+            self._options: dict[str, Any] = {}
+        else:
+            load = library.AutoTokenizer.from_pretrained
+            # No warning of texts beyond a model's longest input: they are cut into streams.
+            self._options = {"verbose": False}
+        try:
+            self._inner: Any = load(name)
+        except Exception as error:  # What these packages raise for a bad file is of every type.
+            works = f"a tokenizer that {package} loads, or 'bytes', works ({_words(error)})"
+            raise ValueError(f"data.tokenizer: found {name!r}; {works}") from None
+        self.note = self._switch_off()
+
+        ids = self._inner.get_vocab().values()
+        least, largest = min(ids, default=0), max(ids, default=-1)
+        works = f"ids from 0 to {_MOST_TOKENS - 1} work"
+        check(bool(ids), "data.tokenizer", name, "one with tokens works")
+        fits = least >= 0 and largest < _MOST_TOKENS
+        check(fits, "data.tokenizer", name, f"it has ids from {least} to {largest}; {works}")
+        self.vocab_size = largest + 1
+        self._dtype = _smallest_dtype(self.vocab_size)
+
+    def _switch_off(self) -> str:
+        """Switch truncation and padding off; what there is to tell about it."""
+        inner = getattr(self._inner, "backend_tokenizer", self._inner)
+        found = []
+        if getattr(inner, "truncation", None) is not None:
+            found.append(f"truncation to {inner.truncation['max_length']} tokens")
+            inner.no_truncation()
+        if getattr(inner, "padding", None) is not None:
+            found.append("padding")
+            inner.no_padding()
+        if not found:
+            return ""
+        return f"data.tokenizer: {' and '.join(found)} of {self._name!r} switched off"
+
+    def encode(self, text: bytes, name: str) -> Tensor:
+        try:
+            decoded = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"data.tokenizer: document {name!r} is not UTF-8 ({error}); 'bytes' works with it"
+            ) from None
+        try:
+            encoded = self._inner.encode(decoded, add_special_tokens=False, **self._options)
+        except Exception as error:  # As above: of every type.
+            works = f"one that knows all of document {name!r} works ({_words(error)})"
+            raise ValueError(f"data.tokenizer: found {self._name!r}; {works}") from None
+        ids = torch.tensor(getattr(encoded, "ids", encoded), dtype=torch.int64)
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            found = f"token {int(ids.max())} or {int(ids.min())} in document {name!r}"
+            works = f"one whose tokens are in its vocabulary, 0 to {self.vocab_size - 1}, works"
+            raise ValueError(f"data.tokenizer: found {self._name!r} with {found}; {works}")
+        return ids.to(self._dtype)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._inner.decode(list(tokens)))
+
+
+def _smallest_dtype(vocab_size: int) -> torch.dtype:
+    dtypes = (torch.uint8, torch.int16, torch.int32)
+    return next(dtype for dtype in dtypes if vocab_size - 1 <= torch.iinfo(dtype).max)
+
+
+def _words(error: Exception) -> str:
+    """An error of another package in a line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def make_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that ``data.tokenizer`` names."""
+    return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)
