@@ -35,10 +35,12 @@ class Health:
     Attributes:
         skipped: steps of this process without an update.
         in_a_row: of them, those since the last update.
+        stops: whether any rank was asked to stop by the last step looked at.
     """
 
     def __init__(self, settings: OptimizerSettings, report: Report) -> None:
         self.skipped = self.in_a_row = 0
+        self.stops = False
         self._most, self._report = settings.max_skipped, report
         self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self._norms: deque[float] = deque(maxlen=LATEST)
@@ -52,8 +54,8 @@ class Health:
         """
         done = None
         if values.is_cuda:
-            host = torch.empty(2, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values[:2], non_blocking=True)
+            host = torch.empty(3, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values[:3], non_blocking=True)
             done = torch.cuda.Event()
             done.record()
         self._waiting.append((step, values, done))
@@ -73,7 +75,8 @@ class Health:
         step, values, done = self._waiting.popleft()
         if done is not None:
             done.synchronize()
-        loss, norm = values[:2].tolist()
+        loss, norm, stops = values[:3].tolist()
+        self.stops |= stops > 0
         wrong = not_finite(loss, norm)
         if math.isfinite(norm):
             self.in_a_row = 0

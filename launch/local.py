@@ -9,13 +9,13 @@ processes or machines call torchrun with train.py directly.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 MOST = 2
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def command(arguments: list[str], gpus: int) -> list[str]:
@@ -38,10 +38,14 @@ def environment() -> dict[str, str]:
     paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     # A thread a core over all processes; torchrun would otherwise warn and take one a process.
     threads = str(max(1, (os.cpu_count() or 1) // MOST))
-    inherited = {"OMP_NUM_THREADS": threads, **os.environ}
+    # torchrun passes on signals that it is told of; of SIGUSR1 it would end without its ranks.
+    # They have five minutes to save before it kills them. Options of torchrun, by its own names.
+    waits = {"PET_SIGNALS_TO_HANDLE": SIGNALS, "PET_SHUTDOWN_TIMEOUT": "300"}
+    inherited = {"OMP_NUM_THREADS": threads, **waits, **os.environ}
     return {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 if __name__ == "__main__":
     line = command(sys.argv[1:], torch.cuda.device_count())
-    sys.exit(subprocess.call(line, env=environment()))
+    # torchrun takes this process's place: nothing stands between it and signals or a kill.
+    os.execve(line[0], line, environment())

@@ -67,6 +67,10 @@ class Ranks:
         dist.all_reduce(result, dist.ReduceOp.MAX)
         return float(result)
 
+    def any(self, yes: bool) -> bool:
+        """Whether it is so on any rank; every rank gets it, and waits for its device."""
+        return self.largest(float(yes)) > 0
+
     def from_main(self, text: str) -> str:
         """Rank 0's text, on every rank."""
         box = [text]

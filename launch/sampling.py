@@ -8,6 +8,7 @@ from torch import nn
 
 from nsa_dist import shard_batch
 from ranks import Ranks
+from stopping import Stopping
 
 PAD_TO = 64
 """By default lengths grow in these steps, so that few distinct plans are made."""
@@ -25,6 +26,7 @@ def sample(
     seed: int,
     window: int,
     pad_to: int = PAD_TO,
+    stopping: Stopping | None = None,
 ) -> list[int]:
     """Continue ``prompt`` by ``length`` tokens; collective, the same tokens on every rank.
 
@@ -35,12 +37,15 @@ def sample(
         model: maps local tokens [1, L], with ``cu_seqlens``, to local logits [1, L, vocabulary].
         window: tokens of context at most, the newest ones.
         pad_to: lengths grow in these steps.
+        stopping: a rank that is asked to stop ends the text where it is.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     was_training = model.training
     model.eval()
     for _ in range(length):
+        if stopping is not None and ranks.any(stopping.asked):
+            break
         context = tokens[-window:]
         padded = torch.zeros(1, -(-len(context) // pad_to) * pad_to, dtype=torch.int64)
         padded[0, : len(context)] = torch.tensor(context)

@@ -194,7 +194,7 @@ class RunSettings:
     log_every: int = 10  # steps between log lines
     validate_every: int = 0  # steps between validations; 0: at the end only
     validation_streams: int = 16  # held-out streams that a validation reads
-    checkpoint_every: int = 0  # steps between checkpoints; 0: at the end only
+    checkpoint_every: int = 500  # steps between checkpoints; 0: at the end, or a signal, only
     keep_checkpoints: int = 2  # older ones are removed; 0: keep all
     tensorboard: bool = True
     sample_tokens: int = 200  # length of the sample at the end; 0: none

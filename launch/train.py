@@ -35,6 +35,7 @@ from data import (
 from engine import Engine, make_engine
 from folder import check_folder_options, run_folder
 from health import Health, check_state, check_validation, finite_mean
+from history import History
 from nsa_dist import ShardedBatch, shard_batch
 from nsa_kernels import get_backend
 from ranks import Ranks, start_ranks
@@ -42,6 +43,7 @@ from report import Report, show_bytes
 from sampling import PAD_TO, sample
 from settings import OptimizerSettings, Settings, check, from_command_line, to_toml
 from startup import describe, join_store
+from stopping import STOPPED, Stopping
 from tokenizer import Tokenizer
 
 # What layers count, and the order in which it is summed over ranks.
@@ -56,9 +58,12 @@ class Result:
     """How a run ended; the same on every rank, but for its clock.
 
     Args:
-        losses: nats a token of each step, before its update, from the first step of this process.
-        grad_norms: global gradient norm of each step, before clipping; not finite where the update
-            was skipped.
+        losses: nats a token of each step, before its update, from the first step of this process,
+            but no more than the latest ``history.KEPT``.
+        grad_norms: of the same steps, the global gradient norm before clipping; not finite where
+            the update was skipped.
+        validation_loss: nan where the run was stopped before it.
+        stopped: whether a signal ended the run before its end; all steps done are saved.
         received: bytes moved in the last step by kind, over all layers and ranks.
     """
 
@@ -71,6 +76,7 @@ class Result:
     received: dict[str, int]
     seconds: float
     sample: str
+    stopped: bool
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -118,29 +124,46 @@ def shard_stream(stream: Stream, settings: Settings, ranks: Ranks) -> ShardedBat
 
 
 def train_step(
-    engine: Engine, batches: Sequence[ShardedBatch], settings: Settings, step: int, ranks: Ranks
+    engine: Engine,
+    batches: Sequence[ShardedBatch],
+    settings: Settings,
+    step: int,
+    ranks: Ranks,
+    stopping: Stopping,
 ) -> torch.Tensor:
     """One update from this rank's micro-batches.
 
     Returns:
         float64 vector, the same on every rank and not waited for: mean loss before the update,
-        global gradient norm before clipping, then the bytes that all layers on all ranks received,
-        by ``COMMUNICATION_KINDS``.
+        global gradient norm before clipping, ranks that were asked to stop, then the bytes that all
+        layers on all ranks received, by ``COMMUNICATION_KINDS``.
     """
     engine.reset_communication()
     rate = learning_rate(settings.optimizer, step, settings.run.steps)
     done = engine.step(batches, rate, mix_seed(settings.run.seed, step))
     received = engine.communication()
-    local = [received.get(kind, 0) for kind in COMMUNICATION_KINDS]
+    local = [stopping.asked, *(received.get(kind, 0) for kind in COMMUNICATION_KINDS)]
     mean = done.loss_sum / max(done.targets, 1)
     sums = ranks.total(torch.cat((mean[None], mean.new_tensor(local))))
     return torch.cat((sums[:1], done.grad_norm.to(sums)[None], sums[1:]))
 
 
-def validate(engine: Engine, streams: Sequence[Stream], settings: Settings, ranks: Ranks) -> float:
-    """Mean loss over the streams' targets, nats a token; replicas share the streams."""
+def validate(
+    engine: Engine,
+    streams: Sequence[Stream],
+    settings: Settings,
+    ranks: Ranks,
+    stopping: Stopping,
+) -> float | None:
+    """Mean loss over the streams' targets, nats a token; replicas share the streams.
+
+    Returns:
+        None where a rank was asked to stop.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for first in range(0, len(streams), ranks.dp):
+        if ranks.any(stopping.asked):
+            return None
         index = first + ranks.dp_rank
         # Every replica runs every forward; one without a stream left repeats the last, uncounted.
         batch = shard_stream(streams[min(index, len(streams) - 1)], settings, ranks)
@@ -158,8 +181,8 @@ def held_out_streams(corpus: Corpus, settings: Settings) -> list[Stream]:
     return [packed[i * packed.per_epoch // count] for i in range(count)]
 
 
-def train(settings: Settings, ranks: Ranks) -> Result:
-    """The whole run: data, model, steps, validation, checkpoint, sample. Collective."""
+def train(settings: Settings, ranks: Ranks, stopping: Stopping | None = None) -> Result:
+    """The whole run: data, model, steps, checkpoint, validation, sample. Collective."""
     started = time.perf_counter()
     check_folder_options(settings.run)
     with ranks.agreed():
@@ -169,11 +192,16 @@ def train(settings: Settings, ranks: Ranks) -> Result:
         "data.source", corpus.digest[:16], "the same documents (and Python) on every machine work"
     )
     with run_folder(settings, ranks) as folder:
-        return run_steps(settings, ranks, corpus, folder, started)
+        return run_steps(settings, ranks, corpus, folder, stopping or Stopping(), started)
 
 
 def run_steps(
-    settings: Settings, ranks: Ranks, corpus: Corpus, folder: Path, started: float
+    settings: Settings,
+    ranks: Ranks,
+    corpus: Corpus,
+    folder: Path,
+    stopping: Stopping,
+    started: float,
 ) -> Result:
     """Everything after the data, in a folder that is this run's."""
     run = settings.run
@@ -187,7 +215,7 @@ def run_steps(
     if ranks.is_main:
         (folder / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
 
-    history: list[torch.Tensor] = []
+    history = History()
     tokens, seconds = 0, 0.0
     with Report(settings, folder, active=ranks.is_main, first_step=first_step) as report:
         report.unit = corpus.tokenizer.unit
@@ -201,63 +229,81 @@ def run_steps(
             f"{attention_name(settings, ranks.device)} attention; {folder}"
         )
         health = Health(settings.optimizer, report)
-        mark, logged = time.perf_counter(), first_step
-        for step in range(first_step, run.steps):
-            batches = list(step_batches(settings, streams, step, ranks))
-            history.append(train_step(engine, batches, settings, step, ranks))
 
-            done = step + 1
-            health.add(done, history[-1])
-            goes_on = done < run.steps
-            validates = goes_on and run.validate_every and done % run.validate_every == 0
-            saves = goes_on and run.checkpoint_every and done % run.checkpoint_every == 0
-            logs = done % run.log_every == 0 or step == first_step or not goes_on
-            if not (logs or validates or saves):
+        def save(done: int) -> None:
+            check_state(engine.tensors(), f"after step {done}", ranks)
+            report.sync()
+            engine.save(folder, done)
+
+        def log_validation(done: int) -> float | None:
+            loss = validate(engine, held_out, settings, ranks, stopping)
+            if loss is not None:
+                report.validation(done, loss, unigram)
+            return loss
+
+        def validates_after(done: int) -> bool:
+            return bool(run.validate_every) and done % run.validate_every == 0 and done < run.steps
+
+        stopping.steps_begin()
+        # A run may have been stopped after a checkpoint and before the validation of its step.
+        missing = first_step > 0 and not report.has_validation(first_step)
+        if validates_after(first_step) and ranks.any(ranks.is_main and missing):
+            log_validation(first_step)
+        done = logged = first_step
+        mark = time.perf_counter()
+        while done < run.steps and not health.stops:
+            batches = list(step_batches(settings, streams, done, ranks))
+            values = train_step(engine, batches, settings, done, ranks, stopping)
+            history.add(values)
+            done += 1
+            health.add(done, values)
+            saves = bool(run.checkpoint_every) and done % run.checkpoint_every == 0
+            ends = done == run.steps or health.stops
+            logs = done % run.log_every == 0 or done == first_step + 1
+            if not (logs or saves or ends or validates_after(done)):
                 continue
             # The only wait for the device in the loop.
             health.settle()
-            recent = torch.stack(history[logged - done :]).tolist()
-            new_tokens = len(recent) * settings.data.global_batch * settings.data.length
+            history.read()
             elapsed = time.perf_counter() - mark
+            new_tokens = (done - logged) * settings.data.global_batch * settings.data.length
             tokens, seconds = tokens + new_tokens, seconds + elapsed
-            loss, grad_norm, *received = recent[-1]
+            loss, grad_norm, _, *received = history.last
             report.step(
                 {
                     "step": done,
                     "loss": loss,
-                    "mean_loss": finite_mean([row[0] for row in recent]),
+                    "mean_loss": finite_mean(history.latest_losses(done - logged)),
                     "grad_norm": grad_norm,
-                    "lr": learning_rate(settings.optimizer, step, run.steps),
+                    "lr": learning_rate(settings.optimizer, done - 1, run.steps),
                     "tokens_per_second": new_tokens / elapsed,
                     "peak_memory": ranks.largest(peak_memory(ranks.device)),
                 },
                 by_kind(received),
             )
-            if validates:
-                report.validation(done, validate(engine, held_out, settings, ranks), unigram)
-            if saves:
-                check_state(engine.tensors(), f"after step {done}", ranks)
-                engine.save(folder, done)
+            if saves or done == run.steps or health.stops:
+                save(done)
+            if validates_after(done) and not health.stops:
+                log_validation(done)
             mark, logged = time.perf_counter(), done
 
-        check_state(engine.tensors(), f"after step {run.steps}", ranks)
-        validation = validate(engine, held_out, settings, ranks)
-        report.validation(run.steps, validation, unigram)
-        check_validation(validation, run.steps)
-        if first_step < run.steps:
-            engine.save(folder, run.steps)
-        text = sample_text(engine, corpus.tokenizer, settings, ranks)
-        rows = [row.tolist() for row in history]
+        validation, text = None, ""
+        if not health.stops:
+            validation = log_validation(run.steps)
+        if validation is not None:
+            check_validation(validation, run.steps)
+            text = sample_text(engine, corpus.tokenizer, settings, ranks, stopping)
         result = Result(
             folder=folder,
-            losses=tuple(row[0] for row in rows),
-            grad_norms=tuple(row[1] for row in rows),
-            validation_loss=validation,
+            losses=tuple(history.losses),
+            grad_norms=tuple(history.grad_norms),
+            validation_loss=math.nan if validation is None else validation,
             unigram_loss=unigram,
             tokens_per_second=tokens / seconds if tokens else math.nan,
-            received=by_kind(rows[-1][2:]) if rows else {},
+            received=by_kind(history.last[3:]) if history.last else {},
             seconds=time.perf_counter() - started,
             sample=text,
+            stopped=ranks.any(stopping.asked) or health.stops,
         )
         summarise(result, report, run.log_every, health)
     return result
@@ -297,7 +343,9 @@ def check_prompt(settings: Settings, tokenizer: Tokenizer) -> None:
         check(tokens.numel() > 0, "run.prompt", prompt, works)
 
 
-def sample_text(engine: Engine, tokenizer: Tokenizer, settings: Settings, ranks: Ranks) -> str:
+def sample_text(
+    engine: Engine, tokenizer: Tokenizer, settings: Settings, ranks: Ranks, stopping: Stopping
+) -> str:
     """The prompt and what the model makes of it; collective, the same on every rank."""
     run = settings.run
     if not run.sample_tokens:
@@ -312,6 +360,7 @@ def sample_text(engine: Engine, tokenizer: Tokenizer, settings: Settings, ranks:
         seed=mix_seed(run.seed, "sample"),
         window=settings.data.length,
         pad_to=math.lcm(PAD_TO, 2 * ranks.cp * ranks.tp),
+        stopping=stopping,
     )
     return run.prompt + tokenizer.decode(continuation)
 
@@ -336,8 +385,9 @@ def summarise(result: Result, report: Report, recent: int, health: Health) -> No
         last = result.losses[-recent:]
         mean = finite_mean(last)
         rows["training loss"] = f"{result.losses[0]:.4f} -> {mean:.4f} (last {len(last)} steps)"
-    rows["validation loss"] = f"{result.validation_loss:.4f} nats/{unit}"
-    rows["unigram loss"] = f"{result.unigram_loss:.4f} nats/{unit}, same held-out text"
+    if not math.isnan(result.validation_loss):
+        rows["validation loss"] = f"{result.validation_loss:.4f} nats/{unit}"
+        rows["unigram loss"] = f"{result.unigram_loss:.4f} nats/{unit}, same held-out text"
     if result.losses:
         moved = [f"{kind} {show_bytes(size)}" for kind, size in result.received.items() if size]
         rows["speed"] = f"{result.tokens_per_second:,.0f} {unit}s/s"
@@ -347,6 +397,8 @@ def summarise(result: Result, report: Report, recent: int, health: Health) -> No
         rows["skipped"] = f"{health.skipped} of {len(result.losses)} steps{which}"
     rows["seconds"] = f"{result.seconds:.1f}"
     rows["folder"] = str(result.folder)
+    if result.stopped:
+        rows["stopped"] = "by a signal; all steps are saved, run.resume = true goes on from there"
     report.summary(rows)
 
 
@@ -367,13 +419,15 @@ def start() -> tuple[Ranks, Settings]:
 
 @record
 def main() -> None:
-    try:
-        ranks, settings = start()
-        train(settings, ranks)
-    except (ValueError, FloatingPointError) as error:
-        mistakes.end("train.py", error)
-    dist.barrier()
-    dist.destroy_process_group()
+    with Stopping() as stopping:
+        try:
+            ranks, settings = start()
+            result = train(settings, ranks, stopping)
+        except (ValueError, FloatingPointError) as error:
+            mistakes.end("train.py", error)
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.exit(STOPPED if result.stopped else 0)
 
 
 if __name__ == "__main__":

@@ -279,9 +279,9 @@ def look(health: Health, norms: list[float]) -> None:
 def test_each_step_is_looked_at_one_step_late() -> None:
     told = Told()
     watch = health(told)
-    watch.add(1, torch.tensor([2.0, NAN]))
+    watch.add(1, torch.tensor([2.0, NAN, 0.0]))
     assert not told.skips
-    watch.add(2, torch.tensor([NAN, INF]))
+    watch.add(2, torch.tensor([NAN, INF, 0.0]))
     assert told.skips == [(1, "the gradient norm is nan", 1)]
     watch.settle()
     assert told.skips[1:] == [(2, "the loss is nan and the gradient norm is inf", 2)]
