@@ -1,17 +1,22 @@
-"""Checkpoints by torch.distributed.checkpoint: every rank writes its shards, any world reads them.
+"""Checkpoints: folders ``checkpoints/step_00001000`` that are whole, or are not there.
 
-Those of the Megatron and the DeepSpeed engine lie in the same folders, in formats of their own
-(convert.py; DeepSpeed's are read by as many ranks as wrote them, or from its universal form).
+Each holds what its engine writes (``engine.Engine.write``; FSDP2 by torch.distributed.checkpoint),
+the settings of its run and a manifest (manifest.py). It is written under another name and gets its
+own when all of it has reached the disk: a run that is killed leaves the one before. Data order and
+dropout follow from the seed and the step, so nothing else is needed to continue exactly.
 
-A checkpoint is a folder ``checkpoints/step_00001000`` with weights, optimizer state and the
-settings of its run. Data order and dropout follow from the seed and the step, so nothing else is
-needed to continue exactly.
+A run goes on from the newest checkpoint whose files are those of its manifest. Rank 0 finds it, and
+all ranks share the reading. Checkpoints from before there were manifests have no ``format`` in
+their settings and are taken as they are, with a warning.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +31,62 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    NewerFormatError,
+    check_bytes,
+    check_sizes,
+    on_main,
+    read_manifest,
+    shared_failure,
+    sync_folder,
+    tell,
+    write_manifest,
+    write_text,
+)
 from nsa_dist.safe_load import load
-from settings import Settings, check, from_toml, to_toml
+from settings import Settings, check, from_toml, read_toml, to_toml
+from startup import code_version
+
+SETTINGS = "settings.toml"
+_NAME = re.compile(r"step_([0-9]{8})")
+_LEFT_BEHIND = re.compile(r"\.step_[0-9]{8}(_universal)?\.(partial|old)")
+"""What a run that was killed leaves beside checkpoints."""
 
 # Another model, other data or another seed would make a resumed run a different one. How it is
 # spread over ranks, how long it runs and how it is optimised may change.
-_FIXED_SECTIONS = ("attention", "rotary", "model", "data")
-_FREE_OPTIONS = ("recompute", "recompute_part", "backend", "micro_batch")
+_FIXED_SECTIONS = ("attention", "rotary", "model")
+_FREE_OPTIONS = ("recompute", "recompute_part", "backend")
+_FIXED_DATA = ("length", "global_batch", "held_out")
+_DATA_BEFORE_DIGESTS = ("source", "path", "pattern", "field", "tokenizer")
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run folder, oldest first."""
-    # The metadata file is written last; by Megatron another one after it.
-    found = {path.parent for path in folder.glob("checkpoints/step_*/.metadata")}
-    found = {path for path in found if not is_megatron(path) or (path / "metadata.json").exists()}
-    settings = (path.parent for path in folder.glob("checkpoints/step_*/settings.toml"))
-    return sorted(found | {path for path in settings if is_deepspeed(path)})
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was verified.
+
+    Args:
+        settings: of the run that wrote it.
+        data: digest of that run's tokens; empty for a checkpoint from before there were any.
+        passed_over: names of newer ones that are not whole.
+    """
+
+    path: Path
+    step: int
+    settings: Settings
+    data: str
+    passed_over: tuple[str, ...] = ()
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step_{step:08d}"
+
+
+def universal_of(path: Path) -> Path:
+    """Where DeepSpeed's universal form of a checkpoint lies, if there is one."""
+    return path.with_name(f"{path.name}_universal")
 
 
 def is_megatron(path: Path) -> bool:
@@ -54,55 +99,287 @@ def is_deepspeed(path: Path) -> bool:
     return any(path.glob("*_optim_states.pt"))
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step_{step:08d}"
+def found_steps(folder: Path) -> dict[int, Path]:
+    """Folders with the name of a checkpoint, whole or not, by step, oldest first."""
+    paths = sorted(folder.glob("checkpoints/step_*"))
+    return {
+        _step_of(path): path
+        for path in paths
+        if _step_of(path) >= 0 and path.is_dir() and not path.is_symlink()
+    }
 
 
-def finish_checkpoint(folder: Path, path: Path, settings: Settings) -> None:
-    """Write the settings beside the state, remove older checkpoints; collective."""
-    if dist.get_rank() == 0:
-        (path / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
-        keep = settings.run.keep_checkpoints
-        for old in checkpoints(folder)[:-keep] if keep else []:
-            shutil.rmtree(old)
-    dist.barrier()
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run folder, oldest first, as far as names and sizes tell."""
+    return [path for path in found_steps(folder).values() if not _problems(path)]
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, settings: Settings
-) -> None:
-    """Write the state after ``step`` steps; collective. Older checkpoints beyond
-    ``run.keep_checkpoints`` are removed once the new one is complete."""
+    write: Callable[[Path, int], None],
+    folder: Path,
+    step: int,
+    settings: Settings,
+    data: str,
+    passed_over: set[str] | None = None,
+) -> Path:
+    """Write a checkpoint of the state after ``step`` steps, then remove older ones beyond
+    ``run.keep_checkpoints``; collective.
+
+    Args:
+        write: as ``engine.Engine.write``.
+        data: digest of the run's tokens.
+        passed_over: names of checkpoints known not to be whole, which count for none; what is
+            written anew is taken out.
+
+    Raises:
+        CheckpointError: on every rank, if it cannot be written. Other checkpoints stay as they are.
+    """
     path = checkpoint_path(folder, step)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        on_main(lambda: _start(partial))
+        problem = None
+        try:
+            write(partial, step)
+        except CheckpointError as error:
+            problem = str(error)
+        tell(problem)
+        on_main(lambda: write_text(partial / SETTINGS, to_toml(settings)))
+        code = code_version() if dist.get_rank() == 0 else ""
+        write_manifest(partial, step, settings.parallel.engine, data, code)
+        on_main(lambda: _publish(partial, path))
+    except CheckpointError as error:
+        free = on_main(lambda: _give_up(partial))
+        raise CheckpointError(f"{path}: not written ({error}; {free:,} bytes are free)") from None
+    broken = passed_over or set()
+    broken.discard(path.name)
+    on_main(lambda: _rotate(folder, step, settings.run.keep_checkpoints, broken))
+    return path
+
+
+def find_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run folder that is whole, with a warning for each that is not;
+    None where there is none at all. Collective, the same on every rank.
+
+    Raises:
+        ValueError: on every rank, if there are some and none is whole.
+    """
+    passed_over: dict[str, str] = {}
+    for path in on_main(lambda: list(reversed(found_steps(folder).values()))):
+        found, problems = _open(path)
+        if found is not None:
+            return dataclasses.replace(found, passed_over=tuple(passed_over))
+        passed_over[path.name] = _shortened(problems)
+        if dist.get_rank() == 0:
+            warnings.warn(f"{path} is passed over: {passed_over[path.name]}", stacklevel=2)
+    if passed_over:
+        each = "; ".join(f"{name}: {text}" for name, text in passed_over.items())
+        works = "move these away to start anew"
+        raise ValueError(f"run.resume: no checkpoint of {folder} is whole ({each}); {works}")
+    return None
+
+
+def open_checkpoint(path: Path, option: str) -> Checkpoint:
+    """One checkpoint, verified; collective.
+
+    Args:
+        option: that named it.
+
+    Raises:
+        ValueError: on every rank, naming ``option`` and what is wrong.
+    """
+    found, problems = _open(path)
+    if found is None:
+        raise ValueError(
+            f"{option}: found {str(path)!r}, which is not whole: {_shortened(problems)}"
+        )
+    return found
+
+
+def resume(folder: Path, settings: Settings, data: str) -> Checkpoint | None:
+    """As ``find_checkpoint``, for a run with these settings and tokens to go on from.
+
+    Raises:
+        ValueError: on every rank, also if the checkpoint is of another model, other data or another
+            seed.
+    """
+    found = find_checkpoint(folder)
+    if found is not None:
+        check_same_run(found, settings, data)
+    return found
+
+
+def _open(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """A checkpoint, or what is wrong with it; collective."""
+
+    def glance() -> tuple[list[str], Manifest | None, Settings | None]:
+        problems = _problems(path)
+        if problems:
+            return problems, None, None
+        manifest = read_manifest(path) if (path / MANIFEST).exists() else None
+        return [], manifest, None if manifest else from_toml(path / SETTINGS)
+
+    problems, manifest, settings = on_main(glance)
+    if problems:
+        return None, problems
+    if manifest is not None:
+        problems = check_bytes(path, manifest)
+        if problems:
+            return None, problems
+        settings = on_main(lambda: from_toml(path / SETTINGS))
+    elif dist.get_rank() == 0:
+        warnings.warn(
+            f"{path} is from before checkpoints had manifests: it is read without verification",
+            stacklevel=3,
+        )
+    assert settings is not None
+    step = manifest.step if manifest else _step_of(path)
+    return Checkpoint(path, step, settings, manifest.data if manifest else ""), []
+
+
+def _step_of(path: Path) -> int:
+    """By its name; -1 for another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _problems(path: Path) -> list[str]:
+    """What is wrong with a checkpoint as far as names and sizes tell.
+
+    Raises:
+        NewerFormatError: if it is of a later version of this program.
+    """
+    try:
+        if (path / MANIFEST).exists():
+            manifest = read_manifest(path)
+            if _step_of(path) not in (-1, manifest.step):
+                return [f"{MANIFEST} is that of step {manifest.step}"]
+            if SETTINGS not in manifest.files:
+                return [f"{MANIFEST} lacks {SETTINGS}"]
+            return check_sizes(path, manifest)
+        if not (path / SETTINGS).exists() or "format" in read_toml(path / SETTINGS):
+            return [f"{MANIFEST} is missing"]
+        from_toml(path / SETTINGS)
+    except NewerFormatError:
+        raise
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    if _step_of(path) < 0:
+        return [f"{MANIFEST} is missing, and the name does not tell the step"]
+    # The rules of then: the metadata file was written last; by Megatron another one after it.
+    if is_deepspeed(path):
+        return []
+    last = ("metadata.json", ".metadata") if is_megatron(path) else (".metadata",)
+    return [f"{name} is missing" for name in last if not (path / name).exists()]
+
+
+def _shortened(problems: list[str], most: int = 3) -> str:
+    rest = len(problems) - most
+    return "; ".join(problems[:most]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _start(partial: Path) -> None:
+    """Make an empty folder to write to, and remove what killed runs left."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for path in partial.parent.iterdir():
+        if _LEFT_BEHIND.fullmatch(path.name):
+            _clear(path)
+    partial.mkdir()
+
+
+def _give_up(partial: Path) -> int:
+    """Remove what could not be finished; the bytes that are free then."""
+    shutil.rmtree(partial, ignore_errors=True)
+    return shutil.disk_usage(next(p for p in partial.parents if p.exists())).free
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Give a whole checkpoint its name. One of that name, which was not whole, makes way."""
+    universal = universal_of(path)
+    replaced = [old for old in (universal, path) if old.exists() or old.is_symlink()]
+    moved = [_move_away(old) for old in replaced]
+    partial.rename(path)
+    sync_folder(path.parent)
+    for old in moved:
+        if _LEFT_BEHIND.fullmatch(old.name):
+            _clear(old)
+
+
+def _move_away(path: Path) -> Path:
+    """Rename what stands where a checkpoint is to be: ours for removal, others' beside it."""
+    if _is_ours(path):
+        target = path.with_name(f".{path.name}.old")
+    else:
+        target = path.with_name(f"{path.name}.moved")
+        while target.exists() or target.is_symlink():
+            target = target.with_name(f"{target.name}.moved")
+        warnings.warn(
+            f"{path} is no checkpoint of this program: renamed {target.name}", stacklevel=2
+        )
+    return path.rename(target)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder was written as a checkpoint, or made of one by DeepSpeed's script."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    if path.name.endswith("_universal"):
+        return (path / "zero").is_dir()
+    return any((path / name).exists() for name in (MANIFEST, SETTINGS, ".metadata"))
+
+
+def _rotate(folder: Path, step: int, keep: int, broken: set[str]) -> None:
+    """Remove checkpoints older than the newest ``keep`` up to ``step``; only ever warns."""
+    if not keep:
+        return
+    try:
+        found = found_steps(folder)
+        whole = [
+            at
+            for at, path in found.items()
+            # Those of later steps are not of this run, which went on from an earlier one.
+            if at <= step and path.name not in broken and not _problems(path)
+        ]
+        old = [path for at, path in found.items() if whole and at < whole[-keep:][0]]
+    except (OSError, NewerFormatError) as error:
+        warnings.warn(f"old checkpoints of {folder} are left ({error})", stacklevel=2)
+        return
+    for path in (form for step_path in old for form in (universal_of(step_path), step_path)):
+        if _is_ours(path):
+            try:
+                _clear(path.rename(path.with_name(f".{path.name}.old")))
+            except OSError as error:
+                warnings.warn(f"{path} is left and can be removed ({error})", stacklevel=2)
+
+
+def _clear(path: Path) -> None:
+    """Remove what no longer counts as a checkpoint; only ever warns."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        warnings.warn(f"{path} is left and can be removed ({error})", stacklevel=2)
+
+
+def save_state(path: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+    """Write weights, optimizer state and step by torch.distributed.checkpoint; collective.
+
+    Raises:
+        CheckpointError: on every rank, if it cannot be written.
+    """
     state = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
         "step": step,
     }
-    save(state, checkpoint_id=path)
-    finish_checkpoint(folder, path, settings)
-
-
-def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer, settings: Settings
-) -> int:
-    """Restore the folder's latest checkpoint in place, whatever dp and cp wrote it; collective.
-
-    Returns:
-        The steps done, 0 when there is no checkpoint.
-
-    Raises:
-        ValueError: if the checkpoint is of another model, other data or another seed.
-    """
-    found = checkpoints(folder)
-    if not found:
-        return 0
-    check_same_run(from_toml(found[-1] / "settings.toml"), settings)
-    return load_state(found[-1], model, optimizer)
+    with shared_failure():
+        save(state, checkpoint_id=path)
 
 
 def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
-    """Restore one of ``checkpoints()`` in place; collective.
+    """Restore what ``save_state`` wrote in place, whatever dp and cp wrote it; collective.
 
     Returns:
         The steps done.
@@ -122,7 +399,7 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Restore the weights of one of ``checkpoints()`` in place, whatever dp and cp wrote it;
+    """Restore the weights of a verified checkpoint in place, whatever dp and cp wrote it;
     collective.
 
     Raises:
@@ -135,24 +412,33 @@ def load_weights(path: Path, model: nn.Module) -> None:
     set_model_state_dict(model, state["model"])
 
 
-def check_same_run(saved: Settings, now: Settings) -> None:
-    """Refuse to continue a checkpoint with settings that would make it another run.
+def check_same_run(found: Checkpoint, now: Settings, data: str) -> None:
+    """Refuse to continue a checkpoint with settings or tokens that would make it another run.
 
     Raises:
         ValueError: naming the option, the value found and the checkpoint's.
     """
-    pairs = [
-        # Another engine reads what launch/convert.py makes.
-        ("parallel.engine", saved.parallel.engine, now.parallel.engine),
-        ("run.seed", saved.run.seed, now.run.seed),
-    ]
+    saved = found.settings
+    # Another engine reads what launch/convert.py makes.
+    options = ["parallel.engine", "run.seed"]
+    if saved.parallel.engine == "deepspeed":
+        options.append("parallel.zero_stage")
     for section in _FIXED_SECTIONS:
-        old, new = getattr(saved, section), getattr(now, section)
-        pairs += [
-            (f"{section}.{f.name}", getattr(old, f.name), getattr(new, f.name))
-            for f in dataclasses.fields(new)
-            if f.name not in _FREE_OPTIONS
-        ]
-    for option, old, new in pairs:
+        names = (f.name for f in dataclasses.fields(getattr(now, section)))
+        options += [f"{section}.{name}" for name in names if name not in _FREE_OPTIONS]
+    options += [f"data.{name}" for name in _FIXED_DATA]
+    if not found.data:
+        options += [f"data.{name}" for name in _DATA_BEFORE_DIGESTS]
+    for option in options:
+        section, name = option.split(".")
+        old, new = (getattr(getattr(settings, section), name) for settings in (saved, now))
         if old != new:
             raise ValueError(f"{option}: found {new!r}; {old!r}, the checkpoint's, works")
+    if found.data not in ("", data):
+        option = "tokenizer" if saved.data.tokenizer != now.data.tokenizer else "path"
+        value = getattr(now.data, option) or now.data.source
+        raise ValueError(
+            f"data.{option}: found {value!r}, whose tokens (digest {data[:16]}) are not the "
+            f"checkpoint's ({found.data[:16]}); the same documents and tokenizer, wherever they "
+            "are, work"
+        )

@@ -28,18 +28,22 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from checkpoint import (
+    Checkpoint,
     checkpoint_path,
-    finish_checkpoint,
+    is_deepspeed,
     is_megatron,
     load_state,
+    open_checkpoint,
     save_checkpoint,
+    save_state,
 )
 from fsdp2_engine import make_optimizer
+from manifest import CheckpointError, shared_failure
 from megatron_names import from_saved, to_saved
 from model import Decoder
 from nsa_dist.dcp_metadata import read_metadata
 from nsa_dist.safe_load import check_dcp, load, read_file
-from settings import Settings, check, from_toml
+from settings import Settings, check
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FORMAT = {
@@ -61,24 +65,22 @@ def convert(source: Path, folder: Path) -> Path:
         The new checkpoint.
 
     Raises:
-        ValueError: if ``source`` is no checkpoint, the target is there already, or the other engine
-            cannot run the settings, or a file holds more than data.
+        ValueError: if ``source`` is no checkpoint or not whole, the target is there already, or the
+            other engine cannot run the settings, or a file holds more than data.
+        CheckpointError: if the new one cannot be written.
     """
-    there = (source / ".metadata").exists() and (source / "settings.toml").exists()
+    there = (source / "settings.toml").exists() and not is_deepspeed(source)
     works = "a folder RUN/checkpoints/step_N of engine 'fsdp2' or 'megatron' works"
     check(there, "SOURCE", str(source), works)
-    target = checkpoint_path(folder, int(source.name.removeprefix("step_")))
+    found = open_checkpoint(source, "SOURCE")
+    target = checkpoint_path(folder, found.step)
     check(not target.exists(), "OTHER_RUN", str(folder), f"one without {target.name} works")
-    settings = from_toml(source / "settings.toml")
     check_dcp(source, *(["common.pt"] if is_megatron(source) else []))
-    if is_megatron(source):
-        _from_megatron(source, folder, settings)
-    else:
-        _to_megatron(source, folder, target, settings)
-    return target
+    return _from_megatron(found, folder) if is_megatron(source) else _to_megatron(found, folder)
 
 
-def _from_megatron(source: Path, folder: Path, settings: Settings) -> None:
+def _from_megatron(checkpoint: Checkpoint, folder: Path) -> Path:
+    source, settings = checkpoint.path, checkpoint.settings
     saved = _read_tensors(source)
     moments: dict[str, dict[str, Tensor]] = {}
     for kind in (*_MOMENTS, "param"):
@@ -106,10 +108,15 @@ def _from_megatron(source: Path, folder: Path, settings: Settings) -> None:
     for name, parameter in model.named_parameters():
         state: dict[str, Tensor] = {kind: moments[kind][name].clone() for kind in _MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(updates), **state}
-    save_checkpoint(folder, step, model, optimizer, settings)
+
+    def write(path: Path, step: int) -> None:
+        save_state(path, step, model, optimizer)
+
+    return save_checkpoint(write, folder, step, settings, checkpoint.data)
 
 
-def _to_megatron(source: Path, folder: Path, target: Path, settings: Settings) -> None:
+def _to_megatron(checkpoint: Checkpoint, folder: Path) -> Path:
+    source, settings = checkpoint.path, checkpoint.settings
     parallel = replace(
         settings.parallel,
         engine="megatron",
@@ -133,13 +140,16 @@ def _to_megatron(source: Path, folder: Path, target: Path, settings: Settings) -
         tensors |= {prefix + key: value for key, value in _saved(moments, settings).items()}
     dtype = torch.bfloat16 if settings.run.dtype == "bfloat16" else torch.float32
     tensors |= {key: value.to(dtype) for key, value in whole.items()}
-    target.mkdir(parents=True)
-    save(tensors, checkpoint_id=target)
     # Skipped steps make no update.
     updates = int(optimizer.state[named["embedding.weight"]]["step"])
-    torch.save({"step": step, "updates": updates}, target / "common.pt")
-    (target / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
-    finish_checkpoint(folder, target, megatron)
+
+    def write(path: Path, step: int) -> None:
+        with shared_failure():
+            save(tensors, checkpoint_id=path)
+        torch.save({"step": step, "updates": updates}, path / "common.pt")
+        (path / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+
+    return save_checkpoint(write, folder, step, megatron, checkpoint.data)
 
 
 def _build(settings: Settings, vocab_size: int) -> tuple[Decoder, Optimizer]:
@@ -170,7 +180,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         print(convert(Path(sys.argv[1]), Path(sys.argv[2])))
-    except ValueError as error:
+    except (OSError, ValueError, CheckpointError) as error:
         sys.exit(f"convert.py: {error}")
     finally:
         dist.destroy_process_group()

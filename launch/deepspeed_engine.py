@@ -9,17 +9,16 @@ DeepSpeed keeps groups in the process: one engine lives at a time.
 
 from __future__ import annotations
 
+import filecmp
 import functools
 import logging
 import os
-import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +28,7 @@ with warnings.catch_warnings():
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import safe_set_full_fp32_param
 
-from checkpoint import check_same_run, checkpoint_path, checkpoints, finish_checkpoint
+from checkpoint import universal_of
 from data import mix_seed
 from engine import (
     Step,
@@ -39,11 +38,12 @@ from engine import (
     optimizer_tensors,
     spoil_gradients,
 )
+from manifest import CheckpointError, on_main
 from model import Decoder, compute_dtype
 from nsa_dist import ShardedBatch
 from nsa_dist.adapters.deepspeed import load_checkpoint, make_mpu, scale_loss
 from ranks import Ranks
-from settings import Settings, check, from_toml
+from settings import Settings, check
 
 LARGEST_BUCKET = 500_000_000
 """Elements that are reduced together at most; DeepSpeed's default."""
@@ -70,29 +70,28 @@ def deepspeed_config(settings: Settings, dtype: torch.dtype, dp: int, size: int)
         "communication_data_type": "fp32",
         "seq_parallel_communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        "checkpoint": {"load_universal": resumes_universal(settings)},
         "steps_per_print": 1 << 30,
     }
 
 
-def universal_of(path: Path) -> Path:
-    """Where DeepSpeed's universal form of a checkpoint lies, if there is one."""
-    return path.with_name(f"{path.name}_universal")
+def has_universal(path: Path) -> bool:
+    """Whether a verified checkpoint's universal form lies beside it.
 
-
-def remove_old_universal(path: Path) -> None:
-    """Remove universal forms of checkpoints that are gone, and of ``path``, which is to be written:
-    a run that goes on would read what stood there before."""
-    for form in path.parent.glob("step_*_universal"):
-        origin = form.with_name(form.name.removesuffix("_universal"))
-        if origin == path or not origin.is_dir():
-            shutil.rmtree(form)
-
-
-def resumes_universal(settings: Settings) -> bool:
-    """Whether the run goes on from a checkpoint in its universal form."""
-    found = checkpoints(Path(settings.run.folder)) if settings.run.resume else []
-    return bool(found) and universal_of(found[-1]).is_dir()
+    Raises:
+        ValueError: if what lies there is that of another checkpoint, or was cut short.
+    """
+    form = universal_of(path)
+    if not form.is_dir():
+        return False
+    # The script copies these files last, and leaves its folder tmp until then.
+    copies = [form / file.name for file in path.glob("*model_states.pt")]
+    whole = (form / "zero").is_dir() and not (form / "tmp").exists()
+    whole = whole and all(
+        copy.is_file() and filecmp.cmp(copy, path / copy.name, shallow=False) for copy in copies
+    )
+    works = f"not the whole universal form of {path.name}; none, or one converted again, works"
+    check(whole, "run.resume", str(form), works)
+    return True
 
 
 class DeepSpeedEngine:
@@ -128,6 +127,13 @@ class DeepSpeedEngine:
         )
         draw_weights(self.model, decoder, settings, ranks)
         self.sampler: nn.Module = self.deepspeed
+        # A rank that raised while it writes would leave the others in DeepSpeed's barrier.
+        self._write_errors: list[Exception] = []
+        writer = self.deepspeed.checkpoint_engine
+        writer.save = self._keep_errors(writer.save)
+        self.deepspeed._copy_recovery_script = self._keep_errors(
+            self.deepspeed._copy_recovery_script
+        )
         self.communication = self.model.communication
         self.reset_communication = self.model.reset_communication
 
@@ -160,33 +166,34 @@ class DeepSpeedEngine:
             yield name, getattr(parameter, "ds_tensor", parameter)
         yield from optimizer_tensors(self.deepspeed.optimizer.optimizer)
 
-    def save(self, folder: Path, step: int) -> None:
-        path = checkpoint_path(folder, step)
-        if self.ranks.is_main:
-            remove_old_universal(path)
+    def _keep_errors(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def keep(*args: Any, **options: Any) -> Any:
+            try:
+                return call(*args, **options)
+            except (OSError, RuntimeError) as error:
+                self._write_errors.append(error)
+                return None
+
+        return keep
+
+    def write(self, path: Path, step: int) -> None:
+        self._write_errors.clear()
         self.deepspeed.save_checkpoint(
             str(path.parent), tag=path.name, client_state={"step": step}, save_latest=False
         )
-        dist.barrier()
-        finish_checkpoint(folder, path, self.settings)
+        if self._write_errors:
+            raise CheckpointError(f"rank {self.ranks.rank}: {self._write_errors[0]!r}")
 
-    def load(self, folder: Path) -> int:
+    def read(self, path: Path) -> int:
         """As of ``engine.Engine``: on as many ranks as wrote it, or from its universal form.
 
         Raises:
-            ValueError: if the checkpoint is of another model, other data, another seed, engine or
-                stage, or of another number of ranks: with the command that converts it.
+            ValueError: if the checkpoint is of another number of ranks, with the command that
+                converts it; or if its universal form is not whole.
         """
-        found = checkpoints(folder)
-        if not found:
-            return 0
-        saved = from_toml(found[-1] / "settings.toml")
-        check_same_run(saved, self.settings)
-        stage, works = saved.parallel.zero_stage, "the checkpoint's, works"
-        now = self.settings.parallel.zero_stage
-        check(now == stage, "parallel.zero_stage", now, f"{stage}, {works}")
-        path = found[-1]
-        if self.deepspeed.load_universal_checkpoint():
+        universal = on_main(lambda: has_universal(path))
+        self.deepspeed._config.load_universal_checkpoint = universal
+        if universal:
             path = universal_of(path)
         _, state = load_checkpoint(self.deepspeed, path.parent, path.name)
         return int(state["step"])

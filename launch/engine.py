@@ -64,12 +64,17 @@ class Engine(Protocol):
         """This rank's part of weights and optimizer state, by names to tell; not copied."""
         ...
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint of the state after ``step`` steps."""
+    def write(self, path: Path, step: int) -> None:
+        """Write the state after ``step`` steps into an empty folder; ``checkpoint.save_checkpoint``
+        makes a checkpoint of it.
+
+        Raises:
+            CheckpointError: on one rank or more, if it cannot be written. No rank is left waiting.
+        """
         ...
 
-    def load(self, folder: Path) -> int:
-        """Restore the folder's latest checkpoint; the steps done, 0 without a checkpoint."""
+    def read(self, path: Path) -> int:
+        """Restore the state of a checkpoint that ``checkpoint.resume`` found; the steps done."""
         ...
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from checkpoint import checkpoints
+from checkpoint import found_steps
 from lock import NAME, STALE_SECONDS, FolderLock, Owner
 from ranks import Ranks
 from settings import RunSettings, Settings, check
@@ -55,7 +55,7 @@ def run_folder(settings: Settings, ranks: Ranks) -> Iterator[Path]:
     try:
         _check_shared(folder, ranks)
         _take(lock, ranks)
-        held = _on_main(ranks, lambda: bool(checkpoints(folder)))
+        held = _on_main(ranks, lambda: bool(found_steps(folder)))
         works = "another folder works, or run.resume = true to continue from them"
         found = f"it holds checkpoints; {works}"
         check(settings.run.resume or not held, "run.folder", str(folder), found)

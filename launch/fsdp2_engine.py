@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_state, save_state
 from data import mix_seed
 from engine import (
     Step,
@@ -104,8 +104,8 @@ class Fsdp2Engine:
             for kind, value in self.optimizer.state.get(parameter, {}).items():
                 yield f"{name}: {kind}", local_part(value)
 
-    def save(self, folder: Path, step: int) -> None:
-        save_checkpoint(folder, step, self.model, self.optimizer, self.settings)
+    def write(self, path: Path, step: int) -> None:
+        save_state(path, step, self.model, self.optimizer)
 
-    def load(self, folder: Path) -> int:
-        return load_checkpoint(folder, self.model, self.optimizer, self.settings)
+    def read(self, path: Path) -> int:
+        return load_state(path, self.model, self.optimizer)

@@ -45,14 +45,14 @@ with warnings.catch_warnings():
 
     from nsa_dist.adapters.megatron import get_gpt_decoder_block_nsa_spec, make_packed_seq_params
 
-from checkpoint import check_same_run, checkpoint_path, checkpoints, finish_checkpoint
 from engine import Step, count_targets, is_decayed, optimizer_tensors, spoil_gradients
+from manifest import shared_failure
 from megatron_names import block_to_megatron, own_part, rest_to_megatron
 from model import Decoder, compute_dtype
 from nsa_dist import ShardedBatch
 from nsa_dist.safe_load import check_dcp, weights_only
 from ranks import Ranks
-from settings import OptimizerSettings, Settings, check, from_toml
+from settings import OptimizerSettings, Settings, check
 
 
 def start_megatron(settings: Settings, ranks: Ranks) -> None:
@@ -320,36 +320,27 @@ class MegatronEngine:
             for group in optimizer.param_groups:
                 group["step"] = self.updates
 
-    def save(self, folder: Path, step: int) -> None:
-        path = checkpoint_path(folder, step)
-        if self.ranks.is_main:
-            path.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
+    def write(self, path: Path, step: int) -> None:
         if not self.updates:  # All steps so far were skipped: no update has made the moments.
             (optimizer,) = self.optimizer.chained_optimizers
             optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
             self._set_updates(optimizer)
         state = {**self._state(is_loading=False), "step": step, "updates": self.updates}
-        dist_checkpointing.save(state, str(path))
-        finish_checkpoint(folder, path, self.settings)
+        with shared_failure():
+            dist_checkpointing.save(state, str(path))
 
-    def load(self, folder: Path) -> int:
+    def read(self, path: Path) -> int:
         """As of ``engine.Engine``, whatever sizes wrote it. Before the first step.
 
         Raises:
-            ValueError: if the checkpoint is of another model, other data, another seed or FSDP2,
-                or holds more than data.
+            ValueError: if it holds more than data.
         """
-        found = checkpoints(folder)
-        if not found:
-            return 0
-        check_same_run(from_toml(found[-1] / "settings.toml"), self.settings)
         (optimizer,) = self.optimizer.chained_optimizers
         optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
         # Megatron reads these by pickle, without a check.
-        check_dcp(found[-1], "common.pt")
+        check_dcp(path, "common.pt")
         with weights_only():
-            state = dist_checkpointing.load(self._state(is_loading=True), str(found[-1]))
+            state = dist_checkpointing.load(self._state(is_loading=True), str(path))
         step = int(state["step"])
         missing, unexpected = self.gpt.load_state_dict(state["model"], strict=False)
         assert all(name.endswith("_extra_state") for name in missing), missing

@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor, nn
 
 from bench_options import first_bad_choice
-from checkpoint import checkpoints, load_weights
+from checkpoint import checkpoints, load_weights, open_checkpoint
 from mistakes import end, read_once
 from model import Decoder, build_model
 from nsa_dist import NativeSparseAttention, shard_batch
@@ -177,6 +177,8 @@ def run(options: RecordOptions) -> Recording:
         run=replace(settings.run, device=options.device, dtype=options.dtype),
     )
     ranks = start_ranks(settings)
+    ranks.check_equal("step", path.name, "a checkpoint that every process sees works")
+    open_checkpoint(path, "folder")
     tokenizer = make_tokenizer(settings.data.tokenizer)
     if ranks.is_main and tokenizer.note:
         print(tokenizer.note)

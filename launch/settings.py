@@ -22,6 +22,9 @@ import tyro
 from mistakes import read_once
 from nsa_dist import NSAConfig, RotaryConfig
 
+FORMAT = 1
+"""Of the files of a checkpoint and its settings; those from before formats have none."""
+
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 
@@ -207,6 +210,8 @@ class RunSettings:
             check(getattr(self, option) >= 1, f"run.{option}", getattr(self, option), "1 or more")
         for option in ("validate_every", "checkpoint_every", "keep_checkpoints", "sample_tokens"):
             check(getattr(self, option) >= 0, f"run.{option}", getattr(self, option), "0 or more")
+        works = "less than 10^8 work: the names of checkpoints have eight digits"
+        check(self.steps < 10**8, "run.steps", self.steps, works)
         works = "a positive number works"
         check(self.temperature > 0, "run.temperature", self.temperature, works)
         check(bool(self.prompt) or not self.sample_tokens, "run.prompt", self.prompt, "some text")
@@ -379,18 +384,35 @@ def from_table(cls: type[T], table: Any, section: str = "") -> T:
     return cls(**values)
 
 
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        ValueError: if the file is missing or is no TOML.
+    """
+    try:
+        table: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        # ValueErrors are no TOML, no UTF-8, and integers of thousands of digits.
+        raise ValueError(f"config: found {str(path)!r}; a TOML file works ({error})") from None
+    return table
+
+
 def from_toml(path: str | Path) -> Settings:
     """Settings of a TOML file, checked.
 
     Raises:
-        ValueError: if the file is missing or is no TOML, or as ``from_table`` says.
+        ValueError: as ``read_toml`` and ``from_table`` say, or if its format is a later one.
     """
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        # ValueErrors are no TOML, no UTF-8, and integers of thousands of digits.
-        raise ValueError(f"config: found {str(path)!r}; a TOML file works ({error})") from None
-    return from_table(Settings, table)
+    return _from_document(read_toml(path))
+
+
+def _from_document(table: dict[str, Any]) -> Settings:
+    """Settings of a whole TOML document, which may say its format."""
+    number = table.get("format", FORMAT)
+    works = f"1 to {FORMAT} work; later ones are of later versions of this program"
+    check(type(number) is int and 1 <= number <= FORMAT, "format", number, works)
+    return from_table(Settings, {key: table[key] for key in table if key != "format"})
 
 
 def from_command_line(arguments: Sequence[str]) -> Settings:
@@ -430,7 +452,7 @@ def to_toml(settings: Settings) -> str:
     Raises:
         ValueError: if that text would read back otherwise.
     """
-    lines = []
+    lines = [f"format = {FORMAT}", ""]
     for section in dataclasses.fields(settings):
         lines.append(f"[{section.name}]")
         for name, value in dataclasses.asdict(getattr(settings, section.name)).items():
@@ -438,7 +460,7 @@ def to_toml(settings: Settings) -> str:
                 lines.append(f"{name} = {_toml(value)}")
         lines.append("")
     text = "\n".join(lines)
-    read = from_table(Settings, tomllib.loads(text))
+    read = _from_document(tomllib.loads(text))
     for section in dataclasses.fields(settings):
         written, found = getattr(settings, section.name), getattr(read, section.name)
         works = f"options that settings.toml gives back work; it gives {found!r}"

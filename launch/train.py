@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import mistakes
+from checkpoint import resume, save_checkpoint
 from data import (
     Corpus,
     PackedStreams,
@@ -36,6 +37,7 @@ from engine import Engine, make_engine
 from folder import check_folder_options, run_folder
 from health import Health, check_state, check_validation, finite_mean
 from history import History
+from manifest import CheckpointError
 from nsa_dist import ShardedBatch, shard_batch
 from nsa_kernels import get_backend
 from ranks import Ranks, start_ranks
@@ -209,8 +211,10 @@ def run_steps(
     held_out = held_out_streams(corpus, settings)
     unigram = unigram_loss(corpus.training, held_out, corpus.tokenizer.vocab_size)
 
+    found = resume(folder, settings, corpus.digest) if run.resume else None
     engine = make_engine(settings, corpus.tokenizer.vocab_size, ranks)
-    first_step = engine.load(folder) if run.resume else 0
+    first_step = engine.read(found.path) if found else 0
+    broken = set(found.passed_over) if found else set()
     check_state(engine.tensors(), f"that step {first_step} left", ranks)
     if ranks.is_main:
         (folder / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
@@ -233,7 +237,7 @@ def run_steps(
         def save(done: int) -> None:
             check_state(engine.tensors(), f"after step {done}", ranks)
             report.sync()
-            engine.save(folder, done)
+            save_checkpoint(engine.write, folder, done, settings, corpus.digest, broken)
 
         def log_validation(done: int) -> float | None:
             loss = validate(engine, held_out, settings, ranks, stopping)
@@ -423,7 +427,7 @@ def main() -> None:
         try:
             ranks, settings = start()
             result = train(settings, ranks, stopping)
-        except (ValueError, FloatingPointError) as error:
+        except (ValueError, FloatingPointError, CheckpointError) as error:
             mistakes.end("train.py", error)
         dist.barrier()
         dist.destroy_process_group()

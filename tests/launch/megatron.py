@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from checkpoint import find_checkpoint, save_checkpoint
 from data import PackedStreams, load_corpus
 from engine import make_engine
 from megatron_names import block_from_megatron, rest_to_megatron
@@ -107,9 +108,11 @@ def saved_again(settings: Settings, folder: Path) -> None:
     _prepare(settings)
     ranks = start_ranks(settings)
     engine = make_engine(settings, 256, ranks)
-    step = engine.load(Path(settings.run.folder))
+    found = find_checkpoint(Path(settings.run.folder))
+    assert found is not None
+    step = engine.read(found.path)
     with _own_processes():
-        engine.save(folder, step)
+        save_checkpoint(engine.write, folder, step, settings, found.data)
 
 
 def megatron_gradients(settings: Settings) -> Gradients:

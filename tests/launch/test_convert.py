@@ -16,6 +16,7 @@ from megatron_names import from_saved, to_saved
 from model import Decoder
 from settings import Settings, from_toml, to_toml
 from tests.distributed.ranks import RankError, Ranks
+from tests.launch.checkpoints import flip, seal, shard
 from tests.launch.common import replaced, run_training, tiny
 from tests.launch.megatron import needs_megatron, run_megatron
 from tests.launch.test_megatron_engine import TP2, VARIANTS, by_megatron
@@ -77,6 +78,7 @@ def test_a_checkpoint_of_fsdp2_goes_there_and_back(
     settings = replaced(settings, "run", dtype=name)
     (source / "settings.toml").write_text(to_toml(settings))
     ranks = ranks_of(1)
+    ranks.run(seal, source)
     (there,) = ranks.run(convert, source, tmp_path / "there")
     (back,) = ranks.run(convert, there, tmp_path / "back")
     (before,), (saved,), (after,) = (ranks.run(read, path) for path in (source, there, back))
@@ -130,6 +132,18 @@ def test_fsdp2_goes_on_from_a_checkpoint_of_megatron_and_it_goes_back(
     for found, loss in zip(result.losses, expected.losses[3:], strict=True):
         assert math.isclose(found, loss, rel_tol=1e-5)
     assert math.isclose(result.validation_loss, expected.validation_loss, rel_tol=1e-5)
+
+
+def test_a_damaged_checkpoint_is_refused(
+    ranks_of: RanksOf, by_fsdp2: tuple[Settings, Result], tmp_path: Path
+) -> None:
+    source = tmp_path / "source" / STEP
+    shutil.copytree(Path(by_fsdp2[0].run.folder) / STEP, source)
+    flip(shard(source))
+    message = r"SOURCE: found .*step_00000003', which is not whole: __0_0\.distcp is not what"
+    with pytest.raises(RankError, match=message):
+        ranks_of(1).run(convert, source, tmp_path / "there")
+    assert not (tmp_path / "there").exists()
 
 
 def test_what_is_no_checkpoint_is_refused(ranks_of: RanksOf, tmp_path: Path) -> None:

@@ -204,10 +204,11 @@ def test_a_run_goes_on_elsewhere_by_the_command_that_its_refusal_names(
     run_command(found[1])
     folder = Path(settings.run.folder, "checkpoints")
     for old in ("step_00000001_universal", f"{LAST}_universal"):
-        (folder / old).mkdir()
+        (folder / old / "zero").mkdir(parents=True)
     (result,) = deepspeed_ranks(1).run(run_deepspeed, settings)
-    # Of checkpoints that are gone, or written anew, none is left to go on from.
+    # Of a checkpoint that is written anew none is left to go on from; others' are left alone.
     assert sorted(path.name for path in folder.glob("step_*")) == [
+        "step_00000001_universal",
         "step_00000003",
         "step_00000003_universal",
         LAST,
