@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,7 +85,8 @@ class HuggingFaceTokenizer:
             # What transformers' option of this name does not switch on.
             self._options: dict[str, Any] = {}
         else:
-            load = library.AutoTokenizer.from_pretrained
+            # Code that comes with it would otherwise run after a question on the terminal.
+            load = partial(library.AutoTokenizer.from_pretrained, trust_remote_code=False)
             # No warning of texts beyond a model's longest input: they are cut into streams.
             self._options = {"verbose": False}
         try:

@@ -144,3 +144,20 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match=r"data\.tokenizer: found .*; a tokenizer that transf"):
         make_tokenizer(str(tmp_path))
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is there a question on the terminal, which somebody may answer with yes."""
+    pytest.importorskip("transformers")
+    marker = tmp_path / "ran"
+    code = f"import os\nos.mkdir({str(marker)!r})\nclass Own: pass\n"
+    (tmp_path / "own.py").write_text(code)
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    with pytest.raises(ValueError, match=r"data\.tokenizer: found .*contains custom code"):
+        make_tokenizer(str(tmp_path))
+    assert not marker.exists()

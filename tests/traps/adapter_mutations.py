@@ -86,4 +86,14 @@ ADAPTER_MUTATIONS = (
         "GATE_INIT = (0.0, 0.0, 0.0)",
         "huggingface/test_conversion.py::test_starts_as_the_dense_model[qwen3-yarn-tied]",
     ),
+    _of_adapter(
+        "a checkpoint that runs code when it is loaded",
+        "files are left to DeepSpeed, unchecked",
+        "deepspeed/checkpoint.py",
+        "    with contextlib.nullcontext() if trusted else weights_only(_classes()):\n"
+        "        if not trusted:\n",
+        "    with contextlib.nullcontext():\n        if trusted:\n",
+        "deepspeed/test_untrusted_checkpoints.py::test_trap_a_file_of_deepspeed_that_calls_a_function"
+        "[mp_rank_00_model_states.pt]",
+    ),
 )
