@@ -397,8 +397,8 @@ def summarise(result: Result, report: Report, recent: int, health: Health) -> No
         rows["speed"] = f"{result.tokens_per_second:,.0f} {unit}s/s"
         rows["bytes moved per step"] = ", ".join(moved) or "none"
     if health.skipped:
-        which = ", the last one too" if health.in_a_row else ""
-        rows["skipped"] = f"{health.skipped} of {len(result.losses)} steps{which}"
+        which = ", also in the last step" if health.in_a_row else ""
+        rows["skipped updates"] = f"{health.skipped}{which}"
     rows["seconds"] = f"{result.seconds:.1f}"
     rows["folder"] = str(result.folder)
     if result.stopped:
