@@ -1,5 +1,5 @@
 """Checkpoints that hold more than data: resuming and converting refuse them by name, on every rank,
-and nothing of theirs runs.
+and nothing of theirs runs. Their manifests are right: whoever writes the one can write the other.
 
 ``tests/unit/test_safe_load.py`` has the ways in which a file can be made to run something, and
 ``tests/adapters/deepspeed/test_untrusted_checkpoints.py`` DeepSpeed's files.
@@ -23,6 +23,7 @@ from convert import convert
 from record_choices import RecordOptions
 from settings import Settings, to_toml
 from tests.distributed.ranks import Ranks
+from tests.launch.checkpoints import make_old, seal
 from tests.launch.common import record_choices, replaced, run_training, tiny
 from tests.launch.deepspeed import needs_deepspeed
 from tests.launch.megatron import needs_megatron, run_megatron
@@ -109,16 +110,21 @@ def assert_refused(ranks: Ranks, function: Callable[..., Any], *args: Any, file:
         assert f"ValueError: {expected(file)}" in told, told
 
 
-@pytest.mark.parametrize("craft", CRAFTED)
+@pytest.mark.parametrize(
+    "craft", [in_metadata, in_an_entry, pytest.param(outside, marks=pytest.mark.slow)]
+)
 def test_trap_resuming_from_a_checkpoint_that_runs_code(
     ranks_of: RanksOf, trained: Settings, tmp_path: Path, craft: Craft
 ) -> None:
     settings, path = copied(trained, tmp_path / "run")
     marker = tmp_path / "ran"
     file = craft(path, marker)
+    ranks_of(1).run(seal, path)
     assert_refused(ranks_of(2), run_training, settings, file=file)
     options = RecordOptions(tmp_path / "run", text=(Path(__file__),), length=99, device="cpu")
     assert_refused(ranks_of(1), record_choices, options, file=file)
+    assert_refused(ranks_of(1), convert, path, tmp_path / "other", file=file)
+    make_old(path)
     assert_refused(ranks_of(1), convert, path, tmp_path / "other", file=file)
     assert not marker.exists()
 
@@ -139,6 +145,7 @@ def test_trap_converting_a_checkpoint_of_megatron_that_runs_code(
     _, path = copied(converted, tmp_path / "run")
     marker = tmp_path / "ran"
     file = craft(path, marker)
+    ranks_of(1).run(seal, path)
     assert_refused(ranks_of(1), convert, path, tmp_path / "other", file=file)
     assert not marker.exists()
 
@@ -149,22 +156,30 @@ def test_trap_converting_a_checkpoint_of_megatron_that_runs_code(
     [in_metadata, *(pytest.param(x, marks=pytest.mark.slow) for x in (in_an_entry, in_common))],
 )
 def test_trap_megatron_resuming_from_a_checkpoint_that_runs_code(
-    megatron_ranks: RanksOf, converted: Settings, tmp_path: Path, craft: Craft
+    ranks_of: RanksOf,
+    megatron_ranks: RanksOf,
+    converted: Settings,
+    tmp_path: Path,
+    craft: Craft,
 ) -> None:
     settings, path = copied(converted, tmp_path / "run")
     marker = tmp_path / "ran"
     file = craft(path, marker)
+    ranks_of(1).run(seal, path)
     assert_refused(megatron_ranks(2), run_megatron, settings, file=file)
     assert not marker.exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("craft", [in_metadata, in_an_entry])
-def test_the_commands_say_so_and_end(trained: Settings, tmp_path: Path, craft: Craft) -> None:
+def test_the_commands_say_so_once_and_end(
+    ranks_of: RanksOf, trained: Settings, tmp_path: Path, craft: Craft
+) -> None:
     settings, path = copied(trained, tmp_path / "run")
     marker, config = tmp_path / "ran", tmp_path / "config.toml"
     config.write_text(to_toml(settings))
     file = craft(path, marker)
+    ranks_of(1).run(seal, path)
     lines = {
         "train": [*torchrun(2), str(config)],
         "convert": [sys.executable, TRAIN.replace("train", "convert"), str(path), str(tmp_path)],
@@ -172,13 +187,16 @@ def test_the_commands_say_so_and_end(trained: Settings, tmp_path: Path, craft: C
     for name, line in lines.items():
         with started(line, tmp_path, name) as process:
             assert process.wait() == 1
-            assert expected(file) in process.text
+            assert process.text.count(f"{name}.py: {expected(file)}") == 1
+            assert "Traceback" not in process.text
     assert not marker.exists()
 
 
 @needs_deepspeed
 @pytest.mark.slow
-def test_the_command_of_deepspeed_says_so_and_ends(root: Path, tmp_path: Path) -> None:
+def test_the_command_of_deepspeed_says_so_once_and_ends(
+    ranks_of: RanksOf, root: Path, tmp_path: Path
+) -> None:
     run = {"steps": 2, "dtype": "float32", "folder": str(tmp_path / "run")}
     settings = tiny(root, parallel={"engine": "deepspeed", "cp": 2}, run=run)
     marker, config = tmp_path / "ran", tmp_path / "config.toml"
@@ -189,8 +207,9 @@ def test_the_command_of_deepspeed_says_so_and_ends(root: Path, tmp_path: Path) -
     file = tmp_path / "run" / "checkpoints" / STEP / "zero_pp_rank_1_mp_rank_00_model_states.pt"
     content = torch.load(file, weights_only=False)
     torch.save({**content, "more": mkdir(marker)}, file)
+    ranks_of(1).run(seal, file.parent)
     line += ["--run.resume", "True", "--run.steps", "3"]
     with started(line, tmp_path, "after", DS_ACCELERATOR="cpu") as process:
         assert process.wait() == 1
-        assert expected(file) in process.text
+        assert process.text.count(f"train.py: {expected(file)}") == 1
     assert not marker.exists()
