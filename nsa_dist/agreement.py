@@ -1,87 +1,104 @@
-"""Ranks compare what they are about to do before the first collective that depends on it.
+"""Ranks compare what they are about to do before any message whose size depends on it.
 
-One eight-byte hash a rank is compared for every new plan. Only where hashes differ, or a rank has
-found its own input bad, is more exchanged: each rank's values, so that every rank raises the same
+The first message of every forward and of every backward over several ranks, whether its plan is new
+or cached, is an all-reduce of two numbers: the largest and the smallest fingerprint of what the
+ranks state. Its size depends on nothing, so ranks that part (other documents, another config,
+another dtype, a forward against a backward) meet in it, and not in a halo or a fetch that one of
+them expects to have another size, which ends a process under gloo and hangs or overwrites memory
+under NCCL. A rank that has found its own input bad sends 0 for a fingerprint. Only where the
+numbers differ is more exchanged: each rank's values and problem, so that every rank raises the same
 error and none waits for the others.
+
+What it costs. 16 bytes and one wait of the host, in forward and in backward. A stamp inside of the
+first halo would need no message of its own, but that halo's size is what ranks may disagree on. The
+wait cannot be left out either: sizes must be known to be equal before the next message is sent. It
+is not a wait for the device's queue: on a GPU the message goes through a stream of its own, behind
+the earlier messages of the group and none of the computation that is queued after them, so the GPU
+has work while the host waits.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from nsa_dist.comm.collectives import all_reduce_max
+from nsa_dist.comm.collectives import all_reduce_max, name_failures
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup
+from nsa_dist.statement import Statement
 
-MOST_BOUNDARIES_SHOWN = 8
-
-
-def fingerprint(values: Mapping[str, str]) -> int:
-    """A 63-bit hash of option names and values; never 0."""
-    text = "\n".join(f"{name}={value}" for name, value in values.items())
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 1) | 1
+_Report = tuple[dict[str, str], str | None]
 
 
+@torch.compiler.disable
 def agree(
-    values: Mapping[str, str],
+    statement: Statement,
     problem: str | None,
     group: ContextGroup,
     counter: CommunicationCounter,
-) -> int:
-    """Return the common fingerprint of ``values``, or raise on every rank. A collective.
+    cause: Exception | None = None,
+) -> None:
+    """Return where all ranks state the same and none has a problem. A collective.
 
     Args:
-        values: option names and printed values that must be equal on all ranks.
         problem: what this rank found wrong with its own input, if anything.
+        cause: the exception that told it, if any.
 
     Raises:
         ValueError: on every rank, naming each option that differs and each rank's value of it, or
             each rank's problem.
     """
-    own = fingerprint(values)
     if group.size == 1:
         if problem is not None:
-            raise ValueError(problem)
-        return own
-    stamp = 0 if problem is not None else own
-    # The largest and the smallest stamp, by a collective that no forward uses: should the others be
-    # in a forward already, with a plan that this rank lacks, no message is taken for another and
-    # all time out.
-    extremes = torch.tensor([stamp, -stamp], device=group.device)
-    largest, smallest = all_reduce_max(extremes, group, counter, "plan").tolist()
+            raise ValueError(problem) from cause
+        return
+    stamp = 0 if problem is not None else statement.fingerprint
+    largest, smallest = all_reduce_max([stamp, -stamp], group, counter, "plan", statement)
     if largest == -smallest != 0:
-        return own
-    reports: list[tuple[dict[str, str], str | None]] = [({}, None)] * group.size
-    dist.all_gather_object(reports, (dict(values), problem), group=group.process_group)
-    raise ValueError(_explain(reports))
+        return
+    reports: list[_Report] = [({}, None)] * group.size
+    with name_failures("plan", group, statement):
+        dist.all_gather_object(
+            reports, (dict(statement.values), problem), group=group.process_group
+        )
+    raise ValueError(_explain(reports)) from cause
 
 
-def _explain(reports: list[tuple[dict[str, str], str | None]]) -> str:
+def _explain(reports: list[_Report]) -> str:
     lines = [f"rank {p}: {problem}" for p, (_, problem) in enumerate(reports) if problem]
     if lines and len(lines) < len(reports):
         fine = [p for p, (_, problem) in enumerate(reports) if problem is None]
         lines.append(f"ranks {fine} found nothing wrong with theirs")
+    # A rank that found a problem early states less than the others.
     for name in reports[0][0]:
-        found = [values.get(name, "nothing") for values, _ in reports]
-        if len(set(found)) > 1:
+        found = [values.get(name) for values, _ in reports]
+        if None not in found and len(set(found)) > 1:
             shown = ", ".join(f"rank {p}: {value}" for p, value in enumerate(found))
             lines.append(f"{name}: found {shown}; one value on all the ranks of the group works")
+    if not lines:
+        shown = "; ".join(f"rank {p} states {sorted(v)}" for p, (v, _) in enumerate(reports))
+        lines.append(f"group: found ranks that make different calls ({shown}); the same one works")
     return "; ".join(lines)
 
 
-def show_boundaries(cu_seqlens: torch.Tensor | None) -> str:
-    """Document boundaries as text that differs whenever they differ, short for long ones."""
-    if cu_seqlens is None:
-        return "None"
-    values = cu_seqlens.tolist()
-    dtype = "" if cu_seqlens.dtype == torch.int32 else f"{cu_seqlens.dtype} "
-    if not isinstance(values, list) or len(values) <= MOST_BOUNDARIES_SHOWN:
-        return f"{dtype}{values}"
-    digest = hashlib.blake2b(repr(values).encode(), digest_size=4).hexdigest()
-    shown = ", ".join(map(str, values[: MOST_BOUNDARIES_SHOWN - 1]))
-    return f"{dtype}[{shown}, ..., {values[-1]}] ({len(values)} boundaries, hash {digest})"
+class AgreeInBackward(torch.autograd.Function):
+    """The identity, whose backward agrees that all ranks run the same one.
+
+    Put behind the last of a call's results it comes first in backward, before any gradient moves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, statement: Statement, group: ContextGroup, counter: Any
+    ) -> Tensor:
+        ctx.statement, ctx.group, ctx.counter = statement, group, counter
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        call = ctx.statement.values["call"].replace("forward", "backward")
+        agree(ctx.statement.also(call=call), None, ctx.group, ctx.counter)
+        return grad, None, None, None

@@ -7,17 +7,20 @@
 
 Each step is a function of the backend or an autograd pair of ``nsa_dist.comm``. With one rank the
 same steps run and nothing moves. Every rank runs the same steps in the same order, whatever it
-holds: a node that one rank's graph skipped would leave the others waiting in backward.
+holds: a node that one rank's graph skipped would leave the others waiting in backward. The ranks
+have agreed on the plan before it starts, and agree again before its backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nsa_dist.agreement import AgreeInBackward, agree
 from nsa_dist.comm import (
     CommunicationCounter,
     FetchBlocks,
@@ -32,6 +35,12 @@ from nsa_dist.plan import Plan
 from nsa_dist.rotary import apply_rotary, rotary_cos_sin
 from nsa_kernels import Backend
 
+# What a module of the user's may raise. Checkpointing ends a recomputation by an exception that is
+# none of these.
+USERS_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
 Rotary = RotaryConfig | tuple[Tensor, Tensor]
 
 
@@ -107,6 +116,8 @@ class Flow:
         out = self.ops.combine([outputs[branch] for branch in config.branches], gates)
         if k_cmp is not None and "compressed" not in config.branches:
             out = ZeroGradient.apply(out, k_cmp)
+        if self.group.size > 1:
+            out = AgreeInBackward.apply(out, self.plan.statement, self.group, self.counter)
         return out, lse, selected
 
     def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +145,6 @@ class Flow:
         self, keys: dict[str, Tensor], values: dict[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Extended K [E, G, Dk] and V [E, G, Dv] of each key branch; what is shared moves once."""
-        stamped = None if self.config.uses_compression else self.plan
         extended: dict[str, tuple[Tensor, Tensor]] = {}
         for branch, k in keys.items():
             v = values.get(branch)
@@ -145,7 +155,7 @@ class Flow:
             if v is None:  # Keys that only choose blocks have no values.
                 v = k.new_zeros(*k.shape[:2], 0)
             halo = self.plan.halos[branch]
-            extended[branch] = HaloExchange.apply(k, v, halo, self.group, self.counter, stamped)
+            extended[branch] = HaloExchange.apply(k, v, halo, self.group, self.counter, self.plan)
         return extended
 
     def _compress(
@@ -162,17 +172,33 @@ class Flow:
         config, blocks = self.config, self.plan.compressed
         assert blocks is not None and k_compressor is not None
         rows, block = blocks.own_rows, config.compress_block
-        k_own = apply_compressor(k_compressor, k_ext, rows, block, self.ops)
+
+        def own_blocks() -> tuple[Tensor, Tensor]:
+            k = apply_compressor(k_compressor, k_ext, rows, block, self.ops)
+            if "compressed" not in config.branches:
+                return k, k.new_zeros(*k.shape[:2], 0)
+            assert v_compressor is not None
+            return k, apply_compressor(v_compressor, v_ext, rows, block, self.ops)
+
+        custom = config.compress == "custom" and self.group.size > 1
+        k_own, v_own = self._agreed(own_blocks) if custom else own_blocks()
         if config.compress_pre_rope:
             middle = blocks.own_index * config.compress_stride + (block - 1) // 2
             k_own = apply_rotary(k_own, *self._cos_sin(middle))
-        if "compressed" in config.branches:
-            assert v_compressor is not None
-            v_own = apply_compressor(v_compressor, v_ext, rows, block, self.ops)
-        else:
-            v_own = k_own.new_zeros(*k_own.shape[:2], 0)
-        stamped = None if "selected" in config.branches else self.plan
-        return GatherCompressed.apply(k_own, v_own, blocks, self.group, self.counter, stamped)
+        return GatherCompressed.apply(k_own, v_own, blocks, self.group, self.counter, self.plan)
+
+    def _agreed(self, compress: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What the user's modules return; an error of one rank's is raised on every rank."""
+        statement = self.plan.statement.also(call="forward of custom compressors")
+        try:
+            result = compress()
+        except USERS_ERRORS as error:
+            said = f"compress: a custom module raised {type(error).__name__}: {error}"
+            problem = str(error) if str(error).startswith("compress: ") else said
+            agree(statement, problem, self.group, self.counter, error)
+            raise
+        agree(statement, None, self.group, self.counter)
+        return result
 
     def _attend_compressed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if "compressed" not in self.config.branches:
@@ -223,7 +249,7 @@ class Flow:
             strict=True,
         ):
             k_own, v_own, k_fetched, v_fetched = FetchBlocks.apply(
-                k_g, v_g, transfer, self.group, self.counter
+                k_g, v_g, transfer, self.group, self.counter, self.plan
             )
             out, lse = self.ops.selected_attention(
                 q_g,

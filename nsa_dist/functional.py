@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nsa_dist.checks import DTYPES, check, check_tensor, describe
+from nsa_dist.agreement import agree
+from nsa_dist.checks import DTYPES, describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.compressor import BlockCompressor, compressor_options
 from nsa_dist.config import NSAConfig, RotaryConfig
@@ -16,7 +17,8 @@ from nsa_dist.crossover import hint_at_crossover
 from nsa_dist.flow import Flow, Rotary
 from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.plan import Plan
-from nsa_dist.planning import get_plan
+from nsa_dist.planning import find_plan
+from nsa_dist.statement import Statement
 from nsa_kernels import get_backend
 
 
@@ -87,12 +89,17 @@ def native_sparse_attention(
 
     Raises:
         ValueError: naming the option, the value found and the values that work; on every rank of
-            the group where it shows when a plan is made.
+            the group, whichever rank's input is bad.
     """
     context = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
-    check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
-    check_tensor("q", q, "a tensor")
+    problem = None
+    if not isinstance(config, NSAConfig):
+        problem = f"config: found {config!r}; an NSAConfig works"
+    elif not isinstance(q, Tensor):
+        problem = f"q: found {describe(q)}; a tensor works"
+    if problem is not None:
+        agree(Statement({"call": "forward"}), problem, context, counter)
     problem = _check_inputs(q, k, v, gates, config, rotary) or _check_compressors(
         k_compressor, v_compressor, config
     )
@@ -102,9 +109,20 @@ def native_sparse_attention(
         problem = problem or ops.refuses(q.dtype, config.kernel_options)
     except ValueError as error:
         problem = problem or str(error)
+
+    def inputs() -> dict[str, str]:
+        return {
+            "q": describe(q),
+            "k": _describe_all(k),
+            "v": _describe_all(v),
+            "gates": describe(gates),
+            "rotary": _describe_all(rotary),
+            "backend": repr(backend),
+        }
+
     if plan is None:
         batch, local_length = q.shape[:2] if q.ndim >= 2 else (0, 0)
-        plan = get_plan(
+        plan = find_plan(
             config,
             layout,
             context,
@@ -113,26 +131,17 @@ def native_sparse_attention(
             cu_seqlens=cu_seqlens,
             dtype=q.dtype,
             device=q.device,
-            communication=counter,
-            inputs={
-                "q": describe(q),
-                "k": _describe_all(k),
-                "v": _describe_all(v),
-                "gates": describe(gates),
-                "rotary": _describe_all(rotary),
-                "backend": repr(backend),
-            },
+            counter=counter,
+            inputs=inputs(),
             problem=problem,
         )
     else:
         problem = problem or _check_plan(plan, q, config, context, cu_seqlens)
-        if problem is not None:
-            raise ValueError(problem)
-    if isinstance(rotary, tuple) and rotary[0].shape[0] < plan.longest:
-        raise ValueError(
-            f"rotary: found cos and sin of {rotary[0].shape[0]} positions; {plan.longest}, the "
-            "longest document's, work"
-        )
+    problem = problem or _check_tables(rotary, plan)
+    if context.size > 1 or problem is not None:
+        statement = plan.statement if isinstance(plan, Plan) else Statement({"call": "forward"})
+        more = {k: value for k, value in inputs().items() if k not in statement.values}
+        agree(statement.also(**more), problem, context, counter)
 
     if context.rank == 0:
         hint_at_crossover(plan.longest, q.device, ops.name, q.dtype)
@@ -262,6 +271,8 @@ def _check_plan(
     plan: Plan, q: Tensor, config: NSAConfig, context: ContextGroup, cu_seqlens: Tensor | None
 ) -> str | None:
     """What tells that a plan is not of this call, or None."""
+    if not isinstance(plan, Plan):
+        return f"plan: found {describe(plan)}; one from get_plan, or None, works"
     if cu_seqlens is not None:
         return "cu_seqlens: found beside a plan, which has its own; None works"
     for what, found, works in (
@@ -273,6 +284,16 @@ def _check_plan(
         if found != works:
             return f"plan: found one for {what} {found}; one for {works} works"
     return None
+
+
+def _check_tables(rotary: Rotary | None, plan: Plan) -> str | None:
+    """What keeps tables of cos and sin from rotating the tokens of a plan, or None."""
+    if not isinstance(rotary, tuple) or rotary[0].shape[0] >= plan.longest:
+        return None
+    return (
+        f"rotary: found cos and sin of {rotary[0].shape[0]} positions; {plan.longest}, the longest "
+        "document's, work"
+    )
 
 
 def _check_compressors(

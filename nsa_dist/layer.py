@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nsa_dist.agreement import agree
 from nsa_dist.checks import (
     DTYPES,
     INTEGER_DTYPES,
@@ -15,7 +16,6 @@ from nsa_dist.checks import (
     check_bool,
     check_int,
     check_number,
-    check_tensor,
     describe,
 )
 from nsa_dist.comm import CommunicationCounter
@@ -28,8 +28,9 @@ from nsa_dist.gates import make_gate
 from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.layout import make_layout
 from nsa_dist.plan import Plan
-from nsa_dist.planning import get_plan
+from nsa_dist.planning import find_plan
 from nsa_dist.rotary import apply_rotary, rotary_cos_sin
+from nsa_dist.statement import Statement
 from nsa_kernels import get_backend
 
 
@@ -187,7 +188,7 @@ class NativeSparseAttention(nn.Module):
 
         Raises:
             ValueError: naming the option, the value found and the values that work; on every rank
-                of the group where it shows when a plan is made.
+                of the group, whichever rank's input is bad.
         """
         config = self.config
         plan = self._plan(x, cu_seqlens, position_ids)
@@ -233,9 +234,11 @@ class NativeSparseAttention(nn.Module):
             out = drop_tokens(out, self.dropout, plan.documents, plan.positions)
         return out if details is None else (out, details)
 
-    @torch.compiler.disable  # The one break of a compiled layer: see get_plan.
+    @torch.compiler.disable  # The one break of a compiled layer: see find_plan.
     def _plan(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Plan:
-        check_tensor("x", x, "a tensor")
+        if not isinstance(x, Tensor):
+            problem = f"x: found {describe(x)}; a tensor works"
+            agree(Statement({"call": "forward"}), problem, self.context, self.communication)
         rows = tuple(x.shape[:2]) if x.ndim >= 2 else (0, 0)
         problem = self._problem(x, position_ids)
         backend = self.backend
@@ -243,7 +246,7 @@ class NativeSparseAttention(nn.Module):
             backend = get_backend(backend, x.device).name
         except ValueError as error:
             problem = problem or str(error)
-        plan = get_plan(
+        plan = find_plan(
             self.config,
             self.layout,
             self.context,
@@ -252,7 +255,7 @@ class NativeSparseAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             dtype=x.dtype,
             device=x.device,
-            communication=self.communication,
+            counter=self.communication,
             inputs={
                 "x": f"width {x.shape[-1]}" if x.ndim == 3 else describe(x),
                 "rotary": repr(self.rotary),

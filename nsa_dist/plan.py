@@ -12,7 +12,7 @@ whole batch, row after row. A block belongs to the rank that holds its first tok
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nsa_dist.config import BRANCHES, NSAConfig
 from nsa_dist.layout import Layout, chunk_starts, concat_ranges
+from nsa_dist.statement import Statement
 from nsa_kernels import QuerySegments
 
 
@@ -95,7 +96,7 @@ class Plan:
         halos: one for each key branch; the same object for all where K, V is shared.
         compressed: the compression blocks; None where no branch needs them.
         selected: the selection blocks; None where the branch is not used.
-        fingerprint: of everything that all ranks must agree on; 0 until they have.
+        statement: everything that all ranks must agree on, printed.
     """
 
     config: NSAConfig
@@ -111,7 +112,7 @@ class Plan:
     halos: Mapping[str, Halo]
     compressed: BlockOwnership | None
     selected: BlockOwnership | None
-    fingerprint: int = 0
+    statement: Statement = field(default_factory=lambda: Statement({}))
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its index tensors on ``device``."""

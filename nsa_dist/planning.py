@@ -2,9 +2,11 @@
 
 The cache holds plans of each group's last few batches by value: config, layout, sizes, dtype,
 device and the document boundaries themselves. All layers of a model that are given the same batch
-share one plan, and a forward that finds its plan here communicates nothing for it. Groups are kept
-apart, so that what a rank does alone or in another group drops no plan of this one: ranks that make
-the same calls in a group hit and miss alike.
+share one plan. Groups are kept apart, so that what a rank does alone or in another group drops no
+plan of this one.
+
+Making a plan sends nothing, so it does not matter whether ranks find theirs here or make them. Each
+call that moves anything agrees on its plan first: see ``nsa_dist.agreement``.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nsa_dist.agreement import agree, show_boundaries
-from nsa_dist.checks import check, describe
+from nsa_dist.agreement import agree
+from nsa_dist.checks import describe
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.config import NSAConfig
 from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.layout import check_lengths, make_layout
 from nsa_dist.plan import Plan, build_plan
+from nsa_dist.statement import Statement, show_boundaries
 
 CACHED_PLANS = 8
 
@@ -70,8 +73,6 @@ def _same_documents(a: Tensor | None, b: Tensor | None) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-# Compiled code calls it as it is: what it reads is values, and a batch needs it once.
-@torch.compiler.disable
 def get_plan(
     config: NSAConfig,
     layout: str,
@@ -86,7 +87,7 @@ def get_plan(
     inputs: Mapping[str, str] | None = None,
     problem: str | None = None,
 ) -> Plan:
-    """The plan for one call, from the cache or new. Making a new one is a collective.
+    """The plan for one call, from the cache or new. A collective.
 
     Args:
         batch, local_length: rows, and tokens a row on this rank.
@@ -99,9 +100,48 @@ def get_plan(
         ValueError: on every rank of the group, naming the option, when any rank's input is bad or
             ranks disagree.
     """
-    check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
     group = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
+    plan = find_plan(
+        config,
+        layout,
+        group,
+        batch=batch,
+        local_length=local_length,
+        cu_seqlens=cu_seqlens,
+        dtype=dtype,
+        device=device,
+        counter=counter,
+        inputs=inputs or {},
+        problem=problem,
+    )
+    agree(plan.statement.also(call="get_plan"), None, group, counter)
+    return plan
+
+
+# Compiled code calls it as it is: what it reads is values, and a batch needs it once.
+@torch.compiler.disable
+def find_plan(
+    config: NSAConfig,
+    layout: str,
+    group: ContextGroup,
+    *,
+    batch: int,
+    local_length: int,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    counter: CommunicationCounter,
+    inputs: Mapping[str, str],
+    problem: str | None = None,
+) -> Plan:
+    """As ``get_plan``, on which the ranks have yet to agree before anything moves by it.
+
+    Raises:
+        ValueError: on every rank of the group, whose others have yet to agree, when this rank's
+            input is bad.
+    """
+    batch, local_length = int(batch), int(local_length)
     if cu_seqlens is None:
         boundaries = "None"
     elif isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "meta":
@@ -112,7 +152,6 @@ def get_plan(
         works = "an int32 tensor (not on meta) or None works"
         problem = problem or f"cu_seqlens: found {boundaries}; {works}"
         cu_seqlens = None
-    inputs = {} if inputs is None else inputs
     key = (config, layout, batch, local_length, dtype, device, tuple(inputs.items()))
     plans = _plans_of(group)
     if problem is None:
@@ -122,16 +161,20 @@ def get_plan(
                 return entry.plan
 
     values = {
+        "call": "forward",
         "layout": repr(layout),
         "group size": str(group.size),
         "batch size": str(batch),
         "local sequence length": str(local_length),
         "cu_seqlens": boundaries or show_boundaries(cu_seqlens),
         "dtype": str(dtype),
-        "device": device.type,
+        "device": torch.device(device).type,
         **inputs,
     }
-    values |= {f.name: repr(x) for f, x in zip(fields(config), astuple(config), strict=True)}
+    if isinstance(config, NSAConfig):
+        values |= {f.name: repr(x) for f, x in zip(fields(config), astuple(config), strict=True)}
+    else:
+        problem = problem or f"config: found {config!r}; an NSAConfig works"
     length = local_length * group.size
     cut = None
     try:
@@ -139,14 +182,16 @@ def get_plan(
         problem = problem or check_lengths(cut, batch, length, cu_seqlens)
     except ValueError as error:
         problem = problem or str(error)
-    stamp = agree(values, problem, group, counter)
+    statement = Statement(values)
+    if problem is not None:
+        agree(statement, problem, group, counter)  # Raises: there is a problem.
     assert cut is not None
     # A training step may be the next to find this plan, and autograd saves no inference tensors.
     # Whatever the default device is: plans are made on the host.
     with torch.inference_mode(False), torch.device("cpu"):
         own = None if cu_seqlens is None else cu_seqlens.clone()
         plan = build_plan(config, cut, group.rank, group.size, batch, length, own)
-        plan = replace(plan.to(device), fingerprint=stamp)
+        plan = replace(plan.to(device), statement=statement)
     plans.append(_Entry(key, own, plan))
     del plans[:-CACHED_PLANS]
     return plan

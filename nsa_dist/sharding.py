@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nsa_dist.agreement import agree, show_boundaries
-from nsa_dist.checks import INTEGER_DTYPES, check_int, check_tensor, describe
+from nsa_dist.agreement import agree
+from nsa_dist.checks import INTEGER_DTYPES, check_int, describe
 from nsa_dist.comm.collectives import all_gather_rows
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.layout import check_cu_seqlens, local_indices, make_layout
+from nsa_dist.statement import Statement, show_boundaries
 
 IGNORED_LABEL = -100
 
@@ -64,17 +65,18 @@ class Sharding:
         Raises:
             ValueError: on every rank, when any rank's x is bad or ranks disagree.
         """
-        check_tensor("x", x, "a tensor")
         problem = self._problem(x, self.local_columns.numel(), "the local length")
         values = {
+            "call": "unshard",
             "x": describe(x),
             "length": str(self.length),
             "layout": repr(self.layout),
             "cu_seqlens": show_boundaries(self.cu_seqlens),
         }
         counter = CommunicationCounter()
-        agree(values, problem, self.context, counter)
-        gathered = all_gather_rows(x.detach(), self.context, counter, "unshard")
+        statement = Statement(values)
+        agree(statement, problem, self.context, counter)
+        gathered = all_gather_rows(x.detach(), self.context, counter, "unshard", statement)
         rows = gathered.unflatten(0, (self.context.size, -1)).transpose(0, 1).flatten(1, 2)
         padded = torch.empty_like(rows)
         padded[:, self.rank_columns.to(x.device)] = rows
@@ -82,7 +84,9 @@ class Sharding:
 
     def _problem(self, x: Tensor, length: int, meaning: str) -> str | None:
         """What is wrong with rows to shard or unshard, or None."""
-        if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != length:
+        if not isinstance(x, Tensor):
+            return f"x: found {describe(x)}; a tensor works"
+        if x.ndim < 2 or x.shape[1] != length:
             return f"x: found {describe(x)}; shape [batch, {length}, ...] works ({meaning})"
         if self.cu_seqlens is not None and x.shape[0] != 1:
             return (
@@ -202,9 +206,14 @@ def unshard(
         cu_seqlens: as it was given to ``shard``.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: naming the option, the value found and the values that work; on every rank.
     """
-    sharding = make_sharding(length, cu_seqlens=cu_seqlens, layout=layout, group=group)
+    context = context_group(group)
+    try:
+        sharding = make_sharding(length, cu_seqlens=cu_seqlens, layout=layout, group=context)
+    except ValueError as error:
+        agree(Statement({"call": "unshard"}), str(error), context, CommunicationCounter(), error)
+        raise
     return sharding.unshard(x)
 
 

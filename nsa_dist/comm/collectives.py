@@ -1,4 +1,4 @@
-"""The collectives that the attention uses, counted, and the fixed-order sum of their returns.
+"""The attention's collectives, counted and named where they fail, and the sum of their returns.
 
 Neighbour exchanges are all-to-alls whose splits are zero except for the neighbours: NCCL sends
 only what is not empty, as grouped point-to-point transfers, while every rank still takes part, so
@@ -7,7 +7,10 @@ that a rank without a neighbour can neither skip nor hang the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -27,12 +30,15 @@ def all_to_all_rows(
     group: ContextGroup,
     counter: CommunicationCounter,
     kind: str,
+    about: object,
 ) -> Tensor:
     """Send consecutive runs of rows to the ranks of the group, and receive theirs.
 
     Args:
         rows: [sum(send_counts), width], run p goes to rank p.
         send_counts, recv_counts: rows for and from each rank.
+        kind: what it is counted as, and called in errors.
+        about: what errors print of the call; a ``Statement``.
 
     Returns:
         [sum(recv_counts), width], ordered by sender.
@@ -40,13 +46,15 @@ def all_to_all_rows(
     if group.size == 1:
         return rows
     received = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
-    dist.all_to_all_single(
-        received,
-        rows.contiguous(),
-        output_split_sizes=list(recv_counts),
-        input_split_sizes=list(send_counts),
-        group=group.process_group,
-    )
+    rows = rows.contiguous()
+    with name_failures(kind, group, about):
+        dist.all_to_all_single(
+            received,
+            rows,
+            output_split_sizes=list(recv_counts),
+            input_split_sizes=list(send_counts),
+            group=group.process_group,
+        )
     row_bytes = rows.element_size() * rows[:1].numel() if len(rows) else 0
     if len(received):
         row_bytes = received.element_size() * received[:1].numel()
@@ -59,27 +67,93 @@ def all_to_all_rows(
 
 
 def all_gather_rows(
-    rows: Tensor, group: ContextGroup, counter: CommunicationCounter, kind: str
+    rows: Tensor, group: ContextGroup, counter: CommunicationCounter, kind: str, about: object
 ) -> Tensor:
     """Concatenate equally many rows of every rank: [M, width] -> [P*M, width]."""
     if group.size == 1:
         return rows
     gathered = rows.new_empty((group.size * rows.shape[0], *rows.shape[1:]))
-    _all_gather(gathered, rows.contiguous(), group=group.process_group)
+    rows = rows.contiguous()
+    with name_failures(kind, group, about):
+        _all_gather(gathered, rows, group=group.process_group)
     own_bytes = rows.numel() * rows.element_size()
     counter.add(kind, sent=own_bytes * (group.size - 1), received=own_bytes * (group.size - 1))
     return gathered
 
 
 def all_reduce_max(
-    values: Tensor, group: ContextGroup, counter: CommunicationCounter, kind: str
-) -> Tensor:
-    """The largest of all ranks' values, by element; counted as sent whole to every rank."""
-    largest = values.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group.process_group)
-    own_bytes = values.numel() * values.element_size()
+    values: list[int], group: ContextGroup, counter: CommunicationCounter, kind: str, about: object
+) -> list[int]:
+    """The largest of all ranks' 64-bit values, by place; counted as sent whole to every rank."""
+    device = group.device
+    on_gpu = device.type == "cuda"
+    with torch.cuda.stream(_side_stream(device) if on_gpu else None):
+        largest = torch.tensor(values, device=device)
+        with name_failures(kind, group, about):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group.process_group)
+            if on_gpu:
+                _wait_for_stream(group)
+        result: list[int] = largest.tolist()
+    own_bytes = largest.nbytes
     counter.add(kind, sent=own_bytes * (group.size - 1), received=own_bytes * (group.size - 1))
-    return largest
+    return result
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of messages that need nothing of what is computed, so that none waits for it."""
+    return torch.cuda.Stream(device)
+
+
+def _wait_for_stream(group: ContextGroup) -> None:
+    """Wait for the current stream, but not for ever.
+
+    NCCL's own watchdog ends the process at the group's timeout, without a word to Python: the wait
+    gives up a little before it.
+
+    Raises:
+        RuntimeError: when it gives up.
+    """
+    assert group.process_group is not None
+    timeout = group.process_group._get_backend(group.device).options._timeout.total_seconds()
+    done = torch.cuda.Event()
+    done.record()
+    start = time.monotonic()
+    while not done.query():
+        waited = time.monotonic() - start
+        if waited > timeout - min(1.0, timeout / 10):
+            raise RuntimeError(f"timed out after {waited:.1f} s, with a timeout of {timeout:g} s")
+        time.sleep(0.0 if waited < 0.001 else 0.0001)
+
+
+@contextmanager
+def name_failures(kind: str, group: ContextGroup, about: object) -> Iterator[None]:
+    """Give a collective that timed out, or lost a rank, the words to look for the reason with.
+
+    Args:
+        kind: of message.
+        about: printed; what this rank was doing.
+
+    Raises:
+        RuntimeError: or the subclass that torch.distributed raised, from it.
+    """
+    start = time.monotonic()
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        waited = time.monotonic() - start
+        raised = type(error) if isinstance(error, dist.DistError) else RuntimeError
+        assert group.process_group is not None
+        members = dist.get_process_group_ranks(group.process_group)
+        raise raised(
+            f"{kind}: failed after {waited:.1f} s on rank {group.rank} of the group of global "
+            f"ranks {members}, in the {about}: {error}. If it timed out or lost a connection, "
+            "another rank ended, raised an error of its own (see its output), made another call, "
+            "or was slower than the group's timeout (docs/training.md, 'When ranks wait for each "
+            "other')"
+        ) from error
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from collections import defaultdict
 class CommunicationCounter:
     """Bytes this rank sent to and received from other ranks since the last ``reset``.
 
-    Kinds: ``plan`` (agreement on a new plan, and its stamp on a halo or gather), ``halo``,
+    Kinds: ``plan`` (agreement on what is done, before each forward and backward), ``halo``,
     ``gather`` (compressed tokens), ``request`` (which blocks are wanted), ``fetch`` (blocks), and
     ``halo_grad``, ``gather_grad``, ``fetch_grad`` for their returns; of dense layers ``ring`` (keys
     and values, forward) and ``ring_grad`` (all of backward). What a rank keeps for itself is not

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nsa_dist.comm.collectives import add_returned_rows, all_to_all_rows
 from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.comm.stamp import STAMP_BYTES, check_stamps, stamp_of
 from nsa_dist.group import ContextGroup
 from nsa_dist.plan import BlockOwnership, Plan
 
@@ -55,15 +54,10 @@ def request_blocks(
 ) -> FetchPlan:
     """Tell each rank which of its blocks this rank's queries chose, and learn the others' wishes.
 
-    The message is one byte a block and KV head, so its size is known without asking; a stamp of
-    the plan goes with it, so that ranks whose cached plans differ find out here rather than
-    compute on each other's wrong rows.
+    The message is one byte a block and KV head, so its size is known without asking.
 
     Args:
         selected: int32 [N, G, n], -1 padded.
-
-    Raises:
-        ValueError: on every rank that sees another's stamp differ from its own.
     """
     blocks = plan.selected
     assert blocks is not None
@@ -76,7 +70,7 @@ def request_blocks(
         return FetchPlan((Transfer(0, nothing, (0,), (0,)),), num_heads, block_rows)
 
     wanted = _wanted_blocks(selected, plan, blocks, group.rank)
-    asked, stamps = _exchange_wishes(wanted, plan, blocks, group, counter)
+    asked = _exchange_wishes(wanted, plan, blocks, group, counter)
 
     own_lengths = blocks.lengths[blocks.own_ids]
     lengths_by_rank = blocks.lengths[blocks.by_rank]
@@ -84,10 +78,8 @@ def request_blocks(
     recv = wanted_tokens.new_zeros(num_heads, group.size)
     recv.index_add_(1, blocks.owner[blocks.by_rank], wanted_tokens)
     send = (asked * own_lengths).sum(-1)
-    # The only point at which the host waits for the device.
-    summary = torch.cat((send.flatten(), recv.flatten(), stamps)).cpu()
-    sizes, stamps = summary[: -group.size].view(2, num_heads, group.size), summary[-group.size :]
-    check_stamps(stamps, plan, group)
+    # The only point at which the host waits for what was computed.
+    sizes = torch.stack((send, recv)).cpu()
     send_counts, recv_counts = sizes.tolist()
 
     start = wanted_tokens.cumsum(-1) - wanted_tokens + halo_rows
@@ -123,25 +115,22 @@ def _exchange_wishes(
     blocks: BlockOwnership,
     group: ContextGroup,
     counter: CommunicationCounter,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Send each owner its part of ``wanted``.
 
     Returns:
-        asked bool [G, P, own blocks]: which own blocks each rank wants;
-        stamps int64 [P]: the plan of each rank.
+        asked bool [G, P, own blocks]: which own blocks each rank wants.
     """
     num_heads = wanted.shape[0]
-    stamp = stamp_of(plan, wanted.device)
     parts = wanted.view(torch.uint8).split(blocks.counts, dim=1)
-    message = torch.cat([piece for part in parts for piece in (stamp, part.flatten())])
-    send_counts = [STAMP_BYTES + num_heads * count for count in blocks.counts]
+    message = torch.cat([part.flatten() for part in parts])
+    send_counts = [num_heads * count for count in blocks.counts]
     own = blocks.counts[group.rank]
-    recv_counts = [STAMP_BYTES + num_heads * own] * group.size
-    answer = all_to_all_rows(message, send_counts, recv_counts, group, counter, "request")
-    answer = answer.view(group.size, -1)
-    stamps = answer[:, :STAMP_BYTES].contiguous().view(torch.int64).flatten()
-    asked = answer[:, STAMP_BYTES:].reshape(group.size, num_heads, own).transpose(0, 1)
-    return asked.bool(), stamps
+    recv_counts = [num_heads * own] * group.size
+    answer = all_to_all_rows(
+        message, send_counts, recv_counts, group, counter, "request", plan.statement
+    )
+    return answer.view(group.size, num_heads, own).transpose(0, 1).bool()
 
 
 class FetchBlocks(torch.autograd.Function):
@@ -169,12 +158,20 @@ class FetchBlocks(torch.autograd.Function):
         transfer: Transfer,
         group: ContextGroup,
         counter: CommunicationCounter,
+        plan: Plan,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.transfer, ctx.group, ctx.counter = transfer, group, counter
+        ctx.about = plan.statement
         rows = torch.cat((k[transfer.send_rows], v[transfer.send_rows]), dim=-1)
         before = counter.received["fetch"]
         fetched = all_to_all_rows(
-            rows, transfer.send_counts, transfer.recv_counts, group, counter, "fetch"
+            rows,
+            transfer.send_counts,
+            transfer.recv_counts,
+            group,
+            counter,
+            "fetch",
+            plan.statement,
         )
         counter.fetched_per_head[transfer.first_head] += counter.received["fetch"] - before
         k_fetched, v_fetched = fetched.split((k.shape[-1], v.shape[-1]), dim=-1)
@@ -186,7 +183,7 @@ class FetchBlocks(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         transfer: Transfer = ctx.transfer
         if ctx.group.size == 1:
-            return grad_k, grad_v, None, None, None
+            return grad_k, grad_v, None, None, None, None
         returned = all_to_all_rows(
             torch.cat((grad_k_fetched, grad_v_fetched), dim=-1),
             transfer.recv_counts,
@@ -194,10 +191,11 @@ class FetchBlocks(torch.autograd.Function):
             ctx.group,
             ctx.counter,
             "fetch_grad",
+            ctx.about,
         )
         parts = returned.split((grad_k.shape[-1], grad_v.shape[-1]), dim=-1)
         own_k, own_v = (
             add_returned_rows(own, part, transfer.send_rows, transfer.send_counts).to(own.dtype)
             for own, part in zip((grad_k, grad_v), parts, strict=True)
         )
-        return own_k, own_v, None, None, None
+        return own_k, own_v, None, None, None, None

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from nsa_dist.comm.collectives import accumulation_dtype, all_gather_rows, all_to_all_rows
 from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.comm.stamp import all_gather_stamped
 from nsa_dist.group import ContextGroup
 from nsa_dist.plan import BlockOwnership, Plan
 
@@ -26,8 +25,6 @@ class GatherCompressed(torch.autograd.Function):
         backward    all-to-all of dfull, each token's to its maker; the P partial gradients are
                     added there in float32 (float64) in rank order. The bytes are a
                     reduce-scatter's; its order of additions would not be fixed.
-
-    The gather carries the stamp of ``stamped``, a plan; None where another message does.
     """
 
     @staticmethod
@@ -38,18 +35,15 @@ class GatherCompressed(torch.autograd.Function):
         blocks: BlockOwnership,
         group: ContextGroup,
         counter: CommunicationCounter,
-        stamped: Plan | None = None,
+        plan: Plan,
     ) -> tuple[Tensor, Tensor]:
-        ctx.blocks, ctx.group, ctx.counter = blocks, group, counter
+        ctx.blocks, ctx.group, ctx.counter, ctx.about = blocks, group, counter, plan.statement
         if group.size == 1:
             return k.view_as(k), v.view_as(v)
         own = torch.cat((k, v), dim=-1)
         padded = own.new_zeros((max(blocks.counts), *own.shape[1:]))
         padded[: len(own)] = own
-        if stamped is None:
-            full = all_gather_rows(padded, group, counter, "gather")
-        else:
-            full = all_gather_stamped(padded, stamped, group, counter, "gather")
+        full = all_gather_rows(padded, group, counter, "gather", plan.statement)
         full = full[blocks.gathered_rows]
         k_full, v_full = full.split((k.shape[-1], v.shape[-1]), dim=-1)
         return k_full, v_full
@@ -68,6 +62,7 @@ class GatherCompressed(torch.autograd.Function):
             group,
             ctx.counter,
             "gather_grad",
+            ctx.about,
         ).view(group.size, count, *grad.shape[1:])
         own = partial[0].to(accumulation_dtype(grad.dtype), copy=True)
         for piece in partial[1:]:

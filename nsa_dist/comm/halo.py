@@ -9,7 +9,6 @@ from torch import Tensor
 
 from nsa_dist.comm.collectives import add_returned_rows, all_to_all_rows
 from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.comm.stamp import all_to_all_stamped
 from nsa_dist.group import ContextGroup
 from nsa_dist.plan import Halo, Plan
 
@@ -27,8 +26,7 @@ class HaloExchange(torch.autograd.Function):
                     through the reverse all-to-all of dext[recv_rows]
 
     K and V travel in one message. Where no rank needs a halo (one rank among the cases) nothing is
-    sent, on any rank, and where besides the buffer is the local tensor nothing is copied. The
-    message carries the stamp of ``stamped``, a plan; None where another one does.
+    sent, on any rank, and where besides the buffer is the local tensor nothing is copied.
     """
 
     @staticmethod
@@ -39,9 +37,9 @@ class HaloExchange(torch.autograd.Function):
         halo: Halo,
         group: ContextGroup,
         counter: CommunicationCounter,
-        stamped: Plan | None = None,
+        plan: Plan,
     ) -> tuple[Tensor, Tensor]:
-        ctx.halo, ctx.group, ctx.counter = halo, group, counter
+        ctx.halo, ctx.group, ctx.counter, ctx.about = halo, group, counter, plan.statement
         if halo.is_identity:
             return k.view_as(k), v.view_as(v)
         local = torch.cat((k, v), dim=-1)
@@ -49,11 +47,9 @@ class HaloExchange(torch.autograd.Function):
         extended[halo.own_rows] = local
         if not halo.is_local:
             rows, sent, received = local[halo.send_rows], halo.send_counts, halo.recv_counts
-            if stamped is None:
-                rows = all_to_all_rows(rows, sent, received, group, counter, "halo")
-            else:
-                rows = all_to_all_stamped(rows, sent, received, stamped, group, counter, "halo")
-            extended[halo.recv_rows] = rows
+            extended[halo.recv_rows] = all_to_all_rows(
+                rows, sent, received, group, counter, "halo", plan.statement
+            )
         k_ext, v_ext = extended.split((k.shape[-1], v.shape[-1]), dim=-1)
         return k_ext, v_ext
 
@@ -72,6 +68,7 @@ class HaloExchange(torch.autograd.Function):
                 ctx.group,
                 ctx.counter,
                 "halo_grad",
+                ctx.about,
             )
             own = add_returned_rows(own, returned, halo.send_rows, halo.send_counts)
         k_part, v_part = own.to(grad.dtype).split((grad_k.shape[-1], grad_v.shape[-1]), dim=-1)

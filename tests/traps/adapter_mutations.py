@@ -57,8 +57,8 @@ ADAPTER_MUTATIONS = (
         "a ring over ranks with unlike documents",
         "ranks agree on new plans alone",
         "ring/attention.py",
-        "    agree(values, problem, context, counter)\n",
-        "    if problem:\n        agree(values, problem, context, counter)\n",
+        "    if context.size > 1 or problem is not None:\n",
+        "    if problem is not None:\n",
         "ring/test_layer.py::test_a_rank_with_another_batch_is_an_error_on_every_rank",
     ),
     _of_adapter(

@@ -163,8 +163,8 @@ MUTATIONS = (
         "rows or ranks fully masked",
         "a rank without a compression block skips the key compressor",
         "nsa_dist/flow.py",
-        "k_own = apply_compressor(k_compressor, k_ext, rows, block, self.ops)",
-        "k_own = apply_compressor(k_compressor, k_ext, rows, block, self.ops)"
+        "k = apply_compressor(k_compressor, k_ext, rows, block, self.ops)",
+        "k = apply_compressor(k_compressor, k_ext, rows, block, self.ops)"
         " if len(rows) else k_ext[:0]",
         "test_ranks.py::test_trap_rank_fully_masked",
     ),

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.checks import DTYPES, check, check_tensor, describe
+from nsa_dist.agreement import agree
+from nsa_dist.checks import DTYPES, check, describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.compressor import BlockCompressor, check_custom
 from nsa_dist.config import NSAConfig
@@ -20,7 +21,8 @@ from nsa_dist.gates import StaticGate
 from nsa_dist.group import GroupLike, context_group
 from nsa_dist.layout import make_layout
 from nsa_dist.plan import Plan
-from nsa_dist.planning import get_plan
+from nsa_dist.planning import find_plan
+from nsa_dist.statement import Statement
 from nsa_kernels import get_backend
 
 
@@ -121,7 +123,7 @@ class NSADistributedAttention(nn.Module):
 
         Raises:
             ValueError: naming the option, the value found and the values that work; on every rank
-                of the group where it shows when a plan is made.
+                of the group, whichever rank's input is bad.
         """
         plan = self._plan(q, k, v, batch_dim_idx, rotary_pos_emb, gates, cu_seqlens)
         if batch_dim_idx == 1:
@@ -164,7 +166,9 @@ class NSADistributedAttention(nn.Module):
         gates: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> Plan:
-        check_tensor("q", q, "a tensor")
+        if not isinstance(q, Tensor):
+            problem = f"q: found {describe(q)}; a tensor works"
+            agree(Statement({"call": "forward"}), problem, self.context, self.communication)
         problem = self._problem(q, k, v, batch_dim_idx, gates)
         rows = (0, 0)
         if problem is None:
@@ -177,7 +181,7 @@ class NSADistributedAttention(nn.Module):
             problem = problem or ops.refuses(q.dtype, self.config.kernel_options)
         except ValueError as error:
             problem = problem or str(error)
-        return get_plan(
+        return find_plan(
             self.config,
             self.layout,
             self.context,
@@ -186,7 +190,7 @@ class NSADistributedAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             dtype=q.dtype,
             device=q.device,
-            communication=self.communication,
+            counter=self.communication,
             inputs={
                 "batch_dim_idx": repr(batch_dim_idx),
                 "rotary_pos_emb": "None" if rotary_pos_emb is None else "cos and sin",

@@ -21,7 +21,8 @@ from nsa_dist.comm import CommunicationCounter
 from nsa_dist.config import NSAConfig
 from nsa_dist.group import ContextGroup
 from nsa_dist.plan import Plan
-from nsa_dist.planning import get_plan
+from nsa_dist.planning import find_plan
+from nsa_dist.statement import Statement
 from nsa_kernels import QuerySegments
 
 
@@ -201,7 +202,8 @@ def plan_stream(
     communication = runtime.communication
     if runtime.context.size > 1:
         given = "None" if position_ids is None else "given"
-        agree({"position_ids": given}, problem, runtime.context, communication)
+        statement = Statement({"call": "model's forward", "position_ids": given})
+        agree(statement, problem, runtime.context, communication)
         problem = None
     rows, batch = None, rows_given
     if ranges is not None:
@@ -213,7 +215,7 @@ def plan_stream(
         # Documents of several rows, found by their positions.
         batch, length = 1, rows_given * length
         rows = torch.arange(length, device=device)
-    plan = get_plan(
+    plan = find_plan(
         config,
         runtime.layout,
         runtime.context,
@@ -222,7 +224,7 @@ def plan_stream(
         cu_seqlens=cu_seqlens,
         dtype=dtype,
         device=device,
-        communication=communication,
+        counter=communication,
         inputs={"backend": runtime.backend, "model": "transformers"},
         problem=problem,
     )
@@ -248,7 +250,7 @@ def _check_positions(
             "position_ids: found others than the positions in the documents of cu_seqlens and "
             "this layout; those of nsa_dist.shard_batch, or None, work"
         )
-    agree({}, problem, context, communication)
+    agree(Statement({"call": "positions of a model"}), problem, context, communication)
 
 
 def check_position_ids(position_ids: Tensor | None, shape: tuple[int, ...]) -> str | None:

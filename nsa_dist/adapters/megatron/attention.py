@@ -41,10 +41,12 @@ from nsa_dist.adapters.megatron.modules import (
     local_gate_logits,
     make_parallel_gate,
 )
+from nsa_dist.agreement import agree
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.config import NSAConfig
 from nsa_dist.functional import native_sparse_attention
 from nsa_dist.group import SINGLE, context_group
+from nsa_dist.statement import Statement
 
 GATE_MULTIPLE = 8
 """Gate logits are padded to this many channels, so that rows of values stay aligned."""
@@ -124,7 +126,10 @@ class NSACoreAttention(MegatronModule):
         packed = packed_seq_params is not None
         cu_seqlens = None
         if packed_seq_params is not None:
-            cu_seqlens = check_packed(packed_seq_params)
+            try:
+                cu_seqlens = check_packed(packed_seq_params)
+            except ValueError as error:
+                self.refuse(error)
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         # [s, b, ...] -> [b, s, ...]
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -152,6 +157,10 @@ class NSACoreAttention(MegatronModule):
         assert isinstance(out, Tensor)
         out = out.transpose(0, 1).flatten(2)
         return out.squeeze(1) if packed else out
+
+    def refuse(self, error: ValueError) -> None:
+        """Raise on every rank of the group what is wrong with this rank's input."""
+        agree(Statement({"call": "forward"}), str(error), self.context, self.communication, error)
 
 
 class NSASelfAttention(Attention):
@@ -243,7 +252,10 @@ class NSASelfAttention(Attention):
             ValueError: for a KV cache, other layer's keys and values, an attention bias, or a mask
                 that is more than causal.
         """
-        check_call(kwargs)
+        try:
+            check_call(kwargs)
+        except ValueError as error:
+            self.core_attention.refuse(error)
         if attention_mask is not None:
             core: Any = self.core_attention
             check_no_mask(attention_mask, kwargs)

@@ -24,13 +24,15 @@ from torch import Tensor
 
 from nsa_dist.adapters.ring.flash import FLASH_DTYPES, FLASH_WIDTH, flash_kind
 from nsa_dist.adapters.ring.library import missing_library, ring_functions
-from nsa_dist.agreement import agree, show_boundaries
+from nsa_dist.agreement import AgreeInBackward, agree
 from nsa_dist.checks import DTYPES, check_number, check_tensor, describe
 from nsa_dist.comm import CommunicationCounter
+from nsa_dist.comm.collectives import name_failures
 from nsa_dist.config import NSAConfig
 from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.plan import Plan
-from nsa_dist.planning import get_plan, on_host
+from nsa_dist.planning import find_plan
+from nsa_dist.statement import Statement
 
 # Of the plan a dense layer needs the checks, the ranks' agreement and each token's place in its
 # document. Neither depends on heads, and a window of the token itself needs no exchange.
@@ -67,6 +69,7 @@ class DensePlan:
         layout: its name.
         dtype: of queries, keys and values.
         packed: whether there were ``cu_seqlens``.
+        statement: what all ranks must agree on, printed.
     """
 
     plan: Plan
@@ -74,12 +77,12 @@ class DensePlan:
     layout: str
     dtype: torch.dtype
     packed: bool
+    statement: Statement
 
 
 _splits: weakref.WeakKeyDictionary[Plan, Split] = weakref.WeakKeyDictionary()
 
 
-@torch.compiler.disable
 def get_dense_plan(
     layout: str,
     group: GroupLike | ContextGroup,
@@ -95,34 +98,51 @@ def get_dense_plan(
 ) -> DensePlan:
     """The plan for one call, cached as by ``nsa_dist.get_plan``. A collective.
 
-    Ranks agree on every call and not on new plans alone: nothing else that a ring sends would tell
-    one rank of another's documents.
-
     Raises:
         ValueError: on every rank, naming the option, for what ``get_plan`` refuses, and for a
             layout that dense attention has no algorithm for, naming those that work.
     """
     context = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
+    plan = find_dense_plan(
+        layout,
+        context,
+        batch=batch,
+        local_length=local_length,
+        cu_seqlens=cu_seqlens,
+        dtype=dtype,
+        device=device,
+        counter=counter,
+        inputs=inputs or {},
+        problem=problem,
+    )
+    agree(plan.statement.also(call="get_dense_plan"), None, context, counter)
+    return plan
+
+
+@torch.compiler.disable
+def find_dense_plan(
+    layout: str,
+    context: ContextGroup,
+    *,
+    batch: int,
+    local_length: int,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    counter: CommunicationCounter,
+    inputs: dict[str, str],
+    problem: str | None = None,
+) -> DensePlan:
+    """As ``get_dense_plan``, on which the ranks have yet to agree before anything moves by it.
+
+    Raises:
+        ValueError: on every rank of the group, whose others have yet to agree, when this rank's
+            input is bad.
+    """
     if context.size > 1:
         problem = problem or missing_library() or _layout_problem(layout, cu_seqlens, dtype)
-    inputs = {"attention": "dense"} | (inputs or {})
-    if isinstance(cu_seqlens, Tensor) and not cu_seqlens.is_meta:
-        cu_seqlens = on_host(cu_seqlens)
-        boundaries = show_boundaries(cu_seqlens)
-    else:
-        boundaries = describe(cu_seqlens)
-    values = {
-        "layout": repr(layout),
-        "batch size": str(batch),
-        "local sequence length": str(local_length),
-        "cu_seqlens": boundaries,
-        "dtype": str(dtype),
-        "device": device.type,
-        **inputs,
-    }
-    agree(values, problem, context, counter)
-    plan = get_plan(
+    plan = find_plan(
         PLACES,
         layout,
         context,
@@ -131,14 +151,16 @@ def get_dense_plan(
         cu_seqlens=cu_seqlens,
         dtype=dtype,
         device=device,
-        communication=counter,
-        inputs=inputs,
+        counter=counter,
+        inputs={"call": "dense forward", **inputs},
+        problem=problem,
     )
     if plan not in _splits:
         # Made where autograd may save them, as plans are.
         with torch.inference_mode(False), torch.device("cpu"):
             _splits[plan] = _split(plan, layout, cu_seqlens, dtype, device)
-    return DensePlan(plan, _splits[plan], layout, dtype, cu_seqlens is not None)
+    packed = cu_seqlens is not None
+    return DensePlan(plan, _splits[plan], layout, dtype, packed, plan.statement)
 
 
 def _layout_problem(layout: str, cu_seqlens: Tensor | None, dtype: torch.dtype) -> str | None:
@@ -214,17 +236,25 @@ def dense_attention(
 
     Raises:
         ValueError: naming the option, the value found and the values that work; on every rank of
-            the group where it shows when a plan is made.
+            the group, whichever rank's input is bad.
     """
     context = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
-    if scale is not None:
-        check_number("scale", scale, "a positive finite number or None works")
-    check_tensor("q", q, "a tensor")
+    try:
+        if scale is not None:
+            check_number("scale", scale, "a positive finite number or None works")
+        check_tensor("q", q, "a tensor")
+    except ValueError as error:
+        agree(Statement({"call": "dense forward"}), str(error), context, counter, error)
     problem = _check_inputs(q, k, v, context.size)
+
+    def inputs() -> dict[str, str]:
+        given = {"q": q, "k": k, "v": v}
+        return {name: describe(x) for name, x in given.items()} | {"scale": repr(scale)}
+
     if plan is None:
         batch, local_length = q.shape[:2] if q.ndim >= 2 else (0, 0)
-        plan = get_dense_plan(
+        plan = find_dense_plan(
             layout,
             context,
             batch=batch,
@@ -232,20 +262,23 @@ def dense_attention(
             cu_seqlens=cu_seqlens,
             dtype=q.dtype,
             device=q.device,
-            communication=counter,
-            inputs={"q": describe(q), "k": describe(k), "v": describe(v), "scale": repr(scale)},
+            counter=counter,
+            inputs=inputs(),
             problem=problem,
         )
     else:
         problem = problem or _check_plan(plan, q, context, cu_seqlens)
-        if problem is not None:
-            raise ValueError(problem)
+    statement = plan.statement if isinstance(plan, DensePlan) else Statement({})
+    if context.size > 1 or problem is not None:
+        statement = statement.also(call="dense forward", **inputs())
+        agree(statement, problem, context, counter)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not q.numel():
         return v.new_zeros(*q.shape[:3], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum())
     if context.size == 1:
         return _on_one_rank(q, k, v, plan, scale)
-    return _on_ranks(q, k, v, plan, context, scale, counter)
+    out = _on_ranks(q, k, v, plan, context, scale, counter)
+    return AgreeInBackward.apply(out, statement, context, counter)
 
 
 def _on_one_rank(q: Tensor, k: Tensor, v: Tensor, plan: DensePlan, scale: float) -> Tensor:
@@ -284,25 +317,26 @@ def _on_ranks(
     }
     moved, others = k.nbytes + v.nbytes, context.size - 1
     received = (others * moved, 2 * others * moved)
-    if plan.layout == "contiguous":
-        # Rows are of one length: they are more heads of one document.
-        heads = (q.shape[0], q.shape[2])
-        q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
-        out = functions.llama3(
-            *(q, k, v, *split.bounds, *split.longest),
-            heads_k_stride=1,
-            local_k_slice=slice(*split.key_rows),
-            **options,
-        )
-        out = out.unflatten(1, heads).transpose(0, 1)
-    else:
-        # Gradients of keys and values go round whole, in float32, and home.
-        received = (others * moved, others * moved + context.size * 4 * (k.numel() + v.numel()))
-        if plan.packed:
-            rows = (x.squeeze(0) for x in (q, k, v))
-            out = functions.zigzag_varlen(*rows, *split.bounds, *split.longest, **options)[None]
+    with name_failures("ring", context, plan.statement):
+        if plan.layout == "contiguous":
+            # Rows are of one length: they are more heads of one document.
+            heads = (q.shape[0], q.shape[2])
+            q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
+            out = functions.llama3(
+                *(q, k, v, *split.bounds, *split.longest),
+                heads_k_stride=1,
+                local_k_slice=slice(*split.key_rows),
+                **options,
+            )
+            out = out.unflatten(1, heads).transpose(0, 1)
         else:
-            out = functions.zigzag(q, k, v, **options)
+            # Gradients of keys and values go round whole, in float32, and home.
+            received = (others * moved, others * moved + context.size * 4 * (k.numel() + v.numel()))
+            if plan.packed:
+                rows = (x.squeeze(0) for x in (q, k, v))
+                out = functions.zigzag_varlen(*rows, *split.bounds, *split.longest, **options)[None]
+            else:
+                out = functions.zigzag(q, k, v, **options)
     counter.add("ring", received[0], received[0])
     return _CountBackward.apply(out[..., :value_width], counter, received[1])
 
@@ -357,6 +391,8 @@ def _check_plan(
     plan: DensePlan, q: Tensor, context: ContextGroup, cu_seqlens: Tensor | None
 ) -> str | None:
     """What tells that a plan is not of this call, or None."""
+    if not isinstance(plan, DensePlan):
+        return f"plan: found {describe(plan)}; one from get_dense_plan, or None, works"
     if cu_seqlens is not None:
         return "cu_seqlens: found beside a plan, which has its own; None works"
     made = plan.plan

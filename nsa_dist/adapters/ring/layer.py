@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.adapters.ring.attention import DensePlan, dense_attention, get_dense_plan
+from nsa_dist.adapters.ring.attention import DensePlan, dense_attention, find_dense_plan
 from nsa_dist.adapters.ring.library import missing_library
-from nsa_dist.checks import check, check_bool, check_int, check_number, check_tensor, describe
+from nsa_dist.agreement import agree
+from nsa_dist.checks import check, check_bool, check_int, check_number, describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.config import NSAConfig, RotaryConfig
 from nsa_dist.dropout import drop_tokens
@@ -17,6 +18,7 @@ from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.layer import PreNormBlock, autocast_dtype, input_problem
 from nsa_dist.layout import make_layout
 from nsa_dist.rotary import apply_rotary, rotary_cos_sin
+from nsa_dist.statement import Statement
 
 
 class DenseAttention(nn.Module):
@@ -124,7 +126,7 @@ class DenseAttention(nn.Module):
 
         Raises:
             ValueError: naming the option, the value found and the values that work; on every rank
-                of the group where it shows when a plan is made.
+                of the group, whichever rank's input is bad.
         """
         config, plan = self.config, self._plan(x, cu_seqlens, position_ids)
         places, rows = plan.plan, x.shape[:2]
@@ -152,10 +154,13 @@ class DenseAttention(nn.Module):
 
     @torch.compiler.disable
     def _plan(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> DensePlan:
-        check_tensor("x", x, "a tensor")
+        if not isinstance(x, Tensor):
+            problem = f"x: found {describe(x)}; a tensor works"
+            statement = Statement({"call": "dense forward"})
+            agree(statement, problem, self.context, self.communication)
         rows = tuple(x.shape[:2]) if x.ndim >= 2 else (0, 0)
         cast = autocast_dtype(x.device.type)
-        return get_dense_plan(
+        return find_dense_plan(
             self.layout,
             self.context,
             batch=rows[0],
@@ -163,7 +168,7 @@ class DenseAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             dtype=x.dtype if cast is None or x.dtype == torch.float64 else cast,
             device=x.device,
-            communication=self.communication,
+            counter=self.communication,
             inputs={
                 "x": f"{x.dtype}, width {x.shape[-1]}" if x.ndim == 3 else describe(x),
                 "heads": repr((self.config.num_heads, self.config.num_kv_heads)),

@@ -124,8 +124,8 @@ def counted_and_moved(case: Case) -> tuple[dict[str, int], dict[str, int]]:
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
-    # Agreement on the call is the same for all.
-    assert counter.received.pop("plan") == 16 * (size - 1)
+    # Agreement on the call, and on its backward, is the same for all.
+    assert counter.received.pop("plan") == 2 * 16 * (size - 1)
     return dict(counter.received), moved
 
 
