@@ -65,6 +65,7 @@ def start_megatron(settings: Settings, ranks: Ranks) -> None:
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=settings.run.timeout / 60,
     )
     found = (
         parallel_state.get_tensor_model_parallel_rank(),

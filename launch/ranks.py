@@ -12,11 +12,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from settings import Settings, check
 from startup import compare_in_group, describe, join_store, judge, show_values
@@ -126,11 +128,20 @@ def start_ranks(settings: Settings) -> Ranks:
         backend = "nccl" if kind == "cuda" else "gloo"
         device_id = device if kind == "cuda" else None
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, device_id=device_id
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            device_id=device_id,
+            timeout=timedelta(seconds=settings.run.timeout),
         )
     rank, size = dist.get_rank(), dist.get_world_size()
     cp, tp, pp = settings.parallel.cp, settings.parallel.tp, settings.parallel.pp
     grid = init_device_mesh(kind, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
+    flat = init_device_mesh(kind, (size,), mesh_dim_names=("dp_cp",))
+    # A mesh makes its groups with torch's own timeout, whatever the default group's is.
+    for group in (*grid.get_all_groups(), flat.get_group()):
+        _set_pg_timeout(timedelta(seconds=settings.run.timeout), group)
     return Ranks(
         rank=rank,
         size=size,
@@ -144,7 +155,7 @@ def start_ranks(settings: Settings) -> Ranks:
         pp=pp,
         pp_rank=rank // (dp * cp * tp),
         cp_mesh=grid["cp"],
-        flat_mesh=init_device_mesh(kind, (size,), mesh_dim_names=("dp_cp",)),
+        flat_mesh=flat,
     )
 
 

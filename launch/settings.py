@@ -194,6 +194,7 @@ class RunSettings:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is a GPU
     # auto: bfloat16 with float32 weights on cuda, else float32
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    timeout: float = 600.0  # seconds that ranks wait for each other before the run ends
     log_every: int = 10  # steps between log lines
     validate_every: int = 0  # steps between validations; 0: at the end only
     validation_streams: int = 16  # held-out streams that a validation reads
@@ -212,6 +213,8 @@ class RunSettings:
             check(getattr(self, option) >= 0, f"run.{option}", getattr(self, option), "0 or more")
         works = "less than 10^8 work: the names of checkpoints have eight digits"
         check(self.steps < 10**8, "run.steps", self.steps, works)
+        works = "a number of seconds above 0 and up to a million works"
+        check(0 < self.timeout <= 1e6, "run.timeout", self.timeout, works)
         works = "a positive number works"
         check(self.temperature > 0, "run.temperature", self.temperature, works)
         check(bool(self.prompt) or not self.sample_tokens, "run.prompt", self.prompt, "some text")

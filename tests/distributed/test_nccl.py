@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -9,9 +10,12 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from nsa_dist import RotaryConfig
+from nsa_dist import NativeSparseAttention, RotaryConfig
 from tests.distributed.layer_case import (
+    HIDDEN,
+    SMALL,
     LayerCase,
     LayerResult,
     assert_results_close,
@@ -84,6 +88,99 @@ def error_on_one_rank(case: LayerCase) -> str:
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+CUT, OTHER_CUT = (0, 8, 24), (0, 16, 24)
+TOKENS = 32
+ENOUGH_SECONDS = 30.0
+
+
+def parted_call(name: str) -> tuple[str, float, bool]:
+    """A call in which the last rank parts: its error, its seconds, and whether the group goes on."""
+    group, last = dist.group.WORLD, dist.get_rank() == dist.get_world_size() - 1
+    total = TOKENS * dist.get_world_size()
+    torch.manual_seed(0)
+    options = {"layout": "contiguous", "group": group, "device": "cuda"}
+    layers = {w: NativeSparseAttention(HIDDEN, replace(SMALL, window=w), **options) for w in (5, 9)}
+    x = torch.ones(1, TOKENS, HIDDEN, device="cuda")
+
+    def call(cut: tuple[int, ...], window: int = 9, width: int = HIDDEN) -> Tensor:
+        bounds = torch.tensor([*cut, total], dtype=torch.int32)
+        out = layers[window](x[..., :width], cu_seqlens=bounds)
+        assert isinstance(out, Tensor)
+        return out
+
+    # All ranks have all plans.
+    first, second = call(CUT), call(OTHER_CUT)
+    call(CUT, 5)
+    start = time.monotonic()
+    try:
+        if name == "documents":
+            call(CUT if last else OTHER_CUT)
+        elif name == "halo":  # The messages have other sizes.
+            call(CUT, 5 if last else 9)
+        elif name == "input":
+            call(CUT, width=HIDDEN - last)
+        else:
+            (first if last else second).sum().backward()
+        message = "no error"
+    except ValueError as error:
+        message = str(error)
+    seconds = time.monotonic() - start
+    return message, seconds, bool(call(CUT).isfinite().all())
+
+
+PARTED = {
+    "documents": ("cu_seqlens: found rank 0: [0, 16, 24, ", "[0, 8, 24, "),
+    "halo": ("window: found rank 0: 9", "5"),
+    "input": ("ranks [0", f"x: found shape (1, {TOKENS}, {HIDDEN - 1})"),
+    "backward": ("cu_seqlens: found rank 0: [0, 16, 24, ", "[0, 8, 24, "),
+}
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("name", PARTED)
+def test_a_rank_that_parts_is_told_on_every_rank(name: str, gpus: Ranks) -> None:
+    others, found = PARTED[name]
+    messages = set()
+    for message, seconds, goes_on in gpus.run(parted_call, name):
+        assert seconds < ENOUGH_SECONDS
+        assert goes_on
+        messages.add(message)
+    (message,) = messages
+    assert others in message
+    assert f"rank {gpus.size - 1}: {found}" in message
+
+
+def wait_for_the_last_rank() -> str:
+    """The error of a call that the last rank does not make."""
+    group = dist.new_group(timeout=timedelta(seconds=10))
+    layer = NativeSparseAttention(HIDDEN, SMALL, group=group, device="cuda")
+    x = torch.ones(1, TOKENS, HIDDEN, device="cuda")
+    layer(x)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        time.sleep(12)
+        return "none"
+    try:
+        layer(x)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.multi_gpu
+def test_a_wait_for_a_rank_is_named_before_the_watchdog_ends_it() -> None:
+    # Processes of its own: what waits in a stream is there until they end.
+    ranks = Ranks(torch.cuda.device_count(), timedelta(seconds=120), "nccl")
+    try:
+        for pipe in ranks._pipes:
+            pipe.send((wait_for_the_last_rank, ()))
+        assert ranks._pipes[0].poll(60), "a hang"
+        ok, message = ranks._pipes[0].recv()
+        assert ok and message.startswith("plan: failed after 9."), message
+        assert "on rank 0 of the group of global ranks [0, " in message
+    finally:
+        ranks.close()
 
 
 @pytest.mark.multi_gpu

@@ -51,6 +51,7 @@ TINY: Table = {
     "run": {
         "steps": 20,
         "device": "cpu",
+        "timeout": 60.0,
         "dtype": "float64",
         "log_every": 50,
         "validation_streams": 3,
