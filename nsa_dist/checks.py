@@ -5,7 +5,9 @@ Every message names the option, the value found and the values that work.
 
 from __future__ import annotations
 
+import math
 import sys
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -22,20 +24,33 @@ def check(ok: bool, option: str, value: Any, works: str) -> None:
         raise ValueError(f"{option}: found {value!r}; {works}")
 
 
-def check_int(option: str, value: Any, minimum: int) -> None:
-    """An int (no bool) from ``minimum`` on; positions are int32, so nothing needs to be larger."""
-    is_int = isinstance(value, int) and not isinstance(value, bool)
+def as_int(option: str, value: Any, minimum: int) -> int:
+    """An integer (no bool) from ``minimum`` on, as an int whatever it was, NumPy's among others.
+
+    What is printed, hashed and written of an option must not depend on the type it came as.
+    Positions are int32, so nothing needs to be larger than that.
+    """
+    is_int = isinstance(value, Integral) and not isinstance(value, bool)
     works = f"an integer of at least {minimum} works"
     if is_int and value > LARGEST_INT:
         works = f"an integer of at most {LARGEST_INT} works"
     check(is_int and minimum <= value <= LARGEST_INT, option, value, works)
+    return int(value)
 
 
-def check_number(option: str, value: Any, works: str, *, positive: bool = True) -> None:
-    """A finite int or float (no bool), above 0 if ``positive``."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    ok = is_number and abs(value) <= sys.float_info.max and (value > 0 or not positive)
+def as_number(option: str, value: Any, works: str, *, positive: bool = True) -> float:
+    """A finite real number (no bool), above 0 if ``positive``, as a float whatever it was."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    too_large = isinstance(value, Integral) and abs(int(value)) > sys.float_info.max
+    ok = is_number and not too_large and math.isfinite(value) and (value > 0 or not positive)
     check(ok, option, value, works)
+    return float(value)
+
+
+def as_choice(option: str, value: Any, choices: tuple[str, ...]) -> str:
+    """One of ``choices``, as it stands there."""
+    check(isinstance(value, str) and value in choices, option, value, f"{choices} work")
+    return choices[choices.index(value)]
 
 
 def check_bool(option: str, value: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.checks import check, describe
+from nsa_dist.checks import as_int, check, describe
 from nsa_dist.config import NSAConfig
 from nsa_kernels import Backend
 
@@ -62,6 +62,7 @@ class BlockCompressor(nn.Module):
             config.compress,
             "one of the built-in kinds works for a BlockCompressor",
         )
+        dim = as_int("dim", dim, 1)
         self.options = compressor_options(config, dim)
         self.kind = config.compress
         self.block = config.compress_block

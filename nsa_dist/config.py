@@ -7,9 +7,9 @@ same function wherever and however they run.  Files and command lines are read i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from nsa_dist.checks import check, check_bool, check_int, check_number
+from nsa_dist.checks import as_choice, as_int, as_number, check, check_bool
 
 BRANCHES = ("compressed", "selected", "window")
 """The order of branches everywhere: in gates, in projections, in what is returned."""
@@ -17,6 +17,11 @@ BRANCHES = ("compressed", "selected", "window")
 CompressKind = Literal["mlp", "linear", "conv1d", "attention_pool", "mean", "custom"]
 GateKind = Literal["linear", "mlp", "static"]
 ScalingKind = Literal["none", "linear", "llama3", "yarn"]
+
+
+def _put(config: object, option: str, value: Any) -> None:
+    """Set an option of a frozen config that is being built, as its own type."""
+    object.__setattr__(config, option, value)
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,11 @@ class NSAConfig:
             "num_local_blocks",
             "window",
         ):
-            check_int(option, getattr(self, option), 1)
-        check_int("num_init_blocks", self.num_init_blocks, 0)
+            _put(self, option, as_int(option, getattr(self, option), 1))
+        _put(self, "num_init_blocks", as_int("num_init_blocks", self.num_init_blocks, 0))
         for option in ("v_head_dim", "compress_hidden", "gate_hidden"):
             if getattr(self, option) is not None:
-                check_int(option, getattr(self, option), 1)
+                _put(self, option, as_int(option, getattr(self, option), 1))
         for option in ("compress_per_head", "compress_pre_rope", "independent_kv"):
             check_bool(option, getattr(self, option))
 
@@ -126,17 +131,17 @@ class NSAConfig:
 
         branches = self.branches
         is_sequence = isinstance(branches, (tuple, list))
-        known = is_sequence and all(b in BRANCHES for b in branches)
+        known = is_sequence and all(isinstance(b, str) and b in BRANCHES for b in branches)
         check(
             known and len(branches) > 0 and len(set(branches)) == len(branches),
             "branches",
             branches,
             f"a non-empty choice without repeats from {BRANCHES} works",
         )
-        object.__setattr__(self, "branches", tuple(b for b in BRANCHES if b in branches))
+        _put(self, "branches", tuple(b for b in BRANCHES if b in branches))
 
         for option, kinds in (("compress", get_args(CompressKind)), ("gate", get_args(GateKind))):
-            check(getattr(self, option) in kinds, option, getattr(self, option), f"{kinds} work")
+            _put(self, option, as_choice(option, getattr(self, option), kinds))
         # An option without effect is a misunderstanding, better told than trained with.
         for option, idle, works in (
             ("compress_hidden", self.compress != "mlp", "None works (it is of compress='mlp')"),
@@ -150,7 +155,8 @@ class NSAConfig:
             f"False works (compress={self.compress!r} has no weights of ours)",
         )
         if self.scale is not None:
-            check_number("scale", self.scale, "a positive finite number or None works")
+            works = "a positive finite number or None works"
+            _put(self, "scale", as_number("scale", self.scale, works))
         init = self.gate_init
         check(
             isinstance(init, (tuple, list)) and len(init) == len(BRANCHES),
@@ -158,9 +164,9 @@ class NSAConfig:
             init,
             f"three numbers, one for each of {BRANCHES}, work",
         )
-        for value in init:
-            check_number("gate_init", value, "finite numbers work", positive=False)
-        object.__setattr__(self, "gate_init", tuple(float(x) for x in init))
+        works = "finite numbers work"
+        numbers = tuple(as_number("gate_init", x, works, positive=False) for x in init)
+        _put(self, "gate_init", numbers)
 
     @property
     def heads_per_group(self) -> int:
@@ -175,7 +181,7 @@ class NSAConfig:
     @property
     def softmax_scale(self) -> float:
         """The factor of every logit."""
-        return self.head_dim**-0.5 if self.scale is None else float(self.scale)
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
     def kernel_options(self) -> dict[str, int]:
@@ -238,24 +244,27 @@ class RotaryConfig:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        check_number("theta", self.theta, "a finite number above 1 works")
+        _put(self, "theta", as_number("theta", self.theta, "a finite number above 1 works"))
         check(self.theta > 1, "theta", self.theta, "a finite number above 1 works")
         if self.dim is not None:
-            check_int("rotary dim", self.dim, 2)
+            _put(self, "dim", as_int("rotary dim", self.dim, 2))
             check(self.dim % 2 == 0, "rotary dim", self.dim, "an even number works")
         kinds = get_args(ScalingKind)
-        check(self.scaling in kinds, "scaling", self.scaling, f"{kinds} work")
-        check_number("factor", self.factor, "a finite number of at least 1 works")
-        check(self.factor >= 1, "factor", self.factor, "a finite number of at least 1 works")
+        _put(self, "scaling", as_choice("scaling", self.scaling, kinds))
+        works = "a finite number of at least 1 works"
+        _put(self, "factor", as_number("factor", self.factor, works))
+        check(self.factor >= 1, "factor", self.factor, works)
         check(
             self.factor == 1 or self.scaling != "none",
             "factor",
             self.factor,
             f"1.0 works with scaling='none', others with {kinds[1:]}",
         )
-        check_int("original_max_positions", self.original_max_positions, 1)
+        longest = as_int("original_max_positions", self.original_max_positions, 1)
+        _put(self, "original_max_positions", longest)
+        works = "a positive finite number works"
         for option in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-            check_number(option, getattr(self, option), "a positive finite number works")
+            _put(self, option, as_number(option, getattr(self, option), works))
         check(
             self.high_freq_factor > self.low_freq_factor,
             "high_freq_factor",
@@ -270,7 +279,8 @@ class RotaryConfig:
         )
         if self.attention_factor is not None:
             works = "a positive finite number or None works"
-            check_number("attention_factor", self.attention_factor, works)
+            factor = as_number("attention_factor", self.attention_factor, works)
+            _put(self, "attention_factor", factor)
             check(
                 self.scaling == "yarn",
                 "attention_factor",

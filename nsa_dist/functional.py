@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nsa_dist.agreement import agree
 from nsa_dist.checks import DTYPES, describe
@@ -191,6 +192,10 @@ def _check_inputs(
 ) -> str | None:
     """What is wrong with the tensors of one call, or None."""
     heads = config.num_heads
+    for name, values in (("q", q), ("k", k), ("v", v), ("gates", gates)):
+        for x in values.values() if isinstance(values, Mapping) else (values,):
+            if isinstance(x, DTensor):
+                return f"{name}: found a DTensor; a plain tensor, as its to_local() is, works"
     if q.ndim != 4 or q.shape[2:] != (heads, config.head_dim):
         return (
             f"q: found shape {tuple(q.shape)}; [batch, local tokens, num_heads={heads}, "

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nsa_dist.agreement import agree
 from nsa_dist.checks import (
     DTYPES,
     INTEGER_DTYPES,
+    as_int,
+    as_number,
     check,
     check_bool,
-    check_int,
-    check_number,
     describe,
 )
 from nsa_dist.comm import CommunicationCounter
@@ -31,7 +33,10 @@ from nsa_dist.plan import Plan
 from nsa_dist.planning import find_plan
 from nsa_dist.rotary import apply_rotary, rotary_cos_sin
 from nsa_dist.statement import Statement
+from nsa_dist.tensor_parallel import WORKS, cut_problem, project
 from nsa_kernels import get_backend
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate", "o_proj")
 
 
 class SetNorm(nn.Module):
@@ -119,11 +124,11 @@ class NativeSparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context_group(group)
-        make_layout(layout, self.context.size)
+        layout = make_layout(layout, self.context.size).name
         check_bool("bias", bias)
         check_bool("qk_norm", qk_norm)
-        _check_sizes(hidden_size, norm_eps, dtype)
-        _check_options(config, rotary, dropout, k_compressor, v_compressor)
+        hidden_size, norm_eps = _check_sizes(hidden_size, norm_eps, dtype)
+        dropout = _check_options(config, rotary, dropout, k_compressor, v_compressor)
         # A layer made on the host may be moved to a GPU; one made there stays.
         placed = device if device is not None and torch.device(device).type == "cuda" else None
         refused = get_backend(backend, placed).refuses(None, config.kernel_options)
@@ -193,11 +198,17 @@ class NativeSparseAttention(nn.Module):
         config = self.config
         plan = self._plan(x, cu_seqlens, position_ids)
         rows = x.shape[:2]
-        q = self.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim))
+        q_shape = (config.num_heads, config.head_dim)
         key_shape = (config.num_key_sets, config.num_kv_heads, config.head_dim)
         value_shape = (config.num_value_sets, config.num_kv_heads, config.value_dim)
-        k = self.k_proj(x).unflatten(-1, key_shape)
-        v = self.v_proj(x).unflatten(-1, value_shape)
+        q, k, v = (
+            project(name, module, x, math.prod(shape)).unflatten(-1, shape)
+            for name, module, shape in (
+                ("q_proj", self.q_proj, q_shape),
+                ("k_proj", self.k_proj, key_shape),
+                ("v_proj", self.v_proj, value_shape),
+            )
+        )
         if self.q_norm is not None and self.k_norm is not None:
             # Autocast may norm in float32; queries, keys and values share a dtype.
             q, k = self.q_norm(q).to(q.dtype), self.k_norm(k)
@@ -216,7 +227,7 @@ class NativeSparseAttention(nn.Module):
             dict(zip(config.branches, v.unbind(2), strict=True))
             if config.independent_kv
             else v.squeeze(2),
-            self.gate(x),
+            project("gate", self.gate, x, config.num_heads, len(config.branches)),
             self.k_compressor,
             self.v_compressor,
             config=config,
@@ -229,7 +240,7 @@ class NativeSparseAttention(nn.Module):
             return_details=return_details,
         )
         attended, details = result if isinstance(result, tuple) else (result, None)
-        out = self.o_proj(attended.flatten(2))
+        out = project("o_proj", self.o_proj, attended.flatten(2), self.hidden_size)
         if self.training and self.dropout > 0:
             out = drop_tokens(out, self.dropout, plan.documents, plan.positions)
         return out if details is None else (out, details)
@@ -274,6 +285,8 @@ class NativeSparseAttention(nn.Module):
     def _problem(self, x: Tensor, position_ids: Tensor | None) -> str | None:
         """What is wrong with the tensors of one call, or None."""
         problem = input_problem(x, position_ids, self.hidden_size, self.q_proj)
+        users = ("k_compressor", "v_compressor") if self.config.compress == "custom" else ()
+        problem = problem or cut_problem(self, (*PROJECTIONS, *users))
         if problem is None and position_ids is not None and self.config.compress_pre_rope:
             return (
                 "position_ids: found with compress_pre_rope=True, which rotates compressed keys at "
@@ -301,6 +314,8 @@ def input_problem(
     x: Tensor, position_ids: Tensor | None, hidden_size: int, projection: nn.Linear
 ) -> str | None:
     """What keeps ``projection`` and rotary from taking the tensors of one call, or None."""
+    if isinstance(x, DTensor):
+        return f"x: found a DTensor; a plain tensor, as x.to_local() is, works ({WORKS})"
     if x.ndim != 3 or x.shape[-1] != hidden_size:
         return (
             f"x: found shape {tuple(x.shape)}; [batch, local tokens, "
@@ -342,10 +357,13 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _check_sizes(hidden_size: int, norm_eps: float, dtype: torch.dtype | None) -> None:
-    check_int("hidden_size", hidden_size, 1)
-    check_number("norm_eps", norm_eps, "a positive finite number works")
+def _check_sizes(hidden_size: int, norm_eps: float, dtype: torch.dtype | None) -> tuple[int, float]:
+    """Hidden size and epsilon as an int and a float."""
     check(dtype is None or dtype in DTYPES, "dtype", dtype, f"None and {DTYPES} work")
+    return (
+        as_int("hidden_size", hidden_size, 1),
+        as_number("norm_eps", norm_eps, "a positive finite number works"),
+    )
 
 
 def _check_options(
@@ -354,7 +372,8 @@ def _check_options(
     dropout: float,
     k_compressor: nn.Module | None,
     v_compressor: nn.Module | None,
-) -> None:
+) -> float:
+    """The probability of dropout as a float."""
     check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
     if rotary is not None:
         works = "a RotaryConfig or None works"
@@ -363,10 +382,11 @@ def _check_options(
     elif config.compress_pre_rope:
         raise ValueError("rotary: found None with compress_pre_rope=True; a RotaryConfig works")
     works = "a probability in [0, 1) works"
-    check_number("dropout", dropout, works, positive=False)
+    dropout = as_number("dropout", dropout, works, positive=False)
     check(0 <= dropout < 1, "dropout", dropout, works)
     check_custom("k_compressor", k_compressor, config, config.uses_compression)
     check_custom("v_compressor", v_compressor, config, "compressed" in config.branches)
+    return dropout
 
 
 class SwiGLU(nn.Module):
@@ -399,8 +419,8 @@ class PreNormBlock(nn.Module):
         **attention: Any,
     ) -> None:
         super().__init__()
-        _check_sizes(hidden_size, norm_eps, dtype)
-        check_int("mlp_hidden", mlp_hidden, 1)
+        hidden_size, norm_eps = _check_sizes(hidden_size, norm_eps, dtype)
+        mlp_hidden = as_int("mlp_hidden", mlp_hidden, 1)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
         self.attention: Any = type(self).attention_type(

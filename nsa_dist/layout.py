@@ -13,6 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from nsa_dist.checks import as_choice
+
 LayoutName = Literal["contiguous", "zigzag", "zigzag_per_document"]
 
 
@@ -46,16 +48,13 @@ def make_layout(name: str, size: int) -> Layout:
     Raises:
         ValueError: if the name is unknown.
     """
-    if size == 1 and name in get_args(LayoutName):
-        return Layout(name, (0,))
+    name = as_choice("layout", name, get_args(LayoutName))
     forward = tuple(range(size))
+    if size == 1:
+        return Layout(name, forward)
     if name == "contiguous":
         return Layout(name, forward)
-    if name == "zigzag":
-        return Layout(name, forward + forward[::-1])
-    if name == "zigzag_per_document":
-        return Layout(name, forward + forward[::-1], per_document=True)
-    raise ValueError(f"layout: found {name!r}; {get_args(LayoutName)} work")
+    return Layout(name, forward + forward[::-1], per_document=name == "zigzag_per_document")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> str | None:

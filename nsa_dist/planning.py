@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist.agreement import agree
-from nsa_dist.checks import describe
+from nsa_dist.checks import as_int, describe
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.config import NSAConfig
 from nsa_dist.group import ContextGroup, GroupLike, context_group
@@ -141,7 +141,12 @@ def find_plan(
         ValueError: on every rank of the group, whose others have yet to agree, when this rank's
             input is bad.
     """
-    batch, local_length = int(batch), int(local_length)
+    try:
+        batch = as_int("batch", batch, 0)
+        local_length = as_int("local_length", local_length, 0)
+    except ValueError as error:
+        problem, batch, local_length = problem or str(error), 0, 0
+    layout = str(layout) if isinstance(layout, str) else layout
     if cu_seqlens is None:
         boundaries = "None"
     elif isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "meta":

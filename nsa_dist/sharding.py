@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.agreement import agree
-from nsa_dist.checks import INTEGER_DTYPES, check_int, describe
+from nsa_dist.checks import INTEGER_DTYPES, as_int, describe
 from nsa_dist.comm.collectives import all_gather_rows
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup, GroupLike, context_group
@@ -118,7 +118,7 @@ def make_sharding(
     """
     context = context_group(group)
     cut = make_layout(layout, context.size)
-    check_int("length", length, 0)
+    length = as_int("length", length, 0)
     if cu_seqlens is not None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_meta:
             found = describe(cu_seqlens)
@@ -158,7 +158,7 @@ def make_sharding(
         ]
     return Sharding(
         context=context,
-        layout=layout,
+        layout=cut.name,
         length=length,
         padded_length=padded_length,
         cu_seqlens=cu_seqlens,
@@ -279,7 +279,7 @@ def shard_batch(
             f"labels: found shape {tuple(labels.shape)}; that of the tokens, "
             f"{tuple(tokens.shape)}, works"
         )
-    check_int("pad_token", pad_token, 0)
+    pad_token = as_int("pad_token", pad_token, 0)
     tokens, labels = tokens.long(), labels.long()  # Bytes have no -100.
     if cu_seqlens is not None and tokens.shape[0] != 1:
         raise ValueError(

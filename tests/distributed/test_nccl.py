@@ -96,7 +96,7 @@ ENOUGH_SECONDS = 30.0
 
 
 def parted_call(name: str) -> tuple[str, float, bool]:
-    """A call in which the last rank parts: its error, its seconds, and whether the group goes on."""
+    """A call in which the last rank parts: its error, its seconds, whether the group goes on."""
     group, last = dist.group.WORLD, dist.get_rank() == dist.get_world_size() - 1
     total = TOKENS * dist.get_world_size()
     torch.manual_seed(0)

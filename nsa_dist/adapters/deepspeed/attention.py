@@ -6,6 +6,7 @@ so needs as many KV heads as ranks; here heads stay, and what a query needs come
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class NSADistributedAttention(nn.Module):
         works = "False works: keys come here rotated, or are rotated as a whole"
         check(not config.compress_pre_rope, "compress_pre_rope", config.compress_pre_rope, works)
         self.context = context_group(sequence_process_group)
-        make_layout(layout, self.context.size)
+        layout = make_layout(layout, self.context.size).name
         placed = device if device is not None and torch.device(device).type == "cuda" else None
         refused = get_backend(backend, placed).refuses(None, config.kernel_options)
         if refused is not None:
@@ -125,6 +126,8 @@ class NSADistributedAttention(nn.Module):
             ValueError: naming the option, the value found and the values that work; on every rank
                 of the group, whichever rank's input is bad.
         """
+        if isinstance(batch_dim_idx, Integral) and not isinstance(batch_dim_idx, bool):
+            batch_dim_idx = int(batch_dim_idx)
         plan = self._plan(q, k, v, batch_dim_idx, rotary_pos_emb, gates, cu_seqlens)
         if batch_dim_idx == 1:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))

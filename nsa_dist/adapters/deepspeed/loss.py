@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist.adapters.deepspeed.mpu import SequenceParallelMPU
-from nsa_dist.checks import check_int, describe
+from nsa_dist.checks import as_int, describe
 from nsa_dist.sharding import ShardedBatch
 
 # What would divide gradients otherwise, or has not been tried: how it is found, what works.
@@ -93,7 +93,7 @@ def scale_loss(engine: Any, loss_sum: Tensor, num_targets: int) -> Tensor:
         ValueError: if the engine has another ``mpu``, or an option that divides gradients in
             ways not known here, or has not been tried.
     """
-    check_int("num_targets", num_targets, 0)
+    num_targets = as_int("num_targets", num_targets, 0)
     if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
         raise ValueError(f"loss_sum: found {describe(loss_sum)}; a scalar works")
     return loss_sum * (_divisor(engine) / max(num_targets, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,14 +35,15 @@ def check_layers(layers: Iterable[int] | None, config: Any) -> tuple[int, ...]:
     check(isinstance(layers, Iterable), "layers", layers, works)
     found = list(layers)
     check(
-        all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < total for i in found)
+        all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= i < total for i in found)
         and 0 < len(found) == len(set(found)),
         "layers",
         found,
         works,
     )
+    found = sorted(map(int, found))
     types = getattr(config, "layer_types", None)
-    for index in sorted(found):
+    for index in found:
         kind = "full_attention" if types is None else types[index]
         check(
             kind == "full_attention",
@@ -49,7 +51,7 @@ def check_layers(layers: Iterable[int] | None, config: Any) -> tuple[int, ...]:
             kind,
             "'full_attention' works: leave this layer out of layers=",
         )
-    return tuple(sorted(found))
+    return tuple(found)
 
 
 def check_model(model: Any, families: Mapping[type, Any]) -> None:

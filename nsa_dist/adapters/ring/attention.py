@@ -25,7 +25,7 @@ from torch import Tensor
 from nsa_dist.adapters.ring.flash import FLASH_DTYPES, FLASH_WIDTH, flash_kind
 from nsa_dist.adapters.ring.library import missing_library, ring_functions
 from nsa_dist.agreement import AgreeInBackward, agree
-from nsa_dist.checks import DTYPES, check_number, check_tensor, describe
+from nsa_dist.checks import DTYPES, as_number, check_tensor, describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.collectives import name_failures
 from nsa_dist.config import NSAConfig
@@ -242,7 +242,7 @@ def dense_attention(
     counter = CommunicationCounter() if communication is None else communication
     try:
         if scale is not None:
-            check_number("scale", scale, "a positive finite number or None works")
+            scale = as_number("scale", scale, "a positive finite number or None works")
         check_tensor("q", q, "a tensor")
     except ValueError as error:
         agree(Statement({"call": "dense forward"}), str(error), context, counter, error)
@@ -272,7 +272,7 @@ def dense_attention(
     if context.size > 1 or problem is not None:
         statement = statement.also(call="dense forward", **inputs())
         agree(statement, problem, context, counter)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not q.numel():
         return v.new_zeros(*q.shape[:3], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum())
     if context.size == 1:

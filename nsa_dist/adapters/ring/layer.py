@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from nsa_dist.adapters.ring.attention import DensePlan, dense_attention, find_dense_plan
 from nsa_dist.adapters.ring.library import missing_library
 from nsa_dist.agreement import agree
-from nsa_dist.checks import check, check_bool, check_int, check_number, describe
+from nsa_dist.checks import as_int, as_number, check, check_bool, describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.config import NSAConfig, RotaryConfig
 from nsa_dist.dropout import drop_tokens
 from nsa_dist.group import ContextGroup, GroupLike, context_group
-from nsa_dist.layer import PreNormBlock, autocast_dtype, input_problem
+from nsa_dist.layer import PROJECTIONS, PreNormBlock, autocast_dtype, input_problem
 from nsa_dist.layout import make_layout
 from nsa_dist.rotary import apply_rotary, rotary_cos_sin
 from nsa_dist.statement import Statement
+from nsa_dist.tensor_parallel import cut_problem, project
 
 
 class DenseAttention(nn.Module):
@@ -66,13 +67,14 @@ class DenseAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context_group(group)
-        make_layout(layout, self.context.size)
-        check_int("hidden_size", hidden_size, 1)
+        layout = make_layout(layout, self.context.size).name
+        hidden_size = as_int("hidden_size", hidden_size, 1)
         check_bool("bias", bias)
         check_bool("qk_norm", qk_norm)
-        check_number("norm_eps", norm_eps, "a positive finite number works")
-        check_number("dropout", dropout, "a probability in [0, 1) works", positive=False)
-        check(0 <= dropout < 1, "dropout", dropout, "a probability in [0, 1) works")
+        norm_eps = as_number("norm_eps", norm_eps, "a positive finite number works")
+        works = "a probability in [0, 1) works"
+        dropout = as_number("dropout", dropout, works, positive=False)
+        check(0 <= dropout < 1, "dropout", dropout, works)
         check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
         if rotary is not None:
             is_config = isinstance(rotary, RotaryConfig)
@@ -130,9 +132,14 @@ class DenseAttention(nn.Module):
         """
         config, plan = self.config, self._plan(x, cu_seqlens, position_ids)
         places, rows = plan.plan, x.shape[:2]
-        q = self.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim))
-        k = self.k_proj(x).unflatten(-1, (config.num_kv_heads, config.head_dim))
-        v = self.v_proj(x).unflatten(-1, (config.num_kv_heads, config.value_dim))
+        q, k, v = (
+            project(name, module, x, heads * width).unflatten(-1, (heads, width))
+            for name, module, heads, width in (
+                ("q_proj", self.q_proj, config.num_heads, config.head_dim),
+                ("k_proj", self.k_proj, config.num_kv_heads, config.head_dim),
+                ("v_proj", self.v_proj, config.num_kv_heads, config.value_dim),
+            )
+        )
         if self.q_norm is not None and self.k_norm is not None:
             # Autocast may norm in float32; queries, keys and values share a dtype.
             q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
@@ -147,7 +154,7 @@ class DenseAttention(nn.Module):
             plan=plan,
             communication=self.communication,
         )
-        out = self.o_proj(out.flatten(2))
+        out = project("o_proj", self.o_proj, out.flatten(2), self.hidden_size)
         if self.training and self.dropout > 0:
             out = drop_tokens(out, self.dropout, places.documents, places.positions)
         return out
@@ -178,7 +185,8 @@ class DenseAttention(nn.Module):
                 "qk_norm": "False" if self.q_norm is None else f"True, eps {self.q_norm.eps}",
                 "dropout": repr(self.dropout),
             },
-            problem=input_problem(x, position_ids, self.hidden_size, self.q_proj),
+            problem=input_problem(x, position_ids, self.hidden_size, self.q_proj)
+            or cut_problem(self, PROJECTIONS),
         )
 
     def extra_repr(self) -> str:
