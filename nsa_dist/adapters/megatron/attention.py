@@ -252,13 +252,14 @@ class NSASelfAttention(Attention):
             ValueError: for a KV cache, other layer's keys and values, an attention bias, or a mask
                 that is more than causal.
         """
+        core: Any = self.core_attention
         try:
             check_call(kwargs)
+            if attention_mask is not None:
+                check_no_mask(attention_mask, kwargs)
         except ValueError as error:
-            self.core_attention.refuse(error)
+            core.refuse(error)
         if attention_mask is not None:
-            core: Any = self.core_attention
-            check_no_mask(attention_mask, kwargs)
             tokens = hidden_states.shape[0] * (self.tp_group.size() if self.split_sequence else 1)
             check_mask(attention_mask, tokens, core.context, core.communication)
         output, bias = super().forward(hidden_states, attention_mask, **kwargs)

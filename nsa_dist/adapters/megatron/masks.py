@@ -14,6 +14,7 @@ from nsa_dist.agreement import agree
 from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.group import ContextGroup
+from nsa_dist.statement import Statement
 
 CHUNK = 1024
 """Rows that are compared at a time."""
@@ -42,7 +43,7 @@ def check_mask(
     problem = None
     if not _is_causal(mask, length, context):
         problem = f"attention_mask: found {describe(mask)} that is no causal one; {WORKS}"
-    agree({}, problem, context, counter)
+    agree(Statement({"call": "mask of a layer"}), problem, context, counter)
     # On the tensor, which all layers of a forward are given.
     mask.nsa_version_checked = mask._version  # type: ignore[attr-defined]
 
