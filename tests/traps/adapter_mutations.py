@@ -96,4 +96,20 @@ ADAPTER_MUTATIONS = (
         "deepspeed/test_untrusted_checkpoints.py::test_trap_a_file_of_deepspeed_that_calls_a_function"
         "[mp_rank_00_model_states.pt]",
     ),
+    _of_adapter(
+        "a part of a sequence taken for a whole one",
+        "sizes that accelerate states are not looked at",
+        "huggingface/parallelism.py",
+        "for stated in (_accelerate, _deepspeed, _torch):",
+        "for stated in (_deepspeed, _torch):",
+        "huggingface/test_parallelism.py::test_sizes_that_others_state",
+    ),
+    _of_adapter(
+        "smoothed labels that are not shifted",
+        "the Trainer does not know the model's class by name",
+        "huggingface/auto.py",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] = model.__name__",
+        "pass",
+        "huggingface/test_trainer.py::test_smoothed_labels_are_shifted",
+    ),
 )

@@ -183,7 +183,7 @@ def from_pretrained(
         f"{sorted(of_type)} work: load a dense model with transformers and convert it with "
         "convert_to_nsa",
     )
-    for option in ("tp_plan", "quantization_config"):
+    for option in ("tp_plan", "tp_size", "distributed_config", "quantization_config"):
         check(options.get(option) is None, option, options.get(option), "None works")
     wants_info = options.pop("output_loading_info", False)
     options["output_loading_info"] = True

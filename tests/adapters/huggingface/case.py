@@ -237,3 +237,51 @@ def refusals_on_rank() -> dict[str, str]:
     except ValueError as error:
         found["past_key_values, of generate"] = str(error)
     return found
+
+
+def stated_splits_on_rank() -> dict[str, str]:
+    """Errors of a model on a part of a sequence, by what states that it is one; two ranks."""
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import TorchDynamoPlugin
+    from torch.distributed.tensor.experimental import context_parallel
+
+    model = sparse_model("llama").eval()
+    whole, group = some_tokens(1, 64), dist.group.WORLD
+    part = whole.chunk(2, dim=1)[dist.get_rank()].contiguous()
+    places = torch.arange(64)[None].chunk(2, dim=1)[dist.get_rank()].contiguous()
+
+    def refusal(tokens: Tensor, positions: Tensor) -> str:
+        try:
+            with torch.no_grad():
+                model(tokens, position_ids=positions)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    found = {"nothing stated": refusal(part, places)}
+    for option in ("cp_size", "sp_size"):
+        sizes = ParallelismConfig(**{option: 2})
+        # What Accelerator makes: it itself takes these sizes for no CPU.
+        AcceleratorState(
+            cpu=True,
+            parallelism_config=sizes,
+            dynamo_plugin=TorchDynamoPlugin(),
+            _from_accelerator=True,
+        )
+        try:
+            found[option] = refusal(part, places)
+            if option == "cp_size":
+                model.use_group(None)
+                found["cp_size, use_group(None)"] = refusal(part, places)
+                model.use_group(group, layout="contiguous")
+                found["cp_size, use_group(group)"] = refusal(part, places)
+                model = sparse_model("llama").eval()
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+    mesh = init_device_mesh("cpu", (2,))
+    positions = torch.arange(64)[None]
+    with context_parallel(mesh, buffers=[whole, positions], buffer_seq_dims=[1, 1]):
+        found["context_parallel"] = refusal(whole, positions)
+    found["context_parallel is over"] = refusal(whole, positions)
+    return found

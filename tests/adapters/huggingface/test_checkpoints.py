@@ -213,7 +213,13 @@ def test_other_weights_are_refused(change: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("tp_plan", "auto"), ("layout", "striped"), ("backend", "cuda")]
+    ("option", "value"),
+    [
+        ("tp_plan", "auto"),
+        ("distributed_config", "auto"),
+        ("layout", "striped"),
+        ("backend", "cuda"),
+    ],
 )
 def test_options_are_refused(option: str, value: str, tmp_path: Path) -> None:
     sparse_model("llama").save_pretrained(tmp_path)

@@ -22,9 +22,15 @@ from transformers import (
 )
 
 from nsa_dist import NSAConfig
-from nsa_dist.adapters.huggingface import convert_to_nsa
+from nsa_dist.adapters.huggingface import convert, convert_to_nsa, models
 from nsa_dist.adapters.huggingface.batch import check_positions_count_on
-from tests.adapters.huggingface.case import SMALL, dense_model, some_tokens, sparse_model
+from tests.adapters.huggingface.case import (
+    INDEPENDENT,
+    SMALL,
+    dense_model,
+    some_tokens,
+    sparse_model,
+)
 
 TINY = dict(
     vocab_size=11,
@@ -170,6 +176,88 @@ def test_modules_that_were_replaced() -> None:
     with torch.device("meta"):
         model = type(model)(copy.deepcopy(model.config))
     assert "device: found ['meta']" in _refusal(lambda: convert_to_nsa(model, SMALL))
+
+
+class _Quantised(torch.Tensor):
+    """As torchao's weights, which keep torch.nn.Linear and call themselves floating."""
+
+
+def _set_weight(make: Any) -> Any:
+    def change(model: Any, index: int, name: str) -> None:
+        *path, leaf = name.split(".")
+        module = model.model.layers[index].self_attn.get_submodule(".".join(path))
+        weight = getattr(module, leaf).detach().clone()
+        delattr(module, leaf)
+        setattr(module, leaf, make(weight))
+
+    return change
+
+
+WEIGHTS: dict[str, tuple[str, Any]] = {
+    "found a _Quantised": ("k_proj.weight", lambda x: nn.Parameter(x.as_subclass(_Quantised))),
+    "found a _Quantised;": ("v_proj.bias", lambda x: nn.Parameter(x.as_subclass(_Quantised))),
+    "found a Tensor": ("o_proj.weight", lambda x: x),  # As pruning and FlatParameters leave it.
+    "found torch.float8_e4m3fn": (
+        "q_proj.weight",
+        lambda x: nn.Parameter(x.to(torch.float8_e4m3fn), requires_grad=False),
+    ),
+    "found torch.int8": (
+        "q_proj.weight",
+        lambda x: nn.Parameter(x.to(torch.int8), requires_grad=False),
+    ),
+    "found 'shape (0,)'": ("q_norm.weight", lambda x: nn.Parameter(x[:0])),
+    "found 'shape (1536,)'": ("k_proj.weight", lambda x: nn.Parameter(x.flatten())),
+}
+
+
+@pytest.mark.parametrize("message", WEIGHTS)
+def test_weights_that_are_cut_or_subclassed(message: str) -> None:
+    """In the last layer, and with independent K, V, where weights are copied."""
+    name, make = WEIGHTS[message]
+    model = dense_model("qwen3", attention_bias=True)
+    _set_weight(make)(model, 1, name)
+    seen = _state(model)
+    found = _refusal(lambda: convert_to_nsa(model, INDEPENDENT))
+    assert f"layers[1].self_attn.{name}: {message}" in found
+    assert _state(model) == seen
+
+
+def _state(model: Any) -> dict[str, Any]:
+    """What a conversion could change of a model."""
+    return {
+        "class": type(model),
+        "config": (id(model.config), repr(model.config)),
+        "modules": [(name, id(x), x.training) for name, x in model.named_modules()],
+        "configs": [id(getattr(x, "config", None)) for x in model.modules()],
+        "parameters": [(n, id(x), x.requires_grad) for n, x in model.named_parameters()],
+        "attributes": sorted(vars(model)),
+    }
+
+
+@pytest.mark.parametrize("where", ["NSAAttention", "start_from_dense", "write_config"])
+def test_a_failure_in_the_last_layer_changes_nothing(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = models if where == "NSAAttention" else convert
+    real, calls = getattr(module, where), []
+
+    def failing(*args: Any) -> Any:
+        calls.append(args)
+        if where == "write_config" or len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(module, where, failing)
+    model = dense_model("qwen3", attention_bias=True).train()
+    tokens, seen = some_tokens(1, 40), _state(model)
+    expected = model(tokens).logits
+    with pytest.raises(RuntimeError, match="out of memory"):
+        convert_to_nsa(model, INDEPENDENT)
+    assert calls
+    assert _state(model) == seen
+    assert torch.equal(model(tokens).logits, expected)
+    monkeypatch.undo()
+    assert convert_to_nsa(model, INDEPENDENT)(tokens).logits.isfinite().all()
 
 
 def test_calls() -> None:
