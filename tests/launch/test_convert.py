@@ -19,8 +19,8 @@ from tests.distributed.ranks import RankError, Ranks
 from tests.launch.checkpoints import flip, seal, shard
 from tests.launch.common import replaced, run_training, tiny
 from tests.launch.megatron import needs_megatron, run_megatron
+from tests.launch.poison import Poison, Poisoned, run_poisoned
 from tests.launch.test_megatron_engine import TP2, VARIANTS, by_megatron
-from train import Result
 
 RanksOf = Callable[[int], Ranks]
 STEP = "checkpoints/step_00000003"
@@ -45,12 +45,14 @@ def go_on(settings: Settings, folder: Path, **parallel: Any) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def by_fsdp2(ranks_of: RanksOf, root: Path) -> tuple[Settings, Result]:
-    """A run of FSDP2 with a checkpoint half way."""
+def by_fsdp2(ranks_of: RanksOf, root: Path) -> tuple[Settings, Poisoned]:
+    """A run of FSDP2 with a checkpoint half way, which has one update less than steps."""
     folder = str(root / "to-convert")
     run = {"dtype": "float32", "steps": 6, "checkpoint_every": 3, "keep_checkpoints": 0}
     settings = tiny(root, **VARIANTS["shared"], run={**run, "folder": folder})
-    (result,) = ranks_of(1).run(run_training, settings)
+    poisons = {2: Poison("gradient", math.nan, rank=0)}
+    (result,) = ranks_of(1).run(run_poisoned, settings, poisons)
+    assert result.changed == (True, False, True, True, True, True)
     return settings, result
 
 
@@ -67,7 +69,7 @@ def test_names_and_order_go_there_and_back(root: Path, variant: str) -> None:
 def test_a_checkpoint_of_fsdp2_goes_there_and_back(
     ranks_of: RanksOf,
     root: Path,
-    by_fsdp2: tuple[Settings, Result],
+    by_fsdp2: tuple[Settings, Poisoned],
     tmp_path: Path,
     dtype: torch.dtype,
 ) -> None:
@@ -99,7 +101,7 @@ def test_megatron_goes_on_from_a_checkpoint_of_fsdp2(
     ranks_of: RanksOf,
     megatron_ranks: RanksOf,
     root: Path,
-    by_fsdp2: tuple[Settings, Result],
+    by_fsdp2: tuple[Settings, Poisoned],
     tmp_path: Path,
 ) -> None:
     settings, expected = by_fsdp2
@@ -135,7 +137,7 @@ def test_fsdp2_goes_on_from_a_checkpoint_of_megatron_and_it_goes_back(
 
 
 def test_a_damaged_checkpoint_is_refused(
-    ranks_of: RanksOf, by_fsdp2: tuple[Settings, Result], tmp_path: Path
+    ranks_of: RanksOf, by_fsdp2: tuple[Settings, Poisoned], tmp_path: Path
 ) -> None:
     source = tmp_path / "source" / STEP
     shutil.copytree(Path(by_fsdp2[0].run.folder) / STEP, source)
