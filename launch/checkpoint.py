@@ -100,8 +100,15 @@ def is_deepspeed(path: Path) -> bool:
 
 
 def found_steps(folder: Path) -> dict[int, Path]:
-    """Folders with the name of a checkpoint, whole or not, by step, oldest first."""
-    paths = sorted(folder.glob("checkpoints/step_*"))
+    """Folders with the name of a checkpoint, whole or not, by step, oldest first.
+
+    Raises:
+        OSError: if there is something that cannot be listed, which does not mean that none is in.
+    """
+    try:
+        paths = sorted((folder / "checkpoints").iterdir())
+    except FileNotFoundError:
+        return {}
     return {
         _step_of(path): path
         for path in paths

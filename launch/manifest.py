@@ -6,6 +6,7 @@ rank finds wrong every rank is told, so that none is left waiting for another.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -102,10 +103,13 @@ def shared_failure() -> Iterator[None]:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder last."""
+    """Make the names in a folder last, where the file system can do that by itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 
@@ -125,7 +129,13 @@ def write_manifest(path: Path, step: int, engine: str, data: str, code: str) -> 
         CheckpointError: on every rank, naming the file.
     """
     # Each rank sees at least what it wrote itself, whatever the file system keeps in caches.
-    names = sorted(set().union(*gather(_files(path))))
+    own, problem = set(), None
+    try:
+        own = set(_files(path))
+    except OSError as error:
+        problem = str(error)
+    tell(problem)
+    names = sorted(set().union(*gather(own)))
     found = hash_files(path, names, sync=True)
     for name, result in found.items():
         if isinstance(result, str):

@@ -54,10 +54,10 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def seal(path: Path) -> None:
-    """Write the manifest of what lies in a checkpoint's folder now, on one rank."""
-    old = manifest.read_manifest(path)
-    (path / manifest.MANIFEST).unlink()
-    manifest.write_manifest(path, old.step, old.engine, old.data, old.code)
+    """Make a manifest that of the files that lie in the checkpoint's folder now."""
+    names = set(manifest._files(path)) - {manifest.MANIFEST}
+    files = {name: list(manifest._hash(path / name, sync=False)) for name in names}
+    reseal(path, lambda table: table.update(files=files))
 
 
 def make_old(path: Path) -> None:
@@ -150,7 +150,8 @@ def collected() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         texts: list[str] = []
         yield texts
-    texts += [str(warning.message) for warning in caught]
+    # Not those of Python itself, such as of sockets that wait for the garbage collector.
+    texts += [str(found.message) for found in caught if issubclass(found.category, UserWarning)]
 
 
 def find_damaged(folder: Path, scratch: Path) -> dict[str, tuple[str, list[str]]]:
@@ -306,3 +307,10 @@ def train_and_tell(settings: Settings) -> tuple[Result, list[str]]:
 
 BUSY = errno.EBUSY
 DENIED = errno.EACCES
+
+
+def universal_is_whole(path: Path) -> bool:
+    """Whether a checkpoint has a universal form."""
+    from deepspeed_engine import has_universal
+
+    return has_universal(path)

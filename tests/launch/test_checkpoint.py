@@ -99,6 +99,11 @@ def test_without_a_whole_checkpoint_a_run_does_not_start_anew(
             assert f"step_0000000{step}: __0_0.distcp is missing" in text
         assert "ValueError: run.resume: no checkpoint of" in text
     assert ranks_of(2).run(find, tmp_path / "nothing") == [(None, [])] * 2
+    # What cannot be listed may hold some.
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "checkpoints").write_text("")
+    with pytest.raises(RankError, match=r"CheckpointError: .*Not a directory"):
+        ranks_of(2).run(find, tmp_path / "file")
 
 
 def test_a_later_format_is_refused(
