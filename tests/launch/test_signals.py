@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import local
 from checkpoint import checkpoints
 from settings import to_toml
-from stopping import INTERRUPTED, STOPPED, Stopping
+from stopping import INTERRUPTED, SIGNALS, STOPPED, Stopping
 from tests.launch.common import tiny
 from tests.launch.processes import TRAIN, Process, started, torchrun, wait_until
 
@@ -80,8 +79,8 @@ def test_torchrun_passes_signals_on_and_all_ranks_save_one_step(
     root: Path, tmp_path: Path, name: str
 ) -> None:
     write_config(root, tmp_path)
-    # What launch/local.py sets has torchrun pass on SIGUSR1 too.
-    with started([*torchrun(2), "run.toml"], tmp_path) as process:
+    # What launch/local.py sets has torchrun pass on SIGUSR1 too. It does not start again.
+    with started([*torchrun(2, "--max-restarts=2"), "run.toml"], tmp_path) as process:
         wait_for_step(process, tmp_path)
         process.popen.send_signal(signal.Signals[name])
         # torchrun's own, whatever its ranks ended with.
@@ -221,24 +220,23 @@ def test_a_killed_rank_takes_the_others_along_and_a_restart_goes_on(
     assert steps == sorted(set(steps))
 
 
-def test_local_py_has_torchrun_pass_on_what_stops_a_run() -> None:
+def test_local_py_has_torchrun_pass_on_what_stops_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.run import get_args_parser
 
-    code = (
-        "from torch.distributed.run import get_args_parser\n"
-        "options = get_args_parser().parse_args(['x.py'])\n"
-        "print(options.signals_to_handle, options.shutdown_timeout)\n"
-    )
     if "--signals-to-handle" not in get_args_parser().format_help():
         pytest.skip("this torchrun cannot be told which signals to pass on")
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=local.environment(), capture_output=True, text=True
-    )
-    assert done.stdout.split() == [local.SIGNALS, "300"]
+    for name, value in local.environment().items():
+        monkeypatch.setenv(name, value)
+    options = get_args_parser().parse_args(["train.py"])
+    assert options.signals_to_handle == local.SIGNALS
+    assert options.shutdown_timeout == 300
+    # A person's own wins.
+    monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", "7")
+    assert local.environment()["PET_SHUTDOWN_TIMEOUT"] == "7"
 
 
-def test_the_flag_rises_only_in_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+def test_the_flag_rises_only_in_its_context() -> None:
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with Stopping() as stopping:
             stopping.steps_begin()
