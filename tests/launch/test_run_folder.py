@@ -267,6 +267,7 @@ def test_a_folder_that_cannot_be_made_is_refused_on_every_rank(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_of_two_runs_started_at_once_one_goes_on(root: Path, tmp_path: Path) -> None:
     settings = replaced(tiny(root, parallel={"cp": 2}), "run", folder="run", steps=300)
     (tmp_path / "run.toml").write_text(to_toml(settings))
@@ -282,6 +283,7 @@ def test_of_two_runs_started_at_once_one_goes_on(root: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_processes_in_unshared_folders_end_with_status_1(root: Path, tmp_path: Path) -> None:
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()

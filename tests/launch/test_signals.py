@@ -74,6 +74,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(root: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_torchrun_passes_signals_on_and_all_ranks_save_one_step(
     root: Path, tmp_path: Path, name: str
@@ -93,6 +94,7 @@ def test_torchrun_passes_signals_on_and_all_ranks_save_one_step(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_stops_all_at_one_step(root: Path, tmp_path: Path, rank: int) -> None:
     write_config(root, tmp_path)
@@ -110,6 +112,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(root: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_second_interrupt_ends_at_once(root: Path, tmp_path: Path) -> None:
     write_config(root, tmp_path, cp=1, sample_tokens=ENDLESS, steps=2, validation_streams=1)
     with started([sys.executable, TRAIN, "run.toml"], tmp_path) as process:
@@ -123,6 +126,7 @@ def test_a_second_interrupt_ends_at_once(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("phase", ["validation", "sample"])
 def test_a_signal_after_the_last_step_cuts_the_rest_short(
     root: Path, tmp_path: Path, phase: str
@@ -141,6 +145,7 @@ def test_a_signal_after_the_last_step_cuts_the_rest_short(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_validation_that_was_cut_short_is_done_on_resume(root: Path, tmp_path: Path) -> None:
     write_much(tmp_path)
     options = {"steps": 8, "log_every": 1, "validate_every": 4, "checkpoint_every": 4}
@@ -161,6 +166,7 @@ def test_a_validation_that_was_cut_short_is_done_on_resume(root: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_signal_before_the_first_step_ends_the_process(root: Path, tmp_path: Path) -> None:
     # It waits for another rank, which never comes.
     write_config(root, tmp_path)
@@ -177,6 +183,7 @@ def test_a_signal_before_the_first_step_ends_the_process(root: Path, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("program", ["torchrun", "local.py"])
 def test_killing_the_launcher_saves_and_ends_its_ranks(
     root: Path, tmp_path: Path, program: str
@@ -194,6 +201,7 @@ def test_killing_the_launcher_saves_and_ends_its_ranks(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_rank_takes_the_others_along_and_a_restart_goes_on(
     root: Path, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_ranks_meet_by_the_store_and_compare(starting_ranks: RanksOf, size: int)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_processes_with_another_option_end_with_its_name(root: Path, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(to_toml(tiny(root)))
     line = [sys.executable, TRAIN, "run.toml"]
@@ -74,6 +75,7 @@ def test_processes_with_another_option_end_with_its_name(root: Path, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_rank_without_its_config_ends_them_all(root: Path, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(to_toml(tiny(root)))
     lines = [[sys.executable, TRAIN, name] for name in ("run.toml", "run.toml", "missing.toml")]
