@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,9 +41,14 @@ def join_store(
         ValueError: on every rank, with the problem of any rank, or the options that differ.
     """
     if "RANK" not in os.environ:
-        store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+        store: Any = dist.HashStore()  # type: ignore[attr-defined]
+        rank, size = 0, 1
     else:
         store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        # torchrun's store outlives a restart of its ranks, with what they wrote: addresses of
+        # processes that are gone, and our own words.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
     ours = json.dumps(table)
     # Rank 0 judges for all: every rank sends and fetches one text.
     if rank == 0:

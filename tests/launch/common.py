@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import random
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -98,13 +99,30 @@ def start_each(each: list[Settings]) -> None:
     start_ranks(each[torch.distributed.get_rank()])
 
 
-def meet(tables: list[dict[str, str]], port: int) -> tuple[int, int]:
+def meet(tables: list[dict[str, str]], port: int, **more: str) -> tuple[int, int]:
     """Rank and size of ranks that find each other as torchrun's do."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     job = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    with mock.patch.dict(os.environ, {name: str(value) for name, value in job.items()}):
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in job.items()} | more):
         _, *place = join_store(tables[rank])
     return tuple(place)
+
+
+def meet_again(attempts: list[list[dict[str, str]]], port: int) -> list[str]:
+    """What each of torchrun's attempts ends with on this rank, one store for all of them."""
+    found = []
+    for attempt, tables in enumerate(attempts):
+        # The last rank is early and the others late.
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() + 1 < len(tables):
+            time.sleep(0.2)
+        try:
+            agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+            meet(tables, port, TORCHELASTIC_RESTART_COUNT=str(attempt), **agent)
+            found.append("")
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 @functools.cache

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from settings import Settings, to_toml
 from startup import describe, judge, show_ranks, show_values, source_digest
 from tests.distributed.ranks import Ranks
-from tests.launch.common import meet, replaced, start_each, tiny
+from tests.launch.common import meet, meet_again, replaced, start_each, tiny
 from tests.launch.processes import TRAIN, started_ranks
 
 RanksOf = Callable[[int], Ranks]
@@ -58,6 +59,15 @@ def test_ranks_meet_by_the_store_and_compare(starting_ranks: RanksOf, size: int)
             assert found == (rank, size)
         else:
             assert "ValueError: b: differs between ranks (ranks 0-2: 0, rank 3: 1)" in found
+
+
+def test_a_restart_reads_nothing_of_the_attempt_before(starting_ranks: RanksOf) -> None:
+    # torchrun keeps its store.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    same, other = [{"a": "1"}] * 2, [{"a": "1"}, {"a": "2"}]
+    for found in starting_ranks(2).run(meet_again, [same, other, same], store.port):
+        assert found[0] == found[2] == ""
+        assert found[1].startswith("a: differs between ranks (rank 0: 1, rank 1: 2)")
 
 
 @pytest.mark.slow
