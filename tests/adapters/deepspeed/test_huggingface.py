@@ -1,0 +1,42 @@
+"""transformers' converted models under ZeRO-3 and DeepSpeed's sequence parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("transformers")
+
+from tests.adapters.deepspeed.huggingface_case import (
+    refusals_of_ulysses,
+    write_models,
+    zero3_differences,
+)
+from tests.distributed.ranks import Ranks
+
+GetRanks = Callable[[int], Ranks]
+
+
+@pytest.mark.parametrize(
+    "case", ["convert", "load", pytest.param("convert-in-context", marks=pytest.mark.slow)]
+)
+def test_independent_keys_under_zero_3(
+    case: str, deepspeed_ranks: GetRanks, tmp_path: Path
+) -> None:
+    """Equal bits when made, and one step as that of one process."""
+    write_models(tmp_path)
+    for found in deepspeed_ranks(2).run(zero3_differences, str(tmp_path), case):
+        # float32 sums over a hundred tokens in another order, of gradients below 1.
+        assert max(found.values()) <= 100 * torch.finfo(torch.float32).eps, found
+
+
+def test_a_group_of_ulysses_that_the_model_is_not_told_of(deepspeed_ranks: GetRanks) -> None:
+    for answer in deepspeed_ranks(2).run(refusals_of_ulysses):
+        assert answer.pop("before") == answer.pop("use_group(None)") == ""
+        for message in answer.values():
+            assert "sequence_parallel_size of DeepSpeed: found 2" in message
+            assert "use_group" in message
