@@ -218,17 +218,20 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
         ValueError: if the file is missing or has other columns.
     """
     check(path.is_file(), "csv", str(path), "an existing file works")
-    rows = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, line in enumerate(csv.DictReader(file), start=2):
-            try:
+    rows, number = [], 1
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = csv.DictReader(file)
+            for line in lines:
+                number = lines.line_num
                 shape = Shape(**_typed(Shape, line))
                 rows.append(kind(**_typed(kind, line), shape=shape))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"csv: found {path} line {number} ({type(error).__name__}: {error}); a file of "
-                    "bench_kernels.py --csv works"
-                ) from None
+    except (KeyError, TypeError, ValueError, OSError, csv.Error) as error:
+        # ValueErrors are fields that are no numbers and bytes that are no UTF-8.
+        raise ValueError(
+            f"csv: found {path} line {number} ({type(error).__name__}: {error}); a file of "
+            "bench_kernels.py --csv works"
+        ) from None
     return rows
 
 

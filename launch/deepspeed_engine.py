@@ -59,7 +59,7 @@ def deepspeed_config(settings: Settings, dtype: torch.dtype, dp: int, size: int)
     return {
         "train_micro_batch_size_per_gpu": data.micro_batch,
         "gradient_accumulation_steps": data.global_batch // (dp * data.micro_batch),
-        "gradient_clipping": settings.optimizer.clip,
+        "gradient_clipping": settings.optimizer.largest_norm,
         "zero_optimization": {
             "stage": settings.parallel.zero_stage,
             "reduce_bucket_size": min(size, LARGEST_BUCKET),

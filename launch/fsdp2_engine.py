@@ -83,7 +83,7 @@ class Fsdp2Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss_sum, targets = forward_backward(self.model, batches, self.ranks, seed)
-        grad_norm = clip_gradients(self.model, self.settings.optimizer.clip)
+        grad_norm = clip_gradients(self.model, self.settings.optimizer.largest_norm)
         # Where it is 1, fused AdamW leaves weights, moments and step counts as they are. It reads
         # it on the device: the host does not wait.
         self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]

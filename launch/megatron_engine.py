@@ -178,7 +178,7 @@ def make_optimizer(
             adam_beta1=settings.beta1,
             adam_beta2=settings.beta2,
             adam_eps=settings.eps,
-            clip_grad=settings.clip,
+            clip_grad=settings.largest_norm,
             bf16=config.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=True,
@@ -256,7 +256,7 @@ class MegatronEngine:
         """
         (optimizer,) = self.optimizer.chained_optimizers
         optimizer.prepare_grads()
-        largest = self.settings.optimizer.clip
+        largest = self.settings.optimizer.largest_norm
         norm = optimizer.clip_grad_norm(largest) if largest else optimizer.get_grad_norm()
         if math.isfinite(norm):
             self.optimizer.step_with_ready_grads()

@@ -156,6 +156,11 @@ class OptimizerSettings:
             check(0 <= value < 1, f"optimizer.{option}", value, f"0 <= {option} < 1 works")
         check(self.eps > 0, "optimizer.eps", self.eps, "a positive number works")
 
+    @property
+    def largest_norm(self) -> float:
+        """``clip`` as libraries take it: 0 for no clipping."""
+        return 0.0 if self.clip == math.inf else self.clip
+
 
 @dataclass(frozen=True)
 class ParallelSettings:

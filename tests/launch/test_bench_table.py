@@ -133,7 +133,12 @@ def test_files_that_are_no_table_are_refused(
     with pytest.raises(ValueError, match=r"csv: found .* line 2 \(KeyError"):
         read_csv(path)
     write_csv(path, measured(8192, 40.0, 100.0))
-    path.write_text(path.read_text().replace(",8192,", ",many,"))
+    good = path.read_bytes()
+    for odd, kind in ((b"\xff", "UnicodeDecodeError"), (b'"' + b"9" * 200_000 + b'"', "Error")):
+        path.write_bytes(good.replace(b",8192,", b"," + odd + b","))
+        with pytest.raises(ValueError, match=rf"csv: found .* line \d+ \({kind}: "):
+            read_csv(path)
+    path.write_text(good.decode().replace(",8192,", ",many,"))
     with pytest.raises(SystemExit) as error:
         main([str(path)])
     assert str(error.value).startswith("bench_table.py: csv: found ")
