@@ -7,6 +7,7 @@ over the cache's rows, so that a new token costs its own queries only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from nsa_dist.flow import ZeroGradient
 from nsa_dist.functional import native_sparse_attention
 from nsa_dist.gates import make_gate
 from nsa_dist.layer import SetNorm
+from nsa_dist.tensor_parallel import project
 from nsa_kernels import get_backend
 
 ROTARY: Mapping[type[nn.Module], Any] = {
@@ -99,18 +101,24 @@ class NSAAttention(nn.Module):
             nsa_batch: what the model's ``forward`` worked out.
 
         Raises:
-            ValueError: without ``nsa_batch``.
+            ValueError: without ``nsa_batch``, and for projections that a tensor parallel plan cut.
         """
         if nsa_batch is None or position_embeddings is None:
             raise ValueError(
                 "nsa_batch: found None; calling the model works, not its layers or its .model"
             )
         config = self.config
-        q = self.q_proj(hidden_states).unflatten(-1, (config.num_heads, config.head_dim))
+        q_shape = (config.num_heads, config.head_dim)
         key_shape = (config.num_key_sets, config.num_kv_heads, config.head_dim)
-        k = self.k_proj(hidden_states).unflatten(-1, key_shape)
-        v = self.v_proj(hidden_states)
-        v = v.unflatten(-1, (config.num_value_sets * config.num_kv_heads, config.value_dim))
+        value_shape = (config.num_value_sets * config.num_kv_heads, config.value_dim)
+        q, k, v = (
+            project(name, module, hidden_states, math.prod(shape)).unflatten(-1, shape)
+            for name, module, shape in (
+                ("q_proj", self.q_proj, q_shape),
+                ("k_proj", self.k_proj, key_shape),
+                ("v_proj", self.v_proj, value_shape),
+            )
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         rotate = ROTARY[self.dense_type]
@@ -123,7 +131,7 @@ class NSAAttention(nn.Module):
         else:
             layer = past_key_values.layers[self.layer_idx]
             out = self._attend_cached(q, k, v, gates, nsa_batch, layer)
-        return self.o_proj(out.flatten(2)), None
+        return project("o_proj", self.o_proj, out.flatten(2), hidden_states.shape[-1]), None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, batch: Batch) -> Tensor:
         """[B, L, heads, D] and gates -> [B, L, H, D] by the whole stream."""

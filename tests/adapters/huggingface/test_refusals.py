@@ -404,3 +404,14 @@ def test_settings_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "num_selected" in _refusal(
         lambda: convert_to_nsa(dense_model("llama"), config, backend="triton")
     )
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_projections_that_were_cut(name: str) -> None:
+    """As a tensor parallel plan leaves them: half of the output's columns."""
+    model = sparse_model("llama")
+    attention = model.model.layers[0].self_attn
+    whole = getattr(attention, name)
+    setattr(attention, name, nn.Linear(whole.in_features, whole.out_features // 2, bias=False))
+    with pytest.raises(ValueError, match=rf"^{name}: found an output of another width than .*work"):
+        model(some_tokens(1, 8))
