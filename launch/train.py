@@ -9,6 +9,7 @@ model over ranks and runs a step is an engine: FSDP2 (fsdp2_engine.py), Megatron
 
 from __future__ import annotations
 
+import io
 import math
 import resource
 import sys
@@ -423,6 +424,9 @@ def start() -> tuple[Ranks, Settings]:
 
 @record
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What an encoding lacks, in a path or a sample, does not end a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
     with Stopping() as stopping:
         try:
             ranks, settings = start()
