@@ -17,14 +17,18 @@ from tests.distributed.ranks import Ranks, rank_pool
 # torch does below.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Many tests start processes of their own, and one thread fixes the order of every sum.
-torch.set_num_threads(1)
 # Also fills uninitialised tensors with NaN, so that a read of memory never written shows.
 torch.use_deterministic_algorithms(True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--threads", type=int, default=1, help="threads of this process's tensors")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Many tests start processes of their own, and one thread fixes the order of every sum.
+    torch.set_num_threads(config.getoption("--threads"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from nsa_dist.comm.collectives import add_returned_rows, all_to_all_rows
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup
 from nsa_dist.plan import BlockOwnership, Plan
+from nsa_kernels.autograd import first_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ def request_blocks(
     num_heads = selected.shape[1]
     halo_rows = plan.halos["selected"].num_rows
     block_rows = selected.new_full((num_heads, blocks.total), -1, dtype=torch.int64)
-    block_rows[:, blocks.own_ids] = blocks.own_rows
+    block_rows = block_rows.index_copy(1, blocks.own_ids, blocks.own_rows.expand(num_heads, -1))
     if group.size == 1:
         nothing = blocks.own_rows.new_zeros(0)
         return FetchPlan((Transfer(0, nothing, (0,), (0,)),), num_heads, block_rows)
@@ -76,21 +77,22 @@ def request_blocks(
     lengths_by_rank = blocks.lengths[blocks.by_rank]
     wanted_tokens = wanted * lengths_by_rank
     recv = wanted_tokens.new_zeros(num_heads, group.size)
-    recv.index_add_(1, blocks.owner[blocks.by_rank], wanted_tokens)
+    recv = recv.index_add(1, blocks.owner[blocks.by_rank], wanted_tokens)
     send = (asked * own_lengths).sum(-1)
     # The only point at which the host waits for what was computed.
     sizes = torch.stack((send, recv)).cpu()
     send_counts, recv_counts = sizes.tolist()
 
     start = wanted_tokens.cumsum(-1) - wanted_tokens + halo_rows
-    block_rows[:, blocks.by_rank] = torch.where(wanted, start, block_rows[:, blocks.by_rank])
+    start = torch.where(wanted, start, block_rows[:, blocks.by_rank])
+    block_rows = block_rows.index_copy(1, blocks.by_rank, start)
 
     _, _, block = asked.nonzero(as_tuple=True)
     tokens = own_lengths[block]
     total = int(sizes[0].sum())
     first = blocks.own_rows[block] - (tokens.cumsum(0) - tokens)
     rows = torch.repeat_interleave(first, tokens, output_size=total)
-    rows += torch.arange(total, device=rows.device)
+    rows = rows + torch.arange(total, device=rows.device)
     per_head = rows.split([sum(counts) for counts in send_counts])
     transfers = tuple(
         Transfer(g, per_head[g], tuple(send_counts[g]), tuple(recv_counts[g]))
@@ -105,7 +107,7 @@ def _wanted_blocks(selected: Tensor, plan: Plan, blocks: BlockOwnership, rank: i
     nowhere = blocks.total
     ids = torch.where(selected >= 0, selected + plan.selected_base[:, None, None], nowhere)
     wanted = torch.zeros(num_heads, nowhere + 1, dtype=torch.bool, device=selected.device)
-    wanted.scatter_(1, ids.transpose(0, 1).flatten(1), True)
+    wanted = wanted.scatter(1, ids.transpose(0, 1).flatten(1), True)
     return (wanted[:, :nowhere] & (blocks.owner != rank))[:, blocks.by_rank]
 
 
@@ -178,6 +180,7 @@ class FetchBlocks(torch.autograd.Function):
         return k.view_as(k), v.view_as(v), k_fetched, v_fetched
 
     @staticmethod
+    @first_order
     def backward(
         ctx: Any, grad_k: Tensor, grad_v: Tensor, grad_k_fetched: Tensor, grad_v_fetched: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -11,6 +11,7 @@ from nsa_dist.comm.collectives import accumulation_dtype, all_gather_rows, all_t
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup
 from nsa_dist.plan import BlockOwnership, Plan
+from nsa_kernels.autograd import first_order
 
 
 class GatherCompressed(torch.autograd.Function):
@@ -49,6 +50,7 @@ class GatherCompressed(torch.autograd.Function):
         return k_full, v_full
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         blocks, group = ctx.blocks, ctx.group
         if group.size == 1:

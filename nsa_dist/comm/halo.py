@@ -11,6 +11,7 @@ from nsa_dist.comm.collectives import add_returned_rows, all_to_all_rows
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup
 from nsa_dist.plan import Halo, Plan
+from nsa_kernels.autograd import first_order
 
 
 class HaloExchange(torch.autograd.Function):
@@ -54,6 +55,7 @@ class HaloExchange(torch.autograd.Function):
         return k_ext, v_ext
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         halo: Halo = ctx.halo
         if halo.is_identity:

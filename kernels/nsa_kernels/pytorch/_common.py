@@ -103,6 +103,37 @@ class FiniteRows(NamedTuple):
         return cls(keys.masked_fill(where, 0.0), values.masked_fill(where, 0.0), bad)
 
 
+class Rows:
+    """The rows of a result, a tile after the other; those in none hold one value.
+
+    Joined in the end and not written in place: checkpointing that keeps the results of some
+    operators and not of others (torch's selective one) takes them as they were computed.
+    """
+
+    def __init__(self, empty: Tensor, value: float) -> None:
+        """empty [0, ...] has the dtype of the result."""
+        self._parts = [empty]
+        self._end = 0
+        self._value = value
+
+    def add(self, start: int, rows: Tensor) -> None:
+        """rows [m, ...] from `start` on, which no earlier one passes."""
+        self._fill(start)
+        self._parts.append(rows.to(self._parts[0].dtype))
+        self._end = start + rows.shape[0]
+
+    def joined(self, num_rows: int) -> Tensor:
+        """[num_rows, ...]."""
+        self._fill(num_rows)
+        return torch.cat(self._parts)
+
+    def _fill(self, start: int) -> None:
+        assert start >= self._end, (start, self._end)
+        if start > self._end:
+            empty = self._parts[0]
+            self._parts.append(empty.new_full((start - self._end, *empty.shape[1:]), self._value))
+
+
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * a @ b of batches [..., m, D] and [..., D, n]."""
     return torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
@@ -145,18 +176,19 @@ class PairSum:
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """a.mT @ b, sums over the rows of a [P, rows, m] and b [P, rows, n]; as a tree, if many."""
-    num_rows, row = a.shape[1], SUMMANDS_IN_A_ROW
+    (num_parts, num_rows, m), n, row = a.shape, b.shape[2], SUMMANDS_IN_A_ROW
     if num_rows <= row:
         return torch.bmm(a.mT, b)
+    whole = num_rows - num_rows % row
+    size = row * tile_rows(num_parts * m * n, 4)
     total = PairSum()
-    rest = num_rows % row
-    if rest:
-        total.add(torch.bmm(a[:, :rest].mT, b[:, :rest]))
-    size = row * tile_rows(a.shape[0] * a.shape[2] * b.shape[2], 4)
-    for start in range(rest, num_rows, size):
-        left, right = (x[:, start : start + size].reshape(-1, row, x.shape[2]) for x in (a, b))
-        products = torch.bmm(left.mT, right).unflatten(0, (a.shape[0], -1))
+    for start in range(0, whole, size):
+        rows = slice(start, min(start + size, whole))
+        left, right = a[:, rows].reshape(-1, row, m), b[:, rows].reshape(-1, row, n)
+        products = torch.bmm(left.mT, right).view(num_parts, -1, m, n)
         total.add(products.sum(dim=1))  # torch adds as a tree
+    if whole < num_rows:
+        total.add(torch.bmm(a[:, whole:].mT, b[:, whole:]))
     return total.result()
 
 

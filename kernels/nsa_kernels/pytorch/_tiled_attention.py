@@ -7,17 +7,20 @@ between is seen by all its queries. A tile holds all keys of its queries, so the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nsa_kernels.autograd import first_order
 from nsa_kernels.pytorch._common import (
     SUMMANDS_IN_A_ROW,
     FiniteRows,
+    Rows,
     TreeSum,
     accumulation_dtype,
     exact,
@@ -55,8 +58,15 @@ class Tile(NamedTuple):
         columns = slice(self.key_start, self.key_stop)
         logits = scaled_product(query, context.keys[:, columns].mT, scale)
         if context.bad is not None:
-            logits.masked_fill_(context.bad[:, None, columns], math.nan)
-        return self.mask_(logits, -math.inf)
+            logits = logits.masked_fill(context.bad[:, None, columns], math.nan)
+        num_keys = self.key_stop - self.key_start
+        everywhere = [
+            F.pad(hidden, (column, num_keys - column - hidden.shape[1]))
+            for column, hidden in self.hidden
+        ]
+        hidden = functools.reduce(torch.logical_or, everywhere)  # [m, keys]
+        grid = logits.unflatten(1, (-1, hidden.shape[0]))
+        return grid.masked_fill(hidden, -math.inf).flatten(1, 2)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -81,8 +91,8 @@ class TiledAttention(torch.autograd.Function):
         dtype = accumulation_dtype(q)
         context = FiniteRows.of(heads_first(k, dtype), heads_first(v, dtype))
         num_groups = k.shape[1]
-        o = q.new_zeros(*q.shape[:2], v.shape[-1])
-        lse = q.new_full(q.shape[:2], -math.inf, dtype=dtype)
+        o = Rows(q.new_zeros(0, q.shape[1], v.shape[-1]), 0.0)
+        lse = Rows(q.new_zeros(0, q.shape[1], dtype=dtype), -math.inf)
         for tile in tiles():
             rows, columns = slice(tile.start, tile.stop), slice(tile.key_start, tile.key_stop)
             query = group_queries(q[rows], num_groups, dtype)
@@ -92,16 +102,17 @@ class TiledAttention(torch.autograd.Function):
             tile_lse = logits.amax(dim=-1) - probs.amax(dim=-1).log()
             m = tile.stop - tile.start
             out = torch.bmm(probs, context.values[:, columns])
-            o[rows].unflatten(1, (num_groups, -1)).copy_(ungroup_queries(out, m))
-            lse[rows].unflatten(1, (num_groups, -1)).copy_(ungroup_queries(tile_lse, m))
+            o.add(tile.start, ungroup_queries(out, m).flatten(1, 2))
+            lse.add(tile.start, ungroup_queries(tile_lse, m).flatten(1, 2))
         ctx.save_for_backward(q, k, v)
         ctx.tiles, ctx.scale, ctx.in_a_row = tiles, scale, in_a_row
-        ctx.mark_non_differentiable(lse)
-        return o, lse
+        outputs = o.joined(q.shape[0]), lse.joined(q.shape[0])
+        ctx.mark_non_differentiable(outputs[1])
+        return outputs
 
     @staticmethod
+    @first_order
     @exact
-    @once_differentiable
     def backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         dtype, scale = accumulation_dtype(q), ctx.scale

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_kernels.pytorch._common import (
+    Rows,
     accumulation_dtype,
     exact,
     group_queries,
@@ -30,15 +31,13 @@ def _group_probabilities(
     """[G, m, C]: probabilities of the visible keys [G, C, Dk], summed over the heads of a group."""
     m = part.length
     # Multiplied after the product, which is then exact for inputs that make it so.
-    logits = torch.bmm(query, keys.mT).mul_(scale).unflatten(1, (-1, m))  # [G, R, m, C]
-    first = num_visible(part.position, block, stride)
-    hidden = hidden_blocks(part, first, keys.shape[1], block, stride, query.device)
-    logits[..., first:].masked_fill_(hidden, -math.inf)
+    logits = (torch.bmm(query, keys.mT) * scale).unflatten(1, (-1, m))  # [G, R, m, C]
+    hidden = hidden_blocks(part, 0, keys.shape[1], block, stride, query.device)
     # Not exp(logit - lse): rounding of a large lse would weigh the heads of a group differently.
-    probs = logits.softmax(dim=-1)
+    probs = logits.masked_fill(hidden, -math.inf).softmax(dim=-1)
     total = probs[:, 0]
     for r in range(1, probs.shape[1]):
-        total += probs[:, r]
+        total = total + probs[:, r]
     return total
 
 
@@ -46,12 +45,12 @@ def _block_scores(probs: Tensor, num_blocks: int, per_block: int, overlap: int) 
     """[G, m, C] -> [G, m, B]: sum of p[per_block*j + a - b] for a < per_block, b < overlap."""
     width = per_block * num_blocks
     padded = F.pad(probs, (overlap - 1, width - probs.shape[-1]))
-    spread = padded[..., overlap - 1 :].clone()
+    spread = padded[..., overlap - 1 :]
     for b in range(1, overlap):
-        spread += padded[..., overlap - 1 - b : overlap - 1 - b + width]
-    scores = spread[..., 0::per_block].clone()
+        spread = spread + padded[..., overlap - 1 - b : overlap - 1 - b + width]
+    scores = spread[..., 0::per_block]
     for a in range(1, per_block):
-        scores += spread[..., a::per_block]
+        scores = scores + spread[..., a::per_block]
     return scores
 
 
@@ -87,9 +86,7 @@ def select_blocks(
     num_queries, num_heads, _ = q.shape
     num_groups = k.shape[1]
     keys = heads_first(k, dtype)
-    selected = torch.full(
-        (num_queries, num_groups, num_selected), -1, dtype=torch.int32, device=device
-    )
+    selected = Rows(q.new_zeros((0, num_groups, num_selected), dtype=torch.int32), -1)
     for segment in segments.rows:
         most = max(1, num_visible(segment.position + segment.length - 1, block, stride))
         for part in segment.split(tile_rows(num_heads * most)):
@@ -113,11 +110,11 @@ def select_blocks(
                 per_block, overlap = select_block // stride, block // stride
                 scores = _block_scores(probs, num_blocks, per_block, overlap)
                 # NaN: the query sees no key, or one that is not finite.
-                scores = scores.float().nan_to_num_(nan=0.0)
+                scores = scores.float().nan_to_num(nan=0.0)
                 column = torch.arange(num_blocks, device=device)
                 forced = (column < num_init_blocks) | (column > own - num_local_blocks)
-                scores.masked_fill_(forced, math.inf).masked_fill_(column > own, -math.inf)
+                scores = scores.masked_fill(forced, math.inf).masked_fill(column > own, -math.inf)
                 best = _best(scores, num_selected)
-            best = best.masked_fill(best > own, -1)
-            selected[rows, :, : best.shape[-1]] = best.transpose(0, 1).int()
-    return selected
+            best = best.masked_fill(best > own, -1).transpose(0, 1)
+            selected.add(part.start, F.pad(best, (0, num_selected - best.shape[-1]), value=-1))
+    return selected.joined(num_queries)

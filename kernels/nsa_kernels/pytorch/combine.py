@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nsa_kernels.autograd import first_order
 from nsa_kernels.pytorch._common import accumulation_dtype, exact
 
 
@@ -22,13 +22,13 @@ class _Combine(torch.autograd.Function):
         weights = gates.to(dtype).unsqueeze(-2).unbind(-1)  # [N, H, 1] each
         total = outputs[0].to(dtype) * weights[0]
         for output, weight in zip(outputs[1:], weights[1:], strict=True):
-            total.addcmul_(output.to(dtype), weight)
+            total = total.addcmul(output.to(dtype), weight)
         ctx.save_for_backward(gates, *outputs)
         return total.to(outputs[0].dtype)
 
     @staticmethod
+    @first_order
     @exact
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         gates, *outputs = ctx.saved_tensors
         dtype = accumulation_dtype(outputs[0])

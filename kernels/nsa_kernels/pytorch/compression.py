@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nsa_kernels.autograd import first_order
 from nsa_kernels.pytorch._common import (
     TreeSum,
     accumulation_dtype,
@@ -171,17 +171,17 @@ class _Compress(torch.autograd.Function):
     ) -> Tensor:
         dtype = accumulation_dtype(x)
         weights = _weights(params, shape, dtype)
-        out = x.new_empty(block_rows.shape[0], *x.shape[1:])
-        for blocks, rows in _tiles(block_rows, shape.block, x[:1].numel()):
+        out = [x.new_zeros(0, *x.shape[1:])]
+        for _, rows in _tiles(block_rows, shape.block, x[:1].numel()):
             result = kind.forward(shape.gather(x, rows, dtype), *weights)
-            out[blocks] = shape.heads_last(result).to(x.dtype)
+            out.append(shape.heads_last(result).to(x.dtype))
         ctx.save_for_backward(x, block_rows, *params)
         ctx.kind, ctx.shape = kind, shape
-        return out
+        return torch.cat(out)
 
     @staticmethod
+    @first_order
     @exact
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, block_rows, *params = ctx.saved_tensors
         dtype, shape = accumulation_dtype(x), ctx.shape
@@ -218,8 +218,8 @@ class _GatherBlocks(torch.autograd.Function):
         return x[rows].transpose(1, 2)
 
     @staticmethod
+    @first_order
     @exact
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         dtype = accumulation_dtype(grad)

@@ -12,11 +12,13 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nsa_kernels.autograd import first_order
 from nsa_kernels.pytorch._common import (
     FiniteRows,
+    Rows,
     TreeSum,
     accumulation_dtype,
     exact,
@@ -52,16 +54,16 @@ class _Pool:
         self.size = here.shape[0]
         self.select_block = select_block
         self.offset = torch.arange(select_block, device=device)
-        rows = torch.full((self.size + 1, select_block), num_rows, device=device)
         inside = self.offset < block_lengths[here].unsqueeze(1)
-        rows[:-1] = (block_rows[here].unsqueeze(1) + self.offset).where(inside, rows[:-1])
-        self.rows = rows  # [blocks + 1, l']; num_rows is a row of zeros
+        rows = (block_rows[here].unsqueeze(1) + self.offset).where(inside, num_rows)
+        self.num_rows = num_rows
+        self.rows = F.pad(rows, (0, 0, 0, 1), value=num_rows)  # [blocks + 1, l']; a row of zeros
         pairs = zip(own, fetched, strict=True)
         sources = [torch.cat([a, b, a.new_zeros(1, a.shape[-1])]) for a, b in pairs]
-        self.context = FiniteRows.of(*(source[rows].to(dtype) for source in sources))
+        self.context = FiniteRows.of(*(source[self.rows].to(dtype) for source in sources))
 
-        slot_of = torch.full((block_rows.shape[0] + 1,), self.size, device=device)
-        slot_of[here] = torch.arange(self.size, device=device)
+        is_here = F.pad(block_rows >= 0, (0, 1))
+        slot_of = (is_here.cumsum(dim=0) - 1).where(is_here, self.size)
         chosen = selected >= 0
         ids = selected.long() + segments.selected_bases.unsqueeze(1)
         self.slots = slot_of[ids.where(chosen, block_rows.shape[0])]
@@ -69,10 +71,6 @@ class _Pool:
         assert not missing.any(), f"block {int(ids[missing][0])} was chosen and is not here"
         ends = segments.positions.unsqueeze(1) + 1 - selected.long() * select_block
         self.seen = ends.clamp(0, select_block).where(chosen, 0)
-        places = torch.arange(selected.shape[1], device=device)
-        partly = places.where(self.seen < select_block, selected.shape[1])
-        # Indices ascend, so for most queries only the last place holds tokens to hide.
-        self.first_partly: list[int] = partly.amin(dim=1).tolist() if partly.numel() else []
 
     def num_chosen(self, segment: Segment) -> int:
         """How many places of `slots` its queries can have filled; behind them stand -1."""
@@ -90,22 +88,21 @@ class _Pool:
         keys, values, bad = self.context
         logits = scaled_product(query, self.gather(keys, slots).mT, scale)
         if bad is not None:
-            logits.masked_fill_(bad[slots].flatten(1).unsqueeze(1), math.nan)
-        first = min(n, *self.first_partly[rows])
-        hidden = (self.offset >= self.seen[rows, first:n].unsqueeze(-1)).flatten(1).unsqueeze(1)
-        edge = slice(first * self.select_block, None)
-        logits[..., edge].masked_fill_(hidden, -math.inf)
+            logits = logits.masked_fill(bad[slots].flatten(1).unsqueeze(1), math.nan)
+        seen = self.seen[rows, :n]
+        hidden = (self.offset >= seen.unsqueeze(-1)).flatten(1).unsqueeze(1)
+        logits = logits.masked_fill(hidden, -math.inf)
         probs = logits.softmax(dim=-1)
-        probs[..., edge].masked_fill_(hidden, 0.0)
-        out = torch.bmm(probs, self.gather(values, slots))
-        # The largest probability is exp(max - lse); without one, -inf - log(0) would be NaN.
-        top, share = logits.amax(dim=-1), probs.amax(dim=-1)
-        return out, top - share.log().masked_fill_(share == 0, 0.0)
+        # NaN where a query sees nothing, and only there and where it sees NaN.
+        blind = (seen == 0).all(dim=-1)[:, None]
+        out = torch.bmm(probs, self.gather(values, slots)).masked_fill(blind.unsqueeze(-1), 0.0)
+        # The largest probability is exp(max - lse).
+        lse = logits.amax(dim=-1) - probs.amax(dim=-1).log()
+        return out, lse.masked_fill(blind, -math.inf)
 
     def scatter(self, grads: Tensor) -> Tensor:
         """Gradients of the pool [blocks, l', D] -> of the rows [E + F, D]."""
-        num_rows = int(self.rows[-1, 0])
-        out = grads.new_zeros(num_rows + 1, grads.shape[-1])
+        out = grads.new_zeros(self.num_rows + 1, grads.shape[-1])
         out[self.rows[:-1]] = grads  # blocks share no row but the last
         return out[:-1]
 
@@ -135,23 +132,27 @@ class _SelectedAttention(torch.autograd.Function):
         ctx.pool_arguments = (block_lengths, segments, select_block, dtype)
         ctx.scale = scale
         group = q.shape[1] // k_own.shape[1]
-        o = q.new_zeros(*q.shape[:2], v_own.shape[-1])
-        lse = q.new_full(q.shape[:2], -math.inf, dtype=dtype)
+        of_heads = []
         for g in range(k_own.shape[1]):
             heads = slice(g * group, (g + 1) * group)
             pool = _pool_of_head(ctx, tensors, g)
+            o = Rows(q.new_zeros(0, group, v_own.shape[-1]), 0.0)
+            lse = Rows(q.new_zeros(0, group, dtype=dtype), -math.inf)
             for segment in segments.rows:
                 for part in segment.split(_tile_size(pool, group)):
                     rows = slice(part.start, part.start + part.length)
                     query = q[rows, heads].to(dtype).contiguous()
                     out, part_lse = pool.attend(query, part, scale)
-                    o[rows, heads], lse[rows, heads] = out.to(o.dtype), part_lse
-        ctx.mark_non_differentiable(lse)
-        return o, lse
+                    o.add(part.start, out)
+                    lse.add(part.start, part_lse)
+            of_heads.append((o.joined(q.shape[0]), lse.joined(q.shape[0])))
+        outputs = [torch.cat(parts, dim=1) for parts in zip(*of_heads, strict=True)]
+        ctx.mark_non_differentiable(outputs[1])
+        return outputs[0], outputs[1]
 
     @staticmethod
+    @first_order
     @exact
-    @once_differentiable
     def backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # Once: recomputation refuses a second read.
         q, *sources = saved[:5]

@@ -33,6 +33,7 @@ from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.plan import Plan
 from nsa_dist.planning import find_plan
 from nsa_dist.statement import Statement
+from nsa_kernels.autograd import first_order
 
 # Of the plan a dense layer needs the checks, the ranks' agreement and each token's place in its
 # document. Neither depends on heads, and a window of the token itself needs no exchange.
@@ -350,6 +351,7 @@ class _CountBackward(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         ctx.counter.add("ring_grad", ctx.size, ctx.size)
         return grad, None, None
