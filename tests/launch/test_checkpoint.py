@@ -17,6 +17,7 @@ from tests.launch.checkpoints import (
     DAMAGE,
     DENIED,
     find,
+    find_as_rank_0_sees,
     find_damaged,
     kill_at_each_call,
     make_old,
@@ -104,6 +105,11 @@ def test_without_a_whole_checkpoint_a_run_does_not_start_anew(
     (tmp_path / "file" / "checkpoints").write_text("")
     with pytest.raises(RankError, match=r"CheckpointError: .*Not a directory"):
         ranks_of(2).run(find, tmp_path / "file")
+
+
+def test_rank_0_finds_the_step_for_all(ranks_of: RanksOf, three: tuple[Settings, Result]) -> None:
+    folder = Path(three[0].run.folder)
+    assert ranks_of(2).run(find_as_rank_0_sees, folder) == [("step_00000003", [])] * 2
 
 
 def test_a_later_format_is_refused(
