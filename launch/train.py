@@ -253,7 +253,7 @@ def run_steps(
         # A run may have been stopped after a checkpoint and before the validation of its step.
         missing = first_step > 0 and not report.has_validation(first_step)
         if validates_after(first_step) and ranks.any(ranks.is_main and missing):
-            log_validation(first_step)
+            health.stops = log_validation(first_step) is None
         done = logged = first_step
         mark = time.perf_counter()
         while done < run.steps and not health.stops:
@@ -286,10 +286,14 @@ def run_steps(
                 },
                 by_kind(received),
             )
-            if saves or done == run.steps or health.stops:
+            saves = saves or done == run.steps or health.stops
+            if saves:
                 save(done)
-            if validates_after(done) and not health.stops:
-                log_validation(done)
+            if validates_after(done) and not health.stops and log_validation(done) is None:
+                # Here, and no step later: a resume does the validation of the step it starts at.
+                health.stops = True
+                if not saves:
+                    save(done)
             mark, logged = time.perf_counter(), done
 
         validation, text = None, ""

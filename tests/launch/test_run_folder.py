@@ -269,7 +269,7 @@ def test_a_folder_that_cannot_be_made_is_refused_on_every_rank(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_of_two_runs_started_at_once_one_goes_on(root: Path, tmp_path: Path) -> None:
-    settings = replaced(tiny(root, parallel={"cp": 2}), "run", folder="run", steps=300)
+    settings = replaced(tiny(root, parallel={"cp": 2}), "run", folder="run", steps=40)
     (tmp_path / "run.toml").write_text(to_toml(settings))
     line = torchrun(2)
     with (
