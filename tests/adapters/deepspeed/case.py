@@ -49,6 +49,7 @@ class Case:
         adam: AdamW in the place of SGD.
         targets: whether there are any.
         mpu: whether DeepSpeed is given one.
+        compute: dtype of activations, that of the parameters unless set.
     """
 
     stage: int = 0
@@ -61,12 +62,20 @@ class Case:
     layout: str = "contiguous"
     targets: bool = True
     mpu: bool = True
+    compute: torch.dtype | None = None
     zero: tuple[tuple[str, Any], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def size(self) -> int:
         return self.dp * self.cp
+
+
+class Linear(nn.Linear):
+    """A linear map in its input's dtype, whatever the weight's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
 
 
 class Layer(nn.Module):
@@ -77,9 +86,9 @@ class Layer(nn.Module):
         from nsa_dist.adapters.deepspeed import NSADistributedAttention
 
         config = SMALL
-        self.q = nn.Linear(HIDDEN, config.num_heads * config.head_dim, bias=False)
-        self.kv = nn.Linear(HIDDEN, 2 * config.num_kv_heads * config.head_dim, bias=False)
-        self.out = nn.Linear(config.num_heads * config.head_dim, HIDDEN, bias=False)
+        self.q = Linear(HIDDEN, config.num_heads * config.head_dim, bias=False)
+        self.kv = Linear(HIDDEN, 2 * config.num_kv_heads * config.head_dim, bias=False)
+        self.out = Linear(config.num_heads * config.head_dim, HIDDEN, bias=False)
         self.attention = NSADistributedAttention(config, group, layout=layout)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -91,14 +100,21 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """Token ids and labels to the sum of losses."""
 
-    def __init__(self, group: Any = None, layout: str = "contiguous") -> None:
+    def __init__(
+        self,
+        group: Any = None,
+        layout: str = "contiguous",
+        compute: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self.compute = compute
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
         self.layers = nn.ModuleList(Layer(group, layout) for _ in range(LAYERS))
-        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        self.head = Linear(HIDDEN, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         x = self.embedding(tokens)
+        x = x.to(self.compute or x.dtype)
         for layer in self.layers:
             x = layer(x, cu_seqlens)
         logits = self.head(x).flatten(0, 1)
@@ -106,11 +122,13 @@ class Model(nn.Module):
         return F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
 
 
-def make_model(group: Any = None, layout: str = "contiguous") -> Model:
+def make_model(
+    group: Any = None, layout: str = "contiguous", compute: torch.dtype | None = None
+) -> Model:
     """The same weights everywhere, none of them zero."""
     with torch.random.fork_rng([]):
         torch.manual_seed(5)
-        model = Model(group, layout)
+        model = Model(group, layout, compute)
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
     return model
@@ -185,7 +203,8 @@ class Run:
         self.case = case
         self.mesh = init_device_mesh("cpu", (case.dp, case.cp), mesh_dim_names=("dp", "sp"))
         self.mpu = make_mpu(self.mesh, sequence_dim="sp")
-        self.model = make_model(self.mpu.get_sequence_parallel_group(), case.layout)
+        group = self.mpu.get_sequence_parallel_group()
+        self.model = make_model(group, case.layout, case.compute)
         optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), case.lr)
         if case.adam:
             # Groups of unlike options and sizes.
@@ -242,7 +261,7 @@ def stepped(case: Case) -> tuple[float, dict[str, Tensor]]:
 def plain_step(case: Case, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
     """The same by autograd alone on one rank, the weights and their update in float32 at least."""
     whole = make_model().to(torch.promote_types(dtype, torch.float32))
-    model = make_model().to(dtype)
+    model = make_model(compute=case.compute).to(dtype)
     total, targets = 0.0, 0
     for batch in batches(case, None, 0):
         loss = model(batch.tokens, batch.labels, batch.cu_seqlens)
