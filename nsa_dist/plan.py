@@ -114,6 +114,10 @@ class Plan:
     selected: BlockOwnership | None
     statement: Statement = field(default_factory=lambda: Statement({}))
 
+    def __str__(self) -> str:
+        """The call and the batch, as errors name them."""
+        return str(self.statement)
+
     def to(self, device: torch.device) -> Plan:
         """The same plan with its index tensors on ``device``."""
         memo: dict[int, Any] = {}

@@ -38,7 +38,7 @@ def all_to_all_rows(
         rows: [sum(send_counts), width], run p goes to rank p.
         send_counts, recv_counts: rows for and from each rank.
         kind: what it is counted as, and called in errors.
-        about: what errors print of the call; a ``Statement``.
+        about: what errors print of the call; a ``Plan`` or a ``Statement``.
 
     Returns:
         [sum(recv_counts), width], ordered by sender.

@@ -129,9 +129,7 @@ def _exchange_wishes(
     send_counts = [num_heads * count for count in blocks.counts]
     own = blocks.counts[group.rank]
     recv_counts = [num_heads * own] * group.size
-    answer = all_to_all_rows(
-        message, send_counts, recv_counts, group, counter, "request", plan.statement
-    )
+    answer = all_to_all_rows(message, send_counts, recv_counts, group, counter, "request", plan)
     return answer.view(group.size, num_heads, own).transpose(0, 1).bool()
 
 
@@ -163,7 +161,7 @@ class FetchBlocks(torch.autograd.Function):
         plan: Plan,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.transfer, ctx.group, ctx.counter = transfer, group, counter
-        ctx.about = plan.statement
+        ctx.about = plan
         rows = torch.cat((k[transfer.send_rows], v[transfer.send_rows]), dim=-1)
         before = counter.received["fetch"]
         fetched = all_to_all_rows(
@@ -173,7 +171,7 @@ class FetchBlocks(torch.autograd.Function):
             group,
             counter,
             "fetch",
-            plan.statement,
+            plan,
         )
         counter.fetched_per_head[transfer.first_head] += counter.received["fetch"] - before
         k_fetched, v_fetched = fetched.split((k.shape[-1], v.shape[-1]), dim=-1)

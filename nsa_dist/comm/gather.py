@@ -38,13 +38,13 @@ class GatherCompressed(torch.autograd.Function):
         counter: CommunicationCounter,
         plan: Plan,
     ) -> tuple[Tensor, Tensor]:
-        ctx.blocks, ctx.group, ctx.counter, ctx.about = blocks, group, counter, plan.statement
+        ctx.blocks, ctx.group, ctx.counter, ctx.about = blocks, group, counter, plan
         if group.size == 1:
             return k.view_as(k), v.view_as(v)
         own = torch.cat((k, v), dim=-1)
         padded = own.new_zeros((max(blocks.counts), *own.shape[1:]))
         padded[: len(own)] = own
-        full = all_gather_rows(padded, group, counter, "gather", plan.statement)
+        full = all_gather_rows(padded, group, counter, "gather", plan)
         full = full[blocks.gathered_rows]
         k_full, v_full = full.split((k.shape[-1], v.shape[-1]), dim=-1)
         return k_full, v_full

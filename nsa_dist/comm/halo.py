@@ -40,7 +40,7 @@ class HaloExchange(torch.autograd.Function):
         counter: CommunicationCounter,
         plan: Plan,
     ) -> tuple[Tensor, Tensor]:
-        ctx.halo, ctx.group, ctx.counter, ctx.about = halo, group, counter, plan.statement
+        ctx.halo, ctx.group, ctx.counter, ctx.about = halo, group, counter, plan
         if halo.is_identity:
             return k.view_as(k), v.view_as(v)
         local = torch.cat((k, v), dim=-1)
@@ -49,7 +49,7 @@ class HaloExchange(torch.autograd.Function):
         if not halo.is_local:
             rows, sent, received = local[halo.send_rows], halo.send_counts, halo.recv_counts
             extended[halo.recv_rows] = all_to_all_rows(
-                rows, sent, received, group, counter, "halo", plan.statement
+                rows, sent, received, group, counter, "halo", plan
             )
         k_ext, v_ext = extended.split((k.shape[-1], v.shape[-1]), dim=-1)
         return k_ext, v_ext

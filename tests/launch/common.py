@@ -104,7 +104,9 @@ def meet(tables: list[dict[str, str]], port: int, **more: str) -> tuple[int, int
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     job = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with mock.patch.dict(os.environ, {name: str(value) for name, value in job.items()} | more):
-        _, *place = join_store(tables[rank])
+        store, *place = join_store(tables[rank])
+    torch.distributed.barrier()  # It may be rank 0's, which would take it along.
+    del store
     return tuple(place)
 
 

@@ -170,6 +170,7 @@ def prepare() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["LOCAL_RANK"] = str(dist.get_rank())  # As every launcher sets it.
+    deepspeed.utils.groups.mpu = None  # Of an earlier model in this process.
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
 

@@ -3,8 +3,8 @@
 By the rule of ``tests/ops/accuracy.py``, on weights after one step of SGD without clipping. The
 rate is large, so that such a weight is its gradient, and a scale off by any factor shows. Where
 weights are float32, activations are float64: what is left of rounding is that of gradients and of
-their sums over micro-batches and ranks. In float32 that of the model itself would hide theirs: it is
-up to twenty times as large, and as the BLAS adds up on this processor.
+their sums over micro-batches and ranks. In float32 that of the model itself would hide theirs: it
+is up to twenty times as large, and differs with the order in which this processor's BLAS adds up.
 """
 
 from __future__ import annotations
