@@ -42,6 +42,7 @@ class Stopping:
     def __init__(self) -> None:
         self.asked = False
         self._has_state = self._interrupted = False
+        self._taken: list[int] = []
         self._ended = threading.Event()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
@@ -51,6 +52,7 @@ class Stopping:
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._in_main_thread)
+                self._taken.append(number)
                 # Calls of libraries that a signal would break off go on.
                 signal.siginterrupt(number, False)
         threading.Thread(target=self._read, name="signals", daemon=True).start()
@@ -68,6 +70,7 @@ class Stopping:
         traceback: TracebackType | None,
     ) -> None:
         self._ended.set()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._taken)
         if isinstance(error, SystemExit) and error.code == STOPPED and not self._has_state:
             # Groups whose other ranks still wait may hang in their destructors.
             with contextlib.suppress(OSError):
@@ -75,8 +78,14 @@ class Stopping:
             os._exit(STOPPED)
 
     def steps_begin(self) -> None:
-        """From here on a signal only sets ``asked``."""
+        """From here on a signal only sets ``asked``.
+
+        torchrun, a shell and SLURM send it to all of the process's children too: a compiler of
+        kernels that it ended would break the step off. They inherit what this thread blocks; the
+        thread that reads signals, started before, blocks none.
+        """
         self._has_state = True
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._taken)
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         if not self._has_state:

@@ -100,7 +100,7 @@ def parted_call(name: str) -> tuple[str, float, bool]:
     group, last = dist.group.WORLD, dist.get_rank() == dist.get_world_size() - 1
     total = TOKENS * dist.get_world_size()
     torch.manual_seed(0)
-    options = {"layout": "contiguous", "group": group, "device": "cuda"}
+    options = {"layout": "contiguous", "group": group, "device": "cuda", "backend": "pytorch"}
     layers = {w: NativeSparseAttention(HIDDEN, replace(SMALL, window=w), **options) for w in (5, 9)}
     x = torch.ones(1, TOKENS, HIDDEN, device="cuda")
 
@@ -155,7 +155,7 @@ def test_a_rank_that_parts_is_told_on_every_rank(name: str, gpus: Ranks) -> None
 def wait_for_the_last_rank() -> str:
     """The error of a call that the last rank does not make."""
     group = dist.new_group(timeout=timedelta(seconds=10))
-    layer = NativeSparseAttention(HIDDEN, SMALL, group=group, device="cuda")
+    layer = NativeSparseAttention(HIDDEN, SMALL, group=group, device="cuda", backend="pytorch")
     x = torch.ones(1, TOKENS, HIDDEN, device="cuda")
     layer(x)
     if dist.get_rank() == dist.get_world_size() - 1:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -250,6 +251,13 @@ def test_the_flag_rises_only_in_its_context() -> None:
         with Stopping() as stopping:
             stopping.steps_begin()
             assert not stopping.asked
+            # What a step starts, such as a compiler, is not ended by what is sent to all processes.
+            with subprocess.Popen(["sleep", "60"]) as child:
+                for number in SIGNALS:
+                    child.send_signal(number)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    child.wait(0.3)
+                child.kill()
             os.kill(os.getpid(), signal.SIGUSR1)
             end = time.monotonic() + 10
             while not stopping.asked:
