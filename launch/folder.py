@@ -19,7 +19,7 @@ import torch.distributed as dist
 from checkpoint import found_steps
 from lock import NAME, STALE_SECONDS, FolderLock, Owner
 from ranks import Ranks
-from settings import RunSettings, Settings, check
+from settings import RunSettings, Settings, check, to_toml
 from startup import show_ranks
 
 SHARED_SECONDS = 5.0
@@ -138,8 +138,9 @@ def _take(lock: FolderLock, ranks: Ranks) -> None:
     started again never waits for what it was.
     """
     known: dict[str, float] = {}
+    beats_seen: dict[tuple[str, float], float] = {}
     while True:
-        found = _on_main(ranks, lambda: _try(lock))
+        found = _on_main(ranks, lambda: _try(lock, beats_seen))
         if not found:
             return
         owner = Owner(**found["owner"])
@@ -163,15 +164,44 @@ def _take(lock: FolderLock, ranks: Ranks) -> None:
         time.sleep(1.0)
 
 
-def _try(lock: FolderLock) -> dict[str, Any]:
-    """Take the lock: nothing if it is ours, else its owner and when that was heard of."""
+def _try(lock: FolderLock, beats: dict[tuple[str, float], float]) -> dict[str, Any]:
+    """Take the lock: nothing if it is ours, else its owner and when that was heard of.
+
+    Args:
+        beats: when each of owner and heartbeat was seen first, by this process's clock. A clock
+            that was wrong may have left a heartbeat of the future, which never gets old.
+    """
     while not lock.take():
         owner, heard = lock.holder(), lock.heard()
         if owner is not None and heard is not None:
-            age = max(0.0, lock.now() - heard)
+            seen = beats.setdefault((owner.token, heard), time.monotonic())
+            age = max(lock.now() - heard, time.monotonic() - seen)
             return {"owner": dataclasses.asdict(owner), "heard": heard, "age": age}
     return {}
 
 
+def write_settings(folder: Path, settings: Settings, ranks: Ranks) -> None:
+    """Write the run's ``settings.toml``, whole or not at all. Collective.
+
+    Raises:
+        ValueError: on every rank, naming the file, if it cannot be written.
+    """
+    path = folder / "settings.toml"
+
+    def write() -> None:
+        new = path.with_name(f"{path.name}.new")
+        try:
+            _write(new, to_toml(settings))
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+
+    _on_main(ranks, write)
+
+
 def _write(path: Path, text: str) -> None:
-    path.write_text(text)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        # Without a name where the disk is full.
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -9,14 +9,16 @@ are taken against a file written now in the same folder, so that machines' clock
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import secrets
 import socket
+import stat
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 NAME = "run.lock"
@@ -59,6 +61,10 @@ class Owner:
         return f"process {self.pid} on {self.host}"
 
 
+_STRANGER = Owner("an unknown host", "", 0, "", "")
+"""Of a lock that does not say whose it is."""
+
+
 class FolderLock:
     """This process's lock on a folder; not shared with other ranks.
 
@@ -82,8 +88,14 @@ class FolderLock:
         return True
 
     def holder(self) -> Owner | None:
-        """Who holds it; None if nobody does. One whose file says nothing is a stranger."""
+        """Who holds it; None if nobody does. One whose file says nothing is a stranger.
+
+        Raises:
+            OSError: if what has its name is no file, such as a link or a pipe.
+        """
         try:
+            if not stat.S_ISREG(self.path.lstat().st_mode):
+                raise OSError(errno.EINVAL, "No regular file", str(self.path))
             return _parse(self.path.read_bytes())
         except FileNotFoundError:
             return None
@@ -183,10 +195,13 @@ def _end(message: str) -> None:
 
 def _parse(content: bytes) -> Owner:
     try:
-        return Owner(**json.loads(content))
-    except (ValueError, TypeError):
+        owner = Owner(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):
         # Being written at this moment, or cut by a full disk.
-        return Owner("an unknown host", "", 0, "", "")
+        return _STRANGER
+    kinds = {field.name: type(getattr(_STRANGER, field.name)) for field in fields(Owner)}
+    right = all(type(getattr(owner, name)) is kind for name, kind in kinds.items())
+    return owner if right else _STRANGER
 
 
 def _machine() -> str:

@@ -42,7 +42,9 @@ class MetricsFile:
         self._file = -1
         try:
             self._cut(first_step)
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            # Without a wait for the reader of a pipe.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+            self._file = os.open(path, flags, 0o644)
         except OSError as error:
             # Lines after those that should have been cut would be there twice.
             self._tell(error, "nothing is written to it")
@@ -117,7 +119,7 @@ def _step_of(line: bytes) -> tuple[int | None, bool]:
     """The step of a line, None without one, and whether it is of a validation."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None, False
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None, False

@@ -158,6 +158,8 @@ def read_manifest(path: Path) -> Manifest:
         NewerFormatError: if it is of a later version of this program.
     """
     file = path / MANIFEST
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{MANIFEST} is no file")  # A pipe would be waited for.
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -167,6 +169,8 @@ def read_manifest(path: Path) -> Manifest:
     number = table.get("format") if isinstance(table, dict) else None
     if type(number) is not int:
         raise ValueError(f"{MANIFEST} has no format number")
+    if number < 1:
+        raise ValueError(f"{MANIFEST} has the format number {number}, which is none")
     if number > FORMAT:
         works = f"this version of the program reads up to {FORMAT}"
         raise NewerFormatError(f"{file}: found format {number}; {works}")
@@ -179,7 +183,10 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest(**table, files=files)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{MANIFEST} lacks what a manifest has") from None
-    if type(manifest.step) is not int or not all(type(size) is int for size, _ in files.values()):
+    values: list[tuple[Any, type]] = [(manifest.step, int), (manifest.world_size, int)]
+    values += [(text, str) for text in (manifest.engine, manifest.data, manifest.code)]
+    values += [pair for size, sha256 in files.values() for pair in ((size, int), (sha256, str))]
+    if not all(type(value) is kind for value, kind in values):
         raise ValueError(f"{MANIFEST} lacks what a manifest has")
     for name in files:
         pure = PurePosixPath(name)

@@ -218,9 +218,8 @@ def _text_of(line: str, field: str, where: str) -> bytes:
         kind = _KINDS[type(record)]
         raise ValueError(f"{where} is {kind}; an object with the field {field!r} works")
     if field not in record:
-        raise ValueError(
-            f"data.field: found {field!r}; {where} has {sorted(record)}; a text field works"
-        )
+        has = _listed(sorted(record))
+        raise ValueError(f"data.field: found {field!r}; {where} has {has}; a text field works")
     text = record[field]
     if not isinstance(text, str):
         raise ValueError(f"{where}: field {field!r} is {_KINDS[type(text)]}; text works")
@@ -239,6 +238,11 @@ _KINDS = {
     list: "a list",
     dict: "an object",
 }
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{names[:most]}{rest}"
 
 
 def _beginning(head: bytes) -> str:

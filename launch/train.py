@@ -35,7 +35,7 @@ from data import (
     unigram_loss,
 )
 from engine import Engine, make_engine
-from folder import check_folder_options, run_folder
+from folder import check_folder_options, run_folder, write_settings
 from health import Health, check_state, check_validation, finite_mean
 from history import History
 from manifest import CheckpointError
@@ -44,7 +44,7 @@ from nsa_kernels import get_backend
 from ranks import Ranks, start_ranks
 from report import Report, show_bytes
 from sampling import PAD_TO, sample
-from settings import OptimizerSettings, Settings, check, from_command_line, to_toml
+from settings import OptimizerSettings, Settings, check, from_command_line
 from startup import describe, join_store
 from stopping import STOPPED, Stopping
 from tokenizer import Tokenizer
@@ -217,8 +217,7 @@ def run_steps(
     first_step = engine.read(found.path) if found else 0
     broken = set(found.passed_over) if found else set()
     check_state(engine.tensors(), f"that step {first_step} left", ranks)
-    if ranks.is_main:
-        (folder / "settings.toml").write_text(to_toml(settings), encoding="utf-8")
+    write_settings(folder, settings, ranks)
 
     history = History()
     tokens, seconds = 0, 0.0
@@ -298,9 +297,10 @@ def run_steps(
 
         validation, text = None, ""
         if not health.stops:
-            validation = log_validation(run.steps)
+            # A run that is resumed with fewer steps is at its checkpoint's.
+            validation = log_validation(done)
         if validation is not None:
-            check_validation(validation, run.steps)
+            check_validation(validation, done)
             text = sample_text(engine, corpus.tokenizer, settings, ranks, stopping)
         result = Result(
             folder=folder,

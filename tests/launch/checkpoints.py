@@ -139,6 +139,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: reseal(p, lambda table: table.pop("step")),
         r"manifest\.json lacks what a manifest has",
     ),
+    "manifest whose data digest is a number": (
+        lambda p: reseal(p, lambda table: table.update(data=5)),
+        r"manifest\.json lacks what a manifest has",
+    ),
+    "manifest whose checksum is a number": (
+        lambda p: reseal(p, lambda table: table["files"]["settings.toml"].__setitem__(1, 5)),
+        r"manifest\.json lacks what a manifest has",
+    ),
+    "manifest of format 0": (
+        lambda p: reseal(p, lambda table: table.update(format=0)),
+        r"manifest\.json has the format number 0, which is none",
+    ),
+    "a pipe for a manifest": (
+        lambda p: ((p / "manifest.json").unlink(), os.mkfifo(p / "manifest.json")),
+        r"manifest\.json is no file",
+    ),
     "an empty folder": (lambda p: (shutil.rmtree(p), p.mkdir()), r"manifest\.json is missing"),
 }
 

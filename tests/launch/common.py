@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import random
+import resource
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ import torch
 
 from checkpoint import checkpoints, load_weights
 from data import PackedStreams, load_corpus
-from folder import run_folder
+from folder import run_folder, write_settings
 from fsdp2_engine import clip_gradients, forward_backward
 from model import Decoder, build_model
 from nsa_dist import shard_batch
@@ -139,6 +140,8 @@ def hold_folder(settings: Settings, how: str = "") -> tuple[Path, list[str]]:
     with ExitStack() as stack:
         if how == "rank 0 elsewhere" and ranks.is_main:
             stack.enter_context(mock.patch("lock._machine", return_value="another"))
+        if how == "impatient":
+            stack.enter_context(mock.patch("folder.STALE_SECONDS", 1.0))
         folder = stack.enter_context(run_folder(settings, ranks))
         torch.distributed.barrier()
         names = sorted(path.name for path in folder.iterdir())
@@ -157,6 +160,17 @@ def hold_folders(settings: Settings, each: list[str]) -> None:
             hold_folder(settings)
     finally:
         os.chdir(before)
+
+
+def put_settings(settings: Settings, room: int = -1) -> None:
+    """Write a run's settings, by files of at most ``room`` bytes."""
+    ranks = same_ranks()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        write_settings(Path(settings.run.folder), settings, ranks)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def agree(settings: Settings, problems: list[str]) -> str:

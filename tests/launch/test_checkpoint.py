@@ -87,6 +87,21 @@ def test_a_run_goes_on_from_the_one_before_and_writes_the_damaged_one_anew(
     assert steps(folder) == ["step_00000001", "step_00000002", "step_00000003"]
 
 
+def test_fewer_steps_than_the_checkpoint_log_nothing_of_another_step(
+    ranks_of: RanksOf, three: tuple[Settings, Result], tmp_path: Path
+) -> None:
+    settings, expected = three
+    shutil.copytree(settings.run.folder, tmp_path / "run")
+    run = {"folder": str(tmp_path / "run"), "resume": True, "steps": 2}
+    result, _ = ranks_of(2).run(run_training, replaced(settings, "run", **run))
+    assert result.validation_loss == expected.validation_loss
+    before, after = (
+        (folder / "metrics.jsonl").read_text()
+        for folder in (Path(settings.run.folder), tmp_path / "run")
+    )
+    assert after == before
+
+
 def test_without_a_whole_checkpoint_a_run_does_not_start_anew(
     ranks_of: RanksOf, three: tuple[Settings, Result], tmp_path: Path
 ) -> None:

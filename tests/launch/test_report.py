@@ -79,7 +79,18 @@ def test_a_validation_that_is_repeated_is_logged_once(root: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     "tail",
-    [b'{"step": 3, "lo', b'{"step": 3}', b"\0\0\0\0", b"\xff\n", b"[1]\n", b'{"step": true}\n'],
+    [
+        *(
+            b'{"step": 3, "lo',
+            b'{"step": 3}',
+            b"\0\0\0\0",
+            b"\xff\n",
+            b"[1]\n",
+            b'{"step": true}\n',
+        ),
+        b"[" * 100_000,
+    ],
+    ids=["cut", "no_end", "nul", "no_utf8", "list", "true", "nested"],
 )
 def test_lines_torn_by_a_kill_are_dropped(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -177,6 +188,16 @@ def test_a_folder_that_cannot_be_logged_to_is_told(
     told = capsys.readouterr().out
     assert told.count("warning:") == 2
     assert "step      1" in told
+
+
+def test_a_pipe_without_a_reader_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    told: list[str] = []
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0, warn=told.append)
+    file.write({"step": 1})
+    file.close()
+    assert len(told) == 1
+    assert "metrics.jsonl: No such device or address" in told[0]
 
 
 PRINTS = """

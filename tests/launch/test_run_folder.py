@@ -19,7 +19,7 @@ import lock as locks
 from lock import FolderLock, Owner
 from settings import Settings, to_toml
 from tests.distributed.ranks import Ranks
-from tests.launch.common import hold_folder, hold_folders, replaced, tiny
+from tests.launch.common import hold_folder, hold_folders, put_settings, replaced, tiny
 from tests.launch.processes import TRAIN, started, started_ranks, torchrun
 
 RanksOf = Callable[[int], Ranks]
@@ -88,6 +88,38 @@ def test_a_dead_owner_on_this_machine_frees_the_folder_at_once(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "null", "[" * 100_000, '{"pid": 1}', "a list for a token", "text for a pid"],
+    ids=["empty", "null", "nested", "cut", "token", "pid"],
+)
+def test_a_lock_that_does_not_say_whose_it_is(tmp_path: Path, content: str) -> None:
+    changes: dict[str, dict[str, object]] = {
+        "a list for a token": {"token": []},
+        "text for a pid": {"pid": "1"},
+    }
+    write_lock(tmp_path, 0, **changes.get(content, {}))
+    if content not in changes:
+        (tmp_path / locks.NAME).write_text(content)
+    found = FolderLock(tmp_path).holder()
+    assert found is not None
+    assert found.lives() is None
+    assert str(found) == "process 0 on an unknown host"
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "broken link"])
+def test_what_is_no_lock_in_its_place_is_told(
+    starting_ranks: RanksOf, root: Path, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / locks.NAME
+    make = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}
+    make.get(kind, lambda: path.symlink_to("nowhere"))()
+    for ok, text in starting_ranks(2).try_run(hold_folder, in_folder(root, tmp_path)):
+        assert not ok
+        assert f"run.folder: [Errno 22] No regular file: '{path}'" in text
+    assert [file.name for file in tmp_path.iterdir()] == [locks.NAME]
+
+
 def test_a_zombie_is_dead() -> None:
     child = subprocess.Popen(["sleep", "100"])
     owner = dataclasses.replace(Owner.here(), pid=child.pid, started=locks._started(child.pid))
@@ -111,6 +143,14 @@ def test_an_owner_elsewhere_is_waited_for_until_it_is_stale(
     start = time.monotonic()
     starting_ranks(2).run(hold_folder, in_folder(root, tmp_path))
     assert time.monotonic() - start < locks.STALE_SECONDS / 2
+
+
+def test_a_heartbeat_of_the_future_gets_old(
+    starting_ranks: RanksOf, root: Path, tmp_path: Path
+) -> None:
+    write_lock(tmp_path, age=-1e6, host="elsewhere", machine="another")
+    starting_ranks(2).run(hold_folder, in_folder(root, tmp_path), "impatient")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_heartbeat_from_elsewhere_shows_a_live_owner(
@@ -264,6 +304,29 @@ def test_a_folder_that_cannot_be_made_is_refused_on_every_rank(
         assert not ok
         assert "ValueError: run.folder: " in text
         assert "a folder that can be written works" in text
+
+
+def test_settings_that_cannot_be_written_are_told_on_every_rank(
+    starting_ranks: RanksOf, root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "settings.toml").mkdir()
+    for ok, text in starting_ranks(2).try_run(put_settings, in_folder(root, tmp_path)):
+        assert not ok
+        assert "ValueError: run.folder: " in text
+        assert "settings.toml" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.toml"]
+
+
+def test_a_full_disk_leaves_the_settings_that_were_there(
+    starting_ranks: RanksOf, root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "settings.toml").write_text("before")
+    for ok, text in starting_ranks(2).try_run(put_settings, in_folder(root, tmp_path), 100):
+        assert not ok
+        assert "ValueError: run.folder: [Errno 27] File too large: " in text
+        assert "settings.toml" in text
+    assert (tmp_path / "settings.toml").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.toml"]
 
 
 @pytest.mark.slow
