@@ -75,6 +75,10 @@ def load_corpus(settings: DataSettings) -> Corpus:
     for split in splits.values():
         works = f"{where} gives {counts}; a fraction and a source that give some of both work"
         check(bool(split), "data.held_out", settings.held_out, works)
+        # A document's first token is no target.
+        targets = any(tokens.numel() > 1 for _, tokens in split)
+        works = "documents of two tokens or more, held out ones too, work"
+        check(targets, "data.path", where, works)
     training, held_out = (
         Documents(
             tokens=torch.cat([tokens for _, tokens in split]),

@@ -114,8 +114,10 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _check_values("data", self)
-        for option in ("length", "global_batch", "micro_batch"):
+        for option in ("global_batch", "micro_batch"):
             check(getattr(self, option) >= 1, f"data.{option}", getattr(self, option), "1 or more")
+        # A stream of one token has no target.
+        check(self.length >= 2, "data.length", self.length, "2 or more")
         most = ((1 << 31) - 1) // self.micro_batch
         works = f"at most {most} works with data.micro_batch = {self.micro_batch}"
         check(self.length <= most, "data.length", self.length, f"{works}: positions have 32 bits")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from data import load_corpus
 from settings import DataSettings
 from sources import find_files, read_documents
 
@@ -83,6 +84,21 @@ def test_a_bad_line_is_named_with_its_file(tmp_path: Path, line: bytes, found: s
     assert found in words or re.search(found, words)
     assert "\n" not in words
     words.encode()
+
+
+def test_of_many_fields_some_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({f"key{i:04}": i for i in range(5000)}))
+    with pytest.raises(ValueError, match=r"'key0009'\] and 4990 more; a text field works"):
+        read_lines(path)
+
+
+def test_documents_without_a_target_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a"}\n' * 50)
+    settings = DataSettings(source="jsonl", path=str(path), held_out=0.2)
+    with pytest.raises(ValueError, match=r"data\.path: .*; documents of two tokens or more"):
+        load_corpus(settings)
 
 
 GOOD_FILES = {
