@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -13,7 +12,6 @@ MOST_BOUNDARIES_SHOWN = 8
 _SHOWN = ("layout", "batch size", "local sequence length", "cu_seqlens", "length")
 
 
-@dataclass(frozen=True, eq=False)
 class Statement:
     """Names and printed values that must be equal on all ranks of a group.
 
@@ -21,7 +19,9 @@ class Statement:
     not take each other's messages for their own.
     """
 
-    values: Mapping[str, str]
+    # No dataclass: torch.compile looks into those, and would compile anew for each batch's values.
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self.values = values
 
     @cached_property
     def fingerprint(self) -> int:

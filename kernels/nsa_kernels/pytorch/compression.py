@@ -205,7 +205,8 @@ class _Compress(torch.autograd.Function):
 
 
 def _weights(params: Any, shape: _Shape, dtype: torch.dtype) -> list[Tensor]:
-    return [(p if shape.per_head else p.unsqueeze(0)).to(dtype) for p in params]
+    # Contiguous: a BLAS may add up otherwise where rows lie apart.
+    return [(p if shape.per_head else p.unsqueeze(0)).to(dtype).contiguous() for p in params]
 
 
 class _GatherBlocks(torch.autograd.Function):
