@@ -29,6 +29,7 @@ from nsa_dist.comm.collectives import all_reduce_max, name_failures
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup
 from nsa_dist.statement import Statement
+from nsa_kernels.autograd import SECOND_ORDER
 
 _Report = tuple[dict[str, str], str | None]
 
@@ -100,5 +101,7 @@ class AgreeInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         call = ctx.statement.values["call"].replace("forward", "backward")
-        agree(ctx.statement.also(call=call), None, ctx.group, ctx.counter)
+        # One rank alone may ask for it: the others must not go on to messages that never come.
+        problem = SECOND_ORDER if torch.is_grad_enabled() else None
+        agree(ctx.statement.also(call=call), problem, ctx.group, ctx.counter)
         return grad, None, None, None

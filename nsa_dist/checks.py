@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -58,16 +58,23 @@ def check_bool(option: str, value: Any) -> None:
     check(isinstance(value, bool), option, value, "True or False works")
 
 
+def is_plain(value: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of which shape and values can be asked: not sparse, not nested."""
+    return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
+
+
 def check_tensor(option: str, value: Any, works: str) -> None:
     """Something that has a shape and a dtype, so that other checks can say more of it."""
-    if not isinstance(value, Tensor):
+    if not is_plain(value):
         raise ValueError(f"{option}: found {describe(value)}; {works} works")
 
 
 def describe(x: Any) -> str:
-    """A tensor's dtype, shape and device; the type of anything else."""
+    """A tensor's dtype, shape and device; the type or the layout of anything else."""
     if x is None:
         return "None"
     if not isinstance(x, Tensor):
         return f"a {type(x).__name__}"
+    if not is_plain(x):
+        return "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
     return f"{x.dtype} of shape {tuple(x.shape)} on {x.device.type}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nsa_dist.agreement import agree
-from nsa_dist.checks import DTYPES, describe
+from nsa_dist.checks import DTYPES, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.compressor import BlockCompressor, compressor_options
 from nsa_dist.config import NSAConfig, RotaryConfig
@@ -97,7 +97,7 @@ def native_sparse_attention(
     problem = None
     if not isinstance(config, NSAConfig):
         problem = f"config: found {config!r}; an NSAConfig works"
-    elif not isinstance(q, Tensor):
+    elif not is_plain(q):
         problem = f"q: found {describe(q)}; a tensor works"
     if problem is not None:
         agree(Statement({"call": "forward"}), problem, context, counter)
@@ -221,7 +221,7 @@ def _check_inputs(
         expected = (*q.shape[:2], config.num_kv_heads, width)
         for branch, x in tensors.items():
             label = f"{name}[{branch!r}]" if branch else name
-            if not isinstance(x, Tensor):
+            if not is_plain(x):
                 return f"{label}: found {describe(x)}; a tensor works"
             if x.shape != expected:
                 return f"{label}: found shape {tuple(x.shape)}; {tuple(expected)} works"
@@ -231,7 +231,7 @@ def _check_inputs(
                     "works"
                 )
     expected = (*q.shape[:3], len(config.branches))
-    if not isinstance(gates, Tensor) or gates.shape != expected:
+    if not is_plain(gates) or gates.shape != expected:
         return f"gates: found {describe(gates)}; shape {tuple(expected)} works"
     if gates.dtype not in DTYPES or gates.device != q.device:
         return f"gates: found {gates.dtype} on {gates.device}; a floating dtype on {q.device} works"
@@ -258,7 +258,7 @@ def _check_rotary(rotary: Rotary | None, q: Tensor, config: NSAConfig) -> str | 
         return f"rotary: found {rotary!r} with compress_pre_rope=True; {works}"
     for name, table in zip(("cos", "sin"), rotary, strict=True):
         if (
-            not isinstance(table, Tensor)
+            not is_plain(table)
             or table.shape != rotary[0].shape
             or table.ndim != 2
             or not 0 < 2 * table.shape[1] <= config.head_dim

@@ -19,6 +19,7 @@ from nsa_dist.checks import (
     check,
     check_bool,
     describe,
+    is_plain,
 )
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.compressor import BlockCompressor, check_custom
@@ -247,9 +248,9 @@ class NativeSparseAttention(nn.Module):
 
     @torch.compiler.disable  # The one break of a compiled layer: see find_plan.
     def _plan(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Plan:
-        if not isinstance(x, Tensor):
-            problem = f"x: found {describe(x)}; a tensor works"
-            agree(Statement({"call": "forward"}), problem, self.context, self.communication)
+        if not is_plain(x):
+            found = f"x: found {describe(x)}; a tensor works"
+            agree(Statement({"call": "forward"}), found, self.context, self.communication)
         rows = tuple(x.shape[:2]) if x.ndim >= 2 else (0, 0)
         problem = self._problem(x, position_ids)
         backend = self.backend
@@ -271,7 +272,7 @@ class NativeSparseAttention(nn.Module):
                 "x": f"width {x.shape[-1]}" if x.ndim == 3 else describe(x),
                 "rotary": repr(self.rotary),
                 "qk_norm": "False" if self.q_norm is None else f"True, eps {self.q_norm.eps}",
-                "dropout": repr(self.dropout),
+                "dropout": repr(self.dropout if self.training else 0.0),
                 "backend": backend,
                 "autocast": str(autocast_dtype(x.device.type)),
             },
@@ -338,7 +339,7 @@ def input_problem(
     if position_ids is None:
         return None
     if (
-        not isinstance(position_ids, Tensor)
+        not is_plain(position_ids)
         or position_ids.shape != x.shape[:2]
         or position_ids.dtype not in INTEGER_DTYPES
         or position_ids.device != x.device

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nsa_dist.agreement import agree
-from nsa_dist.checks import as_int, describe
+from nsa_dist.checks import as_int, describe, is_plain
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.config import NSAConfig
 from nsa_dist.group import ContextGroup, GroupLike, context_group
@@ -120,7 +121,10 @@ def get_plan(
 
 
 # Compiled code calls it as it is: what it reads is values, and a batch needs it once.
+# Selective checkpointing does not see it either: a plan is made in a forward and found in its
+# recomputation, which would be given what was saved of other operations.
 @torch.compiler.disable
+@_disable_current_modes()
 def find_plan(
     config: NSAConfig,
     layout: str,
@@ -141,6 +145,10 @@ def find_plan(
         ValueError: on every rank of the group, whose others have yet to agree, when this rank's
             input is bad.
     """
+    if torch._C._are_functorch_transforms_active():
+        # Their tensors are good for one call, and would be kept in a plan.
+        works = "torch.autograd.grad and backward() work, and so does functional_call"
+        problem = problem or f"torch.func: found a transform (grad, vmap, jvp, ...); {works}"
     try:
         batch = as_int("batch", batch, 0)
         local_length = as_int("local_length", local_length, 0)
@@ -149,7 +157,7 @@ def find_plan(
     layout = str(layout) if isinstance(layout, str) else layout
     if cu_seqlens is None:
         boundaries = "None"
-    elif isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "meta":
+    elif is_plain(cu_seqlens) and cu_seqlens.device.type != "meta":
         cu_seqlens = on_host(cu_seqlens)
         boundaries = ""  # Printed only where a plan is made.
     else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.agreement import agree
-from nsa_dist.checks import INTEGER_DTYPES, as_int, describe
+from nsa_dist.checks import INTEGER_DTYPES, as_int, describe, is_plain
 from nsa_dist.comm.collectives import all_gather_rows
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.group import ContextGroup, GroupLike, context_group
@@ -84,7 +84,7 @@ class Sharding:
 
     def _problem(self, x: Tensor, length: int, meaning: str) -> str | None:
         """What is wrong with rows to shard or unshard, or None."""
-        if not isinstance(x, Tensor):
+        if not is_plain(x):
             return f"x: found {describe(x)}; a tensor works"
         if x.ndim < 2 or x.shape[1] != length:
             return f"x: found {describe(x)}; shape [batch, {length}, ...] works ({meaning})"
@@ -120,7 +120,7 @@ def make_sharding(
     cut = make_layout(layout, context.size)
     length = as_int("length", length, 0)
     if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_meta:
+        if not is_plain(cu_seqlens) or cu_seqlens.is_meta:
             found = describe(cu_seqlens)
             raise ValueError(f"cu_seqlens: found {found}; an int32 tensor or None works")
         cu_seqlens = cu_seqlens.cpu()
@@ -185,7 +185,7 @@ def shard(
     Raises:
         ValueError: naming the option, the value found and the values that work.
     """
-    if not isinstance(x, Tensor) or x.ndim < 2:
+    if not is_plain(x) or x.ndim < 2:
         raise ValueError(f"x: found {describe(x)}; shape [batch, length, ...] works")
     sharding = make_sharding(x.shape[1], cu_seqlens=cu_seqlens, layout=layout, group=group)
     return sharding.shard(x, pad_value)
@@ -272,7 +272,7 @@ def shard_batch(
     """
     labels = tokens if labels is None else labels
     for name, ids in (("tokens", tokens), ("labels", labels)):
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in INTEGER_DTYPES:
+        if not is_plain(ids) or ids.ndim != 2 or ids.dtype not in INTEGER_DTYPES:
             raise ValueError(f"{name}: found {describe(ids)}; integers [batch, length] work")
     if labels.shape != tokens.shape:
         raise ValueError(

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+SECOND_ORDER = (
+    "create_graph: found True in a backward through Native Sparse Attention, which has first "
+    "derivatives only; False works"
+)
+
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """The backward of a `torch.autograd.Function` that has no second derivative, and says so.
@@ -22,10 +27,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
-            raise ValueError(
-                "create_graph: found True in a backward through Native Sparse Attention, which "
-                "has first derivatives only; False works"
-            )
+            raise ValueError(SECOND_ORDER)
         return backward(ctx, *grads)
 
     return run

@@ -177,6 +177,43 @@ def no_tensor(group: Any) -> Call:
     return lambda: layer(None if is_bad_rank() else x)
 
 
+def no_plain_tensor(group: Any) -> Call:
+    """As ``no_tensor``, with a tensor of which no one can ask all that one can of others."""
+    layer = built(group)
+    x = torch.ones(1, LOCAL, HIDDEN)
+    layer(x)
+    return lambda: layer(x.to_sparse() if is_bad_rank() else x)
+
+
+def nested_tensor(group: Any) -> Call:
+    """As ``no_plain_tensor``, with one that has no shape."""
+    layer = built(group)
+    x = torch.ones(1, LOCAL, HIDDEN)
+    return lambda: layer(torch.nested.nested_tensor([x[0]]) if is_bad_rank() else x)
+
+
+def sparse_boundaries(group: Any) -> Call:
+    """Boundaries without the storage that comparing them needs."""
+    layer, bounds = built(group), cu_seqlens(group, FIRST)
+    x = torch.ones(1, LOCAL, HIDDEN)
+    return lambda: layer(x, cu_seqlens=bounds.to_sparse() if is_bad_rank() else bounds)
+
+
+def one_evaluates(group: Any) -> Call:
+    """The last rank drops none of its tokens' outputs, and draws no seed."""
+    torch.manual_seed(0)
+    layer = NativeSparseAttention(HIDDEN, SMALL, layout="contiguous", group=group, dropout=0.25)
+    layer.train(not is_bad_rank())
+    return lambda: layer(torch.ones(1, LOCAL, HIDDEN))
+
+
+def second_derivative(group: Any) -> Call:
+    """The last rank asks for a graph of its gradients; the others' messages would wait for it."""
+    call = with_plans(group, FIRST)
+    out = call(FIRST)
+    return lambda: out.sum().backward(create_graph=is_bad_rank())
+
+
 def bad_positions(group: Any) -> Call:
     """As ``bad_input``, of what is no part of a plan."""
     layer = built(group)
@@ -299,6 +336,14 @@ TOLD: dict[str, tuple[Callable[[Any], Call], str]] = {
     "new-values": (new_values, "[0, 16, 24, "),
     "bad-input": (bad_input, f"x: found shape (1, {LOCAL}, {HIDDEN - 1})"),
     "no-tensor": (no_tensor, "x: found None; a tensor works"),
+    "sparse-tensor": (no_plain_tensor, "x: found a tensor of layout torch.sparse_coo; a tensor"),
+    "nested-tensor": (nested_tensor, "x: found a nested tensor; a tensor works"),
+    "sparse-boundaries": (
+        sparse_boundaries,
+        "cu_seqlens: found a tensor of layout torch.sparse_coo; an int32 tensor",
+    ),
+    "one-evaluates": (one_evaluates, "dropout: found rank 0: 0.25, "),
+    "second-derivative": (second_derivative, "create_graph: found True in a backward"),
     "bad-positions": (bad_positions, "position_ids: found torch.float32"),
     "bad-plan": (bad_plan, "plan: found a str; one from get_plan, or None, works"),
     "bad-config": (bad_config, "config: found None; an NSAConfig works"),

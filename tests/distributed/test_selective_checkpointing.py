@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from nsa_dist import NativeSparseAttention, NSABlock, NSAConfig
+from nsa_dist import NativeSparseAttention, NSABlock, NSAConfig, planning
 
 HIDDEN = 16
 BRANCHES = [("compressed",), ("selected",), ("window",), ("compressed", "selected", "window")]
@@ -115,6 +115,33 @@ def test_nothing_is_changed_in_place(compress: str) -> None:
 
 def test_keeping_everything_that_is_computed() -> None:
     assert_same_gradients(*everything_computed())
+
+
+@pytest.mark.parametrize("saves", ["everything", "comparisons"])
+def test_plans_are_none_of_what_is_kept(saves: str) -> None:
+    """A forward makes its plan, or finds it among others; its recomputation finds it elsewhere."""
+    layer, x = make(alone=True)
+    first, second = (torch.tensor(b, dtype=torch.int32) for b in ([0, 13, 70], [0, 30, 70]))
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        save = saves == "everything" or op is torch.ops.aten.equal.default
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context = functools.partial(create_selective_checkpoint_contexts, policy)
+
+    def plain(x: Tensor) -> Tensor:
+        return layer(x, cu_seqlens=first)
+
+    def kept(x: Tensor) -> Tensor:
+        return checkpoint(plain, x, use_reentrant=False, context_fn=context)
+
+    planning._plans_of_one_rank.clear()
+    found = [gradients(kept, layer, x)]
+    layer(x, cu_seqlens=second)
+    found.append(gradients(kept, layer, x))
+    expected = gradients(plain, layer, x)
+    for each in found:
+        assert all(map(torch.equal, each, expected))
 
 
 @pytest.mark.slow

@@ -48,6 +48,25 @@ def test_of_a_hessian() -> None:
         torch.autograd.functional.hvp(lambda x: layer(x).sum(), x, torch.ones_like(x))
 
 
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_functions_are_refused_by_name(name: str) -> None:
+    """And nothing of theirs is kept in a plan."""
+    layer, x = make()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^torch.func: found a transform .*backward\(\) work"):
+            TRANSFORMS[name](lambda x: layer(x).sum(), x)
+    weights = dict(layer.named_parameters())
+    assert torch.equal(torch.func.functional_call(layer, weights, (x,)), layer(x))
+
+
 def test_first_derivatives_stay() -> None:
     layer, x = make()
     x.requires_grad_()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_dist.agreement import agree
-from nsa_dist.checks import DTYPES, check, describe
+from nsa_dist.checks import DTYPES, check, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.compressor import BlockCompressor, check_custom
 from nsa_dist.config import NSAConfig
@@ -169,9 +169,9 @@ class NSADistributedAttention(nn.Module):
         gates: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> Plan:
-        if not isinstance(q, Tensor):
-            problem = f"q: found {describe(q)}; a tensor works"
-            agree(Statement({"call": "forward"}), problem, self.context, self.communication)
+        if not is_plain(q):
+            found = f"q: found {describe(q)}; a tensor works"
+            agree(Statement({"call": "forward"}), found, self.context, self.communication)
         problem = self._problem(q, k, v, batch_dim_idx, gates)
         rows = (0, 0)
         if problem is None:
@@ -221,7 +221,7 @@ class NSADistributedAttention(nn.Module):
             ("v", v, (kv_heads, config.value_dim)),
         ):
             shape = "two dimensions" if leading is None else str(leading)
-            if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[2:] != last:
+            if not is_plain(x) or x.ndim != 4 or x.shape[2:] != last:
                 return f"{name}: found {describe(x)}; {shape} of batch and tokens, then {last} work"
             leading = tuple(x.shape[:2]) if leading is None else leading
             if tuple(x.shape[:2]) != leading or x.dtype != q.dtype or x.device != q.device:
@@ -239,7 +239,7 @@ class NSADistributedAttention(nn.Module):
                 )
             return None
         expected = (*q.shape[:3], len(config.branches))
-        fits = isinstance(gates, Tensor) and gates.shape == expected and gates.dtype in DTYPES
+        fits = is_plain(gates) and gates.shape == expected and gates.dtype in DTYPES
         if not fits or gates.device != q.device:
             return f"gates: found {describe(gates)}; floating point of shape {expected} works"
         return None

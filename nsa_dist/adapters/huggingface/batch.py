@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nsa_dist.adapters.huggingface.cache import num_blocks
 from nsa_dist.agreement import agree
-from nsa_dist.checks import INTEGER_DTYPES, describe
+from nsa_dist.checks import INTEGER_DTYPES, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.config import NSAConfig
 from nsa_dist.group import ContextGroup
@@ -259,7 +259,7 @@ def check_position_ids(position_ids: Tensor | None, shape: tuple[int, ...]) -> s
         return None
     works = f"integers of shape {shape}, or None, work"
     if (
-        not isinstance(position_ids, Tensor)
+        not is_plain(position_ids)
         or position_ids.ndim != 2
         or position_ids.dtype not in INTEGER_DTYPES
         or tuple(position_ids.shape) not in (shape, (1, shape[1]))

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nsa_dist.adapters.ring.flash import FLASH_DTYPES, FLASH_WIDTH, flash_kind
 from nsa_dist.adapters.ring.library import missing_library, ring_functions
 from nsa_dist.agreement import AgreeInBackward, agree
-from nsa_dist.checks import DTYPES, as_number, check_tensor, describe
+from nsa_dist.checks import DTYPES, as_number, check_tensor, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.collectives import name_failures
 from nsa_dist.config import NSAConfig
@@ -122,6 +123,7 @@ def get_dense_plan(
 
 
 @torch.compiler.disable
+@_disable_current_modes()  # As find_plan.
 def find_dense_plan(
     layout: str,
     context: ContextGroup,
@@ -370,7 +372,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> str | None:
         return f"q: found {describe(q)}; data in one of {DTYPES} works"
     batch, length, heads, width = q.shape
     for name, x, last in (("k", k, str(width)), ("v", v, "width of values")):
-        if not isinstance(x, Tensor):
+        if not is_plain(x):
             return f"{name}: found {describe(x)}; a tensor works"
         fits = x.ndim == 4 and x.shape[:2] == q.shape[:2] and x.shape[2] and not heads % x.shape[2]
         if not fits or (x is k and x.shape[3] != width):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nsa_dist.adapters.ring.attention import DensePlan, dense_attention, find_dense_plan
 from nsa_dist.adapters.ring.library import missing_library
 from nsa_dist.agreement import agree
-from nsa_dist.checks import as_int, as_number, check, check_bool, describe
+from nsa_dist.checks import as_int, as_number, check, check_bool, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.config import NSAConfig, RotaryConfig
 from nsa_dist.dropout import drop_tokens
@@ -161,7 +161,7 @@ class DenseAttention(nn.Module):
 
     @torch.compiler.disable
     def _plan(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> DensePlan:
-        if not isinstance(x, Tensor):
+        if not is_plain(x):
             problem = f"x: found {describe(x)}; a tensor works"
             statement = Statement({"call": "dense forward"})
             agree(statement, problem, self.context, self.communication)
@@ -183,7 +183,7 @@ class DenseAttention(nn.Module):
                 "scale": repr(self.config.softmax_scale),
                 "rotary": repr(self.rotary),
                 "qk_norm": "False" if self.q_norm is None else f"True, eps {self.q_norm.eps}",
-                "dropout": repr(self.dropout),
+                "dropout": repr(self.dropout if self.training else 0.0),
             },
             problem=input_problem(x, position_ids, self.hidden_size, self.q_proj)
             or cut_problem(self, PROJECTIONS),
