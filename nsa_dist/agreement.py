@@ -89,19 +89,26 @@ class AgreeInBackward(torch.autograd.Function):
     """The identity, whose backward agrees that all ranks run the same one.
 
     Put behind the last of a call's results it comes first in backward, before any gradient moves.
+    ``needs`` names the keys and values that some parameter or input requires gradients of.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, statement: Statement, group: ContextGroup, counter: Any
+        ctx: Any,
+        x: Tensor,
+        statement: Statement,
+        needs: tuple[str, ...],
+        group: ContextGroup,
+        counter: Any,
     ) -> Tensor:
-        ctx.statement, ctx.group, ctx.counter = statement, group, counter
+        ctx.statement, ctx.needs, ctx.group, ctx.counter = statement, needs, group, counter
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         call = ctx.statement.values["call"].replace("forward", "backward")
         # One rank alone may ask for it: the others must not go on to messages that never come.
         problem = SECOND_ORDER if torch.is_grad_enabled() else None
-        agree(ctx.statement.also(call=call), problem, ctx.group, ctx.counter)
-        return grad, None, None, None
+        statement = ctx.statement.also(call=call, requires_grad=repr(ctx.needs))
+        agree(statement, problem, ctx.group, ctx.counter)
+        return grad, None, None, None, None

@@ -117,7 +117,12 @@ class Flow:
         if k_cmp is not None and "compressed" not in config.branches:
             out = ZeroGradient.apply(out, k_cmp)
         if self.group.size > 1:
-            out = AgreeInBackward.apply(out, self.plan.statement, self.group, self.counter)
+            # Where nothing needs a gradient autograd makes no node, and its message is not sent.
+            moved = {branch: k.requires_grad for branch, (k, _) in extended.items()}
+            if k_cmp is not None:
+                moved["compressed blocks"] = k_cmp.requires_grad
+            needs = tuple(name for name, needed in moved.items() if needed)
+            out = AgreeInBackward.apply(out, self.plan.statement, needs, self.group, self.counter)
         return out, lse, selected
 
     def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,16 @@ def given_plans(group: Any) -> Call:
     )
 
 
+def unlike_parameters(group: Any) -> Call:
+    """The last rank trains other parameters: its gradients' first message has another size."""
+    layer = built(group).requires_grad_(False)
+    trained = layer.k_proj if is_bad_rank() else layer.k_compressor
+    assert isinstance(trained, nn.Module)
+    trained.requires_grad_(True)
+    out = layer(torch.ones(1, LOCAL, HIDDEN))
+    return lambda: out.sum().backward()
+
+
 # Every case with the option that is told, as the last rank and the others have it.
 STALE = {
     "documents": (stale, "cu_seqlens", "[0, 8, 24, ", "[0, 16, 24, "),
@@ -153,6 +163,10 @@ STALE = {
     "dtypes": (unlike_dtypes, "dtype", "torch.float64", "torch.float32"),
     "backwards": (unlike_backwards, "cu_seqlens", "[0, 16, 24, ", "[0, 8, 24, "),
     "forward-and-backward": (forward_and_backward, "call", "forward", "backward"),
+    "parameters": (
+        unlike_parameters,
+        *("requires_grad", "('compressed', 'selected', ", "('compressed blocks',)"),
+    ),
     "given-plans": (given_plans, "gates", "torch.float64", "torch.float32"),
 }
 

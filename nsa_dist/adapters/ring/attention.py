@@ -281,7 +281,7 @@ def dense_attention(
     if context.size == 1:
         return _on_one_rank(q, k, v, plan, scale)
     out = _on_ranks(q, k, v, plan, context, scale, counter)
-    return AgreeInBackward.apply(out, statement, context, counter)
+    return AgreeInBackward.apply(out, statement, (), context, counter)
 
 
 def _on_one_rank(q: Tensor, k: Tensor, v: Tensor, plan: DensePlan, scale: float) -> Tensor:
