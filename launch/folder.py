@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import secrets
 import socket
 import time
@@ -18,6 +17,7 @@ import torch.distributed as dist
 
 from checkpoint import found_steps
 from lock import NAME, STALE_SECONDS, FolderLock, Owner
+from manifest import on_main
 from ranks import Ranks
 from settings import RunSettings, Settings, check, to_toml
 from startup import show_ranks
@@ -50,12 +50,12 @@ def run_folder(settings: Settings, ranks: Ranks) -> Iterator[Path]:
         ValueError: on every rank, if it cannot be written, is not the same folder on every rank, is
             another run's, or holds checkpoints that are not to be continued.
     """
-    folder = Path(_on_main(ranks, lambda: _make(settings.run)))
+    folder = Path(_on_main(lambda: _make(settings.run)))
     lock = FolderLock(folder)
     try:
         _check_shared(folder, ranks)
         _take(lock, ranks)
-        held = _on_main(ranks, lambda: bool(found_steps(folder)))
+        held = _on_main(lambda: bool(found_steps(folder)))
         works = "another folder works, or run.resume = true to continue from them"
         found = f"it holds checkpoints; {works}"
         check(settings.run.resume or not held, "run.folder", str(folder), found)
@@ -64,20 +64,16 @@ def run_folder(settings: Settings, ranks: Ranks) -> Iterator[Path]:
         lock.release()
 
 
-def _on_main(ranks: Ranks, act: Callable[[], T]) -> T:
-    """What ``act`` gives on rank 0, on every rank; so for its ValueError and OSError."""
-    value, problem = None, ""
-    if ranks.is_main:
+def _on_main(act: Callable[[], T]) -> T:
+    """As ``manifest.on_main``; an OSError is told as the folder's."""
+
+    def told() -> T:
         try:
-            value = act()
-        except ValueError as error:
-            problem = str(error)
+            return act()
         except OSError as error:
-            problem = f"run.folder: {error}; a folder that can be written works"
-    value, problem = json.loads(ranks.from_main(json.dumps([value, problem])))
-    if problem:
-        raise ValueError(problem)
-    return value
+            raise ValueError(f"run.folder: {error}; a folder that can be written works") from None
+
+    return on_main(told)
 
 
 def _make(run: RunSettings) -> str:
@@ -101,7 +97,7 @@ def _check_shared(folder: Path, ranks: Ranks) -> None:
     """Refuse a folder that is not one and the same on every rank: checkpoints would be in parts."""
     token = ranks.from_main(secrets.token_hex(8))
     path = folder / f"{NAME}.seen-{token}"
-    _on_main(ranks, lambda: _write(path, token))
+    _on_main(lambda: _write(path, token))
     try:
         seen: list[tuple[str, bool]] = [("", False)] * ranks.size
         dist.all_gather_object(seen, (socket.gethostname(), _reads(path, token)))
@@ -140,7 +136,7 @@ def _take(lock: FolderLock, ranks: Ranks) -> None:
     known: dict[str, float] = {}
     beats_seen: dict[tuple[str, float], float] = {}
     while True:
-        found = _on_main(ranks, lambda: _try(lock, beats_seen))
+        found = _on_main(lambda: _try(lock, beats_seen))
         if not found:
             return
         owner = Owner(**found["owner"])
@@ -152,7 +148,7 @@ def _take(lock: FolderLock, ranks: Ranks) -> None:
         works = f"{owner} trains there; another folder works, or this one when that has ended"
         check(not lives, "run.folder", str(lock.path.parent), works)
         if False in seen or found["age"] >= STALE_SECONDS:
-            _on_main(ranks, partial(lock.remove, owner))
+            _on_main(partial(lock.remove, owner))
             continue
         if ranks.is_main and not waited:
             left = STALE_SECONDS - found["age"]
@@ -180,7 +176,7 @@ def _try(lock: FolderLock, beats: dict[tuple[str, float], float]) -> dict[str, A
     return {}
 
 
-def write_settings(folder: Path, settings: Settings, ranks: Ranks) -> None:
+def write_settings(folder: Path, settings: Settings) -> None:
     """Write the run's ``settings.toml``, whole or not at all. Collective.
 
     Raises:
@@ -196,7 +192,7 @@ def write_settings(folder: Path, settings: Settings, ranks: Ranks) -> None:
         finally:
             new.unlink(missing_ok=True)
 
-    _on_main(ranks, write)
+    _on_main(write)
 
 
 def _write(path: Path, text: str) -> None:

@@ -217,7 +217,7 @@ def run_steps(
     first_step = engine.read(found.path) if found else 0
     broken = set(found.passed_over) if found else set()
     check_state(engine.tensors(), f"that step {first_step} left", ranks)
-    write_settings(folder, settings, ranks)
+    write_settings(folder, settings)
 
     history = History()
     tokens, seconds = 0, 0.0
@@ -266,7 +266,7 @@ def run_steps(
             logs = done % run.log_every == 0 or done == first_step + 1
             if not (logs or saves or ends or validates_after(done)):
                 continue
-            # The only wait for the device in the loop.
+            # Waits for this step; `health.add` waited for the one before, and the device was busy.
             health.settle()
             history.read()
             elapsed = time.perf_counter() - mark

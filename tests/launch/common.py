@@ -164,11 +164,10 @@ def hold_folders(settings: Settings, each: list[str]) -> None:
 
 def put_settings(settings: Settings, room: int = -1) -> None:
     """Write a run's settings, by files of at most ``room`` bytes."""
-    ranks = same_ranks()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
-        write_settings(Path(settings.run.folder), settings, ranks)
+        write_settings(Path(settings.run.folder), settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
