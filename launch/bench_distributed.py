@@ -42,8 +42,8 @@ from nsa_dist import (
 )
 from nsa_dist.adapters.ring import dense_attention, get_dense_plan
 from nsa_dist.checks import check
-from nsa_dist.group import ContextGroup, context_group
-from nsa_dist.layout import make_layout
+from nsa_dist.comm.group import ContextGroup, context_group
+from nsa_dist.plan.layout import make_layout
 from nsa_kernels.reference import masked_softmax, weighted_values
 
 Attend = Callable[..., Tensor]

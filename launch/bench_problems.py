@@ -15,8 +15,8 @@ from bench_stream import Stream
 from bench_work import Flops
 from nsa_dist import BRANCHES, CommunicationCounter, get_plan
 from nsa_dist import native_sparse_attention as attention
-from nsa_dist.flow import Flow
-from nsa_dist.group import context_group
+from nsa_dist.attention.flow import Flow
+from nsa_dist.comm.group import context_group
 from nsa_kernels import Backend, get_backend
 
 

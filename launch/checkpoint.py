@@ -46,7 +46,7 @@ from manifest import (
     write_manifest,
     write_text,
 )
-from nsa_dist.safe_load import load
+from nsa_dist.checkpoints.safe_load import load
 from settings import Settings, check, from_toml, read_toml, to_toml
 from startup import code_version
 

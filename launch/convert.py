@@ -41,8 +41,8 @@ from fsdp2_engine import make_optimizer
 from manifest import CheckpointError, shared_failure
 from megatron_names import from_saved, to_saved
 from model import Decoder
-from nsa_dist.dcp_metadata import read_metadata
-from nsa_dist.safe_load import check_dcp, load, read_file
+from nsa_dist.checkpoints.dcp_metadata import read_metadata
+from nsa_dist.checkpoints.safe_load import check_dcp, load, read_file
 from settings import Settings, check
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -50,7 +50,7 @@ from manifest import shared_failure
 from megatron_names import block_to_megatron, own_part, rest_to_megatron
 from model import Decoder, compute_dtype
 from nsa_dist import ShardedBatch
-from nsa_dist.safe_load import check_dcp, weights_only
+from nsa_dist.checkpoints.safe_load import check_dcp, weights_only
 from ranks import Ranks
 from settings import OptimizerSettings, Settings, check
 

@@ -5,13 +5,14 @@
 See ``docs/algorithm.md`` for what is computed and how data flows.
 """
 
+from nsa_dist.attention.functional import NSADetails, native_sparse_attention
+from nsa_dist.attention.plan_cache import get_plan
+from nsa_dist.block import NSABlock
 from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.compressor import BlockCompressor
 from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
-from nsa_dist.functional import NSADetails, native_sparse_attention
-from nsa_dist.layer import NativeSparseAttention, NSABlock
-from nsa_dist.planning import get_plan
-from nsa_dist.rotary import apply_rotary, rotary_cos_sin
+from nsa_dist.layer import NativeSparseAttention
+from nsa_dist.nn.compressor import BlockCompressor
+from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
 from nsa_dist.sharding import ShardedBatch, Sharding, make_sharding, shard, shard_batch, unshard
 
 __all__ = [

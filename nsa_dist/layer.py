@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nsa_dist.agreement import agree
+from nsa_dist.attention.functional import NSADetails, native_sparse_attention
+from nsa_dist.attention.plan_cache import find_plan
 from nsa_dist.checks import (
     DTYPES,
     INTEGER_DTYPES,
@@ -22,53 +22,22 @@ from nsa_dist.checks import (
     is_plain,
 )
 from nsa_dist.comm import CommunicationCounter
-from nsa_dist.compressor import BlockCompressor, check_custom
+from nsa_dist.comm.agreement import agree
+from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig, RotaryConfig
 from nsa_dist.crossover import hint_at_crossover
-from nsa_dist.dropout import drop_tokens
-from nsa_dist.functional import NSADetails, native_sparse_attention
-from nsa_dist.gates import make_gate
-from nsa_dist.group import ContextGroup, GroupLike, context_group
-from nsa_dist.layout import make_layout
+from nsa_dist.nn.compressor import BlockCompressor, check_custom
+from nsa_dist.nn.dropout import drop_tokens
+from nsa_dist.nn.gates import make_gate
+from nsa_dist.nn.norm import SetNorm
+from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
+from nsa_dist.nn.tensor_parallel import WORKS, cut_problem, project
 from nsa_dist.plan import Plan
-from nsa_dist.planning import find_plan
-from nsa_dist.rotary import apply_rotary, rotary_cos_sin
-from nsa_dist.statement import Statement
-from nsa_dist.tensor_parallel import WORKS, cut_problem, project
+from nsa_dist.plan.layout import make_layout
+from nsa_dist.plan.statement import Statement
 from nsa_kernels import get_backend
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate", "o_proj")
-
-
-class SetNorm(nn.Module):
-    """RMSNorm over the channels of each head, with a weight for each of several sets of heads.
-
-    Independent keys need weights of their own: after the norm the weight is all that sets the
-    temperature of a branch's softmax.
-
-    Args:
-        num_sets: sets S.
-        dim: channels D.
-
-    Parameters:
-        weight [S, D], ones at start.
-    """
-
-    def __init__(self, num_sets: int, dim: int, eps: float, **factory: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(num_sets, dim, **factory))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set the weights to ones."""
-        self.weight.fill_(1.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., S, G, D] -> the same, each head normalised in float32 at least."""
-        normed = nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
-        return (normed * self.weight[:, None]).to(x.dtype)
 
 
 class NativeSparseAttention(nn.Module):
@@ -128,7 +97,7 @@ class NativeSparseAttention(nn.Module):
         layout = make_layout(layout, self.context.size).name
         check_bool("bias", bias)
         check_bool("qk_norm", qk_norm)
-        hidden_size, norm_eps = _check_sizes(hidden_size, norm_eps, dtype)
+        hidden_size, norm_eps = check_sizes(hidden_size, norm_eps, dtype)
         dropout = _check_options(config, rotary, dropout, k_compressor, v_compressor)
         # A layer made on the host may be moved to a GPU; one made there stays.
         placed = device if device is not None and torch.device(device).type == "cuda" else None
@@ -358,7 +327,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _check_sizes(hidden_size: int, norm_eps: float, dtype: torch.dtype | None) -> tuple[int, float]:
+def check_sizes(hidden_size: int, norm_eps: float, dtype: torch.dtype | None) -> tuple[int, float]:
     """Hidden size and epsilon as an int and a float."""
     check(dtype is None or dtype in DTYPES, "dtype", dtype, f"None and {DTYPES} work")
     return (
@@ -388,85 +357,3 @@ def _check_options(
     check_custom("k_compressor", k_compressor, config, config.uses_compression)
     check_custom("v_compressor", v_compressor, config, "compressed" in config.branches)
     return dropout
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
-
-    def __init__(self, hidden_size: int, mlp_hidden: int, **factory: Any) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, mlp_hidden, bias=False, **factory)
-        self.up_proj = nn.Linear(hidden_size, mlp_hidden, bias=False, **factory)
-        self.down_proj = nn.Linear(mlp_hidden, hidden_size, bias=False, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class PreNormBlock(nn.Module):
-    """Norm, attention, norm, SwiGLU, with residuals; ``attention_type`` says which attention."""
-
-    attention_type: ClassVar[Callable[..., nn.Module]]
-
-    def __init__(
-        self,
-        hidden_size: int,
-        config: NSAConfig,
-        *,
-        mlp_hidden: int,
-        norm_eps: float = 1e-6,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **attention: Any,
-    ) -> None:
-        super().__init__()
-        hidden_size, norm_eps = _check_sizes(hidden_size, norm_eps, dtype)
-        mlp_hidden = as_int("mlp_hidden", mlp_hidden, 1)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
-        self.attention: Any = type(self).attention_type(
-            hidden_size, config, norm_eps=norm_eps, **factory, **attention
-        )
-        self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps, **factory)
-        self.mlp = SwiGLU(hidden_size, mlp_hidden, **factory)
-
-    def reset_parameters(self) -> None:
-        """Draw all weights anew from torch's generator, in a fixed order."""
-        self.attention_norm.reset_parameters()
-        self.attention.reset_parameters()
-        self.mlp_norm.reset_parameters()
-        for linear in (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj):
-            linear.reset_parameters()
-
-
-class NSABlock(PreNormBlock):
-    """A transformer block: norm, attention, norm, SwiGLU, with residuals.
-
-    Args:
-        hidden_size, config: as of ``NativeSparseAttention``, which takes the further keyword
-            arguments.
-        mlp_hidden: hidden width of the SwiGLU.
-        norm_eps: epsilon of every RMSNorm.
-    """
-
-    attention_type = NativeSparseAttention
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        cu_seqlens: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        return_details: bool = False,
-    ) -> Tensor | tuple[Tensor, NSADetails]:
-        """[B, L, hidden_size] -> the same; arguments as of ``NativeSparseAttention``."""
-        result = self.attention(
-            self.attention_norm(x),
-            cu_seqlens=cu_seqlens,
-            position_ids=position_ids,
-            return_details=return_details,
-        )
-        attended, details = result if return_details else (result, None)
-        x = x + attended
-        x = x + self.mlp(self.mlp_norm(x))
-        return x if details is None else (x, details)

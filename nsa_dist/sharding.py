@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nsa_dist.agreement import agree
 from nsa_dist.checks import INTEGER_DTYPES, as_int, describe, is_plain
+from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.collectives import all_gather_rows
 from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.group import ContextGroup, GroupLike, context_group
-from nsa_dist.layout import check_cu_seqlens, local_indices, make_layout
-from nsa_dist.statement import Statement, show_boundaries
+from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
+from nsa_dist.plan.layout import check_cu_seqlens, local_indices, make_layout
+from nsa_dist.plan.statement import Statement, show_boundaries
 
 IGNORED_LABEL = -100
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.group import ContextGroup
+from nsa_dist.comm.group import ContextGroup
 
 # torch 2.13 renamed it and warns of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_dist.comm.collectives import add_returned_rows, all_to_all_rows
 from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.group import ContextGroup
+from nsa_dist.comm.group import ContextGroup
 from nsa_dist.plan import BlockOwnership, Plan
 from nsa_kernels.autograd import first_order
 

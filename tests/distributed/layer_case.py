@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist import NativeSparseAttention, NSAConfig, RotaryConfig, make_sharding
-from nsa_dist.layout import chunk_starts, make_layout
+from nsa_dist.plan.layout import chunk_starts, make_layout
 
 HIDDEN = 24
 SMALL = NSAConfig(

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nsa_dist import NativeSparseAttention, get_plan, native_sparse_attention, planning, unshard
+from nsa_dist import NativeSparseAttention, get_plan, native_sparse_attention, unshard
+from nsa_dist.attention import plan_cache
 from nsa_dist.comm import fetch, gather, halo
 from tests.distributed.bad_call import (
     END,
@@ -69,7 +70,7 @@ def stale_cache(group: Any) -> Call:
     """The last rank's cache holds another batch's plan under this one's values."""
     call = with_plans(group, FIRST, SECOND)
     if is_bad_rank():
-        plans = planning._plans_of_groups[group]
+        plans = plan_cache._plans_of_groups[group]
         plans[1] = replace(plans[1], plan=plans[0].plan)
     return lambda: call(SECOND)
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nsa_dist import planning
+from nsa_dist.attention import plan_cache
 from tests.distributed.bad_call import (
     END,
     LOCAL,
@@ -189,7 +189,7 @@ def counted_run() -> None:
     layer = built(group)
     x = torch.randn(1, LOCAL, HIDDEN)
     made: list[tuple[int, ...]] = []
-    original = planning.build_plan
+    original = plan_cache.build_plan
 
     def counted(*args: Any) -> Any:
         made.append((*args[-1].tolist()[:-1], END))
@@ -204,7 +204,7 @@ def counted_run() -> None:
         assert isinstance(out, Tensor)
         return out
 
-    planning.build_plan = counted
+    plan_cache.build_plan = counted
     try:
         first = step(FIRST)
         assert made == [FIRST]
@@ -220,7 +220,7 @@ def counted_run() -> None:
         assert torch.equal(second, expected)
         assert dist.get_rank() > 0 or not torch.equal(second, first)
     finally:
-        planning.build_plan = original
+        plan_cache.build_plan = original
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -236,7 +236,7 @@ def alone_between_steps() -> None:
     call = with_plans(group, FIRST)
     if is_bad_rank():
         single = built(None)
-        for length in range(1, 2 * planning.CACHED_PLANS):
+        for length in range(1, 2 * plan_cache.CACHED_PLANS):
             single(torch.ones(1, length, HIDDEN))
     call(FIRST)
 

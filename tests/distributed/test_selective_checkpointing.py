@@ -16,7 +16,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from nsa_dist import NativeSparseAttention, NSABlock, NSAConfig, planning
+from nsa_dist import NativeSparseAttention, NSABlock, NSAConfig
+from nsa_dist.attention import plan_cache
 
 HIDDEN = 16
 BRANCHES = [("compressed",), ("selected",), ("window",), ("compressed", "selected", "window")]
@@ -135,7 +136,7 @@ def test_plans_are_none_of_what_is_kept(saves: str) -> None:
     def kept(x: Tensor) -> Tensor:
         return checkpoint(plain, x, use_reentrant=False, context_fn=context)
 
-    planning._plans_of_one_rank.clear()
+    plan_cache._plans_of_one_rank.clear()
     found = [gradients(kept, layer, x)]
     layer(x, cu_seqlens=second)
     found.append(gradients(kept, layer, x))

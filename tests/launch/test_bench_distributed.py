@@ -25,7 +25,7 @@ from bench_distributed import (
 )
 from bench_stream import Stream
 from bench_table import Shape, read_rows
-from nsa_dist.group import context_group
+from nsa_dist.comm.group import context_group
 from tests.distributed.ranks import Ranks
 from tests.launch.test_bench import NoClock
 

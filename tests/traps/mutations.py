@@ -162,7 +162,7 @@ MUTATIONS = (
     Mutation(
         "rows or ranks fully masked",
         "a rank without a compression block skips the key compressor",
-        "nsa_dist/flow.py",
+        "nsa_dist/attention/flow.py",
         "k = apply_compressor(k_compressor, k_ext, rows, block, self.ops)",
         "k = apply_compressor(k_compressor, k_ext, rows, block, self.ops)"
         " if len(rows) else k_ext[:0]",
@@ -171,7 +171,7 @@ MUTATIONS = (
     Mutation(
         "zero compression windows",
         "the number of blocks of a document shorter than one falls below 0",
-        "nsa_dist/plan.py",
+        "nsa_dist/plan/build.py",
         "((stream.doc_length - block) // stride + 1).clamp(min=0)",
         "((stream.doc_length - block) // stride + 1)",
         "test_compression.py::test_trap_zero_compression_windows",
@@ -179,7 +179,7 @@ MUTATIONS = (
     Mutation(
         "zero-length documents",
         "documents are numbered as if the empty ones were not there",
-        "nsa_dist/plan.py",
+        "nsa_dist/plan/stream.py",
         "piece_doc = torch.searchsorted(boundaries, piece_start",
         "piece_doc = torch.searchsorted(boundaries.unique_consecutive(), piece_start",
         "test_documents.py::test_trap_zero_length_documents",
@@ -187,7 +187,7 @@ MUTATIONS = (
     Mutation(
         "slack rows past cu_seqlens[-1]",
         "only too few rows are refused",
-        "nsa_dist/layout.py",
+        "nsa_dist/plan/layout.py",
         "if int(cu_seqlens[-1]) != length:",
         "if int(cu_seqlens[-1]) > length:",
         "test_documents.py::test_trap_slack_rows_past_the_last_document",
@@ -220,7 +220,7 @@ MUTATIONS = (
     Mutation(
         "tail padding that drops keys",
         "a document's short last selection block is left out",
-        "nsa_dist/plan.py",
+        "nsa_dist/plan/build.py",
         "selected_per_doc = (stream.doc_length + select - 1) // select",
         "selected_per_doc = stream.doc_length // select",
         "test_documents.py::test_trap_tail_padding_that_drops_keys",
@@ -228,7 +228,7 @@ MUTATIONS = (
     Mutation(
         "tail padding that drops keys",
         "a short last selection block counts as empty",
-        "nsa_dist/plan.py",
+        "nsa_dist/plan/build.py",
         "(stream.doc_length[doc] - index * step).clamp(max=block)",
         "(stream.doc_length[doc] - index * step).clamp(max=block) // block * block",
         "test_documents.py::test_trap_tail_padding_that_drops_keys",
@@ -244,7 +244,7 @@ MUTATIONS = (
     Mutation(
         "int32 offsets",
         "rows of a batch start at int32 offsets",
-        "nsa_dist/layout.py",
+        "nsa_dist/plan/layout.py",
         "first = torch.arange(batch) * length",
         "first = torch.arange(batch, dtype=torch.int32) * length",
         "test_numbers.py::test_trap_int32_offsets",
@@ -252,7 +252,7 @@ MUTATIONS = (
     Mutation(
         "int32 offsets",
         "a plan's rows are int32",
-        "nsa_dist/plan.py",
+        "nsa_dist/plan/build.py",
         "own_rows=halo.rows(start[own_ids]),",
         "own_rows=halo.rows(start[own_ids]).int(),",
         "test_numbers.py::test_trap_int32_offsets",
@@ -260,7 +260,7 @@ MUTATIONS = (
     Mutation(
         "KV base pointer wrong with batches",
         "compressed keys are read from the first row's base",
-        "nsa_dist/plan.py",
+        "nsa_dist/plan/build.py",
         "compressed_base = (compressed_per_doc.cumsum(0) - compressed_per_doc)[doc]",
         "compressed_base = torch.zeros_like(doc)",
         "test_documents.py::test_trap_kv_base_pointer_wrong_with_batches[compressed]",
@@ -268,7 +268,7 @@ MUTATIONS = (
     Mutation(
         "KV base pointer wrong with batches",
         "selection blocks are read from the first row's base",
-        "nsa_dist/plan.py",
+        "nsa_dist/plan/build.py",
         "selected_base = (selected_per_doc.cumsum(0) - selected_per_doc)[doc]",
         "selected_base = torch.zeros_like(doc)",
         "test_documents.py::test_trap_kv_base_pointer_wrong_with_batches[selected]",
@@ -276,7 +276,7 @@ MUTATIONS = (
     Mutation(
         "KV base pointer wrong with batches",
         "windows are read from the first row's base",
-        "nsa_dist/plan.py",
+        "nsa_dist/plan/build.py",
         'window_base = builders["window"].rows(start) - position',
         "window_base = torch.zeros_like(position)",
         "test_documents.py::test_trap_kv_base_pointer_wrong_with_batches[window]",
@@ -325,7 +325,7 @@ MUTATIONS = (
     Mutation(
         "global rank used inside a subgroup",
         "a group's rank is the process's rank",
-        "nsa_dist/group.py",
+        "nsa_dist/comm/group.py",
         "rank = dist.get_rank(group)",
         "rank = dist.get_rank()",
         "test_ranks.py::test_trap_global_rank_used_inside_a_subgroup",
@@ -349,7 +349,7 @@ MUTATIONS = (
     Mutation(
         "plan cached by shape and used for other documents",
         "the boundaries are no part of the key",
-        "nsa_dist/planning.py",
+        "nsa_dist/attention/plan_cache.py",
         "if entry.key == key and _same_documents(entry.cu_seqlens, cu_seqlens):",
         "if entry.key == key:",
         "test_documents.py::test_trap_plan_cached_by_shape_and_used_for_other_documents",
@@ -357,7 +357,7 @@ MUTATIONS = (
     Mutation(
         "plan cached by shape and used for other documents",
         "the key holds the caller's tensor, which then changes in place",
-        "nsa_dist/planning.py",
+        "nsa_dist/attention/plan_cache.py",
         "own = None if cu_seqlens is None else cu_seqlens.clone()",
         "own = cu_seqlens",
         "test_documents.py::test_trap_plan_cached_by_shape_and_used_for_other_documents",

@@ -17,7 +17,7 @@ from nsa_dist import (
     native_sparse_attention,
     shard_batch,
 )
-from nsa_dist.group import ContextGroup
+from nsa_dist.comm.group import ContextGroup
 from tests.traps.seam import BLOCK, SELECT, SMALL, STRIDE
 
 LAYOUTS = ("contiguous", "zigzag", "zigzag_per_document")

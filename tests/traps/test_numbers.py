@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nsa_dist import make_sharding
-from nsa_dist.group import ContextGroup
-from nsa_dist.layout import chunk_starts, concat_ranges, make_layout
+from nsa_dist.comm.group import ContextGroup
 from nsa_dist.plan import build_plan
+from nsa_dist.plan.layout import chunk_starts, concat_ranges, make_layout
 from nsa_kernels import QuerySegments
 from nsa_kernels.reference import masked_softmax, weighted_values
 from tests.distributed.layer_case import LayerCase, run_built_layer, variants

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nsa_dist import NSABlock, make_sharding, shard_batch
-from nsa_dist.group import ContextGroup
+from nsa_dist.comm.group import ContextGroup
 from tests.distributed.layer_case import (
     LayerCase,
     LayerResult,

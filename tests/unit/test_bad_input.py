@@ -22,8 +22,8 @@ from nsa_dist import (
     shard_batch,
     unshard,
 )
-from nsa_dist.group import context_group
-from nsa_dist.layout import check_lengths, make_layout
+from nsa_dist.comm.group import context_group
+from nsa_dist.plan.layout import check_lengths, make_layout
 from tests.unit.bad_input import (
     CPU,
     CUSTOM,

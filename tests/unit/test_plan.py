@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nsa_dist import NSAConfig
-from nsa_dist.layout import check_lengths, local_indices, make_layout
 from nsa_dist.plan import Plan, build_plan
+from nsa_dist.plan.layout import check_lengths, local_indices, make_layout
 
 LAYOUTS = ("contiguous", "zigzag", "zigzag_per_document")
 SMALL = NSAConfig(

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from nsa_dist.dcp_metadata import read_metadata
-from nsa_dist.safe_load import check_dcp, load, read_file, weights_only
+from nsa_dist.checkpoints.dcp_metadata import read_metadata
+from nsa_dist.checkpoints.safe_load import check_dcp, load, read_file, weights_only
 from tests.unit.crafted import Call, mkdir
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist import make_sharding, shard, shard_batch, unshard
-from nsa_dist.group import ContextGroup
-from nsa_dist.layout import check_lengths, make_layout
+from nsa_dist.comm.group import ContextGroup
+from nsa_dist.plan.layout import check_lengths, make_layout
 from tests.distributed.ranks import Ranks
 
 LAYOUTS = ("contiguous", "zigzag", "zigzag_per_document")

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.agreement import agree
+from nsa_dist.attention.functional import native_sparse_attention
+from nsa_dist.attention.plan_cache import find_plan
 from nsa_dist.checks import DTYPES, check, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
-from nsa_dist.compressor import BlockCompressor, check_custom
+from nsa_dist.comm.agreement import agree
+from nsa_dist.comm.group import GroupLike, context_group
 from nsa_dist.config import NSAConfig
-from nsa_dist.functional import native_sparse_attention
-from nsa_dist.gates import StaticGate
-from nsa_dist.group import GroupLike, context_group
-from nsa_dist.layout import make_layout
+from nsa_dist.nn.compressor import BlockCompressor, check_custom
+from nsa_dist.nn.gates import StaticGate
 from nsa_dist.plan import Plan
-from nsa_dist.planning import find_plan
-from nsa_dist.statement import Statement
+from nsa_dist.plan.layout import make_layout
+from nsa_dist.plan.statement import Statement
 from nsa_kernels import get_backend
 
 

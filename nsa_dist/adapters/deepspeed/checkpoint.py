@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nsa_dist.checkpoints.safe_load import PLAIN, on_every_rank, read_file, weights_only
 from nsa_dist.checks import check
-from nsa_dist.safe_load import PLAIN, on_every_rank, read_file, weights_only
 
 ALLOWED = (
     f"{PLAIN}, a class of your client_state after torch.serialization.add_safe_globals([it]), and "

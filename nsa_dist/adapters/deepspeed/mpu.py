@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from nsa_dist.group import GroupLike, context_group
+from nsa_dist.comm.group import GroupLike, context_group
 
 
 class SequenceParallelMPU:

@@ -19,13 +19,13 @@ from transformers.models.qwen3 import modeling_qwen3
 from nsa_dist.adapters.huggingface.batch import Batch
 from nsa_dist.adapters.huggingface.cache import NSACacheLayer
 from nsa_dist.adapters.huggingface.weights import whole
-from nsa_dist.compressor import BlockCompressor, apply_compressor
+from nsa_dist.attention.flow import ZeroGradient
+from nsa_dist.attention.functional import native_sparse_attention
 from nsa_dist.config import NSAConfig
-from nsa_dist.flow import ZeroGradient
-from nsa_dist.functional import native_sparse_attention
-from nsa_dist.gates import make_gate
-from nsa_dist.layer import SetNorm
-from nsa_dist.tensor_parallel import project
+from nsa_dist.nn.compressor import BlockCompressor, apply_compressor
+from nsa_dist.nn.gates import make_gate
+from nsa_dist.nn.norm import SetNorm
+from nsa_dist.nn.tensor_parallel import project
 from nsa_kernels import get_backend
 
 ROTARY: Mapping[type[nn.Module], Any] = {

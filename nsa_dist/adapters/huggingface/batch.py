@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from nsa_dist.adapters.huggingface.cache import num_blocks
-from nsa_dist.agreement import agree
+from nsa_dist.attention.plan_cache import find_plan
 from nsa_dist.checks import INTEGER_DTYPES, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
+from nsa_dist.comm.agreement import agree
+from nsa_dist.comm.group import ContextGroup
 from nsa_dist.config import NSAConfig
-from nsa_dist.group import ContextGroup
 from nsa_dist.plan import Plan
-from nsa_dist.planning import find_plan
-from nsa_dist.statement import Statement
+from nsa_dist.plan.statement import Statement
 from nsa_kernels import QuerySegments
 
 

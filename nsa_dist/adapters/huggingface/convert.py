@@ -28,10 +28,10 @@ from nsa_dist.adapters.huggingface.models import (
 )
 from nsa_dist.adapters.huggingface.weights import whole
 from nsa_dist.checks import check
-from nsa_dist.compressor import BlockCompressor
+from nsa_dist.comm.group import ContextGroup, GroupLike
 from nsa_dist.config import NSAConfig
-from nsa_dist.gates import LinearGate, MLPGate
-from nsa_dist.group import ContextGroup, GroupLike
+from nsa_dist.nn.compressor import BlockCompressor
+from nsa_dist.nn.gates import LinearGate, MLPGate
 
 GATE_INIT = (-10.0, 0.0, 0.0)
 """Gate logits of (compressed, selected, window): 0.5 + 0.5 + 4.5e-5, one dense attention."""

@@ -43,9 +43,9 @@ from nsa_dist.adapters.huggingface.checks import (
 from nsa_dist.adapters.huggingface.parallelism import stated_split
 from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
+from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig
-from nsa_dist.group import ContextGroup, GroupLike, context_group
-from nsa_dist.layout import make_layout
+from nsa_dist.plan.layout import make_layout
 
 SPARSE = "native_sparse_attention"
 """What older versions called our layers in ``layer_types`` of a saved config."""

@@ -41,12 +41,12 @@ from nsa_dist.adapters.megatron.modules import (
     local_gate_logits,
     make_parallel_gate,
 )
-from nsa_dist.agreement import agree
+from nsa_dist.attention.functional import native_sparse_attention
 from nsa_dist.comm import CommunicationCounter
+from nsa_dist.comm.agreement import agree
+from nsa_dist.comm.group import SINGLE, context_group
 from nsa_dist.config import NSAConfig
-from nsa_dist.functional import native_sparse_attention
-from nsa_dist.group import SINGLE, context_group
-from nsa_dist.statement import Statement
+from nsa_dist.plan.statement import Statement
 
 GATE_MULTIPLE = 8
 """Gate logits are padded to this many channels, so that rows of values stay aligned."""

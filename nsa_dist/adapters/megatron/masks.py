@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa_dist.agreement import agree
 from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
-from nsa_dist.group import ContextGroup
-from nsa_dist.statement import Statement
+from nsa_dist.comm.agreement import agree
+from nsa_dist.comm.group import ContextGroup
+from nsa_dist.plan.statement import Statement
 
 CHUNK = 1024
 """Rows that are compared at a time."""

@@ -29,9 +29,9 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from nsa_dist.checks import check
-from nsa_dist.compressor import BlockCompressor
 from nsa_dist.config import NSAConfig
-from nsa_dist.gates import LinearGate, MLPGate, StaticGate
+from nsa_dist.nn.compressor import BlockCompressor
+from nsa_dist.nn.gates import LinearGate, MLPGate, StaticGate
 from nsa_kernels import Backend
 
 

@@ -8,8 +8,8 @@ On one rank it is torch's. On several, ring-flash-attn's algorithm for the layou
     contiguous            both         all                  llama3: keys gathered head by head
 
 The rings' gradients are wrong in float32, so they are refused there. Chunks are those of
-``nsa_dist.layout`` as they stand: rank r of P holds chunks r and 2P-1-r, one after the other, of
-each row or document, and documents were padded at their ends to multiples of 2P.
+``nsa_dist.plan.layout`` as they stand: rank r of P holds chunks r and 2P-1-r, one after the other,
+of each row or document, and documents were padded at their ends to multiples of 2P.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from nsa_dist.adapters.ring.flash import FLASH_DTYPES, FLASH_WIDTH, flash_kind
 from nsa_dist.adapters.ring.library import missing_library, ring_functions
-from nsa_dist.agreement import AgreeInBackward, agree
+from nsa_dist.attention.plan_cache import find_plan
 from nsa_dist.checks import DTYPES, as_number, check_tensor, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
+from nsa_dist.comm.agreement import AgreeInBackward, agree
 from nsa_dist.comm.collectives import name_failures
+from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig
-from nsa_dist.group import ContextGroup, GroupLike, context_group
 from nsa_dist.plan import Plan
-from nsa_dist.planning import find_plan
-from nsa_dist.statement import Statement
+from nsa_dist.plan.statement import Statement
 from nsa_kernels.autograd import first_order
 
 # Of the plan a dense layer needs the checks, the ranks' agreement and each token's place in its

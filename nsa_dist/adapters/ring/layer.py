@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from nsa_dist.adapters.ring.attention import DensePlan, dense_attention, find_dense_plan
 from nsa_dist.adapters.ring.library import missing_library
-from nsa_dist.agreement import agree
+from nsa_dist.block import PreNormBlock
 from nsa_dist.checks import as_int, as_number, check, check_bool, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
+from nsa_dist.comm.agreement import agree
+from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig, RotaryConfig
-from nsa_dist.dropout import drop_tokens
-from nsa_dist.group import ContextGroup, GroupLike, context_group
-from nsa_dist.layer import PROJECTIONS, PreNormBlock, autocast_dtype, input_problem
-from nsa_dist.layout import make_layout
-from nsa_dist.rotary import apply_rotary, rotary_cos_sin
-from nsa_dist.statement import Statement
-from nsa_dist.tensor_parallel import cut_problem, project
+from nsa_dist.layer import PROJECTIONS, autocast_dtype, input_problem
+from nsa_dist.nn.dropout import drop_tokens
+from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
+from nsa_dist.nn.tensor_parallel import cut_problem, project
+from nsa_dist.plan.layout import make_layout
+from nsa_dist.plan.statement import Statement
 
 
 class DenseAttention(nn.Module):

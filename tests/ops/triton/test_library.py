@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nsa_dist import BlockCompressor, NSABlock, NSAConfig, RotaryConfig, native_sparse_attention
-from nsa_dist.planning import get_plan
+from nsa_dist.attention.plan_cache import get_plan
 from nsa_kernels import QuerySegments
 from nsa_kernels import triton as backend
 from tests.ops.op_cases import same_bits

@@ -9,17 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nsa_dist.agreement import agree
+from nsa_dist.attention.flow import Flow, Rotary
+from nsa_dist.attention.plan_cache import find_plan
 from nsa_dist.checks import DTYPES, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
-from nsa_dist.compressor import BlockCompressor, compressor_options
+from nsa_dist.comm.agreement import agree
+from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig, RotaryConfig
 from nsa_dist.crossover import hint_at_crossover
-from nsa_dist.flow import Flow, Rotary
-from nsa_dist.group import ContextGroup, GroupLike, context_group
+from nsa_dist.nn.compressor import BlockCompressor, compressor_options
 from nsa_dist.plan import Plan
-from nsa_dist.planning import find_plan
-from nsa_dist.statement import Statement
+from nsa_dist.plan.statement import Statement
 from nsa_kernels import get_backend
 
 

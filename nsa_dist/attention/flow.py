@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.agreement import AgreeInBackward, agree
 from nsa_dist.comm import (
     CommunicationCounter,
     FetchBlocks,
@@ -28,11 +27,12 @@ from nsa_dist.comm import (
     HaloExchange,
     request_blocks,
 )
-from nsa_dist.compressor import apply_compressor
+from nsa_dist.comm.agreement import AgreeInBackward, agree
+from nsa_dist.comm.group import ContextGroup
 from nsa_dist.config import NSAConfig, RotaryConfig
-from nsa_dist.group import ContextGroup
+from nsa_dist.nn.compressor import apply_compressor
+from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
 from nsa_dist.plan import Plan
-from nsa_dist.rotary import apply_rotary, rotary_cos_sin
 from nsa_kernels import Backend
 
 # What a module of the user's may raise. Checkpointing ends a recomputation by an exception that is

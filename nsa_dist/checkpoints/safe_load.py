@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 from torch.futures import Future
 
-from nsa_dist.dcp_metadata import WORKS, in_a_line, read_metadata
+from nsa_dist.checkpoints.dcp_metadata import WORKS, in_a_line, read_metadata
 
 PLAIN = "tensors and plain values work"
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from nsa_dist.comm.collectives import all_reduce_max, name_failures
 from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.group import ContextGroup
-from nsa_dist.statement import Statement
+from nsa_dist.comm.group import ContextGroup
+from nsa_dist.plan.statement import Statement
 from nsa_kernels.autograd import SECOND_ORDER
 
 _Report = tuple[dict[str, str], str | None]

@@ -6,7 +6,7 @@ share one plan. Groups are kept apart, so that what a rank does alone or in anot
 plan of this one.
 
 Making a plan sends nothing, so it does not matter whether ranks find theirs here or make them. Each
-call that moves anything agrees on its plan first: see ``nsa_dist.agreement``.
+call that moves anything agrees on its plan first: see ``nsa_dist.comm.agreement``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nsa_dist.agreement import agree
 from nsa_dist.checks import as_int, describe, is_plain
+from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.counter import CommunicationCounter
+from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig
-from nsa_dist.group import ContextGroup, GroupLike, context_group
-from nsa_dist.layout import check_lengths, make_layout
 from nsa_dist.plan import Plan, build_plan
-from nsa_dist.statement import Statement, show_boundaries
+from nsa_dist.plan.layout import check_lengths, make_layout
+from nsa_dist.plan.statement import Statement, show_boundaries
 
 CACHED_PLANS = 8
 

@@ -1,0 +1,1 @@
+"""Reading checkpoints that may have been damaged or made by a stranger."""

@@ -1,0 +1,39 @@
+"""RMSNorm with weights for each of several sets of heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SetNorm(nn.Module):
+    """RMSNorm over the channels of each head, with a weight for each of several sets of heads.
+
+    Independent keys need weights of their own: after the norm the weight is all that sets the
+    temperature of a branch's softmax.
+
+    Args:
+        num_sets: sets S.
+        dim: channels D.
+
+    Parameters:
+        weight [S, D], ones at start.
+    """
+
+    def __init__(self, num_sets: int, dim: int, eps: float, **factory: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(num_sets, dim, **factory))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the weights to ones."""
+        self.weight.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., S, G, D] -> the same, each head normalised in float32 at least."""
+        normed = nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return (normed * self.weight[:, None]).to(x.dtype)

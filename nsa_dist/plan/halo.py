@@ -1,0 +1,112 @@
+"""Which tokens around its own a rank needs, who sends them, and where they stand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa_dist.config import NSAConfig
+from nsa_dist.plan.layout import concat_ranges
+from nsa_dist.plan.stream import Stream
+from nsa_dist.plan.tables import Halo
+
+
+def reach(stream: Stream, config: NSAConfig, branch: str) -> tuple[Tensor, Tensor]:
+    """Tokens that each run needs for a branch, itself included, as document positions [lo, hi)."""
+    first = stream.run_start - stream.doc_start[stream.run_doc]
+    end = first + (stream.run_end - stream.run_start)
+    length = stream.doc_length[stream.run_doc]
+    if branch == "window":
+        return (first - config.window + 1).clamp(min=0), end
+    if branch == "compressed":
+        block, stride = config.compress_block, config.compress_stride
+        # The last block that starts inside the run and has all its tokens.
+        last = torch.minimum((end - 1) // stride, (length - block) // stride) * stride
+        block_end = last + block
+    else:
+        block = config.select_block
+        last = (end - 1) // block * block
+        block_end = torch.minimum(last + block, length)
+    return first, torch.where(last >= first, torch.maximum(end, block_end), end)
+
+
+def _overlaps(
+    starts: Tensor, ends: Tensor, wanted_start: Tensor, wanted_end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Pairs (wanted interval, given interval) that share tokens; both inputs sorted, disjoint."""
+    low = torch.searchsorted(ends, wanted_start, right=True)
+    count = (torch.searchsorted(starts, wanted_end) - low).clamp(min=0)
+    wanted = torch.repeat_interleave(torch.arange(len(count)), count)
+    return wanted, concat_ranges(low, count)
+
+
+class HaloBuilder:
+    """Extended buffers of one need: intervals of the stream on every rank, rows on this one."""
+
+    def __init__(self, stream: Stream, reaches: list[tuple[Tensor, Tensor]], rank: int) -> None:
+        base = stream.doc_start[stream.run_doc]
+        low = torch.stack([lo for lo, _ in reaches]).amin(0) + base
+        high = torch.stack([hi for _, hi in reaches]).amax(0) + base
+        # Runs that need common tokens share one interval, so that a token stands in one row and
+        # its gradient has one place. Offsetting by rank keeps the running maximum within a rank.
+        apart = (stream.total + 1) * stream.run_rank
+        reached = (high + apart).cummax(0).values
+        opens = torch.ones(len(low), dtype=torch.bool)
+        opens[1:] = (low + apart)[1:] > reached[:-1]
+        closes = torch.ones(len(low), dtype=torch.bool)
+        closes[:-1] = opens[1:]
+        self.rank_of = stream.run_rank[opens]
+        self.start = low[opens]
+        self.end = (reached - apart)[closes]
+        mine = self.rank_of == rank
+        self.own_start, self.own_end = self.start[mine], self.end[mine]
+        lengths = self.own_end - self.own_start
+        self.own_offset = lengths.cumsum(0) - lengths
+        self.num_rows = int(lengths.sum())
+        self.stream, self.rank = stream, rank
+
+    def rows(self, coordinates: Tensor) -> Tensor:
+        """Rows of this rank's buffer at which tokens of the stream stand."""
+        at = torch.searchsorted(self.own_start, coordinates, right=True) - 1
+        return self.own_offset[at] + coordinates - self.own_start[at]
+
+    def build(self, size: int) -> Halo:
+        stream, rank = self.stream, self.rank
+        mine = stream.run_rank == rank
+        run_start, run_end = stream.run_start[mine], stream.run_end[mine]
+        own_rows = concat_ranges(self.rows(run_start), run_end - run_start)
+        is_local = int((self.end - self.start).sum()) == stream.total
+        empty = torch.zeros(0, dtype=torch.int64)
+        if is_local:
+            in_order = bool((own_rows == torch.arange(len(own_rows))).all())
+            none = (0,) * size
+            return Halo(self.num_rows, own_rows, empty, none, empty, none, True, in_order)
+
+        wanted, piece = _overlaps(
+            stream.piece_start, stream.piece_end, self.own_start, self.own_end
+        )
+        remote = stream.piece_owner[piece] != rank
+        wanted, piece = wanted[remote], piece[remote]
+        order = stream.piece_owner[piece].argsort(stable=True)
+        wanted, piece = wanted[order], piece[order]
+        start = torch.maximum(stream.piece_start[piece], self.own_start[wanted])
+        count = torch.minimum(stream.piece_end[piece], self.own_end[wanted]) - start
+        recv_rows = concat_ranges(self.rows(start), count)
+        recv_counts = _totals(stream.piece_owner[piece], count, size)
+
+        others = self.rank_of != rank
+        asker, low, high = self.rank_of[others], self.start[others], self.end[others]
+        wanted, run = _overlaps(run_start, run_end, low, high)
+        start = torch.maximum(run_start[run], low[wanted])
+        count = torch.minimum(run_end[run], high[wanted]) - start
+        first_row = stream.run_row[mine][run] + start - run_start[run]
+        send_rows = concat_ranges(first_row, count)
+        send_counts = _totals(asker[wanted], count, size)
+        return Halo(
+            self.num_rows, own_rows, send_rows, send_counts, recv_rows, recv_counts, False, False
+        )
+
+
+def _totals(rank: Tensor, count: Tensor, size: int) -> tuple[int, ...]:
+    total = torch.zeros(size, dtype=torch.int64).index_add_(0, rank, count)
+    return tuple(total.tolist())

@@ -1,0 +1,76 @@
+"""The whole stream cut into the pieces that ranks hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa_dist.plan.layout import Layout, chunk_starts
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The whole stream cut into pieces: maximal runs of one document and one chunk.
+
+    ``piece_*`` are in stream order. ``run_*`` are pieces joined where a rank holds both sides of
+    a cut, ordered by rank, then stream; ``run_row`` is a run's first row on its rank.
+    """
+
+    total: int
+    doc_start: Tensor
+    doc_length: Tensor
+    piece_start: Tensor
+    piece_end: Tensor
+    piece_owner: Tensor
+    run_start: Tensor
+    run_end: Tensor
+    run_rank: Tensor
+    run_doc: Tensor
+    run_row: Tensor
+
+    def owner_of(self, coordinates: Tensor) -> Tensor:
+        at = torch.searchsorted(self.piece_start, coordinates, right=True) - 1
+        return self.piece_owner[at]
+
+
+def cut_stream(
+    layout: Layout, size: int, batch: int, length: int, cu_seqlens: Tensor | None
+) -> Stream:
+    total = batch * length
+    if cu_seqlens is None:
+        boundaries = torch.arange(batch + 1) * length
+    else:
+        boundaries = cu_seqlens.long()
+    starts, owners = chunk_starts(layout, batch, length, cu_seqlens)
+
+    cuts = starts
+    if not (layout.per_document and cu_seqlens is not None):
+        cuts = torch.cat((starts, boundaries)).sort().values
+    piece_start = torch.unique_consecutive(cuts)
+    piece_start = piece_start[piece_start < total]
+    piece_end = torch.cat((piece_start[1:], torch.tensor([total])))[: len(piece_start)]
+    # right=True passes over empty chunks and documents, which start where their successor does.
+    piece_owner = owners[torch.searchsorted(starts, piece_start, right=True) - 1]
+    piece_doc = torch.searchsorted(boundaries, piece_start, right=True) - 1
+
+    order = piece_owner.argsort(stable=True)
+    start, end, rank, doc = (x[order] for x in (piece_start, piece_end, piece_owner, piece_doc))
+    row = (end - start).cumsum(0) - (end - start) - rank * (total // size)
+    joined = (end[:-1] == start[1:]) & (rank[:-1] == rank[1:]) & (doc[:-1] == doc[1:])
+    opens = torch.cat((torch.ones(len(start[:1]), dtype=torch.bool), ~joined))
+    closes = torch.cat((~joined, torch.ones(len(start[:1]), dtype=torch.bool)))
+    return Stream(
+        total=total,
+        doc_start=boundaries[:-1],
+        doc_length=boundaries.diff(),
+        piece_start=piece_start,
+        piece_end=piece_end,
+        piece_owner=piece_owner,
+        run_start=start[opens],
+        run_end=end[closes],
+        run_rank=rank[opens],
+        run_doc=doc[opens],
+        run_row=row[opens],
+    )
