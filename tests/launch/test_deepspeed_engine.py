@@ -15,7 +15,7 @@ import pytest
 
 from ranks import check_deepspeed
 from settings import Settings
-from tests.adapters.deepspeed.case import run_command
+from tests.adapters.deepspeed.small_model import run_command
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import replaced, run_training, tiny
 from tests.launch.deepspeed import broken_off, needs_deepspeed, run_deepspeed

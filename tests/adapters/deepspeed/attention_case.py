@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist import NSAConfig, native_sparse_attention, shard, unshard
-from tests.adapters.deepspeed.case import SMALL, prepare
+from tests.adapters.deepspeed.small_model import SMALL, prepare
 
 DOCUMENTS = (40, 24)
 LENGTH = sum(DOCUMENTS)

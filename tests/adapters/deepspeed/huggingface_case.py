@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.adapters.deepspeed.case import prepare
-from tests.adapters.huggingface.case import (
+from tests.adapters.deepspeed.small_model import prepare
+from tests.adapters.huggingface.small_models import (
     FAMILIES,
     INDEPENDENT,
     dense_model,

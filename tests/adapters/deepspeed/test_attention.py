@@ -20,7 +20,7 @@ from tests.adapters.deepspeed.attention_case import (
     tensors,
     with_fewer_kv_heads_than_ranks,
 )
-from tests.adapters.deepspeed.case import SMALL
+from tests.adapters.deepspeed.small_model import SMALL
 from tests.distributed.ranks import Ranks
 
 pytest.importorskip("deepspeed")

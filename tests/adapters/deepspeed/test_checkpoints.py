@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.adapters.deepspeed.case import Case, Run, run_command
+from tests.adapters.deepspeed.small_model import Case, Run, run_command
 from tests.distributed.ranks import Ranks
 
 pytest.importorskip("deepspeed")

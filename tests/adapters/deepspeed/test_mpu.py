@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.adapters.deepspeed.case import Case, config_of, make_model, prepare
+from tests.adapters.deepspeed.small_model import Case, config_of, make_model, prepare
 from tests.distributed.ranks import Ranks
 
 pytest.importorskip("deepspeed")

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.adapters.deepspeed.case import Case, Run, plain_step, stepped
+from tests.adapters.deepspeed.small_model import Case, Run, plain_step, stepped
 from tests.distributed.ranks import Ranks
 from tests.ops.accuracy import assert_2x
 

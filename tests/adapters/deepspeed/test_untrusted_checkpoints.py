@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.adapters.deepspeed.case import Run
+from tests.adapters.deepspeed.small_model import Run
 from tests.adapters.deepspeed.test_checkpoints import SAVED, TAG, refused
 from tests.distributed.ranks import Ranks
 from tests.unit.crafted import mkdir

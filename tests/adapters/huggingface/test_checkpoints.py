@@ -42,7 +42,7 @@ from nsa_dist.adapters.huggingface import (
     NSAQwen3ForCausalLM,
     from_pretrained,
 )
-from tests.adapters.huggingface.case import (
+from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
     SMALL,
     dense_model,

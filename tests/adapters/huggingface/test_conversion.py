@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 import itertools
 
 from nsa_dist.adapters.huggingface import NSAAttention, convert_to_nsa
-from tests.adapters.huggingface.case import (
+from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
     SMALL,
     cast,

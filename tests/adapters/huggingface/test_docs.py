@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 pytest.importorskip("transformers")
 
-from tests.adapters.huggingface import case  # noqa: F401  (offline)
+from tests.adapters.huggingface import small_models  # noqa: F401  (offline)
 from tests.distributed.ranks import Ranks
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "huggingface.md"

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from transformers import DynamicCache
 
 from nsa_dist.adapters.huggingface import NSACacheLayer
-from tests.adapters.huggingface.case import (
+from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
     SMALL,
     left_padded,

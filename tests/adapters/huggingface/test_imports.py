@@ -62,7 +62,7 @@ sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers
              num_attention_heads=1, num_key_value_heads=1)
 LlamaForCausalLM(LlamaConfig(**sizes)), Qwen3ForCausalLM(Qwen3Config(**sizes))
 before = seen()
-from tests.adapters.huggingface.case import some_tokens, sparse_model
+from tests.adapters.huggingface.small_models import some_tokens, sparse_model
 
 for family in ("llama", "qwen3"):
     model = sparse_model(family)

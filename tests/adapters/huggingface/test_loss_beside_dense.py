@@ -22,7 +22,7 @@ from nsa_dist import NSAConfig
 pytest.importorskip("transformers")
 
 from nsa_dist.adapters.huggingface import convert_to_nsa
-from tests.adapters.huggingface.case import FAMILIES
+from tests.adapters.huggingface.small_models import FAMILIES
 
 CONFIG = NSAConfig(
     num_heads=8,

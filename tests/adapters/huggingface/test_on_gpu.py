@@ -14,7 +14,7 @@ from nsa_dist import NSAConfig
 pytest.importorskip("transformers")
 
 from nsa_dist.adapters.huggingface import convert_to_nsa
-from tests.adapters.huggingface.case import cast, dense_model, left_padded, some_tokens
+from tests.adapters.huggingface.small_models import cast, dense_model, left_padded, some_tokens
 from tests.ops.accuracy import assert_2x
 
 pytestmark = pytest.mark.gpu

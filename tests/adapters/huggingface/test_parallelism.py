@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tests.adapters.huggingface.case import stated_splits_on_rank
+from tests.adapters.huggingface.small_models import stated_splits_on_rank
 from tests.distributed.ranks import Ranks
 
 HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
@@ -30,7 +30,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig
 from transformers import Trainer, TrainingArguments
 
-from tests.adapters.huggingface.case import some_tokens, sparse_model
+from tests.adapters.huggingface.small_models import some_tokens, sparse_model
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 places = torch.arange(32)

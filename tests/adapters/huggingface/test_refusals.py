@@ -24,7 +24,7 @@ from transformers import (
 from nsa_dist import NSAConfig
 from nsa_dist.adapters.huggingface import convert, convert_to_nsa, models
 from nsa_dist.adapters.huggingface.batch import check_positions_count_on
-from tests.adapters.huggingface.case import (
+from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
     SMALL,
     dense_model,

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nsa_dist.adapters.huggingface import convert_to_nsa, from_pretrained
-from tests.adapters.huggingface.case import (
+from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
     SMALL,
     VOCABULARY,

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 
 from transformers import DynamicCache
 
-from tests.adapters.huggingface.case import (
+from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
     SMALL,
     gradients,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nsa_dist import BlockCompressor, NSAConfig, native_sparse_attention, shard
-from tests.adapters.megatron.case import Layout, Variant, megatron, transformer_config
+from tests.adapters.megatron.small_gpt import Layout, Variant, megatron, transformer_config
 
 TRITON = NSAConfig(
     num_heads=4,

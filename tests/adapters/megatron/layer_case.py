@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nsa_dist import NativeSparseAttention, NSAConfig, RotaryConfig
 from nsa_kernels.reference import ReferenceOptions, layer_reference
-from tests.adapters.megatron.case import (
+from tests.adapters.megatron.small_gpt import (
     HIDDEN,
     SMALL,
     VARIANTS,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.adapters.megatron.case import (
+from tests.adapters.megatron.small_gpt import (
     Case,
     Layout,
     load_checkpoint,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.adapters.megatron.case import Layout
 from tests.adapters.megatron.core_case import core_bits
+from tests.adapters.megatron.small_gpt import Layout
 from tests.distributed.ranks import Ranks
 
 CASES = {

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.adapters.megatron.case import VARIANTS, Layout
 from tests.adapters.megatron.layer_case import (
     DOCUMENTS,
     differing_starts,
@@ -19,6 +18,7 @@ from tests.adapters.megatron.layer_case import (
     specs_agree,
     starts,
 )
+from tests.adapters.megatron.small_gpt import VARIANTS, Layout
 from tests.distributed.ranks import Ranks
 from tests.ops.accuracy import assert_2x
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.adapters.megatron.case import (
+from tests.adapters.megatron.small_gpt import (
     SHORT,
     SHORT_DOCUMENTS,
     VARIANTS,

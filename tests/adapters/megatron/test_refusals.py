@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from tests.adapters.megatron.case import Layout
 from tests.adapters.megatron.layer_case import (
     refusal,
     refusal_of_argument,
@@ -17,6 +16,7 @@ from tests.adapters.megatron.layer_case import (
     refusals_of_experts,
     refusals_of_masks,
 )
+from tests.adapters.megatron.small_gpt import Layout
 from tests.distributed.ranks import Ranks
 
 GetRanks = Callable[[int], Ranks]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from nsa_dist import CommunicationCounter
 from nsa_dist.adapters.ring.library import ring_functions
-from tests.adapters.ring.case import Case, assert_right, on_ranks, on_world
+from tests.adapters.ring.attention_case import Case, assert_right, on_ranks, on_world
 from tests.distributed.ranks import Ranks
 
 RanksOf = Callable[[int], Ranks]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nsa_dist.adapters.ring.flash import FLASH_WIDTH, TORCH, Bounds
-from tests.adapters.ring.case import Case, Tensors, assert_right, masked_dense, on_ranks
+from tests.adapters.ring.attention_case import Case, Tensors, assert_right, masked_dense, on_ranks
 from tests.distributed.ranks import Ranks
 from tests.ops.accuracy import assert_2x
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from nsa_dist import NSABlock, NSAConfig, make_sharding
 from nsa_dist.adapters.ring import DenseAttention, DenseBlock, dense_attention, library
 from nsa_dist.adapters.ring.attention import _splits
-from tests.adapters.ring.case import Case, on_ranks
+from tests.adapters.ring.attention_case import Case, on_ranks
 from tests.adapters.ring.layer_case import (
     CONFIG,
     HIDDEN,
