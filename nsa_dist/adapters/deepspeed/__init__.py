@@ -4,8 +4,8 @@
     attention = NSADistributedAttention(config, mpu.get_sequence_parallel_group())
     engine.backward(scale_loss(engine, loss_sum, num_targets))
 
-ZeRO shards over all ranks; ``docs/deepspeed.md`` says how weights, batches, losses and checkpoints
-go together, and what is refused.
+ZeRO shards over all ranks; ``docs/adapters/deepspeed.md`` says how weights, batches, losses and
+checkpoints go together, and what is refused.
 """
 
 from nsa_dist.adapters.deepspeed.attention import NSADistributedAttention

@@ -6,7 +6,7 @@
     model.save_pretrained(folder)
     model = from_pretrained(folder)
 
-``docs/huggingface.md`` has training on split sequences, generation, and what is refused.
+``docs/adapters/huggingface.md`` has training on split sequences, generation, and what is refused.
 """
 
 try:

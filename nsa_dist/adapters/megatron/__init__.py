@@ -6,7 +6,7 @@
 
 Tensor parallel ranks hold whole groups of heads; context parallel ranks share the sequence in
 Megatron's own order (2P chunks, rank r holds r and 2P-1-r; packed batches so in each document).
-``docs/megatron.md`` has the options, what is refused, and what lies where.
+``docs/adapters/megatron.md`` has the options, what is refused, and what lies where.
 
 Parameters of ``NSASelfAttention``, with h hidden size, d = kv_channels, H heads and G groups of R
 heads; *split* is over tensor parallel ranks along the first dimension, by groups, *whole* is equal

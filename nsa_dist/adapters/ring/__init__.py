@@ -6,7 +6,7 @@
 
 for hybrid models, and as what Native Sparse Attention is measured against. On one rank torch's own
 dense attention runs and nothing else is needed; on several ``pip install nsa-dist[ring]``.
-``docs/ring.md`` has the layouts, dtypes and what runs where.
+``docs/adapters/ring.md`` has the layouts, dtypes and what runs where.
 """
 
 from nsa_dist.adapters.ring.attention import DensePlan, dense_attention, get_dense_plan

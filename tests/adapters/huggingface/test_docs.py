@@ -1,4 +1,4 @@
-"""The examples of docs/huggingface.md run as they stand."""
+"""The examples of docs/adapters/huggingface.md run as they stand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from tests.adapters.huggingface import small_models  # noqa: F401  (offline)
 from tests.distributed.ranks import Ranks
 
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "huggingface.md"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "adapters" / "huggingface.md"
 
 
 def _examples() -> list[str]:
