@@ -1,0 +1,115 @@
+"""The examples of the documents run as they stand; links lead somewhere; the figure is current."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md", "tests/**/*.md", "launch/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+OPTIONAL = {"deepspeed": "deepspeed", "huggingface": "transformers", "ring": "ring_flash_attn"}
+# Compares what its examples return as well, on one and on two ranks.
+RUN_ELSEWHERE = {"docs/adapters/huggingface.md": "tests/adapters/huggingface/test_docs.py"}
+
+
+def _examples(document: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+EXAMPLES = {
+    document: examples
+    for document in DOCUMENTS
+    if document not in RUN_ELSEWHERE and (examples := _examples(document))
+}
+# Those of a document are typed one after another; one that makes a process group is a program.
+ONE_RANK = {
+    document: code
+    for document, examples in EXAMPLES.items()
+    if (code := [example for example in examples if "init_process_group" not in example])
+}
+TWO_RANKS = {
+    f"{document}-{number}": example
+    for document, examples in EXAMPLES.items()
+    for number, example in enumerate(examples, 1)
+    if "init_process_group" in example
+}
+
+
+def _skip_without_its_package(code: str) -> None:
+    for package, module in OPTIONAL.items():
+        if f"nsa_dist.adapters.{package}" in code and find_spec(module) is None:
+            pytest.skip(f"needs {module}, which is not here")
+
+
+def test_every_document_with_examples_is_run() -> None:
+    assert {"README.md", "docs/adapters/deepspeed.md", "docs/adapters/ring.md"} <= EXAMPLES.keys()
+    assert "README.md" in ONE_RANK
+    assert len(TWO_RANKS) >= 3
+    for document, test in RUN_ELSEWHERE.items():
+        assert len(_examples(document)) >= 3
+        assert Path(document).name in (ROOT / test).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", ONE_RANK)
+def test_examples_on_one_rank(document: str) -> None:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for code in ONE_RANK[document]:
+        _skip_without_its_package(code)
+        exec(compile(code, f"an example of {document}", "exec"), names)
+
+
+@pytest.mark.parametrize("example", TWO_RANKS)
+def test_example_on_two_ranks(example: str, tmp_path: Path) -> None:
+    code = TWO_RANKS[example]
+    _skip_without_its_package(code)
+    script = tmp_path / "two_ranks.py"
+    script.write_text(code, encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    finished = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "loss" in finished.stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    # Code is no prose: a call such as f[i](x) looks like a link.
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target or target.startswith("#"):
+            continue
+        where = (ROOT / document).parent / target.split("#")[0]
+        assert where.exists(), f"{document} links to {target}"
+
+
+def test_the_figure_of_speed_is_that_of_the_measurements() -> None:
+    script = ROOT / "docs" / "figures" / "draw_speed.py"
+    spec = importlib.util.spec_from_file_location("draw_speed", script)
+    assert spec is not None and spec.loader is not None
+    figure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figure)
+    rows = figure.measured()
+    assert figure.FIGURE.read_text(encoding="utf-8") == figure.draw(rows)
+    assert f"![{figure.caption(rows)}](" in (ROOT / "README.md").read_text(encoding="utf-8")
