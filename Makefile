@@ -3,7 +3,7 @@
 # extras that the target needs.
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all compile-all lint clean
+.PHONY: help train test test-all compile-all lint docs clean
 
 BASE_PYTHON ?= python3
 CONFIG ?= configs/default.toml
@@ -12,11 +12,13 @@ ARGS ?=
 ifdef PYTHON
   RUN_READY :=
   DEV_READY :=
+  DOCS_READY :=
   export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
   PYTHON := $(CURDIR)/.venv/bin/python
   RUN_READY := .venv/installed-run
   DEV_READY := .venv/installed-dev
+  DOCS_READY := .venv/installed-docs
 endif
 # Every install goes through the constraints: an unpinned torch is whatever is newest today.
 INSTALL = .venv/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
@@ -26,7 +28,7 @@ help: ## show this list
 	@echo
 	@echo "PYTHON=<interpreter>  use it as it is, install nothing"
 	@echo "CONFIG=<file>         run file for train ($(CONFIG))"
-	@echo "ARGS=\"...\"            more arguments for train, pytest or compile-all"
+	@echo "ARGS=\"...\"            more arguments for train, pytest, compile-all or mkdocs"
 
 train: $(RUN_READY) ## train the small language model of CONFIG over the GPUs or two CPU processes
 	$(PYTHON) launch/local.py $(CONFIG) $(ARGS)
@@ -45,8 +47,11 @@ lint: $(DEV_READY) ## ruff check, ruff format and mypy
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+docs: $(DOCS_READY) ## build the documents and the API as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict $(ARGS)
+
 clean: ## remove the environment and everything built or cached
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -58,4 +63,8 @@ clean: ## remove the environment and everything built or cached
 
 .venv/installed-dev: .venv/installed-run
 	$(INSTALL) --editable ".[train,test,dev]"
+	@touch $@
+
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) --editable ".[docs]"
 	@touch $@
