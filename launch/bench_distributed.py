@@ -65,9 +65,9 @@ class DistributedOptions(Sizes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        works = "None works, or with csv, whose name its marks have, an existing document"
+        must = "None, or with csv an existing document that has marks for the name of csv"
         there = self.docs is None or (self.csv is not None and self.docs.is_file())
-        check(there, "docs", None if self.docs is None else str(self.docs), works)
+        check(there, "docs", None if self.docs is None else str(self.docs), must)
 
     @property
     def layout_name(self) -> str:

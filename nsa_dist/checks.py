@@ -1,7 +1,4 @@
-"""Checks of what users give, with the one form that their errors have.
-
-Every message names the option, the value found and the values that work.
-"""
+"""Checks of what users give, and the one form of their errors: "option must be X, got Y"."""
 
 from __future__ import annotations
 
@@ -18,55 +15,56 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 LARGEST_INT = (1 << 31) - 1
 
 
-def check(ok: bool, option: str, value: Any, works: str) -> None:
-    """Raise ValueError unless ``ok``."""
+def check(ok: bool, option: str, value: Any, must: str) -> None:
+    """Raise ValueError unless ``ok``. ``must`` says what the value must be: "an even number"."""
     if not ok:
-        raise ValueError(f"{option}: found {value!r}; {works}")
+        raise ValueError(f"{option} must be {must}, got {value!r}")
 
 
 def as_int(option: str, value: Any, minimum: int) -> int:
-    """An integer (no bool) from ``minimum`` on, as an int whatever it was, NumPy's among others.
+    """Return an integer of any type (NumPy's too, but no bool) as an int.
 
-    What is printed, hashed and written of an option must not depend on the type it came as.
-    Positions are int32, so nothing needs to be larger than that.
+    The type that an option came as must not show in what is printed, hashed or written.
+    The maximum is that of int32, the dtype of positions.
     """
     is_int = isinstance(value, Integral) and not isinstance(value, bool)
-    works = f"an integer of at least {minimum} works"
+    must = f"an integer of at least {minimum}"
     if is_int and value > LARGEST_INT:
-        works = f"an integer of at most {LARGEST_INT} works"
-    check(is_int and minimum <= value <= LARGEST_INT, option, value, works)
+        must = f"an integer of at most {LARGEST_INT}"
+    check(is_int and minimum <= value <= LARGEST_INT, option, value, must)
     return int(value)
 
 
-def as_number(option: str, value: Any, works: str, *, positive: bool = True) -> float:
-    """A finite real number (no bool), above 0 if ``positive``, as a float whatever it was."""
+def as_number(option: str, value: Any, must: str, *, positive: bool = True) -> float:
+    """Return a finite real number of any type (but no bool) as a float; above 0 if ``positive``."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     too_large = isinstance(value, Integral) and abs(int(value)) > sys.float_info.max
     ok = is_number and not too_large and math.isfinite(value) and (value > 0 or not positive)
-    check(ok, option, value, works)
+    check(ok, option, value, must)
     return float(value)
 
 
 def as_choice(option: str, value: Any, choices: tuple[str, ...]) -> str:
-    """One of ``choices``, as it stands there."""
-    check(isinstance(value, str) and value in choices, option, value, f"{choices} work")
+    """Return one of ``choices`` as a plain str."""
+    known = isinstance(value, str) and value in choices
+    check(known, option, value, f"one of {', '.join(map(repr, choices))}")
     return choices[choices.index(value)]
 
 
 def check_bool(option: str, value: Any) -> None:
-    """True or False, and not what only counts as such."""
-    check(isinstance(value, bool), option, value, "True or False works")
+    """Raise ValueError for anything but True and False."""
+    check(isinstance(value, bool), option, value, "True or False")
 
 
 def is_plain(value: Any) -> TypeGuard[Tensor]:
-    """Whether it is a tensor of which shape and values can be asked: not sparse, not nested."""
+    """Whether this is a dense tensor: sparse and nested ones have no strides to read."""
     return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
 
 
-def check_tensor(option: str, value: Any, works: str) -> None:
-    """Something that has a shape and a dtype, so that other checks can say more of it."""
+def check_tensor(option: str, value: Any, must: str) -> None:
+    """Raise ValueError for anything but a dense tensor, whose shape and dtype can be read."""
     if not is_plain(value):
-        raise ValueError(f"{option}: found {describe(value)}; {works} works")
+        raise ValueError(f"{option} must be {must}, got {describe(value)}")
 
 
 def describe(x: Any) -> str:

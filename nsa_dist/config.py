@@ -109,24 +109,22 @@ class NSAConfig:
             heads % kv_heads == 0 and heads // kv_heads <= 32,
             "num_kv_heads",
             kv_heads,
-            f"a divisor of num_heads={heads} with at most 32 query heads a group works",
+            f"a divisor of num_heads = {heads} that leaves at most 32 query heads per group",
         )
         block, stride, select = self.compress_block, self.compress_stride, self.select_block
         check(
             block % stride == 0 and select % stride == 0,
             "compress_stride",
             stride,
-            f"a divisor of compress_block={block} and of select_block={select} works",
+            f"a divisor of compress_block = {block} and of select_block = {select}",
         )
-        check(
-            select >= block, "select_block", select, f"at least compress_block={block} tokens work"
-        )
+        check(select >= block, "select_block", select, f"at least compress_block = {block}")
         forced = self.num_init_blocks + self.num_local_blocks
         check(
             self.num_selected >= forced,
             "num_selected",
             self.num_selected,
-            f"at least num_init_blocks + num_local_blocks = {forced} works",
+            f"at least num_init_blocks + num_local_blocks = {forced}",
         )
 
         branches = self.branches
@@ -136,36 +134,35 @@ class NSAConfig:
             known and len(branches) > 0 and len(set(branches)) == len(branches),
             "branches",
             branches,
-            f"a non-empty choice without repeats from {BRANCHES} works",
+            f"a non-empty choice from {BRANCHES} without repeats",
         )
         _put(self, "branches", tuple(b for b in BRANCHES if b in branches))
 
         for option, kinds in (("compress", get_args(CompressKind)), ("gate", get_args(GateKind))):
             _put(self, option, as_choice(option, getattr(self, option), kinds))
         # An option without effect is a misunderstanding, better told than trained with.
-        for option, idle, works in (
-            ("compress_hidden", self.compress != "mlp", "None works (it is of compress='mlp')"),
-            ("gate_hidden", self.gate != "mlp", "None works (it is of gate='mlp')"),
-        ):
-            check(getattr(self, option) is None or not idle, option, getattr(self, option), works)
+        for option, kind_option in (("compress_hidden", "compress"), ("gate_hidden", "gate")):
+            value, kind = getattr(self, option), getattr(self, kind_option)
+            must = f"None with {kind_option}={kind!r} (only {kind_option}='mlp' has a hidden width)"
+            check(value is None or kind == "mlp", option, value, must)
         check(
             not self.compress_per_head or self.compress not in ("mean", "custom"),
             "compress_per_head",
             self.compress_per_head,
-            f"False works (compress={self.compress!r} has no weights of ours)",
+            f"False with compress={self.compress!r}, which has no weights of this package",
         )
         if self.scale is not None:
-            works = "a positive finite number or None works"
-            _put(self, "scale", as_number("scale", self.scale, works))
+            must = "a positive finite number or None"
+            _put(self, "scale", as_number("scale", self.scale, must))
         init = self.gate_init
         check(
             isinstance(init, (tuple, list)) and len(init) == len(BRANCHES),
             "gate_init",
             init,
-            f"three numbers, one for each of {BRANCHES}, work",
+            f"three numbers, one for each of {BRANCHES}",
         )
-        works = "finite numbers work"
-        numbers = tuple(as_number("gate_init", x, works, positive=False) for x in init)
+        must = "three finite numbers"
+        numbers = tuple(as_number("gate_init", x, must, positive=False) for x in init)
         _put(self, "gate_init", numbers)
 
     @property
@@ -244,48 +241,49 @@ class RotaryConfig:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        _put(self, "theta", as_number("theta", self.theta, "a finite number above 1 works"))
-        check(self.theta > 1, "theta", self.theta, "a finite number above 1 works")
+        must = "a finite number above 1"
+        _put(self, "theta", as_number("theta", self.theta, must))
+        check(self.theta > 1, "theta", self.theta, must)
         if self.dim is not None:
             _put(self, "dim", as_int("rotary dim", self.dim, 2))
-            check(self.dim % 2 == 0, "rotary dim", self.dim, "an even number works")
+            check(self.dim % 2 == 0, "rotary dim", self.dim, "an even number")
         kinds = get_args(ScalingKind)
         _put(self, "scaling", as_choice("scaling", self.scaling, kinds))
-        works = "a finite number of at least 1 works"
-        _put(self, "factor", as_number("factor", self.factor, works))
-        check(self.factor >= 1, "factor", self.factor, works)
+        must = "a finite number of at least 1"
+        _put(self, "factor", as_number("factor", self.factor, must))
+        check(self.factor >= 1, "factor", self.factor, must)
         check(
             self.factor == 1 or self.scaling != "none",
             "factor",
             self.factor,
-            f"1.0 works with scaling='none', others with {kinds[1:]}",
+            f"1.0 with scaling='none' (other factors need one of {kinds[1:]})",
         )
         longest = as_int("original_max_positions", self.original_max_positions, 1)
         _put(self, "original_max_positions", longest)
-        works = "a positive finite number works"
+        must = "a positive finite number"
         for option in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-            _put(self, option, as_number(option, getattr(self, option), works))
+            _put(self, option, as_number(option, getattr(self, option), must))
         check(
             self.high_freq_factor > self.low_freq_factor,
             "high_freq_factor",
             self.high_freq_factor,
-            f"more than low_freq_factor={self.low_freq_factor} works",
+            f"more than low_freq_factor = {self.low_freq_factor}",
         )
         check(
             self.beta_fast > self.beta_slow,
             "beta_fast",
             self.beta_fast,
-            f"more than beta_slow={self.beta_slow} works",
+            f"more than beta_slow = {self.beta_slow}",
         )
         if self.attention_factor is not None:
-            works = "a positive finite number or None works"
-            factor = as_number("attention_factor", self.attention_factor, works)
+            must = "a positive finite number or None"
+            factor = as_number("attention_factor", self.attention_factor, must)
             _put(self, "attention_factor", factor)
             check(
                 self.scaling == "yarn",
                 "attention_factor",
                 self.attention_factor,
-                f"None works (it is of scaling='yarn', not of {self.scaling!r})",
+                f"None with scaling={self.scaling!r} (only scaling='yarn' has one)",
             )
 
     def rotary_dim(self, head_dim: int) -> int:
@@ -295,6 +293,6 @@ class RotaryConfig:
             ValueError: if ``dim`` passes ``head_dim``, or ``dim`` is None and ``head_dim`` is odd.
         """
         dim = head_dim if self.dim is None else self.dim
-        works = f"an even number up to head_dim={head_dim} works"
-        check(dim <= head_dim and dim % 2 == 0, "rotary dim", dim, works)
+        must = f"an even number up to head_dim = {head_dim}"
+        check(dim <= head_dim and dim % 2 == 0, "rotary dim", dim, must)
         return dim

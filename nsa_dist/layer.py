@@ -329,10 +329,10 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 def check_sizes(hidden_size: int, norm_eps: float, dtype: torch.dtype | None) -> tuple[int, float]:
     """Hidden size and epsilon as an int and a float."""
-    check(dtype is None or dtype in DTYPES, "dtype", dtype, f"None and {DTYPES} work")
+    check(dtype is None or dtype in DTYPES, "dtype", dtype, f"None or one of {DTYPES}")
     return (
         as_int("hidden_size", hidden_size, 1),
-        as_number("norm_eps", norm_eps, "a positive finite number works"),
+        as_number("norm_eps", norm_eps, "a positive finite number"),
     )
 
 
@@ -344,16 +344,17 @@ def _check_options(
     v_compressor: nn.Module | None,
 ) -> float:
     """The probability of dropout as a float."""
-    check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
+    check(isinstance(config, NSAConfig), "config", config, "an NSAConfig")
     if rotary is not None:
-        works = "a RotaryConfig or None works"
-        check(isinstance(rotary, RotaryConfig), "rotary", rotary, works)
+        must = "a RotaryConfig or None"
+        check(isinstance(rotary, RotaryConfig), "rotary", rotary, must)
         rotary.rotary_dim(config.head_dim)
-    elif config.compress_pre_rope:
-        raise ValueError("rotary: found None with compress_pre_rope=True; a RotaryConfig works")
-    works = "a probability in [0, 1) works"
-    dropout = as_number("dropout", dropout, works, positive=False)
-    check(0 <= dropout < 1, "dropout", dropout, works)
+    else:
+        must = "a RotaryConfig with compress_pre_rope=True"
+        check(not config.compress_pre_rope, "rotary", rotary, must)
+    must = "a probability in [0, 1)"
+    dropout = as_number("dropout", dropout, must, positive=False)
+    check(0 <= dropout < 1, "dropout", dropout, must)
     check_custom("k_compressor", k_compressor, config, config.uses_compression)
     check_custom("v_compressor", v_compressor, config, "compressed" in config.branches)
     return dropout

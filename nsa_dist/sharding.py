@@ -16,7 +16,7 @@ from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.collectives import all_gather_rows
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
-from nsa_dist.plan.layout import check_cu_seqlens, local_indices, make_layout
+from nsa_dist.plan.layout import check_batch_size, check_cu_seqlens, local_indices, make_layout
 from nsa_dist.plan.statement import Statement, show_boundaries
 
 IGNORED_LABEL = -100
@@ -85,13 +85,11 @@ class Sharding:
     def _problem(self, x: Tensor, length: int, meaning: str) -> str | None:
         """What is wrong with rows to shard or unshard, or None."""
         if not is_plain(x):
-            return f"x: found {describe(x)}; a tensor works"
+            return f"x must be a plain tensor, got {describe(x)}"
         if x.ndim < 2 or x.shape[1] != length:
-            return f"x: found {describe(x)}; shape [batch, {length}, ...] works ({meaning})"
-        if self.cu_seqlens is not None and x.shape[0] != 1:
-            return (
-                f"cu_seqlens: found with batch size {x.shape[0]}; it works with batch size 1 only"
-            )
+            return f"x must be of shape [batch, {length}, ...] ({meaning}), got {describe(x)}"
+        if self.cu_seqlens is not None:
+            return check_batch_size(x.shape[0])
         return None
 
 
@@ -121,14 +119,13 @@ def make_sharding(
     length = as_int("length", length, 0)
     if cu_seqlens is not None:
         if not is_plain(cu_seqlens) or cu_seqlens.is_meta:
-            found = describe(cu_seqlens)
-            raise ValueError(f"cu_seqlens: found {found}; an int32 tensor or None works")
+            given = describe(cu_seqlens)
+            raise ValueError(f"cu_seqlens must be an int32 tensor or None, got {given}")
         cu_seqlens = cu_seqlens.cpu()
         problem = check_cu_seqlens(cu_seqlens)
         if problem is None and int(cu_seqlens[-1]) != length:
-            problem = (
-                f"cu_seqlens: found last boundary {int(cu_seqlens[-1])}; the length {length} works"
-            )
+            last = int(cu_seqlens[-1])
+            problem = f"cu_seqlens must end at the length {length}, got last boundary {last}"
         if problem is not None:
             raise ValueError(problem)
 
@@ -186,7 +183,7 @@ def shard(
         ValueError: naming the option, the value found and the values that work.
     """
     if not is_plain(x) or x.ndim < 2:
-        raise ValueError(f"x: found {describe(x)}; shape [batch, length, ...] works")
+        raise ValueError(f"x must be a tensor [batch, length, ...], got {describe(x)}")
     sharding = make_sharding(x.shape[1], cu_seqlens=cu_seqlens, layout=layout, group=group)
     return sharding.shard(x, pad_value)
 
@@ -273,18 +270,15 @@ def shard_batch(
     labels = tokens if labels is None else labels
     for name, ids in (("tokens", tokens), ("labels", labels)):
         if not is_plain(ids) or ids.ndim != 2 or ids.dtype not in INTEGER_DTYPES:
-            raise ValueError(f"{name}: found {describe(ids)}; integers [batch, length] work")
+            raise ValueError(f"{name} must be integers [batch, length], got {describe(ids)}")
     if labels.shape != tokens.shape:
-        raise ValueError(
-            f"labels: found shape {tuple(labels.shape)}; that of the tokens, "
-            f"{tuple(tokens.shape)}, works"
-        )
+        shapes = f"{tuple(tokens.shape)}, got {tuple(labels.shape)}"
+        raise ValueError(f"labels must be of the shape of tokens, {shapes}")
     pad_token = as_int("pad_token", pad_token, 0)
     tokens, labels = tokens.long(), labels.long()  # Bytes have no -100.
-    if cu_seqlens is not None and tokens.shape[0] != 1:
-        raise ValueError(
-            f"cu_seqlens: found with batch size {tokens.shape[0]}; it works with batch size 1 only"
-        )
+    problem = None if cu_seqlens is None else check_batch_size(tokens.shape[0])
+    if problem is not None:
+        raise ValueError(problem)
     length = tokens.shape[1]
     sharding = make_sharding(length, cu_seqlens=cu_seqlens, layout=layout, group=group)
 

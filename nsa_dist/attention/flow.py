@@ -198,8 +198,8 @@ class Flow:
         try:
             result = compress()
         except USERS_ERRORS as error:
-            said = f"compress: a custom module raised {type(error).__name__}: {error}"
-            problem = str(error) if str(error).startswith("compress: ") else said
+            said = f"custom compressor raised {type(error).__name__}: {error}"
+            problem = str(error) if str(error).startswith("custom compressor ") else said
             agree(statement, problem, self.group, self.counter, error)
             raise
         agree(statement, None, self.group, self.counter)

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-WORKS = "a checkpoint as torch.distributed.checkpoint writes it works"
+DCP_FORM = "be as torch.distributed.checkpoint writes it"
+"""What errors say that a file must do."""
 
 MOST_SHOWN = 300
 """Characters of a file's contents in an error."""
@@ -117,10 +118,10 @@ def read_metadata(path: Path) -> Metadata:
         metadata = _metadata(_Unpickler(io.BytesIO(data)).load())
         _check_places(path, metadata.storage_data)
     except _Refused as error:
-        raise ValueError(f"{file}: found {error}; {WORKS}") from error
-    except Exception as error:  # A damaged pickle leads to any.
+        raise ValueError(f"{file} must {DCP_FORM}, got {error}") from error
+    except Exception as error:  # A damaged pickle can raise any exception.
         told = in_a_line(f"{type(error).__name__}: {error}")
-        raise ValueError(f"{file}: found what cannot be read ({told}); {WORKS}") from error
+        raise ValueError(f"{file} must {DCP_FORM}, got unreadable data ({told})") from error
     return metadata
 
 
@@ -158,7 +159,7 @@ def _check_places(path: Path, places: dict[MetadataIndex, _StorageInfo]) -> None
 
 def _need(ok: bool, what: str) -> None:
     if not ok:
-        raise _Refused(f"{what} in another form")
+        raise _Refused(f"{what} in an unknown form")
 
 
 def _is_count(x: Any) -> bool:

@@ -28,9 +28,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 from torch.futures import Future
 
-from nsa_dist.checkpoints.dcp_metadata import WORKS, in_a_line, read_metadata
+from nsa_dist.checkpoints.dcp_metadata import DCP_FORM, in_a_line, read_metadata
 
-PLAIN = "tensors and plain values work"
+PLAIN_VALUES = "hold tensors and plain values only"
+"""What errors say that a file must do."""
 
 
 class SafeReader(FileSystemReader):
@@ -54,10 +55,10 @@ class SafeReader(FileSystemReader):
             place = self.storage_data.get(item.storage_index)
             if place is None:
                 key = item.storage_index.fqn
-                raise ValueError(f"{self.path}: found no place of {key!r} in .metadata; {WORKS}")
+                raise ValueError(f"{self.path} must {DCP_FORM}, got no place for {key!r}")
             by_file.setdefault(place.relative_path, []).append(item)
         for name, items in by_file.items():
-            with named_errors(str(Path(self.path) / name), WORKS):
+            with named_errors(str(Path(self.path) / name), DCP_FORM):
                 super().read_data(replace(plan, items=items), planner)
         done: Future[None] = Future()
         done.set_result(None)
@@ -110,7 +111,7 @@ def check_dcp(path: Path, *files: str) -> None:
                 with (path / place.relative_path).open("rb") as file:
                     file.seek(place.offset)
                     data = io.BytesIO(file.read(place.length))
-                with named_errors(str(path / place.relative_path), PLAIN):
+                with named_errors(str(path / place.relative_path), PLAIN_VALUES):
                     torch.load(data, map_location="cpu", weights_only=True)
         for name in files:
             read_file(path / name)
@@ -118,18 +119,18 @@ def check_dcp(path: Path, *files: str) -> None:
     on_every_rank(read if _rank() == 0 else lambda: None)
 
 
-def read_file(file: Path, works: str = PLAIN) -> Any:
+def read_file(file: Path, must: str = PLAIN_VALUES) -> Any:
     """What torch.save wrote: tensors, mapped from the file, and plain values.
 
     Args:
-        works: the end of an error.
+        must: what the file must do, for errors.
 
     Raises:
         ValueError: naming the file and what was found in it.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: found no file; {works}")
-    with named_errors(str(file), works):
+        raise ValueError(f"{file} must {must}, got no file")
+    with named_errors(str(file), must):
         with file.open("rb") as opened:
             # Files of old versions of torch are no archives, and cannot be mapped.
             mapped = opened.read(4) == b"PK\x03\x04"
@@ -157,21 +158,22 @@ def weights_only(allowed: Iterable[Any] = ()) -> Iterator[None]:
 
 
 @contextmanager
-def named_errors(name: str, works: str) -> Iterator[None]:
-    """Turn what reading a file raises into a ValueError that names it."""
+def named_errors(name: str, must: str) -> Iterator[None]:
+    """Turn what reading a file raises into a ValueError that names it and what it must do."""
     try:
         yield
     except ValueError as error:
         if str(error).startswith(name):
             raise
-        raise ValueError(f"{name}: found {in_a_line(str(error))}; {works}") from error
+        told = in_a_line(str(error))
+        raise ValueError(f"{name} must {must}, got unreadable data ({told})") from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{name}: found {_unsafe(str(error))}; {works}") from error
-    except Exception as error:  # A damaged file leads to any.
-        told = f"what cannot be read ({type(error).__name__}: {in_a_line(str(error))})"
-        raise ValueError(f"{name}: found {told}; {works}") from error
+        raise ValueError(f"{name} must {must}, got {_unsafe(str(error))}") from error
+    except Exception as error:  # A damaged file can raise any exception.
+        told = f"{type(error).__name__}: {in_a_line(str(error))}"
+        raise ValueError(f"{name} must {must}, got unreadable data ({told})") from error
 
 
 def on_every_rank(read: Callable[[], Any]) -> Any:

@@ -72,16 +72,16 @@ def _explain(reports: list[_Report]) -> str:
     lines = [f"rank {p}: {problem}" for p, (_, problem) in enumerate(reports) if problem]
     if lines and len(lines) < len(reports):
         fine = [p for p, (_, problem) in enumerate(reports) if problem is None]
-        lines.append(f"ranks {fine} found nothing wrong with theirs")
+        lines.append(f"ranks {fine} report no problem")
     # A rank that found a problem early states less than the others.
     for name in reports[0][0]:
-        found = [values.get(name) for values, _ in reports]
-        if None not in found and len(set(found)) > 1:
-            shown = ", ".join(f"rank {p}: {value}" for p, value in enumerate(found))
-            lines.append(f"{name}: found {shown}; one value on all the ranks of the group works")
+        stated = [values.get(name) for values, _ in reports]
+        if None not in stated and len(set(stated)) > 1:
+            shown = ", ".join(f"rank {p}: {value}" for p, value in enumerate(stated))
+            lines.append(f"{name} must be equal on all ranks, got {shown}")
     if not lines:
-        shown = "; ".join(f"rank {p} states {sorted(v)}" for p, (v, _) in enumerate(reports))
-        lines.append(f"group: found ranks that make different calls ({shown}); the same one works")
+        shown = ", ".join(f"rank {p}: {sorted(v)}" for p, (v, _) in enumerate(reports))
+        lines.append(f"calls must be equal on all ranks, got calls that state {shown}")
     return "; ".join(lines)
 
 

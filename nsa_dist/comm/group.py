@@ -52,27 +52,26 @@ def context_group(group: GroupLike | ContextGroup) -> ContextGroup:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
-                f"group: found a DeviceMesh with dimensions {group.mesh_dim_names or group.ndim}; "
-                'a one-dimensional mesh such as mesh["cp"], a process group or None works'
+                'group must be a process group, a one-dimensional DeviceMesh such as mesh["cp"] '
+                f"or None, got a mesh with dimensions {group.mesh_dim_names or group.ndim}"
             )
         if group.get_coordinate() is None:
             raise ValueError(
-                f"group: found a DeviceMesh of ranks {group.mesh.tolist()} without this rank "
-                f"(global rank {dist.get_rank()}); one with this rank in it works"
+                f"group must hold this rank (global rank {dist.get_rank()}), got a DeviceMesh of "
+                f"ranks {group.mesh.tolist()}"
             )
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
-            f"group: found {group!r} on a rank that is not its member, or not a group at all; "
-            "a process group with this rank in it, a one-dimensional DeviceMesh or None works"
+            "group must be a process group that holds this rank, a one-dimensional DeviceMesh or "
+            f"None, got {group!r}"
         )
     try:
         rank = dist.get_rank(group)
     except ValueError as error:  # Destroyed, or of another job.
-        raise ValueError(f"group: found {group!r}; a process group in use works") from error
+        raise ValueError(f"group must be a process group in use, got {group!r}") from error
     if rank < 0:
         raise ValueError(
-            f"group: found a group without this rank (global rank {dist.get_rank()}); "
-            "a process group with this rank in it works"
+            f"group must hold this rank (global rank {dist.get_rank()}), got {group!r} without it"
         )
     return ContextGroup(group, rank, dist.get_world_size(group))

@@ -60,7 +60,7 @@ class BlockCompressor(nn.Module):
             config.compress != "custom",
             "compress",
             config.compress,
-            "one of the built-in kinds works for a BlockCompressor",
+            "one of the built-in kinds for a BlockCompressor",
         )
         dim = as_int("dim", dim, 1)
         self.options = compressor_options(config, dim)
@@ -122,10 +122,10 @@ def check_custom(name: str, given: Any, config: NSAConfig, in_use: bool) -> None
     """
     needed = in_use and config.compress == "custom"
     if (given is not None) != needed or not isinstance(given, (nn.Module, type(None))):
-        works = "an nn.Module works" if needed else "None works"
+        must = "an nn.Module" if needed else "None"
         raise ValueError(
-            f"{name}: found {describe(given)} with compress={config.compress!r} and "
-            f"branches={config.branches}; {works}"
+            f"{name} must be {must} with compress={config.compress!r} and "
+            f"branches={config.branches}, got {describe(given)}"
         )
 
 
@@ -144,7 +144,7 @@ def apply_compressor(
     expected = (*blocks.shape[:2], x.shape[-1])
     if not isinstance(out, Tensor) or out.shape != expected or not out.is_floating_point():
         raise ValueError(
-            f"compress: found a custom module that maps {tuple(blocks.shape)} to {describe(out)}; "
-            f"one that returns floating point of shape {expected} works"
+            f"custom compressor must map {tuple(blocks.shape)} to floating point of shape "
+            f"{expected}, got {describe(out)}"
         )
     return out.to(x.dtype)

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from nsa_dist.checks import describe
 
 WORKS = (
-    "projections that take and give whole tensors work under parallelize_module "
-    "(ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())), "
-    "and so do fully_shard, and heads cut by nsa_dist.adapters.megatron"
+    "under parallelize_module use ColwiseParallel(output_layouts=Replicate()) and "
+    "RowwiseParallel(input_layouts=Replicate()); to shard weights use fully_shard, and to split "
+    "heads over ranks nsa_dist.adapters.megatron"
 )
 
 
@@ -37,12 +37,13 @@ def project(name: str, module: nn.Module, x: Tensor, *last: int) -> Tensor:
         except RuntimeError as error:
             if not is_cut(module):
                 raise
-            found = f"{name}: found weights that are DTensors, on x of {describe(x)}"
-            raise ValueError(f"{found}; {WORKS} ({error})") from error
+            given = f"DTensor weights for x of {describe(x)} ({error})"
+            raise ValueError(f"{name} must take plain tensors, got {given}; {WORKS}") from error
     if isinstance(out, DTensor) or out.shape[-len(last) :] != last:
-        kind = "a DTensor" if isinstance(out, DTensor) else describe(out)
+        given = "a DTensor" if isinstance(out, DTensor) else describe(out)
         width = " x ".join(map(str, last))
-        raise ValueError(f"{name}: found an output of another width than {width}, {kind}; {WORKS}")
+        must = f"a plain tensor of width {width}"
+        raise ValueError(f"{name} must return {must}, got {given}; {WORKS}")
     return out
 
 
@@ -60,5 +61,5 @@ def cut_problem(layer: nn.Module, projections: Collection[str]) -> str | None:
     for name, child in layer.named_children():
         # Those of FSDP2 are whole when they are used.
         if name not in projections and not isinstance(child, FSDPModule) and is_cut(child):
-            return f"{name}: found weights that are DTensors; {WORKS}"
+            return f"{name} must have plain weights, got DTensors; {WORKS}"
     return None

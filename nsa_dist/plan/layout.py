@@ -64,17 +64,22 @@ def check_cu_seqlens(cu_seqlens: Tensor) -> str | None:
     """
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         return (
-            f"cu_seqlens: found {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; "
-            "an int32 vector of at least two boundaries works"
+            "cu_seqlens must be an int32 vector of at least two boundaries, got "
+            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
     if int(cu_seqlens[0]) != 0:
-        return f"cu_seqlens: found first boundary {int(cu_seqlens[0])}; 0 works"
+        return f"cu_seqlens must start at 0, got first boundary {int(cu_seqlens[0])}"
     steps = cu_seqlens.diff()
     if bool((steps < 0).any()):
         at = int((steps < 0).nonzero()[0])
         pair = cu_seqlens[at : at + 2].tolist()
-        return f"cu_seqlens: found {pair[0]} before {pair[1]}; sorted boundaries work"
+        return f"cu_seqlens must be sorted, got {pair[0]} before {pair[1]}"
     return None
+
+
+def check_batch_size(batch: int) -> str | None:
+    """What is wrong with ``cu_seqlens`` for a batch of this size, or None."""
+    return None if batch == 1 else f"cu_seqlens must come with batch size 1, got batch size {batch}"
 
 
 def check_lengths(layout: Layout, batch: int, length: int, cu_seqlens: Tensor | None) -> str | None:
@@ -85,31 +90,29 @@ def check_lengths(layout: Layout, batch: int, length: int, cu_seqlens: Tensor | 
         cu_seqlens: int32 [documents + 1] on the CPU, or None for one document a row.
     """
     if cu_seqlens is not None:
-        problem = check_cu_seqlens(cu_seqlens)
+        problem = check_cu_seqlens(cu_seqlens) or check_batch_size(batch)
         if problem is not None:
             return problem
-        if batch != 1:
-            return f"cu_seqlens: found with batch size {batch}; it works with batch size 1 only"
         if int(cu_seqlens[-1]) != length:
             return (
-                f"cu_seqlens: found last boundary {int(cu_seqlens[-1])}; the whole stream's "
-                f"length {length} works (add a document for the padding)"
+                f"cu_seqlens must end at the whole stream's length {length} (add a document for "
+                f"the padding), got last boundary {int(cu_seqlens[-1])}"
             )
     multiple = layout.multiple
     if not layout.per_document or cu_seqlens is None:
         if length % multiple:
             return (
-                f"sequence length: found {length} with layout {layout.name!r}; "
-                f"a multiple of {multiple} works (shard() pads to it)"
+                f"sequence length must be a multiple of {multiple} with layout {layout.name!r} "
+                f"(shard() pads to it), got {length}"
             )
         return None
     rest = cu_seqlens.diff() % multiple
     if bool(rest.any()):
         at = int(rest.nonzero()[0])
-        found = int(cu_seqlens[at + 1] - cu_seqlens[at])
+        length = int(cu_seqlens[at + 1] - cu_seqlens[at])
         return (
-            f"document length: found {found} (document {at}) with layout {layout.name!r}; "
-            f"multiples of {multiple} work (shard() pads to them)"
+            f"document length must be a multiple of {multiple} with layout {layout.name!r} "
+            f"(shard() pads to it), got {length} (document {at})"
         )
     return None
 

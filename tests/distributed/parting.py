@@ -357,18 +357,18 @@ TOLD: dict[str, tuple[Callable[[Any], Call], str]] = {
         sparse_boundaries,
         "cu_seqlens: found a tensor of layout torch.sparse_coo; an int32 tensor",
     ),
-    "one-evaluates": (one_evaluates, "dropout: found rank 0: 0.25, "),
+    "one-evaluates": (one_evaluates, "dropout must be equal on all ranks, got rank 0: 0.25, "),
     "second-derivative": (second_derivative, "create_graph: found True in a backward"),
     "bad-positions": (bad_positions, "position_ids: found torch.float32"),
     "bad-plan": (bad_plan, "plan: found a str; one from get_plan, or None, works"),
     "bad-config": (bad_config, "config: found None; an NSAConfig works"),
     "bad-rotary": (bad_rotary, "rotary: found cos and sin of 20 positions"),
-    "bad-unshard": (bad_unshard, "length: found -1; an integer of at least 0 works"),
+    "bad-unshard": (bad_unshard, "length must be an integer of at least 0, got -1"),
     "no-halo": (no_halo, "[0, 8, 24, "),
-    "bad-compressor": (bad_compressor, "compress: found a custom module that maps"),
+    "bad-compressor": (bad_compressor, "custom compressor must map"),
     "raising-compressor": (
         raising_compressor,
-        "a custom module raised LookupError: no such head",
+        "custom compressor raised LookupError: no such head",
     ),
 }
 # With what the last rank raises itself, if not what the others do.
@@ -376,7 +376,7 @@ WAITING: dict[str, tuple[Callable[[Any], Call], str | None]] = {
     "users-error": (users_error, "a user's own error"),
     "users-error-later": (users_error_later, "a user's own error"),
     "no-backward": (no_backward, "a user's own error"),
-    "bad-option": (bad_option, "dropout: found 2.0"),
+    "bad-option": (bad_option, "dropout must be a probability in [0, 1), got 2.0"),
     "other-group": (other_group, None),
 }
 KINDS = ("halo", "gather", "request", "fetch", "halo_grad", "gather_grad", "fetch_grad")

@@ -158,7 +158,7 @@ def test_every_rank_sees_that_plans_differ(
         assert after.error is None, after
         messages.add(outcome.message)
     (message,) = messages
-    assert f"{option}: found rank 0: {others}" in message
+    assert f"{option} must be equal on all ranks, got rank 0: {others}" in message
     assert f"rank {size - 1}: {found}" in message
 
 

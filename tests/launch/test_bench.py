@@ -419,7 +419,7 @@ def command_line(options: Options, *more: str) -> list[str]:
         (["--choices", "none.npz"], "choices: found 'none.npz'; an existing file works"),
         (["--layers", "1"], "layers: found (1,); layers of a file of --choices work"),
         (["--csv", "none/here.csv"], "csv: found 'none/here.csv'; a file in an existing folder"),
-        (["--kv-heads", "3"], "num_kv_heads: found 3; a divisor of num_heads=4"),
+        (["--kv-heads", "3"], "num_kv_heads must be a divisor of num_heads = 4"),
         (["--repeats-ms", "0"], "repeats_ms: found 0; 1 or more works"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -196,8 +196,8 @@ def test_a_run_goes_on_elsewhere_by_the_command_that_its_refusal_names(
     with pytest.raises(RankError) as error:
         deepspeed_ranks(1).run(run_deepspeed, settings)
     found = re.search(
-        r"world size: found 1 with a checkpoint of 2 ranks, .*; 2 works, or "
-        r"(python -m deepspeed\S* .*) and {\"checkpoint\"",
+        r"world size must be 2 as when .* was saved, got 1; for any number of ranks run "
+        r"(python -m deepspeed\S* .*) and set {\"checkpoint\"",
         str(error.value),
     )
     assert found, str(error.value)

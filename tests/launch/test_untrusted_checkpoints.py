@@ -85,7 +85,7 @@ CRAFTED: list[Craft] = [in_metadata, in_an_entry, outside]
 
 def expected(file: Path) -> str:
     """How the refusal begins."""
-    return f"{file}: found "
+    return f"{file} must "
 
 
 @pytest.fixture(scope="module")

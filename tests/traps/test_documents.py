@@ -75,9 +75,13 @@ def test_trap_slack_rows_past_the_last_document() -> None:
     layer = NativeSparseAttention(24, SMALL)
     x, tokens = torch.randn(1, 40, 24), torch.zeros(1, 40, dtype=torch.int64)
     for last in (32, 48):
-        with pytest.raises(ValueError, match=rf"cu_seqlens: found last boundary {last}.* 40 "):
+        with pytest.raises(
+            ValueError, match=rf"cu_seqlens must end at .* 40\b.*, got last boundary {last}"
+        ):
             layer(x, cu_seqlens=bounds(13, last - 13))
-        with pytest.raises(ValueError, match=rf"cu_seqlens: found last boundary {last}.* 40 "):
+        with pytest.raises(
+            ValueError, match=rf"cu_seqlens must end at .* 40\b.*, got last boundary {last}"
+        ):
             shard_batch(tokens, cu_seqlens=bounds(13, last - 13))
     for layout, rank in itertools.product(LAYOUTS, range(4)):
         group = ContextGroup(None, rank, 4)

@@ -1,7 +1,7 @@
 """What the tables of bad input share: good values to change, and what an error must say.
 
-A case is a call and what its error must say, as "option: part of the value found; part of what
-works".
+A case is a call and what its error must say, as "option: part of the value; part of what is
+allowed".
 """
 
 from __future__ import annotations
@@ -64,12 +64,16 @@ def named(**tables: dict[str, Case]) -> dict[str, Case]:
 def assert_refused(case: Case) -> None:
     call, expected = case
     option, rest = expected.split(": ", 1)
-    found, works = rest.split("; ", 1)
-    with pytest.raises(ValueError, match=r": found .*; .*work") as caught:
+    value, allowed = rest.split("; ", 1)
+    with pytest.raises(ValueError, match=r" must .*, got |: found .*; .*work") as caught:
         call()
     message = str(caught.value)
-    subject, rest = message.split(": found", 1)
+    if ": found" in message:
+        subject, rest = message.split(": found", 1)
+        got, must = rest.split("; ", 1)
+    else:
+        subject, rest = message.split(" must ", 1)
+        must, got = rest.split(", got ", 1)
     assert subject.endswith(option), message
-    before, after = rest.split("; ", 1)
-    assert found in before, message
-    assert works in after, message
+    assert value in got, message
+    assert allowed in must, message

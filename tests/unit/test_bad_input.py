@@ -1,4 +1,4 @@
-"""Bad input of a call: a ValueError that names the option, the value found and what works."""
+"""Bad input of a call: a ValueError that names the option, what it must be and what it is."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def check_split(
 
 
 FORWARD_CASES: dict[str, Case] = {
-    "x-list": (forward([0.0]), "x: a list; a tensor"),
+    "x-list": (forward([0.0]), "x: a list; tensor"),
     "x-one-row": (forward(tokens(TOKENS, HIDDEN)), "x: (32, 24); [batch, local tokens, hidden"),
     "x-scalar": (forward(torch.tensor(0.0)), "x: (); [batch, local tokens, hidden"),
     "x-other-width": (forward(tokens(1, TOKENS, 23)), "x: (1, 32, 23); hidden_size=24"),
@@ -130,7 +130,7 @@ FORWARD_CASES: dict[str, Case] = {
     ),
     "position_ids-with-pre-rope": (
         forward(config=PRE_ROPE, position_ids=torch.arange(TOKENS)[None]),
-        "position_ids: compress_pre_rope=True; None works",
+        "position_ids: compress_pre_rope=True; None",
     ),
     "cu_seqlens-list": (forward(cu_seqlens=[0, TOKENS]), "cu_seqlens: a list; int32 tensor"),
     "cu_seqlens-int64": (
@@ -147,7 +147,7 @@ FORWARD_CASES: dict[str, Case] = {
         forward(cu_seqlens=cu(0, TOKENS).to("meta")),
         "cu_seqlens: on meta; int32 tensor",
     ),
-    "cu_seqlens-first": (forward(cu_seqlens=cu(1, TOKENS)), "cu_seqlens: boundary 1; 0 works"),
+    "cu_seqlens-first": (forward(cu_seqlens=cu(1, TOKENS)), "cu_seqlens: boundary 1; start at 0"),
     "cu_seqlens-unsorted": (
         forward(cu_seqlens=cu(0, 20, 9, TOKENS)),
         "cu_seqlens: 20 before 9; sorted",
@@ -172,14 +172,14 @@ FORWARD_CASES: dict[str, Case] = {
         forward(
             config=CUSTOM, layer={"k_compressor": Fixed(tokens(3)), "v_compressor": Fixed(None)}
         ),
-        "compress: shape (3,); (15, 2, 8)",
+        "compressor: shape (3,); (15, 2, 8)",
     ),
     "custom-v_compressor-nothing": (
         forward(
             config=CUSTOM,
             layer={"k_compressor": Fixed(tokens(15, 2, 8)), "v_compressor": Fixed(None)},
         ),
-        "compress: None; (15, 2, 6)",
+        "compressor: None; (15, 2, 6)",
     ),
     "custom-compressor-integers": (
         forward(
@@ -189,7 +189,7 @@ FORWARD_CASES: dict[str, Case] = {
                 "v_compressor": Fixed(None),
             },
         ),
-        "compress: torch.int64; floating point",
+        "compressor: torch.int64; floating point",
     ),
 }
 LENGTH_CASES: dict[str, Case] = {
@@ -205,12 +205,12 @@ LENGTH_CASES: dict[str, Case] = {
     ),
     "document-zigzag_per_document": (
         check_split("zigzag_per_document", 2, 32, cu(0, 8, 18, 32)),
-        "document length: 10 (document 1); multiples of 4",
+        "document length: 10 (document 1); multiple of 4",
     ),
 }
 FUNCTIONAL_CASES: dict[str, Case] = {
     "config-none": (functional(None), "config: None; an NSAConfig"),
-    "q-none": (functional(q=None), "q: None; a tensor"),
+    "q-none": (functional(q=None), "q: None; tensor"),
     "q-no-batch": (functional(q=tokens(TOKENS, 4, 8)), "q: (32, 4, 8); [batch, local tokens"),
     "q-other-heads": (functional(q=tokens(1, TOKENS, 3, 8)), "q: (1, 32, 3, 8); num_heads=4"),
     "q-other-width": (functional(q=tokens(1, TOKENS, 4, 6)), "q: (1, 32, 4, 6); head_dim=8"),
@@ -231,7 +231,7 @@ FUNCTIONAL_CASES: dict[str, Case] = {
         "k: ('window',); exactly ('compressed', 'selected', 'window')",
     ),
     "k-extra-branch": (functional(k=keys(dense=tokens(1))), "k: 'dense'; exactly"),
-    "k-not-tensors": (functional(k=keys(selected=None)), "k['selected']: None; a tensor"),
+    "k-not-tensors": (functional(k=keys(selected=None)), "k['selected']: None; tensor"),
     "k-query-heads": (
         functional(k=keys(window=tokens(1, TOKENS, 4, 8))),
         "k['window']: (1, 32, 4, 8); (1, 32, 2, 8)",
@@ -269,12 +269,12 @@ FUNCTIONAL_CASES: dict[str, Case] = {
     "rotary-not-given": (functional(PRE_ROPE, rotary=None), "rotary: None; a RotaryConfig or"),
     "rotary-of-rotated-keys": (
         functional(rotary=RotaryConfig()),
-        "rotary: compress_pre_rope=False; None works",
+        "rotary: compress_pre_rope=False; None",
     ),
     "rotary-name": (functional(PRE_ROPE, rotary="yarn"), "rotary: 'yarn'; (cos, sin)"),
     "rotary-over-head_dim": (
         functional(PRE_ROPE, rotary=RotaryConfig(dim=12)),
-        "rotary dim: 12; up to head_dim=8",
+        "rotary dim: 12; up to head_dim = 8",
     ),
     "rotary-wide-tables": (
         functional(PRE_ROPE, rotary=(tokens(TOKENS, 5), tokens(TOKENS, 5))),
@@ -329,7 +329,7 @@ FUNCTIONAL_CASES: dict[str, Case] = {
     ),
     "v_compressor-not-used": (
         functional(WINDOW_ONLY, v_compressor=BlockCompressor(SMALL, 6)),
-        "v_compressor: branches=('window',); None works",
+        "v_compressor: branches=('window',); None",
     ),
     "plan-of-other-config": (
         lambda: functional(plan=plan(replace(SMALL, window=3)))(),
@@ -338,7 +338,7 @@ FUNCTIONAL_CASES: dict[str, Case] = {
     "plan-of-other-length": (lambda: functional(plan=plan(length=64))(), "plan: (1, 64); (1, 32)"),
     "plan-beside-cu_seqlens": (
         lambda: functional(plan=plan(), cu_seqlens=cu(0, TOKENS))(),
-        "cu_seqlens: beside a plan; None works",
+        "cu_seqlens: beside a plan; None",
     ),
     "plan-config-none": (lambda: plan(None), "config: None; an NSAConfig"),
 }
@@ -383,7 +383,7 @@ SHARDING_CASES: dict[str, Case] = {
         lambda: unshard(tokens(1, TOKENS), 31),
         "x: (1, 32); [batch, 31, ...]",
     ),
-    "unshard-list": (lambda: unshard([1], 31), "x: a list; a tensor"),
+    "unshard-list": (lambda: unshard([1], 31), "x: a list; tensor"),
     "context_group-int": (lambda: context_group(0), "group: 0; a process group"),
 }
 CASES = named(
@@ -395,7 +395,7 @@ CASES = named(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refused_with_option_value_and_what_works(name: str) -> None:
+def test_refused_with_option_value_and_what_is_allowed(name: str) -> None:
     assert_refused(CASES[name])
 
 

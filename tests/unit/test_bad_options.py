@@ -1,4 +1,4 @@
-"""Bad options: a ValueError that names the option, the value found and what works."""
+"""Bad options: a ValueError that names the option, what it must be and what it is."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG_CASES: dict[str, Case] = {
     "num_heads-zero": (config(num_heads=0), "num_heads: 0; at least 1"),
     "num_heads-float": (config(num_heads=4.0), "num_heads: 4.0; an integer"),
     "num_heads-bool": (config(num_heads=True), "num_heads: True; an integer"),
-    "num_kv_heads-no-divisor": (config(num_kv_heads=3), "num_kv_heads: 3; num_heads=4"),
+    "num_kv_heads-no-divisor": (config(num_kv_heads=3), "num_kv_heads: 3; num_heads = 4"),
     "num_kv_heads-group-over-32": (
         config(num_heads=66, num_kv_heads=2),
         "num_kv_heads: 2; at most 32 query heads",
@@ -44,15 +44,15 @@ CONFIG_CASES: dict[str, Case] = {
     "compress_stride-zero": (config(compress_stride=0), "compress_stride: 0; at least 1"),
     "compress_stride-not-of-block": (
         config(compress_stride=3),
-        "compress_stride: 3; compress_block=4",
+        "compress_stride: 3; compress_block = 4",
     ),
     "compress_stride-not-of-select_block": (
         config(compress_stride=4, select_block=10),
-        "compress_stride: 4; select_block=10",
+        "compress_stride: 4; select_block = 10",
     ),
     "select_block-under-compress_block": (
         config(select_block=2),
-        "select_block: 2; at least compress_block=4",
+        "select_block: 2; at least compress_block = 4",
     ),
     "num_selected-under-forced": (
         config(num_selected=2),
@@ -102,9 +102,9 @@ ROTARY_CASES: dict[str, Case] = {
     "low_freq_factor-zero": (rotary(low_freq_factor=0), "low_freq_factor: 0; positive"),
     "high_freq_factor-low": (
         rotary(high_freq_factor=0.5),
-        "high_freq_factor: 0.5; low_freq_factor=1.0",
+        "high_freq_factor: 0.5; low_freq_factor = 1.0",
     ),
-    "beta_fast-low": (rotary(beta_fast=1.0), "beta_fast: 1.0; beta_slow=1.0"),
+    "beta_fast-low": (rotary(beta_fast=1.0), "beta_fast: 1.0; beta_slow = 1.0"),
     "attention_factor-zero": (
         rotary(scaling="yarn", attention_factor=0),
         "attention_factor: 0; positive",
@@ -124,7 +124,7 @@ LAYER_CASES: dict[str, Case] = {
     "rotary-string": (layer(rotary="yarn"), "rotary: 'yarn'; a RotaryConfig or None"),
     "rotary-over-head_dim": (
         layer(rotary=RotaryConfig(dim=10)),
-        "rotary dim: 10; up to head_dim=8",
+        "rotary dim: 10; up to head_dim = 8",
     ),
     "rotary-odd-head_dim": (layer(replace(SMALL, head_dim=7)), "rotary dim: 7; even number"),
     "rotary-none-with-pre-rope": (layer(PRE_ROPE, rotary=None), "rotary: None; a RotaryConfig"),
@@ -147,7 +147,7 @@ LAYER_CASES: dict[str, Case] = {
     ),
     "k_compressor-without-custom": (
         layer(k_compressor=Fixed(None)),
-        "k_compressor: Fixed; None works",
+        "k_compressor: Fixed; None",
     ),
     "v_compressor-not-used": (
         layer(
@@ -155,7 +155,7 @@ LAYER_CASES: dict[str, Case] = {
             k_compressor=Fixed(None),
             v_compressor=Fixed(None),
         ),
-        "v_compressor: branches=('selected',); None works",
+        "v_compressor: Fixed; None with compress='custom' and branches=('selected',)",
     ),
     "k_compressor-function": (
         layer(CUSTOM, k_compressor=lambda x: x, v_compressor=Fixed(None)),
@@ -171,7 +171,7 @@ CASES = named(config=CONFIG_CASES, rotary=ROTARY_CASES, layer=LAYER_CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refused_with_option_value_and_what_works(name: str) -> None:
+def test_refused_with_option_value_and_what_is_allowed(name: str) -> None:
     assert_refused(CASES[name])
 
 

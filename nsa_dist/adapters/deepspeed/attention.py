@@ -68,11 +68,11 @@ class NSADistributedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
-        works = "False works: keys and values come here once, for all branches"
-        check(not config.independent_kv, "independent_kv", config.independent_kv, works)
-        works = "False works: keys come here rotated, or are rotated as a whole"
-        check(not config.compress_pre_rope, "compress_pre_rope", config.compress_pre_rope, works)
+        check(isinstance(config, NSAConfig), "config", config, "an NSAConfig")
+        must = "False (this attention gets one key and one value for all branches)"
+        check(not config.independent_kv, "independent_kv", config.independent_kv, must)
+        must = "False (this attention gets rotated keys, or rotates them before it compresses)"
+        check(not config.compress_pre_rope, "compress_pre_rope", config.compress_pre_rope, must)
         self.context = context_group(sequence_process_group)
         layout = make_layout(layout, self.context.size).name
         placed = device if device is not None and torch.device(device).type == "cuda" else None

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nsa_dist.checkpoints.safe_load import PLAIN, on_every_rank, read_file, weights_only
+from nsa_dist.checkpoints.safe_load import PLAIN_VALUES, on_every_rank, read_file, weights_only
 from nsa_dist.checks import check
 
 ALLOWED = (
-    f"{PLAIN}, a class of your client_state after torch.serialization.add_safe_globals([it]), and "
-    "anything with load_checkpoint(..., trusted=True), where you trust who wrote the file"
+    f"{PLAIN_VALUES} (torch.serialization.add_safe_globals([it]) allows a class of your "
+    "client_state; load_checkpoint(..., trusted=True) allows anything, where you trust who wrote "
+    "the file)"
 )
 
 
@@ -56,27 +57,29 @@ def load_checkpoint(
     if tag is None:
         latest = folder / ("latest_universal" if universal else "latest")
         if not latest.is_file():
-            raise ValueError(f"load_dir: found {str(folder)!r} without {latest.name!r}; one works")
+            must = f"a folder with a file {latest.name!r}"
+            raise ValueError(f"load_dir must be {must}, got {str(folder)!r} without one")
         tag = latest.read_text(encoding="utf-8").strip()
         within = not Path(tag).is_absolute() and ".." not in Path(tag).parts
-        check(within, str(latest), tag, f"a folder in {str(folder)!r} works")
+        check(within, f"the tag in {latest}", tag, f"the name of a folder in {str(folder)!r}")
     path, stage = folder / tag, engine.zero_optimization_stage()
     module_only = bool(options.get("load_module_only", False))
     optimizer_states = bool(options.get("load_optimizer_states", True))
     if not path.is_dir():
-        raise ValueError(f"tag: found {tag!r}; a folder in {str(folder)!r} works")
+        raise ValueError(f"tag must be the name of a folder in {str(folder)!r}, got {tag!r}")
     with contextlib.nullcontext() if trusted else weights_only(_classes()):
         if not trusted:
             _check_contents(engine, path)
         if universal:
-            works = "False works: without ZeRO any number of ranks reads a checkpoint as it is"
-            check(stage > 0, "checkpoint.load_universal", universal, works)
+            must = "False without ZeRO (any number of ranks can read its checkpoints as they are)"
+            check(stage > 0, "checkpoint.load_universal", universal, must)
         else:
             _check_parts(engine, path, only_weights=module_only or not optimizer_states)
             _check_options(engine, path, module_only, optimizer_states)
         read, state = engine.load_checkpoint(str(folder), tag=tag, **options)
         if read is None:
-            raise ValueError(f"load_dir: found {str(path)!r}, which DeepSpeed cannot read")
+            must = "a folder with a checkpoint that DeepSpeed can read"
+            raise ValueError(f"load_dir must be {must}, got {str(path)!r}")
         if universal and stage == 3 and optimizer_states and not module_only:
             _restore_groups(engine.optimizer.optimizer, path)
     return read, state
@@ -122,17 +125,17 @@ def _check_parts(engine: Any, path: Path, only_weights: bool) -> None:
         stages = (3,)
     elif only_weights:
         stages = (0, 1, 2)
-    works = f"{' or '.join(map(str, stages))}, as that of {str(path)!r}, works"
+    must = f"{' or '.join(map(str, stages))} to load {str(path)!r}"
     stage = engine.zero_optimization_stage()
-    check(stage in stages, "zero_optimization.stage", stage, works)
+    check(stage in stages, "zero_optimization.stage", stage, must)
     # Weights are whole below stage 3. On a node's own disk are the parts of its ranks alone:
     # DeepSpeed itself then compares the number of ranks with that in the file.
     if (only_weights and stage < 3) or engine.use_node_local_storage():
         return
     if saved not in (0, size):
         raise ValueError(
-            f"world size: found {size} with a checkpoint of {saved} ranks, {str(path)!r}; "
-            f"{saved} works, or {universal_command(path)} and "
+            f"world size must be {saved} as when {str(path)!r} was saved, got {size}; for any "
+            f"number of ranks run {universal_command(path)} and set "
             '{"checkpoint": {"load_universal": true}} in the config of DeepSpeed'
         )
 
@@ -142,19 +145,19 @@ def _check_options(engine: Any, path: Path, module_only: bool, optimizer_states:
     stage = engine.zero_optimization_stage()
     if stage == 3 and module_only and optimizer_states:
         raise ValueError(
-            "load_module_only: found True at ZeRO 3, where it loads nothing; "
-            "load_optimizer_states=False works"
+            "load_module_only must be False at ZeRO 3, where it loads nothing, got True; "
+            "load_optimizer_states=False loads the weights alone"
         )
     if stage == 3 and not optimizer_states:
         latest = path.parent / "latest"
         newest = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
-        works = f"{newest!r}, as in {str(latest)!r}, works: without the optimizer ZeRO 3 reads that"
-        check(path.name == newest, "tag", path.name, works)
+        must = f"{newest!r} as in {str(latest)!r} (ZeRO 3 reads that without the optimizer)"
+        check(path.name == newest, "tag", path.name, must)
     low = engine.bfloat16_enabled() or engine.fp16_enabled()
     if stage == 0 and low and not optimizer_states and not module_only:
         raise ValueError(
-            "load_optimizer_states: found False in 16 bits without ZeRO, where the optimizer keeps "
-            "its own weights; load_module_only=True works"
+            "load_optimizer_states must be True in 16 bits without ZeRO, where the optimizer keeps "
+            "its own weights, got False; load_module_only=True loads the weights alone"
         )
 
 

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist.adapters.deepspeed.mpu import SequenceParallelMPU
-from nsa_dist.checks import as_int, describe
+from nsa_dist.checks import as_int, check, describe
 from nsa_dist.sharding import ShardedBatch
 
-# What would divide gradients otherwise, or has not been tried: how it is found, what works.
+# Options that would change the divisor of gradients, or are untested: name, value, allowed values.
 _ONLY_ENGINE: tuple[tuple[str, Callable[[Any], Any], tuple[Any, ...]], ...] = (
     ("gradient_predivide_factor", lambda engine: engine.gradient_predivide_factor(), (1.0,)),
     (
@@ -95,7 +95,7 @@ def scale_loss(engine: Any, loss_sum: Tensor, num_targets: int) -> Tensor:
     """
     num_targets = as_int("num_targets", num_targets, 0)
     if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
-        raise ValueError(f"loss_sum: found {describe(loss_sum)}; a scalar works")
+        raise ValueError(f"loss_sum must be a scalar tensor, got {describe(loss_sum)}")
     return loss_sum * (_divisor(engine) / max(num_targets, 1))
 
 
@@ -103,14 +103,11 @@ def _divisor(engine: Any) -> float:
     """What DeepSpeed divides a rank's gradients by before it adds those of all ranks."""
     mpu = engine.mpu
     if not isinstance(mpu, SequenceParallelMPU):
-        raise ValueError(
-            f"mpu: found {describe(mpu)}; deepspeed.initialize(mpu=make_mpu(group)) works"
-        )
-    for option, find, works in _ONLY_ENGINE:
-        found = find(engine)
-        if found not in works:
-            values = " or ".join(map(repr, works))
-            raise ValueError(f"{option}: found {found!r}; {values} works with scale_loss")
+        must = "that of deepspeed.initialize(mpu=make_mpu(group))"
+        raise ValueError(f"mpu must be {must}, got {describe(mpu)}")
+    for option, read, allowed in _ONLY_ENGINE:
+        value = read(engine)
+        check(value in allowed, option, value, f"{' or '.join(map(repr, allowed))} for scale_loss")
     if not engine.gradient_average:
         replicas = 1
     elif engine.zero_optimization_stage() == 3 and _scatters(engine):
@@ -131,8 +128,7 @@ def _scatters(engine: Any) -> bool:
     largest = max((getattr(p, "ds_numel", p.numel()) for p in trained), default=0)
     if largest > bucket and engine.mpu.get_sequence_parallel_world_size() > 1:
         raise ValueError(
-            f"zero_optimization.reduce_bucket_size: found {bucket} with reduce_scatter=False; "
-            f"{largest}, the elements of the largest parameter, and more work with scale_loss, or "
-            "reduce_scatter=True"
+            f"zero_optimization.reduce_bucket_size must be at least {largest}, the elements of "
+            f"the largest parameter, for scale_loss with reduce_scatter=False, got {bucket}"
         )
     return False

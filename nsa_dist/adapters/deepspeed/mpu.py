@@ -92,8 +92,8 @@ def make_mpu(group: GroupLike, *, sequence_dim: str | None = None) -> SequencePa
     """
     if not dist.is_initialized():
         raise ValueError(
-            "group: found torch.distributed not initialised; deepspeed.init_distributed() or "
-            "torch.distributed.init_process_group() first works"
+            "torch.distributed must be initialised before make_mpu, by "
+            "deepspeed.init_distributed() or torch.distributed.init_process_group(), got neither"
         )
     members, problem, process_group = None, None, None
     try:
@@ -117,18 +117,18 @@ def _sequence_group(group: GroupLike, sequence_dim: str | None) -> dist.ProcessG
         names = group.mesh_dim_names
         if names is None or sequence_dim not in names:
             raise ValueError(
-                f"sequence_dim: found {sequence_dim!r} with a DeviceMesh of dimensions "
-                f"{names or group.ndim}; the name of the one that shares a sequence works"
+                "sequence_dim must be the dimension that shares a sequence, of a DeviceMesh with "
+                f"dimensions {names or group.ndim}, got {sequence_dim!r}"
             )
         group = group[sequence_dim]
     elif sequence_dim is not None:
         raise ValueError(
-            f"sequence_dim: found {sequence_dim!r} with one group or dimension; None works"
+            f"sequence_dim must be None with a single group or dimension, got {sequence_dim!r}"
         )
     if group is None:
         raise ValueError(
-            "group: found None; a process group or DeviceMesh works, and for sequences that are "
-            "not split one of this rank alone"
+            "group must be a process group or DeviceMesh (of this rank alone for sequences that "
+            "are not split), got None"
         )
     process_group = context_group(group).process_group
     assert process_group is not None
@@ -145,9 +145,9 @@ def _problem(reports: list[tuple[list[int] | None, str | None]]) -> str | None:
     if len(sizes) > 1 or sorted(rank for ranks in groups for rank in ranks) != [
         *range(len(reports))
     ]:
-        found = ", ".join(map(str, map(list, groups)))
+        shown = ", ".join(map(str, map(list, groups)))
         return (
-            f"group: found ranks {found} of {len(reports)}; groups of one size that hold each rank "
-            "once work"
+            f"groups must be of one size and hold each of the {len(reports)} ranks once, got ranks "
+            f"{shown}"
         )
     return None

@@ -13,7 +13,7 @@ try:
     import transformers  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "transformers: not installed; pip install nsa-dist[huggingface]"
+        "transformers must be installed (pip install nsa-dist[huggingface])"
     ) from error
 
 from nsa_dist.adapters.huggingface.attention import NSAAttention

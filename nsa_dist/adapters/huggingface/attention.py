@@ -105,7 +105,8 @@ class NSAAttention(nn.Module):
         """
         if nsa_batch is None or position_embeddings is None:
             raise ValueError(
-                "nsa_batch: found None; calling the model works, not its layers or its .model"
+                "nsa_batch must be what the model's forward passes on, got None; call the model, "
+                "not its layers or its .model"
             )
         config = self.config
         q_shape = (config.num_heads, config.head_dim)

@@ -97,9 +97,9 @@ def read_mask(mask: Tensor | None, batch: int, length: int) -> list[tuple[int, i
     """
     if mask is None:
         return None
-    works = f"a padding mask of shape {(batch, length)}, [batch, cached and new tokens], or None"
+    must = f"None or a padding mask [batch, cached and new tokens] of shape {(batch, length)}"
     if not isinstance(mask, Tensor) or mask.ndim != 2 or tuple(mask.shape) != (batch, length):
-        raise ValueError(f"attention_mask: found {describe(mask)}; {works} works")
+        raise ValueError(f"attention_mask must be {must}, got {describe(mask)}")
     shown = mask.bool().cpu()
     if bool(shown.all()):
         return None
@@ -110,8 +110,8 @@ def read_mask(mask: Tensor | None, batch: int, length: int) -> list[tuple[int, i
     holes = (run != shown).any(1)
     if bool(holes.any()):
         raise ValueError(
-            f"attention_mask: found padding between tokens (row {int(holes.nonzero()[0])}); "
-            "padding before and behind a row's tokens works"
+            "attention_mask must be one with padding before or after a row's tokens only, got "
+            f"padding between tokens (row {int(holes.nonzero()[0])})"
         )
     first = torch.where(tokens > 0, first, length)
     return list(zip(first.tolist(), (first + tokens).tolist(), strict=True))
@@ -160,11 +160,11 @@ def check_positions_count_on(
     anew[:, :1] = token[:, :1] & (positions[:, :1] < past - first)
     if bool(anew.any()):
         row, column = anew.nonzero()[0].tolist()
-        why = "padding in attention_mask" if ranges is not None else "past_key_values"
+        given = "padding in attention_mask" if ranges is not None else "past_key_values"
         raise ValueError(
-            f"position_ids: found ones that start anew (row {row}, new token {column}) beside "
-            f"{why}; one document a row works, or packed documents without padding and without a "
-            "cache"
+            f"position_ids must be those of one document per row with {given} (packed documents "
+            "need neither padding nor a cache), got positions that start again at row "
+            f"{row}, new token {column}"
         )
 
 
@@ -241,14 +241,14 @@ def plan_stream(
 
 
 def _check_positions(
-    found: Tensor, expected: Tensor, context: ContextGroup, communication: CommunicationCounter
+    given: Tensor, expected: Tensor, context: ContextGroup, communication: CommunicationCounter
 ) -> None:
     """Raise ValueError, on every rank, where positions are not those within documents."""
     problem = None
-    if not torch.equal(found.expand(expected.shape).to(expected), expected):
+    if not torch.equal(given.expand(expected.shape).to(expected), expected):
         problem = (
-            "position_ids: found others than the positions in the documents of cu_seqlens and "
-            "this layout; those of nsa_dist.shard_batch, or None, work"
+            "position_ids must be None or the positions of nsa_dist.shard_batch, within the "
+            "documents of cu_seqlens and in this layout, got different positions"
         )
     agree(Statement({"call": "positions of a model"}), problem, context, communication)
 
@@ -257,14 +257,14 @@ def check_position_ids(position_ids: Tensor | None, shape: tuple[int, ...]) -> s
     """What is wrong with positions by themselves, or None."""
     if position_ids is None:
         return None
-    works = f"integers of shape {shape}, or None, work"
+    must = f"None or integers of shape {shape}"
     if (
         not is_plain(position_ids)
         or position_ids.ndim != 2
         or position_ids.dtype not in INTEGER_DTYPES
         or tuple(position_ids.shape) not in (shape, (1, shape[1]))
     ):
-        return f"position_ids: found {describe(position_ids)}; {works}"
+        return f"position_ids must be {must}, got {describe(position_ids)}"
     return None
 
 

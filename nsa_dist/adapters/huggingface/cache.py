@@ -58,12 +58,11 @@ class NSACacheLayer(DynamicLayer):
             new == old or min(new, old) >= length
             for new, old in zip(starts, self.starts, strict=True)
         )
-        check(
-            same,
-            "attention_mask",
-            f"rows that start at {list(starts)}",
-            f"rows that start at {list(self.starts)}, as in the cached tokens, work",
-        )
+        if not same:
+            raise ValueError(
+                f"attention_mask must be one whose rows start at {list(self.starts)} as in the "
+                f"cache, got rows that start at {list(starts)}"
+            )
 
     def store_compressed(self, keys: Tensor, values: Tensor, starts: tuple[int, ...]) -> None:
         """Keep what ``compressed_keys`` and ``compressed_values`` are from now on."""
@@ -120,11 +119,11 @@ def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig, batc
     """
     if not isinstance(cache, DynamicCache):
         raise ValueError(
-            f"past_key_values: found a {type(cache).__name__}; a DynamicCache works (for generate, "
-            "cache_implementation=None or 'dynamic')"
+            "past_key_values must be a DynamicCache (for generate: cache_implementation=None or "
+            f"'dynamic'), got a {type(cache).__name__}"
         )
     if cache.offloading:
-        raise ValueError("past_key_values: found offloading=True; a cache on the device works")
+        raise ValueError("past_key_values must be a cache on the device, got offloading=True")
     for index in nsa_layers:
         while len(cache.layers) <= index:
             cache.layers.append(DynamicLayer())
@@ -134,18 +133,17 @@ def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig, batc
                 layer.config == config,
                 "past_key_values",
                 layer.config,
-                "a cache of this model works",
+                f"a cache of this model, {config}",
             )
             if layer.get_seq_length() > 0 and len(layer.starts) != batch:
                 raise ValueError(
-                    f"past_key_values: found tokens of {len(layer.starts)} rows, with batch size "
-                    f"{batch}; batch size {len(layer.starts)} works, or an empty cache"
+                    f"past_key_values must be empty or of {batch} rows, the batch size, got "
+                    f"tokens of {len(layer.starts)} rows"
                 )
         elif type(layer) is DynamicLayer and layer.get_seq_length() == 0:
             cache.layers[index] = NSACacheLayer(config)
         else:
             raise ValueError(
-                f"past_key_values: found a {type(layer).__name__} with {layer.get_seq_length()} "
-                f"tokens as layer {index}; an empty DynamicCache, or one that this model filled, "
-                "works"
+                "past_key_values must be an empty DynamicCache or one that this model filled, got "
+                f"a {type(layer).__name__} with {layer.get_seq_length()} tokens as layer {index}"
             )

@@ -31,60 +31,60 @@ def check_layers(layers: Iterable[int] | None, config: Any) -> tuple[int, ...]:
     total = config.num_hidden_layers
     if layers is None:
         layers = range(total)
-    works = f"different indices from 0 to {total - 1}, at least one, or None for all, work"
-    check(isinstance(layers, Iterable), "layers", layers, works)
-    found = list(layers)
+    must = f"one or more different indices from 0 to {total - 1}, or None for all layers"
+    check(isinstance(layers, Iterable), "layers", layers, must)
+    given = list(layers)
     check(
-        all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= i < total for i in found)
-        and 0 < len(found) == len(set(found)),
+        all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= i < total for i in given)
+        and 0 < len(given) == len(set(given)),
         "layers",
-        found,
-        works,
+        given,
+        must,
     )
-    found = sorted(map(int, found))
+    indices = sorted(map(int, given))
     types = getattr(config, "layer_types", None)
-    for index in found:
+    for index in indices:
         kind = "full_attention" if types is None else types[index]
         check(
             kind == "full_attention",
             f"layer_types[{index}]",
             kind,
-            "'full_attention' works: leave this layer out of layers=",
+            "'full_attention' (leave other layers out of layers=)",
         )
-    return tuple(found)
+    return tuple(indices)
 
 
 def check_model(model: Any, families: Mapping[type, Any]) -> None:
     """Raise ValueError for a model that is no dense one of ``families`` with weights in place."""
     names = ", ".join(family.__name__ for family in families)
-    check(type(model) in families, "model", type(model).__name__, f"a model of class {names} works")
+    check(type(model) in families, "model", type(model).__name__, f"a model of class {names}")
     config = model.config
     check(
         getattr(config, "quantization_config", None) is None,
         "quantization_config",
         getattr(config, "quantization_config", None),
-        "None works: convert first, quantise after",
+        "None (convert first, then quantise)",
     )
     check(
         config.attention_dropout == 0,
         "attention_dropout",
         config.attention_dropout,
-        "0.0 works: Native Sparse Attention has no dropout of probabilities",
+        "0.0 (Native Sparse Attention has no dropout of probabilities)",
     )
     rope = (config.rope_parameters or {}).get("rope_type", "default")
-    check(rope in ROPE_TYPES, "rope_type", rope, f"{ROPE_TYPES} work")
+    check(rope in ROPE_TYPES, "rope_type", rope, f"one of {ROPE_TYPES}")
     check(
         not getattr(config, "output_attentions", False),
         "output_attentions",
         True,
-        "False works: this attention keeps no probabilities",
+        "False (this attention keeps no probabilities)",
     )
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     check(
         len(devices) == 1 and devices != ["meta"],
         "device",
         devices,
-        "one device with all the weights works (no device_map over several, no meta)",
+        "one device with all the weights (not meta, and no device_map over several)",
     )
 
 
@@ -96,7 +96,7 @@ def check_modules(model: Any, layers: tuple[int, ...]) -> None:
             type(attention) in ROTARY,
             where,
             type(attention).__name__,
-            f"{', '.join(x.__name__ for x in ROTARY)} work",
+            f"one of {', '.join(x.__name__ for x in ROTARY)}",
         )
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             linear, option = getattr(attention, name), f"{where}.{name}"
@@ -104,7 +104,7 @@ def check_modules(model: Any, layers: tuple[int, ...]) -> None:
                 type(linear) is nn.Linear,
                 option,
                 type(linear).__name__,
-                "torch.nn.Linear works: merge adapters, convert before quantising",
+                "a torch.nn.Linear (merge adapters first, quantise later)",
             )
             check_parameter(
                 f"{option}.weight", linear.weight, (linear.out_features, linear.in_features)
@@ -119,53 +119,53 @@ def check_modules(model: Any, layers: tuple[int, ...]) -> None:
 
 def check_config(config: Any, hf_config: Any, gate_init: tuple[float, float, float]) -> None:
     """Raise ValueError for an ``NSAConfig`` that the dense model's weights do not fit."""
-    check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
+    check(isinstance(config, NSAConfig), "config", config, "an NSAConfig")
     gate_init = replace(config, gate_init=gate_init).gate_init  # Refused there if bad.
-    for option, theirs, found in (
+    for option, theirs, value in (
         ("num_heads", "num_attention_heads", config.num_heads),
         ("num_kv_heads", "num_key_value_heads", config.num_kv_heads),
         ("head_dim", "head_dim", config.head_dim),
         ("v_head_dim", "head_dim", config.value_dim),
     ):
         wanted = getattr(hf_config, theirs)
-        works = f"{wanted}, the model's {theirs}, works"
-        check(found == wanted, f"NSAConfig.{option}", found, works)
+        must = f"{wanted} as the model's {theirs}"
+        check(value == wanted, f"NSAConfig.{option}", value, must)
     check(
         config.softmax_scale == config.head_dim**-0.5,
         "scale",
         config.scale,
-        f"None, which is the model's {config.head_dim**-0.5}, works",
+        f"None, which gives the model's {config.head_dim**-0.5}",
     )
     check(
         config.compress != "custom",
         "compress",
         config.compress,
-        "one of the built-in kinds works, which a checkpoint can hold",
+        "one of the built-in kinds, which a checkpoint can hold",
     )
     check(
         not config.compress_pre_rope,
         "compress_pre_rope",
         config.compress_pre_rope,
-        "False works: the model's rotary embedding gives rotated keys",
+        "False (the model's rotary embedding gives rotated keys)",
     )
     check(
         {"selected", "window"} <= set(config.branches),
         "branches",
         config.branches,
-        "those with 'selected' and 'window' work, which together start as the dense attention",
+        "a choice with 'selected' and 'window', which together start as the dense attention",
     )
     width = config.compress_hidden
     check(
         width is None or width >= 2 * config.head_dim,
         "compress_hidden",
         width,
-        f"None or at least 2 * head_dim = {2 * config.head_dim} works, which can start as a mean",
+        f"None or at least 2 * head_dim = {2 * config.head_dim}, which can start as a mean",
     )
     check(
         config.gate_init in (DENSE_GATE_INIT, gate_init),
         "NSAConfig.gate_init",
         config.gate_init,
-        f"its default works: gate_init= of the conversion, here {gate_init}, takes its place",
+        f"its default (gate_init= of the conversion, here {gate_init}, replaces it)",
     )
 
 
@@ -206,31 +206,31 @@ def check_call(
         cu_seqlens: what the caller gave, or else ``cu_seq_lens_q`` of ``kwargs``.
     """
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-        return "output_attentions: found True; False works: this attention keeps no probabilities"
+        return "output_attentions must be False (this attention keeps no probabilities), got True"
     keys = kwargs.get("cu_seq_lens_k")
     queries = kwargs.get("cu_seq_lens_q")
     # Dense layers beside ours would take these, ours take cu_seqlens.
     if queries is not None and not _same(queries, cu_seqlens):
-        return "cu_seq_lens_q: found other boundaries than cu_seqlens; the same, or None, work"
+        return "cu_seq_lens_q must be None or equal to cu_seqlens, got different boundaries"
     if keys is not None and not _same(keys, queries):
-        return "cu_seq_lens_k: found other boundaries than cu_seq_lens_q; the same work"
+        return "cu_seq_lens_k must be equal to cu_seq_lens_q, got different boundaries"
     packed = cu_seqlens is not None
     why = "a sequence split over ranks" if split else "packed documents (cu_seqlens)"
     if split or packed:
         if past_key_values is not None:
-            works = "None works (generate wants the whole sequence: model.use_group(None))"
-            return f"past_key_values: found {describe(past_key_values)} with {why}; {works}"
+            must = f"None with {why} (generate needs whole sequences: model.use_group(None))"
+            return f"past_key_values must be {must}, got {describe(past_key_values)}"
         if attention_mask is not None:
-            return f"attention_mask: found {describe(attention_mask)} with {why}; None works"
+            return f"attention_mask must be None with {why}, got {describe(attention_mask)}"
         if use_cache:
-            return f"use_cache: found True with {why}; None or False works"
+            return f"use_cache must be None or False with {why}, got True"
     if split and labels is not None:
-        for option, works in (
-            ("shift_labels", "the labels of nsa_dist.shard_batch, shifted before the cut, work"),
-            ("num_items_in_batch", "num_targets of nsa_dist.shard_batch works"),
+        for option, must in (
+            ("shift_labels", "the labels of nsa_dist.shard_batch, which it shifts before the cut"),
+            ("num_items_in_batch", "num_targets of nsa_dist.shard_batch"),
         ):
             if kwargs.get(option) is None:
-                return f"{option}: found None beside labels with {why}; {works}"
+                return f"{option} must be {must}, for labels with {why}, got None"
     if packed and rows != 1:
-        return f"cu_seqlens: found with batch size {rows}; it works with batch size 1 only"
+        return f"cu_seqlens must come with batch size 1, got batch size {rows}"
     return None

@@ -164,34 +164,34 @@ def from_pretrained(
     where = Path(folder) / "config.json"
     if not where.is_file():
         names = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
-        works = "one that save_pretrained wrote works, or a name on the Hub"
+        must = "a folder that save_pretrained wrote, or a name on the Hub"
         try:
             file = cached_file(folder, "config.json", **_some(options, names))
         except OSError as error:
             raise ValueError(
-                f"folder: found {str(folder)!r}, which is no folder and not to be had from the "
-                f"Hub ({error}); {works}"
+                f"folder must be {must}, got {str(folder)!r}, which neither this machine nor the "
+                f"Hub has ({error})"
             ) from error
         if file is None:
-            raise ValueError(f"folder: found {str(folder)!r} without a config.json; {works}")
+            raise ValueError(f"folder must be {must}, got {str(folder)!r} without a config.json")
         where = Path(file)
-    found = json.loads(where.read_text(encoding="utf-8")).get("model_type")
+    model_type = json.loads(where.read_text(encoding="utf-8")).get("model_type")
     check(
-        found in of_type,
+        model_type in of_type,
         "model_type",
-        found,
-        f"{sorted(of_type)} work: load a dense model with transformers and convert it with "
-        "convert_to_nsa",
+        model_type,
+        f"one of {sorted(of_type)} (load a dense model with transformers and convert it with "
+        "convert_to_nsa)",
     )
     for option in ("tp_plan", "tp_size", "distributed_config", "quantization_config"):
-        check(options.get(option) is None, option, options.get(option), "None works")
+        check(options.get(option) is None, option, options.get(option), "None")
     wants_info = options.pop("output_loading_info", False)
     options["output_loading_info"] = True
-    model, info = of_type[found].from_pretrained(folder, **options)
+    model, info = of_type[model_type].from_pretrained(folder, **options)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        check(not info[kind], kind, sorted(info[kind]), "the weights of the saved model work")
+        check(not info[kind], kind, sorted(info[kind]), "empty (saved weights must fit the model)")
     devices = sorted({str(x) for x in (getattr(model, "hf_device_map", None) or {}).values()})
-    check(len(devices) < 2, "device_map", devices, "one device works")
+    check(len(devices) < 2, "device_map", devices, "one device")
     model._use(group, layout, backend, told=group is not None)
     return (model, info) if wants_info else model
 

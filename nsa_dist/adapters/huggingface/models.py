@@ -185,8 +185,8 @@ class _NSAMixin:
         tokens = inputs_embeds if inputs_embeds is not None else input_ids
         if not isinstance(tokens, Tensor) or tokens.ndim < 2:
             raise ValueError(
-                f"input_ids: found {describe(input_ids)}; integers [batch, tokens], or "
-                "inputs_embeds, work"
+                "input_ids must be integers [batch, tokens] where inputs_embeds is None, got "
+                f"{describe(input_ids)}"
             )
         with torch.device("cpu"):  # Whatever the default device is: tables are made on the host.
             batch, positions, past_key_values, attention_mask = self._read_batch(
@@ -252,7 +252,7 @@ class _NSAMixin:
         caching = past_key_values is not None or use_cache
         if caching and model.training and model.is_gradient_checkpointing and not split:
             raise ValueError(
-                "use_cache: found True with gradient checkpointing in training; False works"
+                "use_cache must be False with gradient checkpointing in training, got True"
             )
         documents, ranges, past = cu_seqlens, None, 0
         if not split:
@@ -270,8 +270,8 @@ class _NSAMixin:
                     check_positions_count_on(position_ids, rows, ranges, past)
             if documents is not None and use_cache:
                 raise ValueError(
-                    "use_cache: found True with packed documents, which position_ids that start "
-                    "anew are; False works"
+                    "use_cache must be False with packed documents (cu_seqlens, or position_ids "
+                    "that start again at 0), got True"
                 )
         if use_cache is None:
             use_cache = hf_config.use_cache and not model.training and documents is None
@@ -351,9 +351,8 @@ def make_runtime(
     make_layout(layout, context.size)
     if context.size > 1 and len(layers) < num_layers:
         raise ValueError(
-            f"layers: found {len(layers)} of {num_layers} with a sequence split over "
-            f"{context.size} ranks, where transformers' dense layers do not work; all layers, or "
-            "group=None, work"
+            f"layers must be all {num_layers} to split a sequence over {context.size} ranks "
+            f"(transformers' dense layers need whole sequences), got {len(layers)}"
         )
     return Runtime(context, layout, backend, CommunicationCounter(), told)
 
@@ -366,8 +365,8 @@ def read_config(config: Any) -> tuple[NSAConfig, tuple[int, ...], Runtime]:
     """
     if config.nsa is None or config.nsa_layers is None:
         raise ValueError(
-            f"nsa: found nothing in a {type(config).__name__}; the config of a model that "
-            "convert_to_nsa made works"
+            "nsa must be set, as in the config of a model that convert_to_nsa made, got None in a "
+            f"{type(config).__name__}"
         )
     nsa, layers = NSAConfig(**config.nsa), check_layers(config.nsa_layers, config)
     check_config(nsa, config, nsa.gate_init)

@@ -50,13 +50,13 @@ def stated_split() -> str | None:
     The same on every rank.
     """
     for stated in (_accelerate, _deepspeed, _torch):
-        found = stated()
-        if found is not None and found[1] > 1:
-            option, size = found
+        split = stated()
+        if split is not None and split[1] > 1:
+            option, size = split
             return (
-                f"{option}: found {size} with a model that was told of no group, so that each "
-                "rank would take its part of a sequence for a whole one; 1 works, or "
-                "use_group(group, layout=...) with batches cut by nsa_dist.shard_batch, or "
-                "use_group(None) where every rank has whole sequences"
+                f"{option} must be 1 without a call of use_group, got {size}: each rank would "
+                "take its part of a sequence for a whole one; call use_group(group, layout=...) "
+                "and cut batches by nsa_dist.shard_batch, or call use_group(None) where every "
+                "rank has whole sequences"
             )
     return None

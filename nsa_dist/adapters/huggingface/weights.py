@@ -38,11 +38,12 @@ def whole(parameters: Iterable[Tensor | None]) -> Iterator[None]:
 
 def check_parameter(name: str, parameter: object, shape: tuple[int, ...]) -> None:
     """Raise ValueError for anything but a plain parameter of ``shape``; ZeRO-3 may have cut it."""
-    works = "a whole torch.nn.Parameter works: convert before anything splits or quantises it"
+    whole = "a whole torch.nn.Parameter (convert before anything splits or quantises it)"
     if type(parameter) is not nn.Parameter:
         kind = type(parameter).__name__
         article = "an" if kind[0] in "AEIOU" else "a"
-        raise ValueError(f"{name}: found {article} {kind}; {works}")
-    check(parameter.dtype in DTYPES, name, parameter.dtype, f"one of {DTYPES} works")
-    found = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    check(found == shape, name, f"shape {found}", f"shape {shape} works: {works}")
+        raise ValueError(f"{name} must be {whole}, got {article} {kind}")
+    check(parameter.dtype in DTYPES, name, parameter.dtype, f"of a dtype in {DTYPES}")
+    given = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    if given != shape:
+        raise ValueError(f"{name} must be {whole} of shape {shape}, got shape {given}")

@@ -21,49 +21,44 @@ from nsa_dist.checks import check, describe
 from nsa_dist.config import NSAConfig
 from nsa_kernels import get_backend
 
-UNTRIED = "works with this attention; it has not been tried"
+UNTRIED = "anything else is untested with this attention"
 
-# Options of TransformerConfig, the one value that works, and why. An option that a version of
-# Megatron lacks is not there to be set.
+# Options of TransformerConfig, the one value allowed, and why. Versions of Megatron lack some.
 ONLY: tuple[tuple[str, Any, str], ...] = (
-    ("attention_dropout", 0.0, "works: Native Sparse Attention has no dropout of probabilities"),
-    ("softmax_type", "vanilla", "works: a softmax with an offset is another function"),
-    ("window_size", None, "works: the window is NSAConfig's"),
-    ("window_attn_skip_freq", None, "works: which layers are dense is layers= of the block spec"),
-    ("attention_output_gate", False, "works: gates are NSAConfig's"),
-    ("apply_query_key_layer_scaling", False, "works: the scale is NSAConfig's"),
-    ("qk_clip", False, "works: the largest logits are not kept"),
-    ("log_max_attention_logit", False, "works: the largest logits are not kept"),
-    ("multi_latent_attention", False, "works: latent attention is another layer"),
-    ("experimental_attention_variant", None, "works: another variant is another layer"),
-    ("fp8", None, "works: the attention is 16 bits wide at least"),
-    ("fp4", None, "works: the attention is 16 bits wide at least"),
-    ("fp8_dot_product_attention", False, "works: the attention is 16 bits wide at least"),
-    ("fp8_multi_head_attention", False, "works: the attention is 16 bits wide at least"),
-    ("apply_rope_fusion", False, "works: the fused one is TransformerEngine's, not tried yet"),
-    ("fused_single_qkv_rope", False, "works: it takes one key and one value a KV head"),
+    ("attention_dropout", 0.0, "Native Sparse Attention has no dropout of probabilities"),
+    ("softmax_type", "vanilla", "a softmax with an offset is a different function"),
+    ("window_size", None, "NSAConfig sets the window"),
+    ("window_attn_skip_freq", None, "layers= of the block spec says which layers are dense"),
+    ("attention_output_gate", False, "NSAConfig sets the gates"),
+    ("apply_query_key_layer_scaling", False, "NSAConfig sets the scale"),
+    ("qk_clip", False, "the largest logits are not kept"),
+    ("log_max_attention_logit", False, "the largest logits are not kept"),
+    ("multi_latent_attention", False, "latent attention is a different layer"),
+    ("experimental_attention_variant", None, "each variant is a layer of its own"),
+    ("fp8", None, "the attention needs 16 bits or more"),
+    ("fp4", None, "the attention needs 16 bits or more"),
+    ("fp8_dot_product_attention", False, "the attention needs 16 bits or more"),
+    ("fp8_multi_head_attention", False, "the attention needs 16 bits or more"),
+    ("apply_rope_fusion", False, "the fused kernel is TransformerEngine's and untested here"),
+    ("fused_single_qkv_rope", False, "it expects one key and one value per KV head"),
     ("mrope_section", None, UNTRIED),
-    (
-        "hybrid_context_parallel",
-        False,
-        "works: one group of context parallel ranks",
-    ),
-    ("hierarchical_context_parallel_sizes", None, "works: one group of context parallel ranks"),
+    ("hybrid_context_parallel", False, "there is one context parallel group"),
+    ("hierarchical_context_parallel_sizes", None, "there is one context parallel group"),
     ("mtp_num_layers", None, UNTRIED),
-    ("flash_decode", False, "works: this is for training only"),
-    ("cuda_graph_impl", "none", "works: plans are made on the host while the model runs"),
-    ("enable_cuda_graph", False, "works: plans are made on the host while the model runs"),
-    ("external_cuda_graph", False, "works: plans are made on the host while the model runs"),
+    ("flash_decode", False, "this attention is for training only"),
+    ("cuda_graph_impl", "none", "the host makes plans while the model runs"),
+    ("enable_cuda_graph", False, "the host makes plans while the model runs"),
+    ("external_cuda_graph", False, "the host makes plans while the model runs"),
     ("fine_grained_activation_offloading", False, UNTRIED),
     ("cpu_offloading", False, UNTRIED),
     ("delay_wgrad_compute", False, UNTRIED),
     ("overlap_moe_expert_parallel_comm", False, UNTRIED),
-    ("tp_comm_overlap", False, "works: it is TransformerEngine's, which has not been tried yet"),
+    ("tp_comm_overlap", False, "it is TransformerEngine's and untested here"),
     ("batch_invariant_mode", False, UNTRIED),
-    ("test_mode", False, "works: it compares layers that this one lacks"),
+    ("test_mode", False, "it compares layers that this attention lacks"),
     ("use_kitchen", False, UNTRIED),
     ("init_model_with_meta_device", False, UNTRIED),
-    ("enable_autocast", False, "works: Megatron's own mixed precision casts parameters"),
+    ("enable_autocast", False, "Megatron's own mixed precision casts parameters"),
 )
 
 
@@ -76,12 +71,12 @@ def check_build(
     backend: str,
 ) -> None:
     """Raise ValueError for what the layer cannot do, before any of it is built."""
-    check(isinstance(nsa_config, NSAConfig), "nsa_config", nsa_config, "an NSAConfig works")
-    for option, value, works in ONLY:
+    check(isinstance(nsa_config, NSAConfig), "nsa_config", nsa_config, "an NSAConfig")
+    for option, value, why in ONLY:
         found = getattr(config, option, value)
         # Off is None for some versions and False for others.
         off = not value and isinstance(value, (bool, type(None))) and found in (False, None)
-        check(found == value or off, option, found, f"{value!r} {works}")
+        check(found == value or off, option, found, f"{value!r} ({why})")
     _check_arguments()
     _check_shapes(config, nsa_config)
     _check_groups(config, pg_collection)
@@ -90,7 +85,7 @@ def check_build(
         attn_mask_type == AttnMaskType.causal,
         "attn_mask_type",
         attn_mask_type,
-        "AttnMaskType.causal works, for packed batches too",
+        "AttnMaskType.causal, for packed batches too",
     )
     _check_submodules(config, submodules)
     # A layer made on the host may be moved to a GPU.
@@ -108,7 +103,7 @@ def _check_arguments() -> None:
         not getattr(arguments, "reset_attention_mask", False),
         "reset_attention_mask",
         True,
-        "False works: attention masks are not read; documents in a row work as packed_seq_params",
+        "False (masks are not read; give packed documents as packed_seq_params)",
     )
 
 
@@ -126,16 +121,15 @@ def check_experts(config: TransformerConfig, layer_number: int, experts: bool | 
     wanted = count is not None and bool(every[at] if isinstance(every, list) else at % every == 0)
     if wanted and not experts:
         raise ValueError(
-            f"num_moe_experts: found {count} with a dense MLP in the spec of layer {layer_number}; "
-            f"None works, or a spec by get_gpt_layer_nsa_spec(num_experts={count}) or "
-            "get_gpt_decoder_block_nsa_spec"
+            f"num_moe_experts must be None with a dense MLP in the spec of layer {layer_number}, "
+            f"got {count}; get_gpt_layer_nsa_spec(num_experts={count}) and "
+            "get_gpt_decoder_block_nsa_spec make specs with experts"
         )
     if experts and not wanted:
-        option, found = ("num_moe_experts", None) if count is None else ("moe_layer_freq", every)
+        option, value = ("num_moe_experts", None) if count is None else ("moe_layer_freq", every)
         raise ValueError(
-            f"{option}: found {found!r} with a mixture of experts in the spec of layer "
-            f"{layer_number}; a spec by get_gpt_decoder_block_nsa_spec, which reads the config, "
-            "works"
+            f"{option} must be one that gives layer {layer_number} experts as its spec does, got "
+            f"{value!r}; get_gpt_decoder_block_nsa_spec makes specs that follow the config"
         )
 
 
@@ -145,7 +139,7 @@ def check_comm_type(config: TransformerConfig) -> None:
         not isinstance(config.cp_comm_type, list),
         "cp_comm_type",
         config.cp_comm_type,
-        "None or one string works (it is not read: blocks are fetched, not gathered)",
+        "None or one string (which is not read: blocks are fetched, not gathered)",
     )
 
 
@@ -154,13 +148,13 @@ def _check_shapes(config: TransformerConfig, nsa_config: NSAConfig) -> None:
         nsa_config.compress != "custom",
         "compress",
         nsa_config.compress,
-        "one of the built-in kinds works with Megatron",
+        "one of the built-in kinds with Megatron",
     )
     check(
         not nsa_config.compress_pre_rope,
         "compress_pre_rope",
         nsa_config.compress_pre_rope,
-        "False works: Megatron hands over rotated keys",
+        "False (Megatron hands over rotated keys)",
     )
     for option, megatron_option, found in (
         ("num_heads", "num_attention_heads", nsa_config.num_heads),
@@ -169,14 +163,14 @@ def _check_shapes(config: TransformerConfig, nsa_config: NSAConfig) -> None:
         ("v_head_dim", "kv_channels", nsa_config.value_dim),
     ):
         wanted = getattr(config, megatron_option)
-        works = f"{wanted}, the TransformerConfig's {megatron_option}, works"
-        check(found == wanted, f"NSAConfig.{option}", found, works)
+        must = f"{wanted} as the TransformerConfig's {megatron_option}"
+        check(found == wanted, f"NSAConfig.{option}", found, must)
     if config.softmax_scale is not None:
         check(
             config.softmax_scale == nsa_config.softmax_scale,
             "softmax_scale",
             config.softmax_scale,
-            f"None or the NSAConfig's {nsa_config.softmax_scale} works",
+            f"None or the NSAConfig's {nsa_config.softmax_scale}",
         )
 
 
@@ -187,14 +181,14 @@ def _check_groups(config: TransformerConfig, pg_collection: ProcessGroupCollecti
         groups % tp_size == 0,
         "tensor_model_parallel_size",
         tp_size,
-        f"a divisor of num_query_groups={groups} works ({divisors}): a rank holds whole groups",
+        f"a divisor of num_query_groups = {groups}: {divisors} (a rank holds whole groups)",
     )
     for option, size in (
         ("tensor_model_parallel_size", tp_size),
         ("context_parallel_size", pg_collection.cp.size()),
     ):
         found = getattr(config, option)
-        check(found == size, option, found, f"{size}, the size of the process group, works")
+        check(found == size, option, found, f"{size}, the size of the process group")
 
 
 def _check_submodules(config: TransformerConfig, submodules: SelfAttentionSubmodules) -> None:
@@ -205,7 +199,7 @@ def _check_submodules(config: TransformerConfig, submodules: SelfAttentionSubmod
             "transformer_engine" not in origin,
             name,
             getattr(module, "__qualname__", module),
-            "Megatron's own modules work; TransformerEngine's have not been tried yet",
+            "Megatron's own module (TransformerEngine's are untested here)",
         )
     for name in ("q_layernorm", "k_layernorm"):
         module = _module(getattr(submodules, name))
@@ -215,7 +209,7 @@ def _check_submodules(config: TransformerConfig, submodules: SelfAttentionSubmod
             config.qk_layernorm == has_weight,
             "qk_layernorm",
             config.qk_layernorm,
-            f"{has_weight}, as the spec was made with, works for the TransformerConfig",
+            f"{has_weight} in the TransformerConfig, as when the spec was made",
         )
 
 
@@ -225,23 +219,23 @@ def _module(spec: Any) -> Any:
 
 def check_call(given: Mapping[str, Any]) -> None:
     """Raise ValueError for arguments of ``Attention.forward`` that must be None."""
-    for option, works in (
-        ("inference_context", "None works: this is for training only, without a KV cache"),
-        ("inference_params", "None works: this is for training only, without a KV cache"),
-        ("key_value_states", "None works: this is self-attention"),
-        ("attention_bias", "None works"),
+    training = "None (this attention is for training only and has no KV cache)"
+    for option, must in (
+        ("inference_context", training),
+        ("inference_params", training),
+        ("key_value_states", "None (this is self-attention)"),
+        ("attention_bias", "None"),
     ):
         if given.get(option) is not None:
-            found = given[option]
-            raise ValueError(f"{option}: found {describe(found)}; {works}")
+            raise ValueError(f"{option} must be {must}, got {describe(given[option])}")
 
 
 def check_no_mask(mask: Tensor, given: Mapping[str, Any]) -> None:
     """Raise ValueError for a mask beside a packed batch."""
     if given.get("packed_seq_params") is not None:
         raise ValueError(
-            f"attention_mask: found {describe(mask)} with packed_seq_params; None works: the "
-            "boundaries say which documents there are"
+            "attention_mask must be None with packed_seq_params, whose boundaries separate the "
+            f"documents, got {describe(mask)}"
         )
 
 
@@ -251,13 +245,13 @@ def check_packed(packed: PackedSeqParams) -> Tensor:
     Raises:
         ValueError: for what is not a packed batch on the layer's own context parallel group.
     """
-    check(packed.qkv_format == "thd", "qkv_format", packed.qkv_format, "'thd' works")
+    check(packed.qkv_format == "thd", "qkv_format", packed.qkv_format, "'thd'")
     for option in ("local_cp_size", "cp_group"):
         found = getattr(packed, option, None)
-        works = "None works: a batch is split over the layer's context parallel group"
-        check(found is None, f"packed_seq_params.{option}", found, works)
+        must = "None (a batch is split over the layer's context parallel group)"
+        check(found is None, f"packed_seq_params.{option}", found, must)
     padded = packed.cu_seqlens_q_padded
     cu_seqlens = packed.cu_seqlens_q if padded is None else padded
     if cu_seqlens is None:
-        raise ValueError("packed_seq_params.cu_seqlens_q: found None; int32 boundaries work")
+        raise ValueError("packed_seq_params.cu_seqlens_q must be int32 boundaries, got None")
     return cu_seqlens

@@ -19,9 +19,9 @@ from nsa_dist.plan.statement import Statement
 CHUNK = 1024
 """Rows that are compared at a time."""
 
-WORKS = (
-    "None works, or the causal mask of Megatron's data loaders (--no-create-attention-mask-in-"
-    "dataloader makes none); documents in a row work as packed_seq_params"
+ALLOWED = (
+    "None or the causal mask of Megatron's data loaders (give packed documents as "
+    "packed_seq_params; --no-create-attention-mask-in-dataloader makes no mask)"
 )
 
 
@@ -42,7 +42,7 @@ def check_mask(
         return
     problem = None
     if not _is_causal(mask, length, context):
-        problem = f"attention_mask: found {describe(mask)} that is no causal one; {WORKS}"
+        problem = f"attention_mask must be {ALLOWED}, got {describe(mask)} that hides other keys"
     agree(Statement({"call": "mask of a layer"}), problem, context, counter)
     # On the tensor, which all layers of a forward are given.
     mask.nsa_version_checked = mask._version  # type: ignore[attr-defined]

@@ -90,17 +90,17 @@ class Norm(nn.Module):
     ) -> None:
         super().__init__()
         kind = config.normalization
-        works = "'RMSNorm' and 'LayerNorm' work"
-        check(kind in ("RMSNorm", "LayerNorm"), "normalization", kind, works)
+        must = "'RMSNorm' or 'LayerNorm'"
+        check(kind in ("RMSNorm", "LayerNorm"), "normalization", kind, must)
         check(
             normalization in (None, kind),
             "normalization",
             normalization,
-            f"None or the TransformerConfig's {kind!r} works",
+            f"None or the TransformerConfig's {kind!r}",
         )
         zero_centered = config.layernorm_zero_centered_gamma
-        works = "False works with this norm"
-        check(not zero_centered, "layernorm_zero_centered_gamma", zero_centered, works)
+        must = "False with this norm"
+        check(not zero_centered, "layernorm_zero_centered_gamma", zero_centered, must)
         self.eps, self.width = eps, hidden_size
         shape = (hidden_size,) if num_sets is None else (num_sets, hidden_size)
         factory: dict[str, Any] = {

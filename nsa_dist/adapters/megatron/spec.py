@@ -53,7 +53,7 @@ def get_gpt_layer_nsa_spec(
     given = bound.arguments
     for option in ("multi_latent_attention", "fp8", "use_kitchen"):
         found = given.get(option)
-        check(not found, option, found, "None or False works with this attention")
+        check(not found, option, found, "None or False with this attention")
     # The norms are ours, so that Megatron's choice of norm (a module's variable) stays alone.
     normalization = given.pop("normalization", None)
     layer = get_gpt_layer_local_spec(*bound.args, **bound.kwargs)
@@ -91,17 +91,17 @@ def get_gpt_decoder_block_nsa_spec(
         len(layers) == count and all(x in (0, 1) for x in layers),
         "layers",
         layers,
-        f"one 0 or 1 for each of num_layers={count} works",
+        f"one 0 or 1 for each of num_layers = {count}",
     )
     if not all(layers):
         size = config.context_parallel_size
-        works = "1 works with dense layers: Megatron's own dense attention is of one rank"
-        check(size == 1, "context_parallel_size", size, works)
-        # Otherwise layers are saved as slices of one tensor, which unlike layers are not.
-        same = not any(layers)
-        unlike = config.hetereogenous_dist_checkpoint
-        works = "True works where some layers are dense: unlike layers are saved apart"
-        check(same or unlike, "hetereogenous_dist_checkpoint", unlike, works)
+        must = "1 with dense layers (Megatron's local dense attention runs on one rank)"
+        check(size == 1, "context_parallel_size", size, must)
+        # Otherwise all layers are saved as slices of one tensor, and these differ in shape.
+        all_dense = not any(layers)
+        saved_apart = config.hetereogenous_dist_checkpoint
+        must = "True where only some layers are dense (layers of two kinds are saved apart)"
+        check(all_dense or saved_apart, "hetereogenous_dist_checkpoint", saved_apart, must)
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=False,

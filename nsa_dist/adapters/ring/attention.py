@@ -170,18 +170,18 @@ def _layout_problem(layout: str, cu_seqlens: Tensor | None, dtype: torch.dtype) 
     """Why ring-flash-attn has no right algorithm for a split, or None."""
     if layout not in RING_LAYOUTS:
         return None
-    found = f"layout: found {layout!r} for dense attention over several ranks"
-    short = " and ".join(str(x).removeprefix("torch.") for x in FLASH_DTYPES)
+    where = "for dense attention over several ranks"
+    short = " or ".join(str(x).removeprefix("torch.") for x in FLASH_DTYPES)
     if dtype not in FLASH_DTYPES:
         return (
-            f"{found} in {dtype}, where the ring's gradients are wrong; 'contiguous' works in "
-            f"every dtype, and {layout!r} in {short}"
+            f"layout must be 'contiguous' {where} in {dtype}, where the ring's gradients are "
+            f"wrong, got {layout!r}; {layout!r} needs {short}"
         )
     if RING_LAYOUTS[layout] == (cu_seqlens is not None):
         return None
     given = "without cu_seqlens" if cu_seqlens is None else "with packed documents (cu_seqlens)"
     (other,) = set(RING_LAYOUTS) - {layout}
-    return f"{found} {given}; {other!r} works there in {short}, and 'contiguous' in every dtype"
+    return f"layout must be 'contiguous', or in {short} {other!r}, {where} {given}, got {layout!r}"
 
 
 def _split(
@@ -245,8 +245,8 @@ def dense_attention(
     counter = CommunicationCounter() if communication is None else communication
     try:
         if scale is not None:
-            scale = as_number("scale", scale, "a positive finite number or None works")
-        check_tensor("q", q, "a tensor")
+            scale = as_number("scale", scale, "a positive finite number or None")
+        check_tensor("q", q, "a plain tensor")
     except ValueError as error:
         agree(Statement({"call": "dense forward"}), str(error), context, counter, error)
     problem = _check_inputs(q, k, v, context.size)
@@ -367,27 +367,28 @@ def _kernel_width(q: Tensor, v: Tensor) -> int:
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> str | None:
     """What is wrong with the tensors of one call, or None."""
     if q.ndim != 4:
-        return f"q: found shape {tuple(q.shape)}; [batch, local tokens, heads, width] works"
+        return f"q must be [batch, local tokens, heads, width], got shape {tuple(q.shape)}"
     if q.dtype not in DTYPES or q.is_meta:
-        return f"q: found {describe(q)}; data in one of {DTYPES} works"
+        return f"q must be data in one of {DTYPES}, got {describe(q)}"
     batch, length, heads, width = q.shape
     for name, x, last in (("k", k, str(width)), ("v", v, "width of values")):
         if not is_plain(x):
-            return f"{name}: found {describe(x)}; a tensor works"
+            return f"{name} must be a plain tensor, got {describe(x)}"
         fits = x.ndim == 4 and x.shape[:2] == q.shape[:2] and x.shape[2] and not heads % x.shape[2]
         if not fits or (x is k and x.shape[3] != width):
             return (
-                f"{name}: found shape {tuple(x.shape)}; [{batch}, {length}, KV heads, {last}] with "
-                f"a divisor of {heads} KV heads works"
+                f"{name} must be of shape [{batch}, {length}, KV heads, {last}], its KV heads a "
+                f"divisor of the {heads} query heads, got shape {tuple(x.shape)}"
             )
         if x.shape[2] != k.shape[2]:
-            return f"v: found {x.shape[2]} heads; {k.shape[2]}, as of k, work"
+            return f"v must have {k.shape[2]} heads as k, got {x.shape[2]}"
         if x.dtype != q.dtype or x.device != q.device:
-            return f"{name}: found {x.dtype} on {x.device}; {q.dtype} on {q.device}, as q, works"
+            return f"{name} must be {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}"
     if ranks > 1 and flash_kind(q.device, q.dtype) != "plain":
-        found = max(width, v.shape[3])
-        if found > FLASH_WIDTH:
-            return f"width of heads: found {found}; at most {FLASH_WIDTH} works on {q.device.type}"
+        widest = max(width, v.shape[3])
+        if widest > FLASH_WIDTH:
+            device = q.device.type
+            return f"width of heads must be at most {FLASH_WIDTH} on {device}, got {widest}"
     return None
 
 
@@ -396,16 +397,16 @@ def _check_plan(
 ) -> str | None:
     """What tells that a plan is not of this call, or None."""
     if not isinstance(plan, DensePlan):
-        return f"plan: found {describe(plan)}; one from get_dense_plan, or None, works"
+        return f"plan must be one from get_dense_plan or None, got {describe(plan)}"
     if cu_seqlens is not None:
-        return "cu_seqlens: found beside a plan, which has its own; None works"
+        return "cu_seqlens must be None with a plan, which has its own, got boundaries"
     made = plan.plan
-    for what, found, works in (
+    for what, of_plan, of_call in (
         ("[batch, local tokens]", (made.batch, made.local_length), tuple(q.shape[:2])),
         ("(rank, group size)", (made.rank, made.size), (context.rank, context.size)),
         ("dtype", plan.dtype, q.dtype),
         ("device", made.positions.device, q.device),
     ):
-        if found != works:
-            return f"plan: found one for {what} {found}; one for {works} works"
+        if of_plan != of_call:
+            return f"plan must be one for {what} {of_call}, got one for {of_plan}"
     return None

@@ -72,14 +72,14 @@ class DenseAttention(nn.Module):
         hidden_size = as_int("hidden_size", hidden_size, 1)
         check_bool("bias", bias)
         check_bool("qk_norm", qk_norm)
-        norm_eps = as_number("norm_eps", norm_eps, "a positive finite number works")
-        works = "a probability in [0, 1) works"
-        dropout = as_number("dropout", dropout, works, positive=False)
-        check(0 <= dropout < 1, "dropout", dropout, works)
-        check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
+        norm_eps = as_number("norm_eps", norm_eps, "a positive finite number")
+        must = "a probability in [0, 1)"
+        dropout = as_number("dropout", dropout, must, positive=False)
+        check(0 <= dropout < 1, "dropout", dropout, must)
+        check(isinstance(config, NSAConfig), "config", config, "an NSAConfig")
         if rotary is not None:
             is_config = isinstance(rotary, RotaryConfig)
-            check(is_config, "rotary", rotary, "a RotaryConfig or None works")
+            check(is_config, "rotary", rotary, "a RotaryConfig or None")
             rotary.rotary_dim(config.head_dim)
         missing = missing_library()
         if self.context.size > 1 and missing is not None:
@@ -163,7 +163,7 @@ class DenseAttention(nn.Module):
     @torch.compiler.disable
     def _plan(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> DensePlan:
         if not is_plain(x):
-            problem = f"x: found {describe(x)}; a tensor works"
+            problem = f"x must be a plain tensor, got {describe(x)}"
             statement = Statement({"call": "dense forward"})
             agree(statement, problem, self.context, self.communication)
         rows = tuple(x.shape[:2]) if x.ndim >= 2 else (0, 0)

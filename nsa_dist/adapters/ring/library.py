@@ -47,8 +47,8 @@ def missing_library() -> str | None:
     if find_spec(LIBRARY) is not None:
         return None
     return (
-        "ring-flash-attn: found not installed here; dense attention over several ranks works with "
-        "pip install nsa-dist[ring]"
+        "ring-flash-attn must be installed for dense attention over several ranks (pip install "
+        "nsa-dist[ring]), got no module ring_flash_attn"
     )
 
 

@@ -67,18 +67,30 @@ def test_given_gates_leave_static_ones_a_gradient_of_zeros() -> None:
 def test_what_cannot_be_built_is_refused_by_name() -> None:
     independent = NSAConfig(4, 2, 8, gate="static")
     cases: list[tuple[NSAConfig, dict[str, Any], str]] = [
-        (independent, {}, "independent_kv: found True; False works"),
-        (replace(SMALL, compress_pre_rope=True), {}, "compress_pre_rope: found True; False works"),
-        (SMALL, {"layout": "stripes"}, "layout: found 'stripes'"),
+        (independent, {}, r"independent_kv must be False .*, got True"),
+        (
+            replace(SMALL, compress_pre_rope=True),
+            {},
+            "compress_pre_rope must be False .*, got True",
+        ),
+        (SMALL, {"layout": "stripes"}, "layout must be one of .*, got 'stripes'"),
         (SMALL, {"backend": "cuda"}, "backend"),
-        (SMALL, {"k_compressor": torch.nn.Identity()}, "k_compressor: found a Identity with"),
-        (replace(SMALL, compress="custom"), {}, "k_compressor: found None with compress='custom'"),
-        (SMALL, {"sequence_process_group": "sp"}, "group: found 'sp'"),
+        (
+            SMALL,
+            {"k_compressor": torch.nn.Identity()},
+            r"k_compressor must be None with .*, got a Identity",
+        ),
+        (
+            replace(SMALL, compress="custom"),
+            {},
+            "k_compressor must be an nn.Module with compress='custom' .*, got None",
+        ),
+        (SMALL, {"sequence_process_group": "sp"}, "group must be a process group .*, got 'sp'"),
     ]
     for config, options, message in cases:
         with pytest.raises(ValueError, match=message):
             NSADistributedAttention(config, **options)
-    with pytest.raises(ValueError, match="config: found 4; an NSAConfig works"):
+    with pytest.raises(ValueError, match="config must be an NSAConfig, got 4"):
         NSADistributedAttention(4)
 
 
@@ -112,7 +124,11 @@ def test_what_cannot_be_called_is_refused_by_name() -> None:
         ((q, k, v, 0, (cos[1:], sin[1:])), {}, "rotary_pos_emb: found cos.*64 tokens of the whole"),
         ((q, k, v, 0, (cos, sin[..., :4])), {}, "rotary_pos_emb: found sin"),
         ((q, k, v, 0), {"gates": gates[..., :2]}, "gates: found"),
-        ((q, k, v, 0), {"cu_seqlens": bounds}, "cu_seqlens: found with batch size 2"),
+        (
+            (q, k, v, 0),
+            {"cu_seqlens": bounds},
+            "cu_seqlens must come with batch size 1, got batch size 2",
+        ),
     ]
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):

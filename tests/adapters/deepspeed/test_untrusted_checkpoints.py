@@ -69,7 +69,8 @@ def test_a_class_of_the_user_is_refused_allowed_or_trusted(
     ranks.run(save, folder, {"note": Note("seven")})
     file = tmp_path / TAG / "mp_rank_00_model_states.pt"
     for message in ranks.run(refused, CASE, folder, None):
-        assert message.startswith(f"{file}: found {Note.__module__}.Note, which is not allowed; ")
+        assert message.startswith(f"{file} must hold tensors and plain values only ")
+        assert message.endswith(f", got {Note.__module__}.Note, which is not allowed")
         assert "torch.serialization.add_safe_globals([it])" in message
         assert "load_checkpoint(..., trusted=True)" in message
     assert ranks.run(loaded_note, folder, [Note], {}) == ["seven"] * 2
@@ -91,7 +92,8 @@ def test_trap_a_file_of_deepspeed_that_calls_a_function(
     content = torch.load(file, weights_only=False) if file.exists() else {}
     torch.save({**content, "more": mkdir(marker)}, file)
     for message in deepspeed_ranks(2).run(refused, CASE, str(folder), None):
-        assert message.startswith(f"{file}: found posix.mkdir, which is not allowed; ")
+        assert message.startswith(f"{file} must hold tensors and plain values only ")
+        assert message.endswith(", got posix.mkdir, which is not allowed")
     assert not marker.exists()
 
 
@@ -109,7 +111,8 @@ def test_trap_a_universal_form_that_calls_a_function(
     torch.save(mkdir(marker), where / "head.weight" / "fp32.pt")
     file = path / "zero" / "head.weight" / "fp32.pt"
     for message in deepspeed_ranks(2).run(refused, CASE, str(folder), path.name, True):
-        assert message.startswith(f"{file}: found posix.mkdir, which is not allowed; ")
+        assert message.startswith(f"{file} must hold tensors and plain values only ")
+        assert message.endswith(", got posix.mkdir, which is not allowed")
     assert not marker.exists()
 
 
@@ -119,4 +122,5 @@ def test_a_latest_that_leaves_the_folder_is_refused(
 ) -> None:
     (folder / "latest").write_text(tag)
     for message in deepspeed_ranks(2).run(refused, CASE, str(folder), None):
-        assert message == f"{folder / 'latest'}: found {tag!r}; a folder in {str(folder)!r} works"
+        name = f"the name of a folder in {str(folder)!r}"
+        assert message == f"the tag in {folder / 'latest'} must be {name}, got {tag!r}"

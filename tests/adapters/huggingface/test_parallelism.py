@@ -69,7 +69,7 @@ def test_sizes_that_others_state(ranks_of: Callable[[int], Ranks]) -> None:
         assert answer.keys() == {"cp_size", "sp_size", "context_parallel"}
         for option, message in answer.items():
             assert option in message, message
-            assert "found 2 with a model that was told of no group" in message, message
+            assert "must be 1 without a call of use_group, got 2" in message, message
             assert "use_group" in message, message
 
 
@@ -90,4 +90,5 @@ def test_the_trainer_with_ulysses(tmp_path: Path) -> None:
         check=False,
     )
     for rank in range(2):
-        assert f"rank {rank}: sp_size of accelerate's ParallelismConfig: found 2" in finished.stdout
+        told = f"rank {rank}: sp_size of accelerate's ParallelismConfig must be 1"
+        assert told in finished.stdout

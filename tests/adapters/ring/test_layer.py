@@ -156,25 +156,30 @@ BF16, F32 = torch.bfloat16, torch.float32
 REFUSED: dict[str, tuple[str, bool, torch.dtype, str]] = {
     "zigzag-packed": (
         *("zigzag", True, BF16),
-        "'zigzag_per_document' works there in bfloat16 and float16, and 'contiguous' in every",
+        "layout must be 'contiguous', or in bfloat16 or float16 'zigzag_per_document', ",
     ),
     "zigzag-float32": (
         *("zigzag", False, F32),
-        "in torch.float32, where the ring's gradients are wrong; 'contiguous' works in every dtype",
+        "in torch.float32, where the ring's gradients are wrong, got 'zigzag'; 'zigzag' needs ",
     ),
     "zigzag-packed-float64": (
         *("zigzag", True, torch.float64),
-        "'contiguous' works in every dtype",
+        "layout must be 'contiguous' ",
     ),
     "per-document-rows": (
         *("zigzag_per_document", False, BF16),
-        "without cu_seqlens; 'zigzag' works there in bfloat16 and float16, and 'contiguous'",
+        "or in bfloat16 or float16 'zigzag', for dense attention over several ranks without cu_seq",
     ),
     "per-document-float32": (
         *("zigzag_per_document", True, F32),
-        "'contiguous' works in every dtype, and 'zigzag_per_document' in bfloat16",
+        "got 'zigzag_per_document'; 'zigzag_per_document' needs bfloat16 or float16",
     ),
-    "unknown": ("striped", False, BF16, "layout: found 'striped'"),
+    "unknown": (
+        "striped",
+        False,
+        BF16,
+        "layout must be one of 'contiguous', 'zigzag', 'zigzag_per_document', got 'striped'",
+    ),
 }
 
 
@@ -200,9 +205,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "documents": ({"bounds": (0, 9, 16)}, "cu_seqlens"),
     "no-documents": ({"bounds": None}, "cu_seqlens"),
     "dtype": ({"dtype": F32}, "dtype"),
-    "kv-heads": ({"kv_heads": 3}, "k: found shape (1, 8, 3, 8)"),
+    "kv-heads": ({"kv_heads": 3}, "got shape (1, 8, 3, 8)"),
     "scale": ({"scale": 0.5}, "scale"),
-    "key-width": ({"key_width": 4}, "k: found shape (1, 8, 2, 4)"),
+    "key-width": ({"key_width": 4}, "got shape (1, 8, 2, 4)"),
     "layout": ({"layout": "zigzag"}, "layout"),
 }
 
@@ -252,23 +257,27 @@ def stale_on_one_rank() -> Outcome:
 
 
 def test_a_rank_with_another_batch_is_an_error_on_every_rank(ranks_of: RanksOf) -> None:
+    message = "cu_seqlens must be equal on all ranks, got rank 0: [0, 5, 16], rank 1: [0, 3, 16]"
     for outcome in ranks_of(2).run(stale_on_one_rank):
         assert outcome.error == "ValueError"
-        assert "cu_seqlens: found rank 0: [0, 5, 16], rank 1: [0, 3, 16]" in outcome.message
+        assert message in outcome.message
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"layout": "striped"}, "layout: found 'striped'"),
-        ({"bias": 1}, "bias: found 1"),
-        ({"qk_norm": None}, "qk_norm: found None"),
-        ({"norm_eps": 0.0}, "norm_eps: found 0.0"),
-        ({"dropout": 1.0}, "dropout: found 1.0"),
-        ({"rotary": "none"}, "rotary: found 'none'"),
-        ({"hidden_size": 0}, "hidden_size: found 0"),
-        ({"config": 3}, "config: found 3"),
-        ({"group": "world"}, "group: found 'world'"),
+        (
+            {"layout": "striped"},
+            "layout must be one of 'contiguous', 'zigzag', 'zigzag_per_document', got 'striped'",
+        ),
+        ({"bias": 1}, "bias must be True or False, got 1"),
+        ({"qk_norm": None}, "qk_norm must be True or False, got None"),
+        ({"norm_eps": 0.0}, "norm_eps must be a positive finite number, got 0.0"),
+        ({"dropout": 1.0}, "dropout must be a probability in [0, 1), got 1.0"),
+        ({"rotary": "none"}, "rotary must be a RotaryConfig or None, got 'none'"),
+        ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, got 0"),
+        ({"config": 3}, "config must be an NSAConfig, got 3"),
+        ({"group": "world"}, "group must be a process group"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -283,7 +292,7 @@ def test_bad_options_are_refused_when_built(options: dict[str, Any], message: st
     [
         ({"x": torch.zeros(1, 8, HIDDEN + 1)}, f"hidden_size={HIDDEN}] works"),
         ({"x": torch.zeros(1, 8, HIDDEN, dtype=torch.float64)}, "found torch.float64"),
-        ({"x": None}, "x: found None"),
+        ({"x": None}, "x must be a plain tensor, got None"),
         ({"position_ids": torch.zeros(1, 7).long()}, "position_ids: found torch.int64"),
         ({"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32)}, "last boundary 7"),
     ],
@@ -302,7 +311,7 @@ def test_a_plan_of_another_call_is_refused() -> None:
     q = torch.zeros(1, 8, 4, 8)
     sizes = {"batch": 1, "local_length": 9, "cu_seqlens": None, "dtype": q.dtype}
     plan = get_dense_plan("zigzag", None, device=q.device, **sizes)
-    with pytest.raises(ValueError, match=r"plan: found one for \[batch, local tokens\] \(1, 9\)"):
+    with pytest.raises(ValueError, match=r"plan must be .* \(1, 8\), got one for \(1, 9\)"):
         dense_attention(q, q, q, plan=plan)
 
 
