@@ -7,18 +7,24 @@ writes ``OTHER_RUN/checkpoints/step_00001000`` for the other engine, from which 
 for bit. Neither Megatron nor a GPU is needed, and the sizes (tp, cp, pp, dp) that wrote a
 checkpoint or will read it do not matter. The model is in memory once, with its moments.
 
-``megatron_names.py`` has the names. In Megatron's checkpoints a weight is saved by its key, its
-moments as ``optimizer.state.exp_avg.KEY`` and ``optimizer.state.exp_avg_sq.KEY``, and the float32
-weight behind a bfloat16 one as ``optimizer.state.param.KEY``.
+``engines/megatron_names.py`` has the names. In Megatron's checkpoints a weight is saved by its key,
+its moments as ``optimizer.state.exp_avg.KEY`` and ``optimizer.state.exp_avg_sq.KEY``, and the
+float32 weight behind a bfloat16 one as ``optimizer.state.param.KEY``.
 """
 
 from __future__ import annotations
 
-import json
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+    folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
+    others = [path for path in sys.path if Path(path).resolve() != folder]
+    sys.path[:] = [str(root), str(root / "kernels"), *others]
+
+import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,7 +33,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from checkpoint import (
+from launch.engines.fsdp2 import make_optimizer
+from launch.engines.megatron_names import from_saved, to_saved
+from launch.model import Decoder
+from launch.settings import Settings, check
+from launch.storage.checkpoint import (
     Checkpoint,
     checkpoint_path,
     is_deepspeed,
@@ -37,13 +47,9 @@ from checkpoint import (
     save_checkpoint,
     save_state,
 )
-from fsdp2_engine import make_optimizer
-from manifest import CheckpointError, shared_failure
-from megatron_names import from_saved, to_saved
-from model import Decoder
+from launch.storage.manifest import CheckpointError, shared_failure
 from nsa_dist.checkpoints.dcp_metadata import read_metadata
 from nsa_dist.checkpoints.safe_load import check_dcp, load, read_file
-from settings import Settings, check
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FORMAT = {

@@ -8,9 +8,15 @@ processes or machines call torchrun with train.py directly.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+    folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
+    others = [path for path in sys.path if Path(path).resolve() != folder]
+    sys.path[:] = [str(root), str(root / "kernels"), *others]
+
+import os
 
 import torch
 
@@ -33,16 +39,13 @@ def command(arguments: list[str], gpus: int) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, in which a checkout works without being installed."""
-    root = Path(__file__).resolve().parent.parent
-    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
+    """This process's environment, with what torchrun is to do."""
     # A thread a core over all processes; torchrun would otherwise warn and take one a process.
     threads = str(max(1, (os.cpu_count() or 1) // MOST))
     # torchrun passes on signals that it is told of; of SIGUSR1 it would end without its ranks.
     # They have five minutes to save before it kills them. Options of torchrun, by its own names.
     waits = {"PET_SIGNALS_TO_HANDLE": SIGNALS, "PET_SHUTDOWN_TIMEOUT": "300"}
-    inherited = {"OMP_NUM_THREADS": threads, **waits, **os.environ}
-    return {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {"OMP_NUM_THREADS": threads, **waits, **os.environ}
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from data import mix_seed
+from launch.processes.ranks import Ranks
+from launch.seeds import mix_seed
+from launch.settings import Settings
 from nsa_dist import NativeSparseAttention, NSABlock
 from nsa_dist.adapters.ring import DenseAttention, DenseBlock
-from ranks import Ranks
-from settings import Settings
 
 LOSS_ROWS = 4096
 """Tokens whose logits exist at one time in training: [4096, vocabulary], in float32 too."""

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from launch.processes.ranks import Ranks
+from launch.processes.stopping import Stopping
 from nsa_dist import shard_batch
-from ranks import Ranks
-from stopping import Stopping
 
 PAD_TO = 64
 """By default lengths grow in these steps, so that few distinct plans are made."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tyro
 
-from mistakes import read_once
+from launch.processes.mistakes import read_once
 from nsa_dist import NSAConfig, RotaryConfig
 
 FORMAT = 1

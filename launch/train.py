@@ -3,51 +3,58 @@
     torchrun --nproc-per-node=2 launch/train.py configs/default.toml [--section.option value ...]
 
 Runs on GPUs over NCCL and on CPUs over gloo, also as one process without torchrun. What spreads the
-model over ranks and runs a step is an engine: FSDP2 (fsdp2_engine.py), Megatron-core
-(megatron_engine.py) or DeepSpeed (deepspeed_engine.py), by ``parallel.engine``.
+model over ranks and runs a step is an engine: FSDP2, Megatron-core or DeepSpeed, by
+``parallel.engine`` (launch/engines/).
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+    folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
+    others = [path for path in sys.path if Path(path).resolve() != folder]
+    sys.path[:] = [str(root), str(root / "kernels"), *others]
+
 import io
 import math
 import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import mistakes
-from checkpoint import resume, save_checkpoint
-from data import (
+from launch.data.corpus import (
     Corpus,
     PackedStreams,
     Stream,
     join,
     load_corpus,
-    mix_seed,
     unigram_loss,
 )
-from engine import Engine, make_engine
-from folder import check_folder_options, run_folder, write_settings
-from health import Health, check_state, check_validation, finite_mean
-from history import History
-from manifest import CheckpointError
+from launch.data.tokenizer import Tokenizer
+from launch.engines.base import Engine
+from launch.engines.registry import make_engine
+from launch.processes import mistakes
+from launch.processes.ranks import Ranks, start_ranks
+from launch.processes.startup import describe, join_store
+from launch.processes.stopping import STOPPED, Stopping
+from launch.reporting.health import Health, check_state, check_validation, finite_mean
+from launch.reporting.history import History
+from launch.reporting.report import Report, show_bytes
+from launch.sampling import PAD_TO, sample
+from launch.seeds import mix_seed
+from launch.settings import OptimizerSettings, Settings, check, from_command_line
+from launch.storage.checkpoint import resume, save_checkpoint
+from launch.storage.folder import check_folder_options, run_folder, write_settings
+from launch.storage.manifest import CheckpointError
 from nsa_dist import ShardedBatch, shard_batch
 from nsa_kernels import get_backend
-from ranks import Ranks, start_ranks
-from report import Report, show_bytes
-from sampling import PAD_TO, sample
-from settings import OptimizerSettings, Settings, check, from_command_line
-from startup import describe, join_store
-from stopping import STOPPED, Stopping
-from tokenizer import Tokenizer
 
 # What layers count, and the order in which it is summed over ranks.
 COMMUNICATION_KINDS = (

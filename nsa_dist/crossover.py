@@ -7,7 +7,7 @@ import warnings
 import torch
 
 # Tokens of a document at which forward and backward together take as long as cuDNN's dense
-# attention, by GPU; with the shapes of SHAPES. launch/bench_kernels.py measures it.
+# attention, by GPU; with the shapes of SHAPES. launch/bench/operators.py measures it.
 CROSSOVER = {"NVIDIA H200": 13_500}
 SHAPES = "bfloat16, 64 query heads, 4 KV heads, width 128"
 

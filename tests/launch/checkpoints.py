@@ -16,13 +16,12 @@ from unittest import mock
 
 import torch.distributed as dist
 
-import checkpoint
-import manifest
-from checkpoint import find_checkpoint, resume, save_checkpoint
-from manifest import CheckpointError
-from settings import Settings
+from launch.settings import Settings
+from launch.storage import checkpoint, manifest
+from launch.storage.checkpoint import find_checkpoint, resume, save_checkpoint
+from launch.storage.manifest import CheckpointError
+from launch.train import Result
 from tests.launch.common import run_training
-from train import Result
 
 
 def shard(path: Path) -> Path:
@@ -198,7 +197,9 @@ def find_as_rank_0_sees(folder: Path) -> tuple[str | None, list[str]]:
     if dist.get_rank() == 0:
         return find(folder)
     real = checkpoint.found_steps
-    with mock.patch("checkpoint.found_steps", lambda folder: dict([*real(folder).items()][:1])):
+    with mock.patch(
+        "launch.storage.checkpoint.found_steps", lambda folder: dict([*real(folder).items()][:1])
+    ):
         return find(folder)
 
 
@@ -315,7 +316,7 @@ def run_with_full_disk(
         with small_files_only(rank, most):
             return real(*args, **options)
 
-    with mock.patch("train.save_checkpoint", save):
+    with mock.patch("launch.train.save_checkpoint", save):
         try:
             run(settings)
         except CheckpointError as error:
@@ -336,6 +337,6 @@ DENIED = errno.EACCES
 
 def universal_is_whole(path: Path) -> bool:
     """Whether a checkpoint has a universal form."""
-    from deepspeed_engine import has_universal
+    from launch.engines.deepspeed import has_universal
 
     return has_universal(path)

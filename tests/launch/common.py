@@ -20,19 +20,19 @@ from unittest import mock
 
 import torch
 
-from checkpoint import checkpoints, load_weights
-from data import PackedStreams, load_corpus
-from folder import run_folder, write_settings
-from fsdp2_engine import clip_gradients, forward_backward
-from model import Decoder, build_model
+from launch.bench.record_choices import Recording, RecordOptions
+from launch.bench.record_choices import run as run_recording
+from launch.data.corpus import PackedStreams, load_corpus
+from launch.engines.fsdp2 import clip_gradients, forward_backward
+from launch.model import Decoder, build_model
+from launch.processes.ranks import Ranks, start_ranks
+from launch.processes.startup import join_store
+from launch.sampling import sample
+from launch.settings import Settings, from_table
+from launch.storage.checkpoint import checkpoints, load_weights
+from launch.storage.folder import run_folder, write_settings
+from launch.train import Result, shard_stream, step_batches, train
 from nsa_dist import shard_batch
-from ranks import Ranks, start_ranks
-from record_choices import Recording, RecordOptions
-from record_choices import run as run_recording
-from sampling import sample
-from settings import Settings, from_table
-from startup import join_store
-from train import Result, shard_stream, step_batches, train
 
 Table = dict[str, dict[str, Any]]
 
@@ -139,9 +139,9 @@ def hold_folder(settings: Settings, how: str = "") -> tuple[Path, list[str]]:
     ranks = same_ranks()
     with ExitStack() as stack:
         if how == "rank 0 elsewhere" and ranks.is_main:
-            stack.enter_context(mock.patch("lock._machine", return_value="another"))
+            stack.enter_context(mock.patch("launch.storage.lock._machine", return_value="another"))
         if how == "impatient":
-            stack.enter_context(mock.patch("folder.STALE_SECONDS", 1.0))
+            stack.enter_context(mock.patch("launch.storage.folder.STALE_SECONDS", 1.0))
         folder = stack.enter_context(run_folder(settings, ranks))
         torch.distributed.barrier()
         names = sorted(path.name for path in folder.iterdir())
@@ -156,7 +156,7 @@ def hold_folders(settings: Settings, each: list[str]) -> None:
     before = Path.cwd()
     os.chdir(each[torch.distributed.get_rank()])
     try:
-        with mock.patch("folder.SHARED_SECONDS", 0.3):
+        with mock.patch("launch.storage.folder.SHARED_SECONDS", 0.3):
             hold_folder(settings)
     finally:
         os.chdir(before)

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import PackedStreams, load_corpus
-from engine import count_targets
-from ranks import start_ranks
-from settings import Settings
+from launch.data.corpus import PackedStreams, load_corpus
+from launch.engines.base import count_targets
+from launch.processes.ranks import start_ranks
+from launch.settings import Settings
+from launch.train import Result, step_batches, train
 from tests.launch.common import Gradients, replaced
 from tests.launch.megatron import use_gpus
-from train import Result, step_batches, train
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed, which is not here"
@@ -33,7 +33,7 @@ def deepspeed_gradients(settings: Settings) -> Gradients:
     """Gradients of the first step's batch, whole, on the CPU."""
     from deepspeed.utils import safe_get_full_grad
 
-    from deepspeed_engine import DeepSpeedEngine
+    from launch.engines.deepspeed import DeepSpeedEngine
     from nsa_dist.adapters.deepspeed import scale_loss
 
     if settings.run.device == "cuda":

@@ -14,16 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from checkpoint import find_checkpoint, save_checkpoint
-from data import PackedStreams, load_corpus
-from engine import make_engine
-from megatron_names import block_from_megatron, rest_to_megatron
-from model import Decoder
-from ranks import start_ranks
-from settings import Settings
+from launch.data.corpus import PackedStreams, load_corpus
+from launch.engines.megatron_names import block_from_megatron, rest_to_megatron
+from launch.engines.registry import make_engine
+from launch.model import Decoder
+from launch.processes.ranks import start_ranks
+from launch.settings import Settings
+from launch.storage.checkpoint import find_checkpoint, save_checkpoint
+from launch.train import Result, step_batches, train
 from tests.adapters.megatron import shim
 from tests.launch.common import Gradients, first_gradients, replaced
-from train import Result, step_batches, train
 
 needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="needs megatron-core, which is not here"
@@ -119,7 +119,7 @@ def megatron_gradients(settings: Settings) -> Gradients:
     """Gradients of the first step's batch, whole and by our names; for one pipeline stage."""
     from megatron.core import parallel_state
 
-    from megatron_engine import MegatronEngine, _forward_loss, run_schedule
+    from launch.engines.megatron import MegatronEngine, _forward_loss, run_schedule
 
     _prepare(settings)
     ranks = start_ranks(settings)

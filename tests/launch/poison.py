@@ -11,12 +11,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-import train
-from data import mix_seed
-from engine import Engine, Step
+from launch import train
+from launch.engines.base import Engine, Step
+from launch.processes.ranks import Ranks, start_ranks
+from launch.seeds import mix_seed
+from launch.settings import Settings
 from nsa_dist import ShardedBatch
-from ranks import Ranks, start_ranks
-from settings import Settings
 from tests.launch.megatron import _own_processes, _prepare
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import local
+from launch import local
 
 TRAIN = str(Path(local.__file__).with_name("train.py"))
 

@@ -1,4 +1,4 @@
-"""The benchmark but for its clock: what it runs on, what it counts, what it refuses, its judges."""
+"""The benchmark but for its clock: what it runs on, what it refuses, its judges."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-import bench_kernels
-from bench_judges import scores
-from bench_options import OPERATORS, Options, first_bad_choice, random_choices, recorded_choices
-from bench_problems import Problem, problems
-from bench_stream import Stream
-from bench_table import read_csv
-from bench_work import Peaks, count_pairs, fewest_bytes, operator_flops
+from launch.bench import operators
+from launch.bench.judges import scores
+from launch.bench.options import (
+    OPERATORS,
+    Options,
+    first_bad_choice,
+    random_choices,
+    recorded_choices,
+)
+from launch.bench.problems import Problem, problems
+from launch.bench.stream import Stream
+from launch.bench.table import read_csv
+from launch.bench.work import Peaks, operator_flops
 from nsa_kernels import pytorch
-from nsa_kernels.reference import ReferenceOptions, block_scores, selected_mask, window_mask
+from nsa_kernels.reference import ReferenceOptions, block_scores
 
 numpy = pytest.importorskip("numpy")
 
@@ -142,55 +148,6 @@ def test_choices_that_do_not_match_the_run_are_refused_by_name(tmp_path: Path) -
 # What it counts.
 
 
-@pytest.mark.parametrize("length, documents", [(90, 1), (90, 3), (7, 1), (33, 1)])
-def test_pairs_are_those_of_the_masks(length: int, documents: int) -> None:
-    options = replace(SMALL, lengths=(length,), documents=documents)
-    size = length // documents
-    choices = random_choices(size, options.config, "cpu")
-    seen = sum(4 * i + 7 <= t for t in range(size) for i in range(max(0, (size - 8) // 4 + 1)))
-    pairs = count_pairs(options, length)
-    assert pairs.compressed == documents * seen
-    of_groups = selected_mask(choices, 16).sum(dim=(0, 2)).tolist()
-    assert [documents * count for count in of_groups] == [pairs.selected, pairs.selected]
-    assert pairs.window == documents * int(window_mask(size, 20, torch.device("cpu")).sum())
-    assert pairs.dense == documents * sum(t + 1 for t in range(size))
-
-
-def test_flops_are_those_of_the_products() -> None:
-    flops, pairs = operator_flops(SMALL, 90), count_pairs(SMALL, 90)
-    # Rows times inner times columns of every product, twice: H = 4, Dk = 16, Dv = 32.
-    for name, count in (
-        ("compressed_attention", pairs.compressed),
-        ("selected_attention", pairs.selected),
-        ("window_attention", pairs.window),
-        ("dense", pairs.dense),
-    ):
-        assert flops[name].forward == 2 * 4 * count * (16 + 32)
-        assert flops[name].backward == 2 * 4 * count * (16 + 32 + 32 + 16 + 16)
-    assert flops["block_selection"].forward == 2 * 4 * pairs.compressed * 16
-    blocks = len([i for i in range(90) if 4 * i + 8 <= 90])
-    keys = 2 * 2 * blocks * (8 * 16 * 32 + 32 * 16)
-    values = 2 * 2 * blocks * (8 * 32 * 64 + 64 * 32)
-    assert flops["compression"].forward == keys
-    assert flops["compression"].backward == 2 * keys
-    parts = [flops[name] for name in OPERATORS if name != "whole"]
-    assert flops["whole"].forward == sum(part.forward for part in parts) + values
-    assert flops["whole"].backward == sum(part.backward for part in parts) + 2 * values
-    equal = operator_flops(replace(SMALL, v_head_dim=16), 90)["window_attention"]
-    assert equal.backward == 2.5 * equal.forward
-
-
-def test_the_floor_is_of_products_or_of_bytes() -> None:
-    peaks = Peaks(tflops=500.0, tbytes=4.0)
-    assert peaks.floor_ms(1e12, 4e9) == (2.0, "products")
-    assert peaks.floor_ms(1e12, 4e10) == (10.0, "bytes")
-    a, b = torch.zeros(3, 5), torch.zeros(7, dtype=torch.bfloat16)
-    assert fewest_bytes([a, b], a) == (60 + 14 + 60, 2 * 74 + 60)
-
-
-# Whether a result is right.
-
-
 @pytest.mark.parametrize("options", [SMALL, PACKED], ids=["one document", "packed"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_right_results_pass(options: Options, name: str) -> None:
@@ -252,7 +209,7 @@ def test_wrong_results_are_seen(name: str) -> None:
 
 
 def test_a_gradient_of_a_row_that_was_not_sampled_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench_judges.SAMPLED", 10)
+    monkeypatch.setattr("launch.bench.judges.SAMPLED", 10)
     problem = problem_of(SMALL, "window_attention")
     assert problem.verdict().right
 
@@ -343,11 +300,11 @@ def test_a_run_gives_a_row_of_everything(
     from torch.nn.attention import SDPBackend
 
     # What a CPU has; the other is refused there as cuDNN is on some GPUs.
-    monkeypatch.setitem(bench_kernels.BACKENDS, "cudnn", SDPBackend.MATH)
+    monkeypatch.setitem(operators.BACKENDS, "cudnn", SDPBackend.MATH)
     path = chosen_file(tmp_path, SMALL)
     table = tmp_path / "out.csv"
     options = replace(SMALL, dense=True, choices=path, layers=(1,), csv=table)
-    rows, wrong = bench_kernels.bench(options, NoClock())  # type: ignore[arg-type]
+    rows, wrong = operators.bench(options, NoClock())  # type: ignore[arg-type]
     assert wrong == []
     labels = ["random", "trained layer 1"]
     expected = [("dense_cudnn", ""), ("dense_flash", "")]
@@ -385,12 +342,12 @@ def test_a_wrong_result_is_not_timed_and_ends_the_program_with_1(
         for problem in problems(*args):
             yield with_run(problem, lambda out: -out) if problem.name == "combine" else problem
 
-    monkeypatch.setattr(bench_kernels, "problems", twisted)
-    monkeypatch.setattr(bench_kernels, "Meter", lambda _: NoClock())
+    monkeypatch.setattr(operators, "problems", twisted)
+    monkeypatch.setattr(operators, "Meter", lambda _: NoClock())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     arguments = command_line(SMALL, "--only", "combine", "window_attention")
     with pytest.raises(SystemExit) as error:
-        bench_kernels.main(arguments)
+        operators.main(arguments)
     assert "combine at 90: error 2.0e+00, at most" in str(error.value.code)
     printed = capsys.readouterr().out
     assert "WRONG, not timed: combine at 90" in printed
@@ -428,7 +385,7 @@ def test_bad_options_are_refused_by_name(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as error:
-        bench_kernels.main(command_line(SMALL, *arguments))
+        operators.main(command_line(SMALL, *arguments))
     assert error.value.code == 2
     output = capsys.readouterr()
     # The message is set in a box, whose lines may break anywhere.
@@ -445,19 +402,19 @@ def test_packed_documents_take_no_recorded_choices(tmp_path: Path) -> None:
 def test_a_machine_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
-        bench_kernels.main(["--lengths", "64"])
-    assert str(error.value.code).startswith("bench_kernels.py: found no CUDA device;")
+        operators.main(["--lengths", "64"])
+    assert str(error.value.code).startswith("operators.py: found no CUDA device;")
 
 
 def test_a_file_that_does_not_match_ends_the_program_before_anything_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = chosen_file(tmp_path, SMALL)
-    monkeypatch.setattr(bench_kernels, "Meter", lambda _: NoClock())
+    monkeypatch.setattr(operators, "Meter", lambda _: NoClock())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     arguments = command_line(replace(SMALL, lengths=(90, 96)), "--choices", str(path))
     with pytest.raises(SystemExit) as error:
-        bench_kernels.main(arguments)
+        operators.main(arguments)
     assert "[group, token, n] = [2, 90, 4]" in str(error.value.code)
     assert "[2, 96, 4] (--kv-heads, --lengths and --num-selected" in str(error.value.code)
     assert capsys.readouterr().out == ""
@@ -478,7 +435,7 @@ def test_a_run_on_a_gpu_times_everything(tmp_path: Path, documents: int) -> None
     table = tmp_path / "out.csv"
     sizes = ["--lengths", "1000", "2048", "--heads", "16", "--kv-heads", "1"]
     more = ["--documents", str(documents), "--repeats-ms", "5", "--csv", str(table)]
-    bench_kernels.main([*sizes, *more])
+    operators.main([*sizes, *more])
     rows = read_csv(table)
     assert {row.operator for row in rows} >= {*OPERATORS, "dense_cudnn", "dense_flash"}
     for row in rows:

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import bench_distributed
-from bench_distributed import (
+from launch.bench import distributed
+from launch.bench.distributed import (
     DistributedOptions,
     DistributedRow,
     RanksMeter,
@@ -23,8 +23,8 @@ from bench_distributed import (
     markdown,
     with_ring_ratios,
 )
-from bench_stream import Stream
-from bench_table import Shape, read_rows
+from launch.bench.stream import Stream
+from launch.bench.table import Shape, read_rows
 from nsa_dist.comm.group import context_group
 from tests.distributed.ranks import Ranks
 from tests.launch.test_bench import NoClock
@@ -98,18 +98,18 @@ def test_a_run_gives_a_row_of_each_attention(ranks_of: RanksOf, tmp_path: Path, 
 
 def run_twisted(options: DistributedOptions) -> tuple[list[DistributedRow], list[str]]:
     """With gradients of one rank's keys of dense attention doubled."""
-    original = bench_distributed.dense_attention
+    original = distributed.dense_attention
 
     def twisted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> torch.Tensor:
         if dist.get_rank() == 1:
             k = 2 * k - k.detach()
         return original(q, k, v, **more)
 
-    bench_distributed.dense_attention = twisted
+    distributed.dense_attention = twisted
     try:
         return run_bench(options)
     finally:
-        bench_distributed.dense_attention = original
+        distributed.dense_attention = original
 
 
 def test_a_wrong_result_on_one_rank_is_not_timed(ranks_of: RanksOf) -> None:
@@ -193,12 +193,12 @@ def test_tables_go_into_a_document_that_has_a_place_for_the_file(tmp_path: Path)
 def test_a_start_without_ranks_or_gpus_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as error:
-        bench_distributed.main(["--lengths", "64"])
+        distributed.main(["--lengths", "64"])
     assert "ranks: found none; torchrun --nproc-per-node=GPUS works" in str(error.value.code)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit) as error:
-        bench_distributed.main(["--lengths", "64"])
+        distributed.main(["--lengths", "64"])
     assert "found no CUDA device" in str(error.value.code)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import bench_distributed
-from bench_options import Options
-from bench_table import (
+from launch.bench import distributed
+from launch.bench.options import Options
+from launch.bench.table import (
     Row,
     Shape,
     crossover,
@@ -141,7 +141,7 @@ def test_files_that_are_no_table_are_refused(
     path.write_text(good.decode().replace(",8192,", ",many,"))
     with pytest.raises(SystemExit) as error:
         main([str(path)])
-    assert str(error.value).startswith("bench_table.py: csv: found ")
+    assert str(error.value).startswith("table.py: csv: found ")
 
 
 def test_the_tables_show_what_was_measured() -> None:
@@ -179,7 +179,7 @@ def test_the_tables_show_what_was_measured() -> None:
 
 
 def test_a_document_has_its_numbers_replaced(tmp_path: Path) -> None:
-    begin = "<!-- numbers of table.csv: written by bench_table.py -->"
+    begin = "<!-- numbers of table.csv: written by launch/bench/table.py -->"
     document = tmp_path / "page.md"
     document.write_text(f"before\n\n{begin}\n\nold\n\n<!-- end of numbers -->\n\nafter\n")
     write_csv(tmp_path / "a.csv", measured(8192, 20.0, 10.0))
@@ -204,7 +204,7 @@ def test_the_documentation_shows_the_measurements_that_are_kept() -> None:
     for path in files:
         over_ranks = "ranks" in path.read_text(encoding="utf-8").partition("\n")[0].split(",")
         if over_ranks:
-            numbers = bench_distributed.markdown(read_rows(path, bench_distributed.DistributedRow))
+            numbers = distributed.markdown(read_rows(path, distributed.DistributedRow))
         else:
             numbers = markdown(read_csv(path))
         assert with_numbers(document, numbers, path.name) == document
@@ -222,13 +222,13 @@ def test_a_plot_without_matplotlib_is_refused_with_what_to_install(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        "bench_options.find_spec", lambda name: None if name == "matplotlib" else found(name)
+        "launch.bench.options.find_spec", lambda name: None if name == "matplotlib" else found(name)
     )
     with pytest.raises(ValueError, match=r"plot: found .*pip install matplotlib, or no --plot"):
         Options(plot=tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     write_csv(tmp_path / "a.csv", measured(8192, 20.0, 10.0))
-    with pytest.raises(SystemExit, match=r"bench_table\.py: .*matplotlib"):
+    with pytest.raises(SystemExit, match=r"table\.py: .*matplotlib"):
         main([str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.png")])
 
 

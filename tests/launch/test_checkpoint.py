@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from manifest import FORMAT
-from settings import Settings, from_toml, to_toml
+from launch.settings import Settings, from_toml, to_toml
+from launch.storage.manifest import FORMAT
+from launch.train import Result
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.checkpoints import (
     BUSY,
@@ -30,7 +31,6 @@ from tests.launch.checkpoints import (
     try_resume,
 )
 from tests.launch.common import replaced, run_training, tiny
-from train import Result
 
 RanksOf = Callable[[int], Ranks]
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from checkpoint import checkpoints
-from settings import Settings, to_toml
+from launch.settings import Settings, to_toml
+from launch.storage.checkpoint import checkpoints
+from launch.train import Result
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.checkpoints import (
     DAMAGE,
@@ -31,8 +32,9 @@ from tests.launch.megatron import needs_megatron, run_megatron
 from tests.launch.processes import TRAIN, started, torchrun, wait_until
 from tests.launch.test_deepspeed_engine import by_deepspeed
 from tests.launch.test_megatron_engine import TP2, by_megatron
-from train import Result
 
+ROOT = Path(TRAIN).parents[1]
+PATHS = [str(ROOT), str(ROOT / "kernels")]
 pytestmark = pytest.mark.slow
 RanksOf = Callable[[int], Ranks]
 THREE = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 0}
@@ -97,8 +99,9 @@ def test_a_command_without_a_whole_one_says_so_once_and_ends(
 
 SLOW = """
 import sys, time
-sys.path.insert(0, {launch!r})
-import checkpoint, train
+sys.path[:0] = {paths!r}
+from launch import train
+from launch.storage import checkpoint
 inner = checkpoint.{name}
 def slow(*args, **options):
     if "step_00000002" in str(args[0]):
@@ -121,7 +124,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_bit_for_bit(
     settings = tiny(root, run=run)
     script = tmp_path / "slow.py"
     # Only the parent's name tells the last of these apart.
-    text = SLOW.format(launch=str(Path(TRAIN).parent), name=name)
+    text = SLOW.format(paths=PATHS, name=name)
     if name == "sync_folder":
         text = text.replace("in str(args[0])", 'in str(list(args[0].glob("step_00000002")))')
     script.write_text(text)

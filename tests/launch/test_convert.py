@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from convert import _read_tensors, convert
-from megatron_names import from_saved, to_saved
-from model import Decoder
-from settings import Settings, from_toml, to_toml
+from launch.convert import _read_tensors, convert
+from launch.engines.megatron_names import from_saved, to_saved
+from launch.model import Decoder
+from launch.settings import Settings, from_toml, to_toml
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.checkpoints import flip, seal, shard
 from tests.launch.common import replaced, run_training, tiny

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import (
+from launch.data.corpus import (
     Corpus,
     Documents,
     PackedStreams,
@@ -18,10 +18,10 @@ from data import (
     is_held_out,
     join,
     load_corpus,
-    mix_seed,
     unigram_loss,
 )
-from settings import DataSettings
+from launch.seeds import mix_seed
+from launch.settings import DataSettings
 
 
 def documents(lengths: list[int]) -> Documents:

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from ranks import check_deepspeed
-from settings import Settings
+from launch.processes.ranks import check_deepspeed
+from launch.settings import Settings
+from launch.train import Result
 from tests.adapters.deepspeed.small_model import run_command
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import replaced, run_training, tiny
 from tests.launch.deepspeed import broken_off, needs_deepspeed, run_deepspeed
 from tests.launch.test_megatron_engine import VARIANTS, assert_close, mean_difference
-from train import Result
 
 RanksOf = Callable[[int], Ranks]
 

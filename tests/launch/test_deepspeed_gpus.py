@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from settings import Settings
+from launch.settings import Settings
+from launch.train import Result
 from tests.distributed.ranks import Ranks
 from tests.launch.common import Gradients, replaced
 from tests.launch.deepspeed import broken_off, deepspeed_gradients, needs_deepspeed, run_deepspeed
@@ -25,7 +26,6 @@ from tests.launch.megatron import (
 )
 from tests.launch.test_megatron_engine import mean_difference
 from tests.launch.test_megatron_gpus import on_gpus
-from train import Result
 
 RanksOf = Callable[[int], Ranks]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ranks import check_dense
-from settings import Settings
+from launch.processes.ranks import check_dense
+from launch.settings import Settings
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import (
     Gradients,
@@ -159,7 +159,7 @@ def test_what_is_known_only_where_it_runs_is_refused_by_name(
     check_dense(settings, "cuda")
     contiguous = replaced(settings, "parallel", layout="contiguous")
     check_dense(contiguous, "cpu")
-    monkeypatch.setattr("ranks.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("launch.processes.ranks.importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"parallel\.cp: found 2; .*pip install nsa-dist\[ring\]"):
         check_dense(contiguous, "cpu")
     check_dense(replaced(contiguous, "parallel", cp=1), "cpu")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import local
-from settings import to_toml
+from launch import local
+from launch.settings import to_toml
 from tests.launch.common import replaced, tiny
 
 LAUNCH = Path(local.__file__).parent
@@ -74,7 +74,7 @@ def test_a_bad_option_ends_the_program_with_its_name(root: Path, tmp_path: Path)
 def test_tensorboard_missing_is_refused_by_name(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from report import Report
+    from launch.reporting.report import Report
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     settings = replaced(tiny(root), "run", tensorboard=True)

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from convert import _read_tensors
-from engine import is_decayed
-from megatron_names import block_to_megatron
-from model import Decoder
-from settings import Settings
+from launch.convert import _read_tensors
+from launch.engines.base import is_decayed
+from launch.engines.megatron_names import block_to_megatron
+from launch.model import Decoder
+from launch.settings import Settings
+from launch.train import Result
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import first_gradients, replaced, run_training, tiny
 from tests.launch.megatron import (
@@ -28,7 +29,6 @@ from tests.launch.megatron import (
     saved_again,
     start_engine,
 )
-from train import Result
 
 RanksOf = Callable[[int], Ranks]
 

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from convert import _read_tensors
-from settings import Settings
+from launch.convert import _read_tensors
+from launch.settings import Settings
+from launch.train import Result
 from tests.distributed.ranks import Ranks
 from tests.launch.common import Gradients, replaced, tiny
 from tests.launch.megatron import (
@@ -28,7 +29,6 @@ from tests.launch.megatron import (
     saved_again,
 )
 from tests.launch.test_megatron_engine import TP2, mean_difference
-from train import Result
 
 RanksOf = Callable[[int], Ranks]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import local
-from settings import Settings, to_toml
+from launch import local
+from launch.settings import Settings, to_toml
 from tests.distributed.ranks import Ranks
 from tests.launch.common import agree, replaced, tiny
 from tests.launch.test_tokenizer import saved, words
@@ -72,8 +72,8 @@ def test_what_is_switched_off_of_a_tokenizer_is_told_once(root: Path, tmp_path: 
 
 
 def test_a_prompt_of_no_token_is_refused_before_the_run(root: Path, tmp_path: Path) -> None:
-    from tokenizer import make_tokenizer
-    from train import check_prompt
+    from launch.data.tokenizer import make_tokenizer
+    from launch.train import check_prompt
 
     tokenizer = make_tokenizer(saved(words(red=1), tmp_path, "tokenizers"))
     settings = tiny(root, run={"prompt": " \n", "sample_tokens": 4})

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import LOSS_ROWS, Decoder
+from launch.model import LOSS_ROWS, Decoder
+from launch.settings import Settings
 from nsa_dist import NativeSparseAttention, NSAConfig, RotaryConfig, apply_rotary, rotary_cos_sin
 from nsa_dist.adapters.ring import DenseAttention
-from settings import Settings
 from tests.distributed.ranks import Ranks
 from tests.launch.common import initial_weights, tiny
 
@@ -107,7 +107,7 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch: pytest.MonkeyPatch, root: P
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     assert LOSS_ROWS > 100
-    monkeypatch.setattr("model.LOSS_ROWS", 7)
+    monkeypatch.setattr("launch.model.LOSS_ROWS", 7)
     found = model(tokens, labels=labels)
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from checkpoint import checkpoints
-from health import HUGE_NORM, Health, check_validation, finite_mean
-from settings import OptimizerSettings, Settings, to_toml
+from launch.reporting.health import HUGE_NORM, Health, check_validation, finite_mean
+from launch.settings import OptimizerSettings, Settings, to_toml
+from launch.storage.checkpoint import checkpoints
 from tests.distributed.ranks import Ranks
 from tests.launch.common import replaced, tiny
 from tests.launch.deepspeed import needs_deepspeed

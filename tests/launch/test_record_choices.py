@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import local
-from bench_options import Options, recorded_choices
-from record_choices import RecordOptions, find_checkpoint, main, read_tokens, write_choices
-from settings import Settings
+from launch import local
+from launch.bench.options import Options, recorded_choices
+from launch.bench.record_choices import (
+    RecordOptions,
+    find_checkpoint,
+    main,
+    read_tokens,
+    write_choices,
+)
+from launch.settings import Settings
 from tests.distributed.ranks import Ranks
 from tests.launch.common import plain_choices, record_choices, replaced, run_training, tiny
 
@@ -147,7 +153,7 @@ def test_all_tokens_are_read_unless_told(options: RecordOptions) -> None:
 
 @pytest.mark.slow
 def test_the_program_from_the_command_line(options: RecordOptions, tmp_path: Path) -> None:
-    program = Path(local.__file__).with_name("record_choices.py")
+    program = Path(local.__file__).parent / "bench" / "record_choices.py"
     line = [sys.executable, str(program), str(options.folder), "--text", *map(str, options.text)]
     line += ["--device", "cpu", "--out", "found.npz"]
     environment = local.environment()

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-import history
-import local
-import logs
-from history import History
-from logs import MetricsFile
-from report import Report
-from settings import Settings
+from launch import local
+from launch.reporting import history, logs
+from launch.reporting.history import History
+from launch.reporting.logs import MetricsFile
+from launch.reporting.report import Report
+from launch.settings import Settings
 from tests.launch.common import tiny
 from tests.launch.processes import environment
 
@@ -203,7 +202,7 @@ def test_a_pipe_without_a_reader_is_not_waited_for(tmp_path: Path) -> None:
 PRINTS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from logs import Screen
+from launch.reporting.logs import Screen
 screen = Screen(highlight=False)
 for line in range(50):
     screen.say("line", line)
@@ -213,7 +212,7 @@ sys.stderr.write("went on")
 
 @pytest.mark.parametrize("kind", ["closed_pipe", "full_disk"])
 def test_nobody_reading_does_not_end_a_run(kind: str) -> None:
-    line = [sys.executable, "-c", PRINTS, str(Path(local.__file__).parent)]
+    line = [sys.executable, "-c", PRINTS, str(Path(local.__file__).parents[1])]
     if kind == "full_disk":
         with open("/dev/full", "w") as full:
             done = subprocess.run(

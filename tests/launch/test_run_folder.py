@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-import folder as folders
-import lock as locks
-from lock import FolderLock, Owner
-from settings import Settings, to_toml
+from launch.settings import Settings, to_toml
+from launch.storage import folder as folders
+from launch.storage import lock as locks
+from launch.storage.lock import FolderLock, Owner
 from tests.distributed.ranks import Ranks
 from tests.launch.common import hold_folder, hold_folders, put_settings, replaced, tiny
 from tests.launch.processes import TRAIN, started, started_ranks, torchrun

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from nsa_dist import NSAConfig
-from settings import (
+from launch.settings import (
     DataSettings,
     ModelSettings,
     OptimizerSettings,
@@ -20,6 +19,7 @@ from settings import (
     from_toml,
     to_toml,
 )
+from nsa_dist import NSAConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.toml"))

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-import local
-from checkpoint import checkpoints
-from settings import to_toml
-from stopping import INTERRUPTED, SIGNALS, STOPPED, Stopping
+from launch import local
+from launch.processes.stopping import INTERRUPTED, SIGNALS, STOPPED, Stopping
+from launch.settings import to_toml
+from launch.storage.checkpoint import checkpoints
 from tests.launch.common import tiny
 from tests.launch.processes import TRAIN, Process, started, torchrun, wait_until
 

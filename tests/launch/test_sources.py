@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from data import load_corpus
-from settings import DataSettings
-from sources import find_files, read_documents
+from launch.data.corpus import load_corpus
+from launch.data.sources import find_files, read_documents
+from launch.settings import DataSettings
 
 
 def read_folder(path: Path, pattern: str = "**/*.txt", tokenizer: str = "bytes") -> list[str]:

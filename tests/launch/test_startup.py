@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from settings import Settings, to_toml
-from startup import describe, judge, show_ranks, show_values, source_digest
+from launch.processes.startup import describe, judge, show_ranks, show_values, source_digest
+from launch.settings import Settings, to_toml
 from tests.distributed.ranks import Ranks
 from tests.launch.common import meet, meet_again, replaced, start_each, tiny
 from tests.launch.processes import TRAIN, started_ranks

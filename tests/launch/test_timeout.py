@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch.processes.ranks import start_ranks
+from launch.settings import Settings
 from nsa_dist import NativeSparseAttention
-from ranks import start_ranks
-from settings import Settings
 from tests.distributed.bad_call import Outcome, attempt, is_bad_rank
 from tests.distributed.ranks import Ranks
 from tests.launch.common import tiny

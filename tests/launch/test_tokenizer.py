@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tokenizer import ByteTokenizer, make_tokenizer
+from launch.data.tokenizer import ByteTokenizer, make_tokenizer
 
 TEXT = b"red green " * 50
 

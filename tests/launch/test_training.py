@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from data import PackedStreams, load_corpus
-from settings import Settings, from_toml
+from launch.data.corpus import PackedStreams, load_corpus
+from launch.settings import Settings, from_toml
+from launch.train import Result, learning_rate
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import (
     Gradients,
@@ -27,7 +28,6 @@ from tests.launch.common import (
     sampled_and_naive,
     tiny,
 )
-from train import Result, learning_rate
 
 RanksOf = Callable[[int], Ranks]
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from convert import convert
-from record_choices import RecordOptions
-from settings import Settings, to_toml
+from launch.bench.record_choices import RecordOptions
+from launch.convert import convert
+from launch.settings import Settings, to_toml
 from tests.distributed.ranks import Ranks
 from tests.launch.checkpoints import make_old, seal
 from tests.launch.common import record_choices, replaced, run_training, tiny

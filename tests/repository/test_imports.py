@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import sys
 from pathlib import Path
 
@@ -14,7 +15,6 @@ ATTENTION = sorted((ROOT / "nsa_dist").rglob("*.py"))
 LAUNCH = sorted((ROOT / "launch").rglob("*.py"))
 ADAPTERS = [path for path in ATTENTION if "adapters" in path.parts]
 CORE = [path for path in ATTENTION if "adapters" not in path.parts]
-LAUNCH_MODULES = {path.stem for path in LAUNCH}
 
 
 def _module(path: Path) -> str:
@@ -88,16 +88,16 @@ def test_the_files_are_found() -> None:
 
 
 def test_kernels_know_one_device_only() -> None:
-    banned = ("torch.distributed", "nsa_dist", "launch", "tests", *LAUNCH_MODULES)
+    banned = ("torch.distributed", "nsa_dist", "launch", "tests")
     assert _offenders(KERNELS, *banned) == []
 
 
 def test_attention_imports_no_adapter_and_no_program() -> None:
-    assert _offenders(CORE, "nsa_dist.adapters", "launch", "tests", *LAUNCH_MODULES) == []
+    assert _offenders(CORE, "nsa_dist.adapters", "launch", "tests") == []
 
 
 def test_adapters_import_no_program() -> None:
-    assert _offenders(ADAPTERS, "launch", "tests", *LAUNCH_MODULES) == []
+    assert _offenders(ADAPTERS, "launch", "tests") == []
 
 
 def test_programs_import_no_test() -> None:
@@ -127,6 +127,36 @@ def test_no_backend_uses_the_oracle() -> None:
     assert _offenders(others, "nsa_kernels.reference") == []
 
 
-def test_no_program_hides_a_standard_module() -> None:
-    """launch/ comes first on sys.path when one of its programs runs."""
-    assert LAUNCH_MODULES & set(sys.stdlib_module_names) == set()
+IDIOM = """
+if __name__ == "__main__":
+    folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[{up}]
+    others = [path for path in sys.path if Path(path).resolve() != folder]
+    sys.path[:] = [str(root), str(root / "kernels"), *others]
+"""
+BEFORE = ["from __future__ import annotations", "import sys", "from pathlib import Path"]
+PROGRAMS = [path for path in LAUNCH if '__name__ == "__main__"' in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_program_takes_its_folder_off_the_path(program: Path) -> None:
+    """Before all other imports: a module beside a program must not hide a library from it."""
+    _, *statements = map(ast.unparse, ast.parse(program.read_text("utf-8")).body)
+    up = len(program.relative_to(ROOT).parts) - 1
+    assert statements[:4] == [*BEFORE, ast.unparse(ast.parse(IDIOM.format(up=up)))]
+
+
+def test_nothing_of_ours_hides_a_module_of_others() -> None:
+    """What the checkout's two folders on sys.path hold, and what lies beside a program when Python
+    starts it."""
+    tops = (ROOT, ROOT / "kernels")
+    ours = {path.parent.name for top in tops for path in top.glob("*/__init__.py")}
+    ours |= {path.stem for top in tops for path in top.glob("*.py")}
+    assert ours == {"launch", "nsa_dist", "nsa_kernels", "tests"}
+    installed = {
+        name
+        for name, distributions in importlib.metadata.packages_distributions().items()
+        if set(distributions) != {"nsa-dist"}
+    }
+    assert ours & {*sys.stdlib_module_names, *installed} == set()
+    beside = {path.stem for program in PROGRAMS for path in program.parent.glob("*.py")}
+    assert beside & set(sys.stdlib_module_names) == set()

@@ -60,6 +60,18 @@ def test_every_folder_of_a_package_is_packaged(package: str) -> None:
     assert (PACKAGES[package] / "py.typed").exists()
 
 
+def test_programs_stay_out_of_the_wheel() -> None:
+    setuptools = pytest.importorskip("setuptools")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    find = tomllib.loads(text)["tool"]["setuptools"]["packages"]["find"]
+    packages = [
+        name
+        for where in find["where"]
+        for name in setuptools.find_namespace_packages(str(ROOT / where), include=find["include"])
+    ]
+    assert {name.split(".")[0] for name in packages} == set(PACKAGES)
+
+
 def test_every_kernel_has_its_test() -> None:
     kernels = (PACKAGES["nsa_kernels"] / "pytorch").glob("[!_]*.py")
     expected = {f"test_{path.name}" for path in kernels}

@@ -43,7 +43,7 @@ class Outcome:
 def run_tests(tree: Path, nodes: list[str]) -> int:
     """pytest's exit status on ``tree``. Changes this process for good: call it in a forked one."""
     os.chdir(tree)
-    sources = [str(tree), str(tree / "kernels"), str(tree / "launch")]
+    sources = [str(tree), str(tree / "kernels")]
     sys.path[:] = sources + [path for path in sys.path if path != str(ROOT)]
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]  # those of this tree

@@ -45,14 +45,14 @@ with warnings.catch_warnings():
 
     from nsa_dist.adapters.megatron import get_gpt_decoder_block_nsa_spec, make_packed_seq_params
 
-from engine import Step, count_targets, is_decayed, optimizer_tensors, spoil_gradients
-from manifest import shared_failure
-from megatron_names import block_to_megatron, own_part, rest_to_megatron
-from model import Decoder, compute_dtype
+from launch.engines.base import Step, count_targets, is_decayed, optimizer_tensors, spoil_gradients
+from launch.engines.megatron_names import block_to_megatron, own_part, rest_to_megatron
+from launch.model import Decoder, compute_dtype
+from launch.processes.ranks import Ranks
+from launch.settings import OptimizerSettings, Settings, check
+from launch.storage.manifest import shared_failure
 from nsa_dist import ShardedBatch
 from nsa_dist.checkpoints.safe_load import check_dcp, weights_only
-from ranks import Ranks
-from settings import OptimizerSettings, Settings, check
 
 
 def start_megatron(settings: Settings, ranks: Ranks) -> None:
@@ -190,7 +190,7 @@ def make_optimizer(
 
 
 class MegatronEngine:
-    """``engine.Engine`` by Megatron-core.
+    """``base.Engine`` by Megatron-core.
 
     Raises:
         ValueError: if tensor parallel ranks cannot share the vocabulary.
@@ -331,7 +331,7 @@ class MegatronEngine:
             dist_checkpointing.save(state, str(path))
 
     def read(self, path: Path) -> int:
-        """As of ``engine.Engine``, whatever sizes wrote it. Before the first step.
+        """As of ``base.Engine``, whatever sizes wrote it. Before the first step.
 
         Raises:
             ValueError: if it holds more than data.

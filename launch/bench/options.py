@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launch.settings import check
 from nsa_dist import NSAConfig
 from nsa_kernels.backend import BACKENDS
-from settings import check
 
 OPERATORS = (
     *("compression", "compressed_attention", "block_selection", "selected_attention"),

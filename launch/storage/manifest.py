@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from settings import FORMAT
+from launch.settings import FORMAT
 
 MANIFEST = "manifest.json"
 _PIECE = 1 << 22

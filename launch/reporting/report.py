@@ -12,8 +12,8 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from logs import Board, MetricsFile, Screen
-from settings import Settings
+from launch.reporting.logs import Board, MetricsFile, Screen
+from launch.settings import Settings
 
 
 class Report:

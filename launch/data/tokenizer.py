@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from settings import check
+from launch.settings import check
 
 # Tokens are kept as int32 at most.
 _MOST_TOKENS = torch.iinfo(torch.int32).max

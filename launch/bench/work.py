@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bench_options import Sizes
+from launch.bench.options import Sizes
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from checkpoint import found_steps
-from lock import NAME, STALE_SECONDS, FolderLock, Owner
-from manifest import on_main
-from ranks import Ranks
-from settings import RunSettings, Settings, check, to_toml
-from startup import show_ranks
+from launch.processes.ranks import Ranks
+from launch.processes.startup import show_ranks
+from launch.settings import RunSettings, Settings, check, to_toml
+from launch.storage.checkpoint import found_steps
+from launch.storage.lock import NAME, STALE_SECONDS, FolderLock, Owner
+from launch.storage.manifest import on_main
 
 SHARED_SECONDS = 5.0
 """So long a file of another node may take to be seen: caches of network file systems."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench_work import Peaks
+from launch.bench.work import Peaks
 
 CACHE_BYTES = 1 << 28
 """More than a GPU's L2 cache holds; written before each repeat, so that none finds its inputs."""

@@ -1,4 +1,4 @@
-"""Whether what bench_kernels.py times is right.
+"""Whether what operators.py times is right.
 
 Results are compared with float64 on sampled rows: outputs, and all gradients of what these rows
 give, so that a stream of any length is checked in bounded memory. Rows that were not sampled must
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench_stream import Stream
+from launch.bench.stream import Stream
 from nsa_kernels.reference import masked_softmax
 
 SAMPLED = 192

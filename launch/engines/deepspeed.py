@@ -28,9 +28,7 @@ with warnings.catch_warnings():
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import safe_set_full_fp32_param
 
-from checkpoint import universal_of
-from data import mix_seed
-from engine import (
+from launch.engines.base import (
     Step,
     count_targets,
     is_decayed,
@@ -38,12 +36,14 @@ from engine import (
     optimizer_tensors,
     spoil_gradients,
 )
-from manifest import CheckpointError, on_main
-from model import Decoder, compute_dtype
+from launch.model import Decoder, compute_dtype
+from launch.processes.ranks import Ranks
+from launch.seeds import mix_seed
+from launch.settings import Settings, check
+from launch.storage.checkpoint import universal_of
+from launch.storage.manifest import CheckpointError, on_main
 from nsa_dist import ShardedBatch
 from nsa_dist.adapters.deepspeed import load_checkpoint, make_mpu, scale_loss
-from ranks import Ranks
-from settings import Settings, check
 
 LARGEST_BUCKET = 500_000_000
 """Elements that are reduced together at most; DeepSpeed's default."""
@@ -95,7 +95,7 @@ def has_universal(path: Path) -> bool:
 
 
 class DeepSpeedEngine:
-    """``engine.Engine`` by DeepSpeed.
+    """``base.Engine`` by DeepSpeed.
 
     Raises:
         ValueError: if DeepSpeed's device is another than the run's.
@@ -185,7 +185,7 @@ class DeepSpeedEngine:
             raise CheckpointError(f"rank {self.ranks.rank}: {self._write_errors[0]!r}")
 
     def read(self, path: Path) -> int:
-        """As of ``engine.Engine``: on as many ranks as wrote it, or from its universal form.
+        """As of ``base.Engine``: on as many ranks as wrote it, or from its universal form.
 
         Raises:
             ValueError: if the checkpoint is of another number of ranks, with the command that

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from launch.processes.ranks import Ranks
+from launch.settings import OptimizerSettings
 from nsa_dist import ShardedBatch
-from ranks import Ranks
-from settings import OptimizerSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,6 @@ class Engine(Protocol):
     def read(self, path: Path) -> int:
         """Restore the state of a checkpoint that ``checkpoint.resume`` found; the steps done."""
         ...
-
-
-def make_engine(settings: Settings, vocab_size: int, ranks: Ranks) -> Engine:
-    """The engine that ``parallel.engine`` names."""
-    if settings.parallel.engine == "megatron":
-        # Imported when asked for: megatron-core is optional.
-        from megatron_engine import MegatronEngine
-
-        return MegatronEngine(settings, vocab_size, ranks)
-    if settings.parallel.engine == "deepspeed":
-        from deepspeed_engine import DeepSpeedEngine
-
-        return DeepSpeedEngine(settings, vocab_size, ranks)
-    from fsdp2_engine import Fsdp2Engine
-
-    return Fsdp2Engine(settings, vocab_size, ranks)
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:

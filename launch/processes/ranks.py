@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from settings import Settings, check
-from startup import compare_in_group, describe, join_store, judge, show_values
+from launch.processes.startup import compare_in_group, describe, join_store, judge, show_values
+from launch.settings import Settings, check
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from settings import Settings
+from launch.settings import Settings
 
 # The code whose sources are compared.
-_PACKAGES = ("nsa_dist", "nsa_kernels")
+_PACKAGES = ("launch", "nsa_dist", "nsa_kernels")
 
 
 def join_store(
@@ -138,9 +138,9 @@ def code_version() -> str:
     try:
         version = importlib.metadata.version("nsa-dist")
     except importlib.metadata.PackageNotFoundError:
-        # A checkout that PYTHONPATH names.
+        # A checkout.
         version = "not installed"
-    folders = [Path(__file__).parent]
+    folders: list[Path] = []
     for name in _PACKAGES:
         spec = importlib.util.find_spec(name)
         assert spec is not None and spec.submodule_search_locations is not None, name

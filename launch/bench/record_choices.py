@@ -1,6 +1,6 @@
-"""Record the blocks that a trained model chooses on a text, for bench_kernels.py --choices.
+"""Record the blocks that a trained model chooses on a text, for operators.py --choices.
 
-    python launch/record_choices.py runs/NAME-TIME --text FILE [FILE ...] --length 32768
+    python launch/bench/record_choices.py runs/NAME-TIME --text FILE [FILE ...] --length 32768
 
 The texts, end to end, are one document. The file has `selected` [layer, group, token, n], int16 or
 int32, blocks ascending and then -1, a layer for each that is not dense, and `select_block`, the
@@ -10,11 +10,18 @@ does not hold.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+    folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
+    others = [path for path in sys.path if Path(path).resolve() != folder]
+    sys.path[:] = [str(root), str(root / "kernels"), *others]
+
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,15 +29,15 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 
-from bench_options import first_bad_choice
-from checkpoint import checkpoints, load_weights, open_checkpoint
-from mistakes import end, read_once
-from model import Decoder, build_model
+from launch.bench.options import first_bad_choice
+from launch.data.sources import read_file
+from launch.data.tokenizer import make_tokenizer
+from launch.model import Decoder, build_model
+from launch.processes.mistakes import end, read_once
+from launch.processes.ranks import Ranks, start_ranks
+from launch.settings import Settings, check, from_toml
+from launch.storage.checkpoint import checkpoints, load_weights, open_checkpoint
 from nsa_dist import NativeSparseAttention, shard_batch
-from ranks import Ranks, start_ranks
-from settings import Settings, check, from_toml
-from sources import read_file
-from tokenizer import make_tokenizer
 
 LAYOUT: Literal["zigzag_per_document"] = "zigzag_per_document"
 """Of one document it is zigzag; dense layers of hybrid models work with it too."""

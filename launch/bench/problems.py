@@ -1,4 +1,4 @@
-"""What bench_kernels.py times: each operator and the whole attention on one stream."""
+"""What operators.py times: each operator and the whole attention on one stream."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bench_judges import Judge, Run, Verdict, compare_choice, compare_sampled
-from bench_options import OPERATORS
-from bench_stream import Stream
-from bench_work import Flops
+from launch.bench.judges import Judge, Run, Verdict, compare_choice, compare_sampled
+from launch.bench.options import OPERATORS
+from launch.bench.stream import Stream
+from launch.bench.work import Flops
 from nsa_dist import BRANCHES, CommunicationCounter, get_plan
 from nsa_dist import native_sparse_attention as attention
 from nsa_dist.attention.flow import Flow

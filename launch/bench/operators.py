@@ -1,6 +1,6 @@
 """Time the attention's operators and the whole attention on one GPU, beside dense attention.
 
-    python launch/bench_kernels.py --lengths 8192 32768 65536 --csv bench.csv --plot bench.png
+    python launch/bench/operators.py --lengths 8192 32768 65536 --csv bench.csv --plot bench.png
 
 Each result is checked before it is timed; a wrong one is not timed, and the program ends with
 status 1. Dense attention runs in the same process on queries, keys and values of the same shapes:
@@ -9,15 +9,21 @@ cuDNN's and FlashAttention's kernels as torch has them. docs/benchmarks.md says 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+    folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
+    others = [path for path in sys.path if Path(path).resolve() != folder]
+    sys.path[:] = [str(root), str(root / "kernels"), *others]
+
 import functools
 import importlib
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +32,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench_meter import Meter
-from bench_options import DTYPES, Options, Sizes, random_choices, recorded_choices
-from bench_problems import problems
-from bench_stream import Stream
-from bench_table import DENSE, R, Row, Shape, draw_plot, markdown, with_ratios, write_csv
-from bench_work import Flops, Peaks, fewest_bytes
+from launch.bench.meter import Meter
+from launch.bench.options import DTYPES, Options, Sizes, random_choices, recorded_choices
+from launch.bench.problems import problems
+from launch.bench.stream import Stream
+from launch.bench.table import DENSE, R, Row, Shape, draw_plot, markdown, with_ratios, write_csv
+from launch.bench.work import Flops, Peaks, fewest_bytes
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -249,17 +255,17 @@ def commit() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=arguments)
     if not torch.cuda.is_available():
-        sys.exit("bench_kernels.py: found no CUDA device; a machine with an NVIDIA GPU works")
+        sys.exit("operators.py: found no CUDA device; a machine with an NVIDIA GPU works")
     try:
         rows, wrong = bench(options, Meter(options.repeats_ms))
     except ValueError as error:
-        sys.exit(f"bench_kernels.py: {error}")
+        sys.exit(f"operators.py: {error}")
     if rows:
         print(f"\n{markdown(rows)}")
     if options.plot is not None and rows:
         draw_plot(options.plot, rows)
     if wrong:
-        sys.exit("bench_kernels.py: wrong results, not timed:\n  " + "\n  ".join(wrong))
+        sys.exit("operators.py: wrong results, not timed:\n  " + "\n  ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from checkpoint import load_state, save_state
-from data import mix_seed
-from engine import (
+from launch.engines.base import (
     Step,
     count_targets,
     is_decayed,
@@ -24,10 +22,12 @@ from engine import (
     make_adamw,
     spoil_gradients,
 )
-from model import build_model
+from launch.model import build_model
+from launch.processes.ranks import Ranks
+from launch.seeds import mix_seed
+from launch.settings import OptimizerSettings, Settings
+from launch.storage.checkpoint import load_state, save_state
 from nsa_dist import ShardedBatch
-from ranks import Ranks
-from settings import OptimizerSettings, Settings
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -68,7 +68,7 @@ def forward_backward(
 
 
 class Fsdp2Engine:
-    """``engine.Engine`` by FSDP2."""
+    """``base.Engine`` by FSDP2."""
 
     def __init__(self, settings: Settings, vocab_size: int, ranks: Ranks) -> None:
         self.settings, self.ranks = settings, ranks

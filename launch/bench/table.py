@@ -1,29 +1,35 @@
 """The table that the benchmarks measure: as CSV, as Markdown, as a plot.
 
-    python launch/bench_table.py FILE.csv [FILE.csv ...] [--docs docs/benchmarks.md]
+    python launch/bench/table.py FILE.csv [FILE.csv ...] [--docs docs/benchmarks.md]
 
 prints the Markdown tables of measurements, or puts them into a document between its two marks.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+    folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
+    others = [path for path in sys.path if Path(path).resolve() != folder]
+    sys.path[:] = [str(root), str(root / "kernels"), *others]
+
 import csv
 import itertools
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
-from bench_options import OPERATORS
-from settings import check
+from launch.bench.options import OPERATORS
+from launch.settings import check
 
 DENSE = {"cudnn": "cuDNN", "flash": "FlashAttention"}
 """torch's kernels of dense attention; their rows are called dense_cudnn and dense_flash."""
-BEGIN, END = "<!-- numbers of {}: written by bench_table.py -->", "<!-- end of numbers -->"
+BEGIN, END = "<!-- numbers of {}: written by launch/bench/table.py -->", "<!-- end of numbers -->"
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,7 @@ R = TypeVar("R", bound=Row)
 
 
 def read_csv(path: Path) -> list[Row]:
-    """As ``read_rows``, of bench_kernels.py."""
+    """As ``read_rows``, of operators.py."""
     return read_rows(path, Row)
 
 
@@ -230,7 +236,7 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
         # ValueErrors are fields that are no numbers and bytes that are no UTF-8.
         raise ValueError(
             f"csv: found {path} line {number} ({type(error).__name__}: {error}); a file of "
-            "bench_kernels.py --csv works"
+            "launch/bench/operators.py --csv works"
         ) from None
     return rows
 
@@ -439,7 +445,7 @@ class TableOptions:
     """Print the tables of measurements as Markdown, or put them into a document.
 
     Args:
-        csv: files of bench_kernels.py --csv; their rows are joined.
+        csv: files of operators.py --csv; their rows are joined.
         merged: file to write the joined rows to.
         docs: document whose part between the marks is replaced; the marks name the merged file, or
             the only one.
@@ -467,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.plot is not None:
             draw_plot(options.plot, rows)
     except (ValueError, ImportError) as error:
-        sys.exit(f"bench_table.py: {error}")
+        sys.exit(f"table.py: {error}")
 
 
 if __name__ == "__main__":

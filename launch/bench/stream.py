@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_options import DTYPES, Sizes
-from bench_work import operator_flops
+from launch.bench.options import DTYPES, Sizes
+from launch.bench.work import operator_flops
 from nsa_dist import BRANCHES, BlockCompressor
 from nsa_kernels import Backend, QuerySegments, get_backend
 

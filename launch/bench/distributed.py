@@ -1,6 +1,6 @@
 """Time Native Sparse Attention over ranks beside dense ring attention over the same ranks.
 
-    torchrun --nproc-per-node=2 launch/bench_distributed.py --lengths 65536 131072 --csv bench.csv
+    torchrun --nproc-per-node=2 launch/bench/distributed.py --lengths 65536 131072 --csv bench.csv
 
 Both are one layer's attention at equal heads, widths, tokens, ranks and layout, from queries, keys
 and values on, forward and backward, each rank holding its shard. Each result, gathered, is checked
@@ -10,12 +10,18 @@ docs/benchmarks.md says what is counted.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+    folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
+    others = [path for path in sys.path if Path(path).resolve() != folder]
+    sys.path[:] = [str(root), str(root / "kernels"), *others]
+
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,15 +29,15 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from bench_judges import Verdict, compare_sampled
-from bench_kernels import measure, shape_of, where
-from bench_meter import Meter
-from bench_options import Sizes
-from bench_problems import Problem, problems
-from bench_stream import Stream
-from bench_table import Row, described, number, pair, table, write_csv, write_numbers
-from bench_work import Flops
-from mistakes import end, read_once
+from launch.bench.judges import Verdict, compare_sampled
+from launch.bench.meter import Meter
+from launch.bench.operators import measure, shape_of, where
+from launch.bench.options import Sizes
+from launch.bench.problems import Problem, problems
+from launch.bench.stream import Stream
+from launch.bench.table import Row, described, number, pair, table, write_csv, write_numbers
+from launch.bench.work import Flops
+from launch.processes.mistakes import end, read_once
 from nsa_dist import (
     BRANCHES,
     CommunicationCounter,
@@ -415,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         context = join_ranks()
         rows, wrong = bench(options, context, RanksMeter(options.repeats_ms, context))
     except ValueError as error:
-        end("bench_distributed.py", error)
+        end("distributed.py", error)
     if rows and context.rank == 0:
         print(f"\n{markdown(rows)}")
         if options.docs is not None and options.csv is not None:
@@ -423,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dist.barrier()
     dist.destroy_process_group()
     if wrong:
-        sys.exit("bench_distributed.py: wrong results, not timed:\n  " + "\n  ".join(wrong))
+        sys.exit("distributed.py: wrong results, not timed:\n  " + "\n  ".join(wrong))
 
 
 if __name__ == "__main__":

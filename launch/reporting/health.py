@@ -1,9 +1,9 @@
 """Whether a run is sound: each step's loss and gradient norm, and the state before it is saved.
 
 Engines skip, on the device, an update whose gradient norm is not finite; a loss that is not finite
-makes the norm so (``engine.spoil_gradients``). Here skipped steps are counted and told, and runs
-that are beyond help end, on every rank at the same step: all of it follows from numbers that are
-the same on every rank.
+makes the norm so (``engines.base.spoil_gradients``). Here skipped steps are counted and told, and
+runs that are beyond help end, on every rank at the same step: all of it follows from numbers that
+are the same on every rank.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ranks import Ranks
-from report import Report
-from settings import OptimizerSettings
+from launch.processes.ranks import Ranks
+from launch.reporting.report import Report
+from launch.settings import OptimizerSettings
 
 HUGE_NORM = 1e6
 """A gradient norm above it is told, however large those before were."""

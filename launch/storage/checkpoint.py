@@ -1,9 +1,9 @@
 """Checkpoints: folders ``checkpoints/step_00001000`` that are whole, or are not there.
 
-Each holds what its engine writes (``engine.Engine.write``; FSDP2 by torch.distributed.checkpoint),
-the settings of its run and a manifest (manifest.py). It is written under another name and gets its
-own when all of it has reached the disk: a run that is killed leaves the one before. Data order and
-dropout follow from the seed and the step, so nothing else is needed to continue exactly.
+Each holds what its engine writes (``engines.base.Engine.write``), the settings of its run and a
+manifest (manifest.py). It is written under another name and gets its own when all of it has reached
+the disk: a run that is killed leaves the one before. Data order and dropout follow from the seed
+and the step, so nothing else is needed to continue exactly.
 
 A run goes on from the newest checkpoint whose files are those of its manifest. Rank 0 finds it, and
 all ranks share the reading. Checkpoints from before there were manifests have no ``format`` in
@@ -31,7 +31,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from manifest import (
+from launch.processes.startup import code_version
+from launch.settings import Settings, check, from_toml, read_toml, to_toml
+from launch.storage.manifest import (
     MANIFEST,
     CheckpointError,
     Manifest,
@@ -47,8 +49,6 @@ from manifest import (
     write_text,
 )
 from nsa_dist.checkpoints.safe_load import load
-from settings import Settings, check, from_toml, read_toml, to_toml
-from startup import code_version
 
 SETTINGS = "settings.toml"
 _NAME = re.compile(r"step_([0-9]{8})")
@@ -133,7 +133,7 @@ def save_checkpoint(
     ``run.keep_checkpoints``; collective.
 
     Args:
-        write: as ``engine.Engine.write``.
+        write: as ``engines.base.Engine.write``.
         data: digest of the run's tokens.
         passed_over: names of checkpoints known not to be whole, which count for none; what is
             written anew is taken out.

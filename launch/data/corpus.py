@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from settings import DataSettings, check
-from sources import read_documents
-from tokenizer import Tokenizer, make_tokenizer
+from launch.data.sources import read_documents
+from launch.data.tokenizer import Tokenizer, make_tokenizer
+from launch.seeds import mix_seed
+from launch.settings import DataSettings, check
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,12 +169,6 @@ class PackedStreams:
             tokens=torch.cat(pieces).to(torch.int64)[None],
             cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
         )
-
-
-def mix_seed(*parts: int | str) -> int:
-    """One seed of several values, 63 bits: neighbouring values give unrelated seeds."""
-    head = hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]
-    return int.from_bytes(head, "big") >> 1
 
 
 def unigram_loss(training: Documents, streams: Iterable[Stream], vocab_size: int) -> float:

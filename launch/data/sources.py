@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from settings import DataSettings, check
+from launch.settings import DataSettings, check
 
 # Not programs that people wrote to be read: tests and their data, generated tables, one huge
 # string of help text, and packages that only happen to be installed there.

@@ -1,0 +1,1 @@
+"""What spreads the model over ranks and runs a step: FSDP2, Megatron-core, DeepSpeed."""

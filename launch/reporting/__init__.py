@@ -1,0 +1,1 @@
+"""What a run tells of itself, and whether it is sound."""
