@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from nsa_kernels.triton.block_selection import select_blocks
+from nsa_kernels.triton.banded import compressed_attention, window_attention
 from nsa_kernels.triton.combine import combine
-from nsa_kernels.triton.compressed_attention import compressed_attention
 from nsa_kernels.triton.compression import compress, gather_blocks
-from nsa_kernels.triton.selected_attention import selected_attention
-from nsa_kernels.triton.window_attention import window_attention
+from nsa_kernels.triton.selected import selected_attention
+from nsa_kernels.triton.selection import select_blocks
 
 __all__ = [
     "combine",

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.triton.library import empty_as, operator
-from nsa_kernels.triton.tiles import last_dim_contiguous, padded
+from nsa_kernels.triton.shared.arguments import last_dim_contiguous
+from nsa_kernels.triton.shared.custom_ops import empty_as, register
+from nsa_kernels.triton.shared.shapes import padded
 
 TILE_ELEMENTS = 4096
 
@@ -154,7 +155,7 @@ def _shape(x: Tensor) -> dict[str, int]:
     return {"H": x.shape[1], "D": x.shape[-1], "BM": rows, "PD": width}
 
 
-@operator("combine(Tensor[] outputs, Tensor gates) -> Tensor")
+@register("combine(Tensor[] outputs, Tensor gates) -> Tensor")
 def _combine(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
     out = empty_as(outputs[0])
     if out.numel():
@@ -172,7 +173,7 @@ def _(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
     return empty_as(outputs[0])
 
 
-@operator("combine_backward(Tensor do, Tensor[] outputs, Tensor gates) -> Tensor[]")
+@register("combine_backward(Tensor do, Tensor[] outputs, Tensor gates) -> Tensor[]")
 def _combine_backward(do: Tensor, outputs: Sequence[Tensor], gates: Tensor) -> list[Tensor]:
     """do_b = g_b do of each branch, and dg_b = sum over channels of do o_b, in their dtypes."""
     dgates = torch.zeros(gates.shape, dtype=gates.dtype, device=gates.device)

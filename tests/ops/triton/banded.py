@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import QuerySegments
-from nsa_kernels.triton import banded_attention, banded_backward, tiles
-from nsa_kernels.triton.compressed_attention import compressed_attention
-from nsa_kernels.triton.window_attention import window_attention
+from nsa_kernels.triton import compressed_attention, window_attention
+from nsa_kernels.triton.banded import backward, forward, key_tiles
 from tests.ops.op_cases import (
     Case,
     Layout,
@@ -56,9 +55,9 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of more than two tiles are cut up, and run in several launches, in small inputs too."""
-    for module in (tiles, banded_attention, banded_backward):
+    for module in (forward, backward, key_tiles):
         monkeypatch.setattr(module, "PIECE", 2)
-    monkeypatch.setattr(banded_backward, "WORKSPACE", 1 << 16)
+    monkeypatch.setattr(backward, "WORKSPACE", 1 << 16)
 
 
 class Branch:

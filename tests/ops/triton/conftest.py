@@ -53,9 +53,9 @@ def _guard() -> Iterator[None]:
 def _many_lines_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operation takes the interpreter as long on one line of scores as on a thousand."""
     if INTERPRETED:
-        from nsa_kernels.triton import block_selection
+        from nsa_kernels.triton.selection import choose
 
-        monkeypatch.setattr(block_selection, "LINE_ELEMENTS", 1 << 13)
+        monkeypatch.setattr(choose, "LINE_ELEMENTS", 1 << 13)
 
 
 @pytest.fixture

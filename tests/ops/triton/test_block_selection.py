@@ -18,7 +18,8 @@ from nsa_kernels.reference import (
     num_compressed,
     select_blocks,
 )
-from nsa_kernels.triton import block_selection
+from nsa_kernels.triton.selection import operator
+from nsa_kernels.triton.shared.shapes import ScoreShape
 from tests.ops.op_cases import CASES, Case, Layout, case_id, fill, random
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +33,7 @@ def choose(
     """int32 [N, G, n], with a log-sum-exp from elsewhere."""
     blocks = {"block": case.block, "stride": case.stride, "scale": case.scale}
     _, lse = pytorch.compressed_attention(q, k, k, segments, **blocks)
-    selected = block_selection.select_blocks(
+    selected = operator.select_blocks(
         q.to(DEVICE),
         k.to(DEVICE),
         lse.to(DEVICE),
@@ -152,8 +153,8 @@ def test_options(case: Case) -> None:
 @pytest.mark.parametrize("columns", [32, 64, 128, 256])
 def test_tile_shapes(columns: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number of tokens a tile, whichever this device would take."""
-    shape = block_selection._Shape(columns=columns, keys=64, warps=4, stages=2)
-    monkeypatch.setattr(block_selection, "_shape", lambda *_: shape)
+    shape = ScoreShape(columns=columns, keys=64, warps=4, stages=2)
+    monkeypatch.setattr(operator, "score_shape", lambda *_: shape)
     case = small("shape", heads=heads)
     layout = Layout(case)
     q, k = make_inputs(case, torch.float16)
@@ -355,7 +356,5 @@ def test_long_document(length: int, select_block: int, dtype: torch.dtype) -> No
     lse[rows] = masked_softmax(q[rows].double(), k.double(), mask, case.scale)[1].float()
     options = {"num_selected": 16, "num_init_blocks": 1, "num_local_blocks": 2}
     blocks = {"block": case.block, "stride": case.stride, "select_block": select_block}
-    selected = block_selection.select_blocks(
-        q, k, lse, segments, **blocks, **options, scale=case.scale
-    )
+    selected = operator.select_blocks(q, k, lse, segments, **blocks, **options, scale=case.scale)
     assert_some_are_the_highest(case, selected, rows, q, k)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_kernels.triton import block_pooling, block_projection
-from nsa_kernels.triton.compression import compress, gather_blocks
+from nsa_kernels.triton import compress, gather_blocks
+from nsa_kernels.triton.compression import pooling, projection
 from tests.ops.accuracy import assert_2x
 from tests.ops.op_cases import (
     assert_unchanged_bits,
@@ -87,10 +87,10 @@ def test_blocks_and_widths(kind: str, block: int, stride: int, width: int) -> No
 
 @every_kind
 def test_more_tiles_than_are_added_in_a_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_projection, "PIECE", 2)
-    monkeypatch.setattr(block_projection, "PROGRAMS", 2)
-    monkeypatch.setattr(block_pooling, "PIECE", 2)
-    monkeypatch.setattr(block_pooling, "RUNS", 3)
+    monkeypatch.setattr(projection, "PIECE", 2)
+    monkeypatch.setattr(projection, "PROGRAMS", 2)
+    monkeypatch.setattr(pooling, "PIECE", 2)
+    monkeypatch.setattr(pooling, "RUNS", 3)
     params = make_params(kind, 16, torch.float32, width=32)
     if kind == "mlp":
         params["up"], params["down"] = (

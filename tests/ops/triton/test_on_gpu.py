@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import QuerySegments
-from nsa_kernels.triton.block_map import BlockMap
-from nsa_kernels.triton.tiles import query_tiles
+from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
+from nsa_kernels.triton.shared.tables import query_tiles
 from tests.ops.op_cases import (
     Case,
     Layout,
@@ -222,7 +222,7 @@ def test_tables_of_one_stream_are_waited_for_on_another() -> None:
 
     def tables(which: int) -> list[Tensor]:
         found = query_tiles(segments[which].to(DEVICE), 16 + which, "selected_base").table
-        return [found, *BlockMap.of(rows[which], 32, 3000)]
+        return [found, *BlocksOfRows.of(rows[which], 32, 3000)]
 
     torch.cuda.synchronize()
     late, other = torch.cuda.Stream(), torch.cuda.Stream()

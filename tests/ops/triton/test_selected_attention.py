@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nsa_kernels import QuerySegments
-from nsa_kernels.triton import selected_backward
-from nsa_kernels.triton.selected_attention import selected_attention
+from nsa_kernels.triton import selected_attention
+from nsa_kernels.triton.selected import backward
 from tests.ops.op_cases import (
     BlockTable,
     Case,
@@ -164,10 +164,10 @@ def test_against_the_oracle(case: Case, dtype: torch.dtype) -> None:
 def test_lists_of_queries_cut_in_pieces(launches: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tile of queries a program, so that a block has many, over one or more launches."""
     case = replace(CASES[1], documents=(61, 20))
-    monkeypatch.setattr(selected_backward, "PIECE", 1)
+    monkeypatch.setattr(backward, "PIECE", 1)
     if launches == "many":
         widths = case.key_width + case.value_width
-        monkeypatch.setattr(selected_backward, "WORKSPACE", 8 * case.select_block * widths * 4)
+        monkeypatch.setattr(backward, "WORKSPACE", 8 * case.select_block * widths * 4)
     check_against_the_oracle(case, torch.float32)
 
 
@@ -180,8 +180,8 @@ def test_gradients_repeat_whatever_the_workspace(
     leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
     results = []
     for workspace in (1 << 20, 1 << 20, 6 * 16 * 32 * 4):
-        monkeypatch.setattr(selected_backward, "PIECE", 1)
-        monkeypatch.setattr(selected_backward, "WORKSPACE", workspace)
+        monkeypatch.setattr(backward, "PIECE", 1)
+        monkeypatch.setattr(backward, "WORKSPACE", workspace)
         o, _ = attend_plain(case, *leaves, random_choice(case))
         results.append(torch.autograd.grad(o, leaves, grad_o.to(DEVICE)))
     for again in results[1:]:

@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 
 from nsa_kernels import QuerySegments
 from nsa_kernels.reference import num_compressed
-from nsa_kernels.triton import block_selection
+from nsa_kernels.triton.selection import choose as ranking
+from nsa_kernels.triton.selection import operator, scores
 from tests.ops.op_cases import Case, Layout, case_id, fill
 from tests.ops.triton.test_block_selection import (
     DEVICE,
@@ -32,9 +33,9 @@ from tests.ops.triton.test_block_selection import (
 @pytest.fixture
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few rows, whose ends are not those of tiles, and lines ranked in parts."""
-    monkeypatch.setattr(block_selection, "WORKSPACE_BYTES", 47 * 1024)
-    monkeypatch.setattr(block_selection, "MOST_COLUMNS", 16)
-    monkeypatch.setattr(block_selection, "SPAN_TILES", 1)
+    monkeypatch.setattr(operator, "WORKSPACE_BYTES", 47 * 1024)
+    monkeypatch.setattr(ranking, "MOST_COLUMNS", 16)
+    monkeypatch.setattr(scores, "SPAN_TILES", 1)
 
 
 @pytest.mark.usefixtures("small_workspace")
@@ -51,7 +52,7 @@ def test_trap_ties_between_parts() -> None:
 def captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """What `run` returns, and the scores in its workspace, [N, G, pitch, parts]."""
     chunks = []
-    rank = block_selection._choose
+    rank = operator.choose_blocks
 
     def keep(
         work: Tensor,
@@ -62,13 +63,13 @@ def captured(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Tensor]) -> tupl
         select_block: int,
         *rest: Any,
     ) -> None:
-        pitch = block_selection._pitch(chunk.last // select_block + 1)
+        pitch = scores.pitch(chunk.last // select_block + 1)
         shape = chunk.end - chunk.begin, selected.shape[1], pitch, parts
         chunks.append(work[: math.prod(shape)].view(shape).cpu().clone())
         rank(work, selected, positions, chunk, parts, select_block, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(block_selection, "_choose", keep)
+        patch.setattr(operator, "choose_blocks", keep)
         selected = run()
     pitch = max(x.shape[2] for x in chunks)
     return selected, torch.cat([pad(x, (0, 0, 0, pitch - x.shape[2])) for x in chunks])
@@ -104,10 +105,10 @@ def test_bits_do_not_depend_on_split_chunks_or_parts(
 
 def test_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is allocated at a time, with lines ranked in parts, and parts of what these found."""
-    assert block_selection.WORKSPACE_BYTES == 256 << 20
+    assert operator.WORKSPACE_BYTES == 256 << 20
     bound = 64 * 1024
-    monkeypatch.setattr(block_selection, "WORKSPACE_BYTES", bound)
-    monkeypatch.setattr(block_selection, "MOST_COLUMNS", 16)
+    monkeypatch.setattr(operator, "WORKSPACE_BYTES", bound)
+    monkeypatch.setattr(ranking, "MOST_COLUMNS", 16)
     held = most = 0
 
     def counted(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -131,8 +132,8 @@ def test_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         # After the log-sum-exp, which `choose` computes by other code.
         segments = one(300)
-        patch.setattr(block_selection, "torch", SimpleNamespace(**vars(torch)))
-        patch.setattr(block_selection.torch, "empty", counted(torch.empty))
+        patch.setattr(operator, "torch", SimpleNamespace(**vars(torch)))
+        patch.setattr(operator.torch, "empty", counted(torch.empty))
         patch.setattr(Tensor, "new_empty", counted(Tensor.new_empty))
         selected = choose(case, segments, q, k)
     assert bound // 2 < most - selected.nbytes <= bound
@@ -146,7 +147,7 @@ def test_a_tile_that_a_chunk_cuts_leaves_other_rows_alone(monkeypatch: pytest.Mo
     # Tiles of 16 tokens begin at position 1000, block 64 at 1024, and chunks have 20 rows.
     segments = QuerySegments.from_rows([(0, 40, 1000, 0, 0, 0)])
     expected = choose(case, segments, q[1000:], k)
-    monkeypatch.setattr(block_selection, "WORKSPACE_BYTES", 20 * 2048)
+    monkeypatch.setattr(operator, "WORKSPACE_BYTES", 20 * 2048)
     assert torch.equal(choose(case, segments, q[1000:], k), expected)
 
 

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from nsa_kernels import QuerySegments, Segment
-from nsa_kernels.triton import tiles
-from nsa_kernels.triton.band import Band
+from nsa_kernels.triton.banded import key_tiles
+from nsa_kernels.triton.banded.band import Band
+from nsa_kernels.triton.selection.chunks import chunks
+from nsa_kernels.triton.shared import cache
+from nsa_kernels.triton.shared.tables import query_tiles
 from tests.ops.triton.conftest import DEVICE
 
 Rows = list[tuple[int, ...]]
@@ -86,23 +89,23 @@ def test_query_tiles(size: int) -> None:
     for seed in range(20):
         segments = drawn(seed, seed % 7)
         for column in ("window_base", "compressed_base", "selected_base"):
-            found = tiles.query_tiles(segments, size, column)
+            found = query_tiles(segments, size, column)
             expected = plain_query_tiles(segments, size, column)
             assert found.table.tolist() == found.host.tolist() == [list(row) for row in expected]
             assert found.last == max((p + n - 1 for _, n, p, _ in expected), default=-1)
-            assert tiles.query_tiles(segments, size, column) is found
+            assert query_tiles(segments, size, column) is found
 
 
 @pytest.mark.parametrize("most", [1, 3, 1000])
 @pytest.mark.parametrize("band", BANDS, ids=str)
 def test_key_tiles(band: Band, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "PIECE", most)
+    monkeypatch.setattr(key_tiles, "PIECE", most)
     for seed in range(20):
         segments = drawn(seed, seed % 5)
         queries = plain_query_tiles(segments, 8, band.column)
         if _descends(queries):
             continue
-        found = tiles.key_tiles(segments, band, 8, 16)
+        found = key_tiles.key_tiles(segments, band, 8, 16)
         programs, parts = plain_key_tiles(queries, band, 16, most)
         assert found.table.tolist() == [list(row) for row in programs]
         assert found.parts.tolist() == parts
@@ -116,7 +119,7 @@ def test_key_tiles_of_positions_that_descend() -> None:
     """All tiles of the run are taken to see all of its keys: more than they do, and never fewer."""
     segments = QuerySegments.from_rows([(0, 20, 40, 0, 0, 0), (20, 20, 0, 0, 0, 0)], DEVICE)
     band = Band(offset=7, stride=4, window=0, column="compressed_base")
-    found = tiles.key_tiles(segments, band, 8, 4)
+    found = key_tiles.key_tiles(segments, band, 8, 4)
     # Keys 0..13 end at or before position 59; the first tile with a key ends at position 7.
     assert [row[1:5] for row in found.table.tolist()] == [
         [first, min(first + 4, 14), 0, 6] for first in range(0, 14, 4)
@@ -129,7 +132,7 @@ def test_chunks(size: int) -> None:
         segments = drawn(seed, seed % 7)
         positions = segments.positions.tolist()
         firsts = [row[0] for row in plain_query_tiles(segments, 8, "window_base")]
-        found = tiles.chunks(segments, size, 8, "window_base")
+        found = chunks(segments, size, 8, "window_base")
         assert [chunk.begin for chunk in found] == list(range(0, len(positions), size))
         for chunk in found:
             assert chunk.end == min(chunk.begin + size, len(positions))
@@ -142,16 +145,18 @@ def test_chunks(size: int) -> None:
 
 def test_tables_are_found_by_tensor_and_by_values() -> None:
     segments = drawn(3, 4)
-    table = tiles.query_tiles(segments, 8, "window_base")
-    copy = tiles.segments_of(segments.host.clone(), segments.table.device)
+    table = query_tiles(segments, 8, "window_base")
+    copy = cache.segments_of(segments.host.clone(), segments.table.device)
     assert copy.num_queries == segments.num_queries
     assert torch.equal(copy.table, segments.table)
-    assert tiles.query_tiles(copy, 8, "window_base") is table
-    for number in range(tiles.REMEMBERED):  # Others push the values out; the tensor keeps its own.
-        tiles.query_tiles(QuerySegments.from_rows([(0, number + 1, 0, 0, 0, 0)]), 8, "window_base")
-    assert tiles.query_tiles(segments, 8, "window_base") is table
-    forgotten = tiles.segments_of(segments.host.clone(), segments.table.device)
-    assert tiles.query_tiles(forgotten, 8, "window_base") is not table
+    assert query_tiles(copy, 8, "window_base") is table
+    for number in range(
+        cache.RECENT_PACKINGS
+    ):  # Others push the values out; the tensor keeps its own.
+        query_tiles(QuerySegments.from_rows([(0, number + 1, 0, 0, 0, 0)]), 8, "window_base")
+    assert query_tiles(segments, 8, "window_base") is table
+    forgotten = cache.segments_of(segments.host.clone(), segments.table.device)
+    assert query_tiles(forgotten, 8, "window_base") is not table
     segments.host[:, Segment._fields.index("window_base")] += 1
-    changed = tiles.query_tiles(segments, 8, "window_base")
+    changed = query_tiles(segments, 8, "window_base")
     assert not torch.equal(changed.host, table.host)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nsa_kernels import QuerySegments
-from nsa_kernels.triton.window_attention import window_attention
+from nsa_kernels.triton import window_attention
 from tests.ops.op_cases import Case, assert_unchanged_bits, case_id, largest
 from tests.ops.triton.banded import (
     CASES,

@@ -21,6 +21,11 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 TARGETS = (80, 90, 100)
 
 
+def kernel_name(operator: str, function: str) -> str:
+    """Of the kernel `function` in nsa_kernels/triton/<operator>, a file or a folder."""
+    return f"{operator}.{function.strip('_').removesuffix('_kernel')}"
+
+
 @dataclass(frozen=True)
 class Launch:
     """One compile: equal ones are the same kernel with the same specialisation and options."""
@@ -36,9 +41,9 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """Module and function, as in `combine.forward`."""
-        function = self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
-        return f"{self.kernel.module.rpartition('.')[2]}.{function}"
+        """Operator and function, as in `combine.forward`: see `kernel_name`."""
+        path = self.kernel.module.removeprefix("nsa_kernels.triton.")
+        return kernel_name(path.split(".")[0], self.kernel.fn.__name__)
 
     @property
     def target(self) -> GPUTarget:

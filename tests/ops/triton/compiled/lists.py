@@ -148,7 +148,7 @@ def short_list() -> list[Entry]:
         seen = set()
         for entry in _entries((case, capability) for case in cases):
             # Of kernels that several kinds of compression share one each.
-            once = entry.launch.name.startswith("block_p")
+            once = entry.launch.name.startswith("compression.")
             if not once or entry.launch.name not in seen:
                 found.append(entry)
             seen.add(entry.launch.name)

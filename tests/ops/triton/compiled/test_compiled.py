@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -19,7 +20,7 @@ import triton
 
 from tests.ops.triton.compiled import record
 from tests.ops.triton.compiled.cases import WIDTHS
-from tests.ops.triton.compiled.launches import TARGETS
+from tests.ops.triton.compiled.launches import TARGETS, kernel_name
 
 ROOT = Path(__file__).resolve().parents[4]
 KERNELS = ROOT / "kernels" / "nsa_kernels" / "triton"
@@ -58,14 +59,13 @@ def test_short_list_has_every_kernel_for_every_gpu_and_width(report: dict[str, A
         targets[launch["kernel"]].add(launch["target"])
         widths[launch["kernel"]].add(launch["key_width"])
         dtypes[launch["kernel"]].add(launch["dtype"])
-    text = {path.stem: path.read_text(encoding="utf-8") for path in KERNELS.glob("*.py")}
-    kernels = {
-        f"{module}.{line.removeprefix('def _').partition('_kernel(')[0]}"
-        for module, lines in text.items()
-        for line in lines.splitlines()
-        if line.startswith("def _") and "_kernel(" in line
-    }
-    assert targets.keys() == kernels
+    kernels = [
+        kernel_name(path.relative_to(KERNELS).with_suffix("").parts[0], function)
+        for path in KERNELS.rglob("*.py")
+        for function in re.findall(r"^def (_\w+_kernel)\(", path.read_text(encoding="utf-8"), re.M)
+    ]
+    assert len(set(kernels)) == len(kernels)
+    assert targets.keys() == set(kernels)
     assert set(map(frozenset, targets.values())) == {frozenset(f"sm_{x}" for x in TARGETS)}
     assert {name for name, found in widths.items() if found != set(WIDTHS)} == set()
     assert {name for name, found in dtypes.items() if found != {"fp32", "bf16", "fp16"}} == set()

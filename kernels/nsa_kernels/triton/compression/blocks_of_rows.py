@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_kernels.triton.tiles import kept_in
+from nsa_kernels.triton.shared.cache import cached_in
 
 
-class BlockMap(NamedTuple):
+class BlocksOfRows(NamedTuple):
     """The blocks of l rows that start at given rows, no two at the same one, in order of rows.
 
     starts: int64 [C], first rows, ascending. order: int64 [C], the number of each block as given.
@@ -30,20 +30,20 @@ class BlockMap(NamedTuple):
     step: Tensor
 
     @classmethod
-    def of(cls, block_rows: Tensor, block: int, num_rows: int) -> BlockMap:
+    def of(cls, block_rows: Tensor, block: int, num_rows: int) -> BlocksOfRows:
         """block_rows int64 [C], of a buffer of num_rows rows; C at least 1.
 
         Kept with the tensor: keys, values and all layers of a batch have the same blocks.
         """
         if block_rows.is_inference():  # whose changes are not counted
             return cls._made(block_rows, block, num_rows)
-        kept = block_rows.__dict__.setdefault("_block_maps", {})
+        cache = block_rows.__dict__.setdefault("_blocks_of_rows", {})
         name = (block, num_rows, block_rows._version)
         device = block_rows.device
-        return kept_in(kept, name, device, lambda: cls._made(block_rows, block, num_rows))
+        return cached_in(cache, name, device, lambda: cls._made(block_rows, block, num_rows))
 
     @classmethod
-    def _made(cls, block_rows: Tensor, block: int, num_rows: int) -> BlockMap:
+    def _made(cls, block_rows: Tensor, block: int, num_rows: int) -> BlocksOfRows:
         starts, order = block_rows.sort(stable=True)
         gaps = torch.cat([starts.diff(), starts.new_full((1,), block)])
         lowest_bit = torch.where(gaps < block, gaps & -gaps, block)

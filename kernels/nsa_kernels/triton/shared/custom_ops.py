@@ -2,7 +2,7 @@
 
 A registered operator takes tensors and numbers only. Segments enter as their table on the host,
 whose values no graph depends on: a new packing of documents runs the graph that there is. What a
-launcher makes of them is kept with that table, see tiles.py.
+launcher makes of them is cached with that table, see cache.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
+def register(schema: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a function as nsa_kernels::<name>, which writes to no argument and returns none.
 
     schema: "name(arguments) -> results" in torch's schema language.

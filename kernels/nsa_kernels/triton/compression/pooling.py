@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.triton.block_map import BlockMap
-from nsa_kernels.triton.tiles import MOST_REGISTERS, PIECE, padded
+from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
+from nsa_kernels.triton.shared.arithmetic import PIECE
+from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, padded
 
 MEAN, CONV1D, ATTENTION_POOL, COPY = 0, 1, 2, 3
 # Programs that share a gradient of weights out, for each head.
@@ -167,7 +168,7 @@ def _attention_pool_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _row_gradient_kernel(
+def _pool_row_gradient_kernel(
     do,
     w,
     shares,
@@ -300,7 +301,7 @@ def pool_row_gradient(
     do: Tensor,
     block: int,
     kind: int,
-    blocks: BlockMap,
+    blocks: BlocksOfRows,
     weight: Tensor | None = None,
     shares: Tensor | None = None,
     dlogits: Tensor | None = None,
@@ -310,7 +311,7 @@ def pool_row_gradient(
     dx = do.new_empty(num_rows, groups, width)
     size = max(1, ROW_TILE_ELEMENTS // padded(width))
     if dx.numel():
-        _row_gradient_kernel[(triton.cdiv(num_rows, size), groups)](
+        _pool_row_gradient_kernel[(triton.cdiv(num_rows, size), groups)](
             do, do if weight is None else weight, do if shares is None else shares,
             do if dlogits is None else dlogits, dx, blocks.starts, blocks.order, blocks.latest,
             blocks.step, num_rows, G=groups, L=block, D=width,

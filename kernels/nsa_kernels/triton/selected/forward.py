@@ -15,35 +15,18 @@ rows, B selection blocks, n chosen blocks, l' tokens of a block.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
-from nsa_kernels.triton.library import empty_as, operator
-from nsa_kernels.triton.selected_backward import selected_backward
-from nsa_kernels.triton.selected_lists import (
-    EDGES,
-    block_lists,
-    block_of,
-    load_block,
-    near,
-    token_tile,
-    walk_shapes,
-)
-from nsa_kernels.triton.tiles import (
-    add_dot,
-    last_dim_contiguous,
-    logit_scale,
-    padded,
-    power,
-    precision,
-    query_tiles,
-    segments_of,
-)
+from nsa_kernels.triton.selected.blocks import block_of, load_block, with_int32_blocks
+from nsa_kernels.triton.selected.lists import EDGES, block_lists
+from nsa_kernels.triton.shared.arguments import last_dim_contiguous
+from nsa_kernels.triton.shared.arithmetic import add_dot, logit_scale, power, precision
+from nsa_kernels.triton.shared.shapes import padded, token_tile, walk_shapes
+from nsa_kernels.triton.shared.tables import query_tiles
 
 
 @triton.jit
@@ -233,7 +216,7 @@ def _forward_kernel(
     tl.store(lse + row_head, b_lse, mask=m_m)
 
 
-def _forward(
+def selected_forward(
     q: Tensor,
     k_own: Tensor,
     v_own: Tensor,
@@ -247,10 +230,10 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q = last_dim_contiguous(q)
-    sources = [near(x, select_block) for x in (k_own, v_own, k_fetched, v_fetched)]
+    sources = [with_int32_blocks(x, select_block) for x in (k_own, v_own, k_fetched, v_fetched)]
     num_rows, heads, dk = q.shape
     groups, dv = v_own.shape[1:]
-    o, lse, log_sum = _outputs(q, v_own)
+    o, lse, log_sum = empty_outputs(q, v_own)
     if num_rows:
         ratio = heads // groups
         shape = walk_shapes(q, v_own, selected.shape[-1], select_block)[0]
@@ -272,142 +255,7 @@ def _forward(
     return o, lse, log_sum
 
 
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """o, lse and the lse as kernels count it, not yet written."""
     o, lse = q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=torch.float32)
     return o, lse, torch.empty_like(lse)
-
-
-_SOURCES = "Tensor q, Tensor k_own, Tensor v_own, Tensor k_fetched, Tensor v_fetched"
-_CHOICE = "Tensor selected, Tensor block_rows, Tensor block_lengths, Tensor segments"
-
-
-@operator(
-    f"selected_attention({_SOURCES}, {_CHOICE}, int select_block, float scale)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-def _attend_blocks(
-    q: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    k_fetched: Tensor,
-    v_fetched: Tensor,
-    selected: Tensor,
-    block_rows: Tensor,
-    block_lengths: Tensor,
-    segments: Tensor,
-    select_block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    selected, block_rows, block_lengths = (
-        last_dim_contiguous(x) for x in (selected, block_rows, block_lengths)
-    )
-    at = segments_of(segments, q.device)
-    return _forward(
-        q,
-        k_own,
-        v_own,
-        k_fetched,
-        v_fetched,
-        selected,
-        block_rows,
-        block_lengths,
-        at,
-        select_block,
-        scale,
-    )
-
-
-@_attend_blocks.register_fake
-def _(q: Tensor, k_own: Tensor, v_own: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(q, v_own)
-
-
-@operator(
-    f"selected_attention_backward({_SOURCES}, Tensor o, Tensor log_sum, Tensor grad_o, {_CHOICE}, "
-    "int select_block, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-def _attend_blocks_backward(
-    q: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    k_fetched: Tensor,
-    v_fetched: Tensor,
-    o: Tensor,
-    log_sum: Tensor,
-    grad_o: Tensor,
-    selected: Tensor,
-    block_rows: Tensor,
-    block_lengths: Tensor,
-    segments: Tensor,
-    select_block: int,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    k_own, v_own, k_fetched, v_fetched = (
-        near(x, select_block) for x in (k_own, v_own, k_fetched, v_fetched)
-    )
-    q, grad_o, selected, block_rows, block_lengths = (
-        last_dim_contiguous(x) for x in (q, grad_o, selected, block_rows, block_lengths)
-    )
-    at = segments_of(segments, q.device)
-    return selected_backward(
-        q,
-        k_own,
-        v_own,
-        k_fetched,
-        v_fetched,
-        o,
-        log_sum,
-        selected,
-        block_rows,
-        block_lengths,
-        grad_o,
-        at,
-        select_block,
-        scale,
-    )
-
-
-@_attend_blocks_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(map(empty_as, arguments[:5]))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.select_block, ctx.scale = inputs
-    o, lse, log_sum = output
-    ctx.save_for_backward(*tensors[:5], o, log_sum, *tensors[5:])
-    ctx.mark_non_differentiable(lse, log_sum)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_o: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    grads = _attend_blocks_backward(*saved[:7], grad_o, *saved[7:], ctx.select_block, ctx.scale)
-    return *grads, *[None] * 6
-
-
-_attend_blocks.register_autograd(_backward, setup_context=_save)
-
-
-def selected_attention(
-    q: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    k_fetched: Tensor,
-    v_fetched: Tensor,
-    selected: Tensor,
-    block_rows: Tensor,
-    block_lengths: Tensor,
-    segments: QuerySegments,
-    *,
-    select_block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See `Backend.selected_attention`."""
-    assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
-    assert scale > 0, scale
-    sources = (k_own, v_own, k_fetched, v_fetched)
-    choice = (selected, block_rows, block_lengths, segments.host)
-    o, lse, _ = _attend_blocks(q, *sources, *choice, select_block, scale)
-    return o, lse

@@ -1,4 +1,4 @@
-"""Gradients of attention to a band of keys: see banded_attention.py.
+"""Gradients of attention to a band of keys: see forward.py.
 
 dq has a program for each query tile, dk and dv one for each key tile and run of query tiles that
 see it. Both compute the probabilities P again from the log-sum-exp: dP = do v^T,
@@ -14,20 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
-from nsa_kernels.triton.band import Band, load_rows, num_seen, sees
-from nsa_kernels.triton.tiles import (
-    MOST_REGISTERS,
+from nsa_kernels.triton.banded.band import Band, load_rows, num_seen, sees
+from nsa_kernels.triton.banded.key_tiles import key_tiles
+from nsa_kernels.triton.shared.arithmetic import (
     PIECE,
     add_dot,
     add_tiles,
-    attention_shapes,
-    key_tiles,
     logit_scale,
-    padded,
     power,
     precision,
-    query_tiles,
 )
+from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, attention_shapes, padded
+from nsa_kernels.triton.shared.tables import query_tiles
 
 # Bytes for what programs of dk and dv leave to be added; more programs run in several launches.
 WORKSPACE = 256 << 20

@@ -15,29 +15,17 @@ Letters: N local rows, H query heads, G KV heads, R = H/G, Dk and Dv widths, E k
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
-from nsa_kernels.triton.band import Band, load_rows, num_seen, sees
-from nsa_kernels.triton.banded_backward import banded_backward
-from nsa_kernels.triton.library import empty_as, operator
-from nsa_kernels.triton.tiles import (
-    PIECE,
-    add_dot,
-    attention_shapes,
-    last_dim_contiguous,
-    logit_scale,
-    padded,
-    power,
-    precision,
-    query_tiles,
-    segments_of,
-)
+from nsa_kernels.triton.banded.band import Band, load_rows, num_seen, sees
+from nsa_kernels.triton.shared.arguments import last_dim_contiguous
+from nsa_kernels.triton.shared.arithmetic import PIECE, add_dot, logit_scale, power, precision
+from nsa_kernels.triton.shared.shapes import attention_shapes, padded
+from nsa_kernels.triton.shared.tables import query_tiles
 
 
 @triton.jit
@@ -226,14 +214,14 @@ def _forward_kernel(
     tl.store(lse + row * H + head, b_lse, mask=m_m)
 
 
-def _forward(
+def banded_forward(
     q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, band: Band, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     num_rows, heads, dk = q.shape
     groups, dv = k.shape[1], v.shape[-1]
     ratio = heads // groups
-    o, lse = _outputs(q, v)
+    o, lse = empty_outputs(q, v)
     shape = attention_shapes(q, v)[0]
     tokens = shape.rows // ratio
     tiles = query_tiles(segments, tokens, band.column)
@@ -276,76 +264,7 @@ def _forward(
     return o, lse
 
 
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """o and lse, not yet written."""
     o = q.new_empty(*q.shape[:2], v.shape[-1])
     return o, q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-_BAND = "Tensor segments, int offset, int stride, int window, str column, float scale"
-
-
-@operator(f"banded_attention(Tensor q, Tensor k, Tensor v, {_BAND}) -> (Tensor, Tensor)")
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor]:
-    *band, scale = arguments
-    return _forward(q, k, v, segments_of(segments, q.device), Band(*band), scale)
-
-
-@_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _outputs(q, v)
-
-
-@operator(
-    "banded_attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor grad_o, "
-    f"{_BAND}) -> (Tensor, Tensor, Tensor)"
-)
-def _attend_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    grad_o: Tensor,
-    segments: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *band, scale = arguments
-    q, k, v, grad_o = (last_dim_contiguous(x) for x in (q, k, v, grad_o))
-    at = segments_of(segments, q.device)
-    return banded_backward(q, k, v, o, lse, grad_o, at, Band(*band), scale)
-
-
-@_attend_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_as(q), empty_as(k), empty_as(v)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, segments, *ctx.arguments = inputs
-    ctx.save_for_backward(q, k, v, *output, segments)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_o: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    *saved, segments = ctx.saved_tensors
-    grads = _attend_backward(*saved, grad_o, segments, *ctx.arguments)
-    return *grads, *[None] * (1 + len(ctx.arguments))
-
-
-_attend.register_autograd(_backward, setup_context=_save)
-
-
-def banded_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, band: Band, scale: float
-) -> tuple[Tensor, Tensor]:
-    """o = softmax(scale q k^T) v over the band, with its log-sum-exp.
-
-    Backward computes the probabilities P again from the log-sum-exp: dP = do v^T,
-    dS = P (dP - sum of o do), dq = scale dS k, dk = scale dS^T q, dv = P^T do. Each sum has one
-    owner, and long lists are shared out and added in order: no atomics.
-    """
-    return _attend(q, k, v, segments.host, *band, scale)

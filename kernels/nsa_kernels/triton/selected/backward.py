@@ -1,4 +1,4 @@
-"""Gradients of the selection branch: see selected_attention.py.
+"""Gradients of the selection branch: see forward.py.
 
 The probabilities P are computed again from the log-sum-exp: dP = do v^T, dS = P (dP - delta) with
 delta = sum of o do, dq = scale dS k, dk = scale dS^T q, dv = P^T do. dq walks the blocks of a tile
@@ -19,31 +19,31 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
-from nsa_kernels.triton.selected_lists import (
-    EDGES,
-    block_lists,
+from nsa_kernels.triton.selected.blocks import (
     block_of,
     first_of,
-    key_shape,
     load_block,
     load_columns,
     load_tile,
-    query_lists,
     store_tile,
-    token_tile,
-    walk_shapes,
 )
-from nsa_kernels.triton.tiles import (
-    MOST_REGISTERS,
+from nsa_kernels.triton.selected.lists import EDGES, block_lists, query_lists
+from nsa_kernels.triton.shared.arithmetic import (
     PIECE,
     add_dot,
     add_tiles,
     logit_scale,
-    padded,
     power,
     precision,
-    query_tiles,
 )
+from nsa_kernels.triton.shared.shapes import (
+    MOST_REGISTERS,
+    key_shape,
+    padded,
+    token_tile,
+    walk_shapes,
+)
+from nsa_kernels.triton.shared.tables import query_tiles
 
 # Bytes for what programs of dk and dv leave to be added; more programs run in several launches.
 WORKSPACE = 256 << 20
@@ -423,7 +423,7 @@ def selected_backward(
     """Gradients of q, k_own, v_own, k_fetched and v_fetched, the arguments of forward.
 
     o and do [N, H, Dv], log_sum [N, H] the log-sum-exp as forward kept it; the last dimension of
-    each contiguous. Besides the lists of selected_lists.py this takes a workspace of
+    each contiguous. Besides the lists of lists.py this takes a workspace of
     at most WORKSPACE bytes.
     """
     sources = (k_own, v_own, k_fetched, v_fetched)

@@ -51,7 +51,7 @@ def _least_taken(b_key, b_top, want, low, NUM_KEYS: tl.constexpr):
 
 
 @triton.jit
-def highest(b_key, want, PN: tl.constexpr, WORDS: tl.constexpr, NEAR: tl.constexpr):
+def top_keys(b_key, want, PN: tl.constexpr, WORDS: tl.constexpr, NEAR: tl.constexpr):
     """Columns [L, PN] of the `want` [L] highest of the keys >= 0 [L, W], ascending; how many.
 
     Of equal keys the first are taken. A line that wants none must have no key >= 0. A line's keys

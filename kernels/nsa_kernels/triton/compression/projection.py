@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.triton.block_map import BlockMap
-from nsa_kernels.triton.tiles import MOST_REGISTERS, PIECE, add_dot, padded, precision
+from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
+from nsa_kernels.triton.shared.arithmetic import PIECE, add_dot, precision
+from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, padded
 
 PLAIN, SILU, SILU_BACKWARD = 0, 1, 2
 # Programs that share a gradient of weights out: enough to fill a GPU.
@@ -174,7 +175,7 @@ def _add_blocks(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _row_gradient_kernel(
+def _project_row_gradient_kernel(
     dh,
     w,
     dx,
@@ -230,7 +231,7 @@ def _row_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles_a_program"])
-def _weight_gradient_kernel(
+def _project_weight_gradient_kernel(
     dh,
     x,
     block_rows,
@@ -368,7 +369,7 @@ def _project(
         )  # fmt: skip
 
 
-def row_gradient(dh: Tensor, weight: Tensor, block: int, blocks: BlockMap) -> Tensor:
+def project_row_gradient(dh: Tensor, weight: Tensor, block: int, blocks: BlocksOfRows) -> Tensor:
     """dx [E, G, D] of h = x W^T from dh [C, G, O] and weight [P, O, l*D]."""
     (count, groups, columns), sets = dh.shape, weight.shape[0]
     width = weight.shape[2] // block
@@ -379,14 +380,16 @@ def row_gradient(dh: Tensor, weight: Tensor, block: int, blocks: BlockMap) -> Te
         tile = tile._replace(stages=2)  # A sum in pieces leaves no registers for more.
     grid = (triton.cdiv(num_rows, tile.rows) * block * triton.cdiv(width, tile.columns), sets)
     if num_rows:
-        _row_gradient_kernel[grid](
+        _project_row_gradient_kernel[grid](
             dh, weight, dx, blocks.starts, blocks.owned, blocks.block_at, blocks.step, num_rows,
             G=groups, D=width, L=block, O=columns, PER_HEAD=_per_head(weight), **tile.options(dh),
         )  # fmt: skip
     return dx
 
 
-def weight_gradient(dh: Tensor, x: Tensor, block_rows: Tensor, depth: int, sets: int) -> Tensor:
+def project_weight_gradient(
+    dh: Tensor, x: Tensor, block_rows: Tensor, depth: int, sets: int
+) -> Tensor:
     """Float32 dW [P, O, l*D] of h = x W^T from dh [C, G, O] and x [E, G, D]; depth = l*D."""
     count, groups, columns = dh.shape
     num_rows = count * groups // sets
@@ -399,7 +402,7 @@ def weight_gradient(dh: Tensor, x: Tensor, block_rows: Tensor, depth: int, sets:
     tiles_a_program = triton.cdiv(num_tiles, runs)
     runs = triton.cdiv(num_tiles, tiles_a_program)
     sums = torch.empty(runs, sets, columns, depth, dtype=torch.float32, device=x.device)
-    _weight_gradient_kernel[(tiles, runs, sets)](
+    _project_weight_gradient_kernel[(tiles, runs, sets)](
         dh, x, block_rows, sums, num_rows, tiles_a_program, *x.stride()[:2],
         G=groups, D=x.shape[2], K=depth, O=columns, PER_HEAD=sets > 1, **tile.options(x),
         maxnreg=MOST_REGISTERS,

@@ -1,0 +1,9 @@
+"""Attention to a band of consecutive keys: the compression branch and the window branch."""
+
+from nsa_kernels.triton.banded.operator import (
+    banded_attention,
+    compressed_attention,
+    window_attention,
+)
+
+__all__ = ["banded_attention", "compressed_attention", "window_attention"]

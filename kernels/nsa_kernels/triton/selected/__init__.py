@@ -1,0 +1,5 @@
+"""The selection branch: attention to the tokens of the chosen blocks."""
+
+from nsa_kernels.triton.selected.operator import selected_attention
+
+__all__ = ["selected_attention"]

@@ -1,0 +1,1 @@
+"""What the operators share: tables of work, shapes for each GPU, arithmetic, registration."""
