@@ -18,9 +18,7 @@ from torch import Tensor
 
 from nsa_kernels.triton.shared.arguments import last_dim_contiguous
 from nsa_kernels.triton.shared.custom_ops import empty_as, register
-from nsa_kernels.triton.shared.shapes import padded
-
-TILE_ELEMENTS = 4096
+from nsa_kernels.triton.shared.shapes import padded, rows_of_tile
 
 
 @triton.jit
@@ -151,7 +149,7 @@ def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _shape(x: Tensor) -> dict[str, int]:
     width = padded(x.shape[-1])
-    rows = max(1, TILE_ELEMENTS // width)
+    rows = rows_of_tile(x.shape[-1])
     return {"H": x.shape[1], "D": x.shape[-1], "BM": rows, "PD": width}
 
 

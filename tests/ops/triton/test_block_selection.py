@@ -19,7 +19,7 @@ from nsa_kernels.reference import (
     select_blocks,
 )
 from nsa_kernels.triton.selection import operator
-from nsa_kernels.triton.shared.shapes import ScoreShape
+from nsa_kernels.triton.shared.shapes import ScoreTile
 from tests.ops.op_cases import CASES, Case, Layout, case_id, fill, random
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,8 +153,8 @@ def test_options(case: Case) -> None:
 @pytest.mark.parametrize("columns", [32, 64, 128, 256])
 def test_tile_shapes(columns: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number of tokens a tile, whichever this device would take."""
-    shape = ScoreShape(columns=columns, keys=64, warps=4, stages=2)
-    monkeypatch.setattr(operator, "score_shape", lambda *_: shape)
+    shape = ScoreTile(columns=columns, keys=64, warps=4, stages=2)
+    monkeypatch.setattr(operator, "score_tile", lambda *_: shape)
     case = small("shape", heads=heads)
     layout = Layout(case)
     q, k = make_inputs(case, torch.float16)

@@ -24,7 +24,7 @@ from nsa_kernels.triton.shared.arithmetic import (
     power,
     precision,
 )
-from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, attention_shapes, padded
+from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, banded_tiles, padded
 from nsa_kernels.triton.shared.tables import query_tiles
 
 # Bytes for what programs of dk and dv leave to be added; more programs run in several launches.
@@ -456,7 +456,7 @@ def banded_backward(
         "PDV": padded(v.shape[-1]),
         "PRECISION": precision(q),
     }
-    _, shape, key_shape = attention_shapes(q, v)
+    _, shape, key_shape = banded_tiles(q, v)
     tiles = query_tiles(segments, shape.rows // ratio, band.column)
     _dq_kernel[(len(tiles.host), groups)](
         q, k, v, o, do, lse, delta, dq, tiles.table, len(tiles.host), *strides, scale,

@@ -24,7 +24,7 @@ from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.banded.band import Band, load_rows, num_seen, sees
 from nsa_kernels.triton.shared.arguments import last_dim_contiguous
 from nsa_kernels.triton.shared.arithmetic import PIECE, add_dot, logit_scale, power, precision
-from nsa_kernels.triton.shared.shapes import attention_shapes, padded
+from nsa_kernels.triton.shared.shapes import banded_tiles, padded
 from nsa_kernels.triton.shared.tables import query_tiles
 
 
@@ -222,7 +222,7 @@ def banded_forward(
     groups, dv = k.shape[1], v.shape[-1]
     ratio = heads // groups
     o, lse = empty_outputs(q, v)
-    shape = attention_shapes(q, v)[0]
+    shape = banded_tiles(q, v).forward
     tokens = shape.rows // ratio
     tiles = query_tiles(segments, tokens, band.column)
     keys = band.window + tokens if band.window else band.most_keys(tiles.last)

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
 from nsa_kernels.triton.shared.arithmetic import PIECE
-from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, padded
+from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, padded, pooling_warps, rows_of_tile
 
 MEAN, CONV1D, ATTENTION_POOL, COPY = 0, 1, 2, 3
 # Programs that share a gradient of weights out, for each head.
 RUNS = 64
-ROW_TILE_ELEMENTS = 4096
 
 
 @triton.jit
@@ -224,10 +223,6 @@ def _pool_row_gradient_kernel(
     tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=m_e[:, None] & m_d)
 
 
-def _warps(block: int, width: int) -> int:
-    return max(1, min(8, padded(block) * padded(width) // 1024))
-
-
 def pool(
     x: Tensor,
     block_rows: Tensor,
@@ -248,8 +243,8 @@ def pool(
             x, block_rows, x if weight is None else weight, x if bias is None else bias, out,
             *x.stride()[:2], G=groups, L=block, D=width,
             PER_HEAD=weight is not None and weight.shape[0] > 1, KIND=kind,
-            PL=triton.next_power_of_2(block), PD=padded(width), num_warps=_warps(block, width),
-            maxnreg=MOST_REGISTERS,
+            PL=triton.next_power_of_2(block), PD=padded(width),
+            num_warps=pooling_warps(block, width), maxnreg=MOST_REGISTERS,
         )  # fmt: skip
     return out
 
@@ -274,7 +269,7 @@ def conv1d_weight_gradient(
     _conv1d_weight_kernel[(runs, groups)](
         x, block_rows, do, sums, count, blocks, *x.stride()[:2], G=groups, L=block, D=width,
         PL=triton.next_power_of_2(block), PD=padded(width), PIECE_BLOCKS=PIECE,
-        num_warps=_warps(block, width), maxnreg=MOST_REGISTERS,
+        num_warps=pooling_warps(block, width), maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return _sum(sums, sets)
 
@@ -291,7 +286,7 @@ def attention_pool_backward(
     _attention_pool_backward_kernel[(runs, groups)](
         x, block_rows, query, bias, do, shares, dlogits, sums, count, blocks, *x.stride()[:2],
         G=groups, L=block, D=width, PER_HEAD=sets > 1, PL=triton.next_power_of_2(block),
-        PD=padded(width), PIECE_BLOCKS=PIECE, num_warps=_warps(block, width),
+        PD=padded(width), PIECE_BLOCKS=PIECE, num_warps=pooling_warps(block, width),
         maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return shares, dlogits, _sum(sums, sets)
@@ -309,7 +304,7 @@ def pool_row_gradient(
     """dx [E, G, D] from do [C, G, D], for COPY [C, G, l, D]; the rest as `pool` takes it."""
     groups, width, num_rows = do.shape[1], do.shape[-1], blocks.latest.shape[0]
     dx = do.new_empty(num_rows, groups, width)
-    size = max(1, ROW_TILE_ELEMENTS // padded(width))
+    size = rows_of_tile(width)
     if dx.numel():
         _pool_row_gradient_kernel[(triton.cdiv(num_rows, size), groups)](
             do, do if weight is None else weight, do if shares is None else shares,

@@ -15,8 +15,6 @@ columns of the product, E rows of x.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
 from nsa_kernels.triton.shared.arithmetic import PIECE, add_dot, precision
-from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, padded
+from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, ProductTile, product_tile
 
 PLAIN, SILU, SILU_BACKWARD = 0, 1, 2
 # Programs that share a gradient of weights out: enough to fill a GPU.
@@ -282,36 +280,16 @@ def _project_weight_gradient_kernel(
     tl.store(dw + row[:, None] * K + o_n[None, :], b_dw, mask=m_o[:, None] & m_n[None, :])
 
 
-class _Tile(NamedTuple):
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-    def options(self, x: Tensor) -> dict[str, object]:
-        return {
-            "BM": self.rows,
-            "BN": self.columns,
-            "BK": self.depth,
-            "PRECISION": precision(x),
-            "PIECE_TILES": PIECE,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
-
-
-def _tile(x: Tensor, columns: int, depth: int, rows: int = 1 << 30) -> _Tile:
-    """By widths and dtype alone: the shape of a tile decides the order of sums."""
-    most = _Tile(64, 64, 32, 4, 2) if x.dtype == torch.float32 else _Tile(128, 128, 64, 8, 3)
-    if (columns % 64 or x.shape[-1] % 64) and x.dtype != torch.float32:
-        # Masks and divisions take registers.
-        most = most._replace(rows=64)
-    return most._replace(
-        rows=min(most.rows, padded(rows)),
-        columns=min(most.columns, padded(columns)),
-        depth=min(most.depth, padded(depth)),
-    )
+def _options(tile: ProductTile, x: Tensor) -> dict[str, object]:
+    return {
+        "BM": tile.rows,
+        "BN": tile.columns,
+        "BK": tile.depth,
+        "PRECISION": precision(x),
+        "PIECE_TILES": PIECE,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def _per_head(weight: Tensor) -> bool:
@@ -359,13 +337,13 @@ def _project(
 ) -> None:
     (_, groups, width), (sets, columns, depth) = x.shape, weight.shape
     num_rows = out.shape[0] * groups // sets
-    tile = _tile(x, columns, depth)
+    tile = product_tile(x, columns, depth)
     grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(columns, tile.columns), sets)
     if num_rows:
         _project_kernel[grid](
             x, block_rows, weight, weight if bias is None else bias, out, dout, dh, num_rows,
             *x.stride()[:2], G=groups, D=width, K=depth, O=columns, PER_HEAD=_per_head(weight),
-            HAS_BIAS=bias is not None, ACTIVATION=activation, **tile.options(x),
+            HAS_BIAS=bias is not None, ACTIVATION=activation, **_options(tile, x),
         )  # fmt: skip
 
 
@@ -375,14 +353,14 @@ def project_row_gradient(dh: Tensor, weight: Tensor, block: int, blocks: BlocksO
     width = weight.shape[2] // block
     dx = dh.new_zeros(blocks.latest.shape[0], groups, width)
     num_rows = count * groups // sets
-    tile = _tile(dh, width, columns)
+    tile = product_tile(dh, width, columns)
     if (block + 1) // 2 * triton.cdiv(columns, tile.depth) > PIECE:
         tile = tile._replace(stages=2)  # A sum in pieces leaves no registers for more.
     grid = (triton.cdiv(num_rows, tile.rows) * block * triton.cdiv(width, tile.columns), sets)
     if num_rows:
         _project_row_gradient_kernel[grid](
             dh, weight, dx, blocks.starts, blocks.owned, blocks.block_at, blocks.step, num_rows,
-            G=groups, D=width, L=block, O=columns, PER_HEAD=_per_head(weight), **tile.options(dh),
+            G=groups, D=width, L=block, O=columns, PER_HEAD=_per_head(weight), **_options(tile, dh),
         )  # fmt: skip
     return dx
 
@@ -395,7 +373,7 @@ def project_weight_gradient(
     num_rows = count * groups // sets
     if not num_rows:
         return torch.zeros(sets, columns, depth, dtype=torch.float32, device=x.device)
-    tile = _tile(x, depth, 64, columns)
+    tile = product_tile(x, depth, 64, columns)
     tiles = triton.cdiv(columns, tile.rows) * triton.cdiv(depth, tile.columns)
     num_tiles = triton.cdiv(num_rows, tile.depth)
     runs = max(1, min(PROGRAMS // (tiles * sets), triton.cdiv(num_tiles, 8)))
@@ -404,7 +382,7 @@ def project_weight_gradient(
     sums = torch.empty(runs, sets, columns, depth, dtype=torch.float32, device=x.device)
     _project_weight_gradient_kernel[(tiles, runs, sets)](
         dh, x, block_rows, sums, num_rows, tiles_a_program, *x.stride()[:2],
-        G=groups, D=x.shape[2], K=depth, O=columns, PER_HEAD=sets > 1, **tile.options(x),
+        G=groups, D=x.shape[2], K=depth, O=columns, PER_HEAD=sets > 1, **_options(tile, x),
         maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return sums.sum(dim=0)

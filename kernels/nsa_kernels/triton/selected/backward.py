@@ -38,10 +38,10 @@ from nsa_kernels.triton.shared.arithmetic import (
 )
 from nsa_kernels.triton.shared.shapes import (
     MOST_REGISTERS,
-    key_shape,
     padded,
+    selected_dkv_tile,
     token_tile,
-    walk_shapes,
+    walk_tiles,
 )
 from nsa_kernels.triton.shared.tables import query_tiles
 
@@ -446,7 +446,7 @@ def selected_backward(
         "PRECISION": precision(q),
         "enable_fp_fusion": False,
     }
-    walk = walk_shapes(q, v_own, selected.shape[-1], select_block)[1]
+    walk = walk_tiles(q, v_own, selected.shape[-1], select_block)[1]
     tokens, rows = token_tile(ratio, q.dtype)
     tiles = query_tiles(segments, tokens, "selected_base").table
     lists, counts = block_lists(selected, block_rows, block_lengths, tiles, tokens, select_block)
@@ -460,7 +460,7 @@ def selected_backward(
     )  # fmt: skip
     del lists, counts
 
-    shape = key_shape(q, v_own, select_block)
+    shape = selected_dkv_tile(q, v_own, select_block)
     at_once = shape.rows // ratio
     most = at_once * PIECE
     space = [4 * select_block * width for width in widths]

@@ -25,7 +25,7 @@ from nsa_kernels.triton.selected.blocks import block_of, load_block, with_int32_
 from nsa_kernels.triton.selected.lists import EDGES, block_lists
 from nsa_kernels.triton.shared.arguments import last_dim_contiguous
 from nsa_kernels.triton.shared.arithmetic import add_dot, logit_scale, power, precision
-from nsa_kernels.triton.shared.shapes import padded, token_tile, walk_shapes
+from nsa_kernels.triton.shared.shapes import padded, token_tile, walk_tiles
 from nsa_kernels.triton.shared.tables import query_tiles
 
 
@@ -236,7 +236,7 @@ def selected_forward(
     o, lse, log_sum = empty_outputs(q, v_own)
     if num_rows:
         ratio = heads // groups
-        shape = walk_shapes(q, v_own, selected.shape[-1], select_block)[0]
+        shape = walk_tiles(q, v_own, selected.shape[-1], select_block)[0]
         tokens, rows = token_tile(ratio, q.dtype)
         tiles = query_tiles(segments, tokens, "selected_base").table
         lists, counts = block_lists(

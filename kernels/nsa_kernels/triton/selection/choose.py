@@ -9,7 +9,7 @@ from torch import Tensor
 from nsa_kernels.triton.selection.chunks import Chunk
 from nsa_kernels.triton.selection.scores import pitch
 from nsa_kernels.triton.selection.top_keys import top_keys
-from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, compute_capability
+from nsa_kernels.triton.shared.shapes import choose_registers
 
 # Most scores that one program ranks; more are ranked in parts, whose best are ranked again. At
 # least twice the blocks that are chosen.
@@ -144,7 +144,7 @@ def choose_blocks(
             PN=triton.next_power_of_2(num_selected), FIRST=first, LAST=parts == 1, L=lines, W=width,
             WORDS=min(max(32, width // 32), width // near), NEAR=near,
             num_warps=max(1, width // LINE_ELEMENTS),
-            maxnreg=None if first and compute_capability(scores)[0] != 10 else MOST_REGISTERS,
+            maxnreg=choose_registers(scores, first),
         )  # fmt: skip
         if parts == 1:
             return

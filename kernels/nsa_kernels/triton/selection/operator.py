@@ -15,7 +15,7 @@ from nsa_kernels.triton.selection.chunks import chunks
 from nsa_kernels.triton.selection.scores import pitch, score_blocks, score_parts
 from nsa_kernels.triton.shared.cache import segments_of
 from nsa_kernels.triton.shared.custom_ops import register
-from nsa_kernels.triton.shared.shapes import compute_capability, score_shape, score_widths
+from nsa_kernels.triton.shared.shapes import score_tile
 from nsa_kernels.triton.shared.tables import positions, query_tiles
 
 # Most bytes of the scores and candidates between kernels. Bits do not depend on it.
@@ -62,13 +62,7 @@ def _select_blocks(
     lse = lse.contiguous()
     parts = score_parts(block, stride)
     head_columns = triton.next_power_of_2(q.shape[1] // groups)
-    shape = score_shape(
-        q.dtype,
-        score_widths(q.shape[-1]),
-        head_columns,
-        select_block // stride,
-        compute_capability(q),
-    )
+    shape = score_tile(q, head_columns, select_block // stride)
     tokens = shape.columns // head_columns
     tiles = query_tiles(at, tokens, "compressed_base")
     blocks = tiles.last // select_block + 1

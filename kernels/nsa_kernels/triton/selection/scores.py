@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nsa_kernels.triton.selection.chunks import Chunk
 from nsa_kernels.triton.shared.arithmetic import precision
-from nsa_kernels.triton.shared.shapes import ScoreShape, score_widths
+from nsa_kernels.triton.shared.shapes import ScoreTile, score_widths
 from nsa_kernels.triton.shared.tables import QueryTiles
 
 # Key tiles of one program of the score kernel; more are shared out.
@@ -211,7 +211,7 @@ def score_blocks(
     scores: Tensor,
     tiles: QueryTiles,
     chunk: Chunk,
-    shape: ScoreShape,
+    shape: ScoreTile,
     *,
     block: int,
     stride: int,

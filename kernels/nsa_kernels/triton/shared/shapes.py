@@ -1,7 +1,13 @@
-"""Tile sizes, warps and stages of the kernels."""
+"""Tile sizes, warps and stages of every kernel, for each generation of GPUs.
+
+A new GPU is a row of GPUS; `make compile-all` says whether its tiles fit registers and memory. Bits
+of a result depend on the shapes of tiles, so these follow from widths, dtype, the ratio R of heads,
+the lengths of blocks and the GPU, and from nothing else.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,17 +18,14 @@ from nsa_kernels.triton.shared.arithmetic import PIECE
 
 # A thread's. Unless it is told, ptxas gives some small kernels few and spills some bytes.
 MOST_REGISTERS = 255
-# Most tokens of a tile of the selection branch: bits of an entry's mask.
+# Tokens of a tile in the selection branch, at most: bits of an entry's mask, see selected/lists.py.
 MOST_TOKENS = 16
+# Elements of a tile of rows that a kernel passes over once.
+ROW_TILE_ELEMENTS = 4096
 
 
-def padded(width: int) -> int:
-    """The power of two, at least 16, that a tile's columns are padded to."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-class TileShape(NamedTuple):
-    """Tokens BT (with R heads each: BM rows) and keys BN of a tile, and the warps that share it.
+class Tile(NamedTuple):
+    """Query rows and keys of a tile, warps of a program and tiles in flight.
 
     registers: of a thread, where the compiler is told.
     """
@@ -34,49 +37,183 @@ class TileShape(NamedTuple):
     registers: int | None = None
 
 
-def compute_capability(x: Tensor) -> tuple[int, int]:
-    """Of the GPU that x is on; (0, 0) where kernels are interpreted."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+class BandedTiles(NamedTuple):
+    """Of the three kernels of the compressed and window branches."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
 
 
-def ratio_is_power_of_two(q: Tensor, v: Tensor) -> bool:
+class ScoreTile(NamedTuple):
+    """columns: (head, token) pairs of a tile of scores; keys: its rows; registers: of a thread."""
+
+    columns: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+# The same on every GPU so far.
+_BANDED_256 = BandedTiles(forward=Tile(64, 32, 8, 2), dq=Tile(64, 32, 8, 2), dkv=Tile(64, 32, 8, 1))
+_BANDED_FLOAT32_128 = BandedTiles(
+    forward=Tile(32, 32, 8, 1), dq=Tile(32, 32, 8, 2), dkv=Tile(32, 32, 8, 1)
+)
+_BANDED_FLOAT32_256 = BandedTiles(
+    forward=Tile(32, 16, 8, 1), dq=Tile(32, 16, 8, 2), dkv=Tile(32, 16, 8, 1)
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What one generation of GPUs runs.
+
+    A width is the larger of Dk and Dv, padded to a power of two. 16 bits: float16 and bfloat16.
+
+    banded_64, banded_128: 16 bits at widths up to 64, up to 128.
+    banded_odd_ratio: 16 bits at widths up to 128, where R is no power of two: rows are divided by
+        it, which takes registers. None: as other ratios.
+    banded_dkv_two_masks: stages of dk and dv at widths above 64 where two widths are padded: their
+        masks take registers. None: as other widths.
+    banded_256, banded_float32_128, banded_float32_256: the larger widths in 16 bits, and float32.
+    selected_dq_keys: most keys of a tile of dq in 16 bits.
+    selected_dq_warps: of dq in 16 bits, where programs are small.
+    selected_tall_registers: of a thread, where tiles are 64 rows high or more. None: the compiler's
+        choice, which is right on Hopper.
+    selected_dkv_stages: of dk and dv in 16 bits, where select_block is 128.
+    selected_dkv_registers: of a thread, for dk and dv in 16 bits.
+    score_columns: of a tile of scores in 16 bits, with many heads and long blocks.
+    score_single_columns: of one with a single head and key to sum, where a thread keeps all scores.
+    score_registers: of a thread, for scores in 16 bits.
+    score_two_programs: whether tiles of score_columns have the registers that let two programs
+        share a multiprocessor.
+    choose_first_registers: of a thread that ranks scores for the first time.
+    """
+
+    banded_64: BandedTiles
+    banded_128: BandedTiles
+    banded_odd_ratio: BandedTiles | None = None
+    banded_dkv_two_masks: int | None = None
+    banded_256: BandedTiles = _BANDED_256
+    banded_float32_128: BandedTiles = _BANDED_FLOAT32_128
+    banded_float32_256: BandedTiles = _BANDED_FLOAT32_256
+    selected_dq_keys: int = 64
+    selected_dq_warps: int = 8
+    selected_tall_registers: int | None = MOST_REGISTERS
+    selected_dkv_stages: int = 3
+    selected_dkv_registers: int | None = None
+    score_columns: int = 128
+    score_single_columns: int = 128
+    score_registers: int | None = None
+    score_two_programs: bool = False
+    choose_first_registers: int | None = None
+
+
+_HOPPER_64 = BandedTiles(
+    forward=Tile(128, 64, 8, 3), dq=Tile(128, 64, 8, 3), dkv=Tile(64, 128, 8, 3)
+)
+_HOPPER_128 = BandedTiles(
+    forward=Tile(128, 64, 8, 3), dq=Tile(128, 32, 8, 3), dkv=Tile(64, 128, 8, 2)
+)
+_HOPPER_ODD_RATIO = BandedTiles(
+    forward=Tile(64, 64, 8, 2), dq=Tile(128, 32, 8, 2), dkv=Tile(32, 64, 8, 2)
+)
+_SMALL_64 = BandedTiles(forward=Tile(64, 32, 8, 2), dq=Tile(64, 32, 8, 2), dkv=Tile(32, 32, 8, 2))
+_SMALL_128 = BandedTiles(forward=Tile(64, 32, 8, 2), dq=Tile(64, 32, 8, 2), dkv=Tile(64, 32, 8, 2))
+_BLACKWELL = BandedTiles(
+    forward=Tile(64, 64, 8, 2, MOST_REGISTERS),
+    dq=Tile(64, 32, 8, 2),
+    dkv=Tile(32, 64, 8, 2, MOST_REGISTERS),
+)
+# Registers are no matter to the interpreter, and large tiles are its fast ones.
+_INTERPRETED = BandedTiles(
+    forward=Tile(64, 32, 4, 2), dq=Tile(64, 32, 4, 1), dkv=Tile(64, 32, 8, 1)
+)
+
+AMPERE = Gpu(
+    banded_64=_SMALL_64,
+    banded_128=_SMALL_128,
+    selected_dq_keys=32,
+    selected_dkv_stages=2,
+    score_registers=MOST_REGISTERS,
+)
+HOPPER = Gpu(
+    banded_64=_HOPPER_64,
+    banded_128=_HOPPER_128,
+    banded_odd_ratio=_HOPPER_ODD_RATIO,
+    banded_dkv_two_masks=1,
+    # Two programs of 112 and 96 KB fit a multiprocessor; elsewhere dq would spill.
+    selected_dq_warps=4,
+    selected_tall_registers=None,
+    score_columns=256,
+    score_two_programs=True,
+)
+BLACKWELL = Gpu(
+    banded_64=_BLACKWELL,
+    banded_128=_BLACKWELL,
+    selected_dkv_registers=MOST_REGISTERS,
+    score_columns=256,
+    score_single_columns=64,
+    score_registers=MOST_REGISTERS,
+    choose_first_registers=MOST_REGISTERS,
+)
+OTHER = Gpu(banded_64=_SMALL_64, banded_128=_SMALL_128)
+INTERPRETER = Gpu(
+    banded_64=_HOPPER_64,
+    banded_128=_HOPPER_128,
+    banded_odd_ratio=_HOPPER_ODD_RATIO,
+    banded_dkv_two_masks=1,
+    banded_256=_INTERPRETED,
+    banded_float32_128=_INTERPRETED,
+    banded_float32_256=_INTERPRETED,
+    selected_dq_warps=4,
+)
+# By the major number of the compute capability. GPUs that are not here are OTHER.
+GPUS = {8: AMPERE, 9: HOPPER, 10: BLACKWELL}
+
+
+def gpu_of(x: Tensor) -> Gpu:
+    """The row of the GPU that x is on."""
+    if not x.is_cuda:
+        return INTERPRETER
+    return GPUS.get(torch.cuda.get_device_capability(x.device)[0], OTHER)
+
+
+def padded(width: int) -> int:
+    """The power of two, at least 16, that a tile's columns are padded to."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _padded_width(q: Tensor, v: Tensor) -> int:
+    return max(padded(q.shape[-1]), padded(v.shape[-1]))
+
+
+def _ratio_is_power_of_two(q: Tensor, v: Tensor) -> bool:
     """Whether R is, the heads of q [.., H, Dk] for each of v [.., G, Dv]."""
     ratio = q.shape[1] // v.shape[1]
     return ratio & (ratio - 1) == 0
 
 
-def attention_shapes(q: Tensor, v: Tensor) -> tuple[TileShape, TileShape, TileShape]:
-    """Of the forward, dq and dk, dv kernels; by widths, R, dtype and GPU alone.
-
-    Bits of an output depend on them. They are as large as the registers of that GPU allow.
-    """
-    width = max(padded(q.shape[-1]), padded(v.shape[-1]))
-    if not q.is_cuda and (q.dtype == torch.float32 or width > 128):
-        # Registers are no matter to the interpreter, and large tiles are its fast ones.
-        return TileShape(64, 32, 4, 2), TileShape(64, 32, 4, 1), TileShape(64, 32, 8, 1)
+def banded_tiles(q: Tensor, v: Tensor) -> BandedTiles:
+    """Of the compressed and window branches."""
+    gpu, width = gpu_of(q), _padded_width(q, v)
     if q.dtype == torch.float32:
-        keys = 32 if width <= 128 else 16
-        return TileShape(32, keys, 8, 1), TileShape(32, keys, 8, 2), TileShape(32, keys, 8, 1)
+        return gpu.banded_float32_128 if width <= 128 else gpu.banded_float32_256
     if width > 128:
-        return TileShape(64, 32, 8, 2), TileShape(64, 32, 8, 2), TileShape(64, 32, 8, 1)
-    major = compute_capability(q)[0]
-    if major == 10:
-        forward, dq = TileShape(64, 64, 8, 2, MOST_REGISTERS), TileShape(64, 32, 8, 2)
-        return forward, dq, TileShape(32, 64, 8, 2, MOST_REGISTERS)
-    if major not in (0, 9):
-        small = TileShape(64, 32, 8, 2)
-        return small, small, small if width > 64 else TileShape(32, 32, 8, 2)
-    if not ratio_is_power_of_two(q, v):  # Rows are divided by it, which takes registers.
-        return TileShape(64, 64, 8, 2), TileShape(128, 32, 8, 2), TileShape(32, 64, 8, 2)
-    if width > 64:
-        # A second tile in flight is a few registers too many where two widths have their masks.
-        widths = {x.shape[-1] for x in (q, v) if x.shape[-1] != padded(x.shape[-1])}
-        stages = 1 if len(widths) == 2 else 2
-        return TileShape(128, 64, 8, 3), TileShape(128, 32, 8, 3), TileShape(64, 128, 8, stages)
-    return TileShape(128, 64, 8, 3), TileShape(128, 64, 8, 3), TileShape(64, 128, 8, 3)
+        return gpu.banded_256
+    if gpu.banded_odd_ratio is not None and not _ratio_is_power_of_two(q, v):
+        return gpu.banded_odd_ratio
+    if width <= 64:
+        return gpu.banded_64
+    tiles = gpu.banded_128
+    masked = {x.shape[-1] for x in (q, v) if x.shape[-1] != padded(x.shape[-1])}
+    if gpu.banded_dkv_two_masks is not None and len(masked) == 2:
+        tiles = tiles._replace(dkv=tiles.dkv._replace(stages=gpu.banded_dkv_two_masks))
+    return tiles
 
 
-class WalkShape(NamedTuple):
+class WalkTile(NamedTuple):
     """Keys of a tile, the warps of a program, the tiles in flight.
 
     apart: whether the tiles of a block are summed by themselves, for too many to add in a row.
@@ -99,69 +236,44 @@ def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
     return tokens, max(16, triton.next_power_of_2(tokens * ratio))
 
 
-def walk_shapes(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkShape, WalkShape]:
-    """Of the forward and dq kernels; by widths, dtype, n, l' and GPU, for the promise of bits."""
-    width = max(padded(q.shape[-1]), padded(v.shape[-1]))
+def walk_tiles(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkTile, WalkTile]:
+    """Of forward and dq of the selection branch, with `num` chosen blocks."""
+    gpu, width = gpu_of(q), _padded_width(q, v)
     keys = min(16 if q.dtype == torch.float32 else 32 if width > 128 else 64, select_block)
     apart = num * select_block > PIECE * keys
     if q.dtype == torch.float32:
-        shape = WalkShape(keys, 4, 1, apart)
-        return shape, shape
-    major = compute_capability(q)[0]
-    dq_keys = min(keys, 32) if 0 < major < 9 else keys
+        tile = WalkTile(keys, 4, 1, apart)
+        return tile, tile
+    dq_keys = min(keys, gpu.selected_dq_keys)
     dq_apart = num * select_block > PIECE * dq_keys
-    # On Hopper the compiler is right to spare registers where tiles are 64 rows high.
     tall = token_tile(q.shape[1] // v.shape[1], q.dtype)[1] >= 64
-    registers = None if width > 128 or (major == 9 and tall) else MOST_REGISTERS
+    registers = gpu.selected_tall_registers if tall else MOST_REGISTERS
+    if width > 128:
+        registers = None
     if width > 128 or apart:
         return (
-            WalkShape(keys, 8, 3, apart, registers),
-            WalkShape(dq_keys, 8, 3, dq_apart, registers),
+            WalkTile(keys, 8, 3, apart, registers),
+            WalkTile(dq_keys, 8, 3, dq_apart, registers),
         )
-    forward_warps = 4 if ratio_is_power_of_two(q, v) else 8
-    # Two programs of 112 and 96 KB fit a Hopper multiprocessor; elsewhere dq would spill, and so
-    # does all that divides rows by a ratio that is no power of two.
-    dq_warps = 4 if major in (0, 9) else 8
+    # What divides rows by a ratio that is no power of two would spill with fewer warps.
+    forward_warps = 4 if _ratio_is_power_of_two(q, v) else 8
     return (
-        WalkShape(keys, forward_warps, 3, apart, registers),
-        WalkShape(dq_keys, dq_warps, 2, dq_apart, registers),
+        WalkTile(keys, forward_warps, 3, apart, registers),
+        WalkTile(dq_keys, gpu.selected_dq_warps, 2, dq_apart, registers),
     )
 
 
-class KeyShape(NamedTuple):
-    """Query rows and keys of a tile, the warps of a program and the tiles in flight.
-
-    registers: of a thread, where the compiler is told.
-    """
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
-def key_shape(q: Tensor, v: Tensor, select_block: int) -> KeyShape:
-    """Of the kernel of dk and dv; by widths, dtype, R, l' and GPU."""
+def selected_dkv_tile(q: Tensor, v: Tensor, select_block: int) -> Tile:
+    """Of dk and dv of the selection branch."""
+    gpu = gpu_of(q)
     if q.dtype == torch.float32:
-        return KeyShape(32, min(32, select_block), 8, 1)
-    if max(padded(q.shape[-1]), padded(v.shape[-1])) > 128:
-        return KeyShape(32, min(64, select_block), 8, 2)
+        return Tile(32, min(32, select_block), 8, 1)
+    if _padded_width(q, v) > 128:
+        return Tile(32, min(64, select_block), 8, 2)
     # A tile of queries this small leaves two programs the registers for dk and dv.
-    warps = 4 if select_block <= 64 and ratio_is_power_of_two(q, v) else 8
-    major = compute_capability(q)[0]
-    stages = 2 if select_block == 128 and major == 8 else 3
-    return KeyShape(32, select_block, warps, stages, MOST_REGISTERS if major == 10 else None)
-
-
-class ScoreShape(NamedTuple):
-    """columns: (head, token) pairs of a tile of scores; keys: its rows; registers: of a thread."""
-
-    columns: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None
+    warps = 4 if select_block <= 64 and _ratio_is_power_of_two(q, v) else 8
+    stages = gpu.selected_dkv_stages if select_block == 128 else 3
+    return Tile(32, select_block, warps, stages, gpu.selected_dkv_registers)
 
 
 def score_widths(width: int) -> tuple[int, int]:
@@ -171,29 +283,66 @@ def score_widths(width: int) -> tuple[int, int]:
     return (2 * first, 0) if rest == first else (first, rest)
 
 
-def score_shape(
-    dtype: torch.dtype,
-    widths: tuple[int, int],
-    heads: int,
-    per_block: int,
-    capability: tuple[int, int],
-) -> ScoreShape:
-    if dtype == torch.float32:
-        return ScoreShape(columns=32, keys=64, warps=8, stages=2)
+def score_tile(q: Tensor, heads: int, per_block: int) -> ScoreTile:
+    """Of scores, with R padded to `heads` and `per_block` keys in each selection block."""
+    if q.dtype == torch.float32:
+        return ScoreTile(columns=32, keys=64, warps=8, stages=2)
+    gpu, widths = gpu_of(q), score_widths(q.shape[-1])
+    registers = gpu.score_registers
     # A head and a key by themselves are summed with no other: a thread keeps all scores of a tile.
-    few = 2 if heads * per_block == 1 and capability[0] == 10 else 1
-    registers = MOST_REGISTERS if capability[0] in (8, 10) else None
+    columns = gpu.score_single_columns if heads * per_block == 1 else 128
     if widths[1]:
         # With more warps the compiler would lay out the results of the two products differently.
         stages = 3 if sum(widths) <= 128 else 2
-        return ScoreShape((128 if heads >= 8 else 64) // few, 64, 4, stages, registers)
+        return ScoreTile(columns if heads >= 8 else columns // 2, 64, 4, stages, registers)
     # Few heads or short blocks leave many sums of a tile for a thread.
-    if heads < 8 or heads * per_block < 16 or capability[0] not in (9, 10):
-        return ScoreShape(columns=128 // few, keys=64, warps=8, stages=2, registers=registers)
-    shape = ScoreShape(columns=256, keys=64, warps=8, stages=2)
-    if widths[0] <= 128 and capability == (9, 0):
+    if heads < 8 or heads * per_block < 16 or gpu.score_columns == 128:
+        return ScoreTile(columns, keys=64, warps=8, stages=2, registers=registers)
+    tile = ScoreTile(gpu.score_columns, keys=64, warps=8, stages=2)
+    if gpu.score_two_programs and widths[0] <= 128:
         # Two programs fill the registers of a multiprocessor, and with three stages its shared
         # memory, when exchanging a tile's scores between threads takes no more than 1 KiB of it.
-        scores = shape.columns // heads * (shape.keys // per_block)
-        shape = shape._replace(registers=128, stages=3 if 4 * scores <= 1024 else 2)
-    return shape
+        scores = tile.columns // heads * (tile.keys // per_block)
+        tile = tile._replace(registers=128, stages=3 if 4 * scores <= 1024 else 2)
+    return tile
+
+
+def choose_registers(scores: Tensor, first: bool) -> int | None:
+    """Of a thread that ranks scores, for the first time or among those found before."""
+    return gpu_of(scores).choose_first_registers if first else MOST_REGISTERS
+
+
+class ProductTile(NamedTuple):
+    """Rows, columns and depth of a tile of a product, warps of a program and tiles in flight."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def product_tile(x: Tensor, columns: int, depth: int, rows: int = 1 << 30) -> ProductTile:
+    """Of the products of compression blocks: by widths and dtype, the same on every GPU."""
+    if x.dtype == torch.float32:
+        most = ProductTile(64, 64, 32, 4, 2)
+    else:
+        most = ProductTile(128, 128, 64, 8, 3)
+    if (columns % 64 or x.shape[-1] % 64) and x.dtype != torch.float32:
+        # Masks and divisions take registers.
+        most = most._replace(rows=64)
+    return most._replace(
+        rows=min(most.rows, padded(rows)),
+        columns=min(most.columns, padded(columns)),
+        depth=min(most.depth, padded(depth)),
+    )
+
+
+def pooling_warps(block: int, width: int) -> int:
+    """Of a program that takes the rows of one compression block."""
+    return max(1, min(8, padded(block) * padded(width) // 1024))
+
+
+def rows_of_tile(width: int) -> int:
+    """Of a kernel that passes once over rows of `width`."""
+    return max(1, ROW_TILE_ELEMENTS // padded(width))
