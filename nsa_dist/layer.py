@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nsa_dist.attention.functional import NSADetails, native_sparse_attention
-from nsa_dist.attention.plan_cache import find_plan
+from nsa_dist.attention.call import Call, check_backend, make_call, refuse
+from nsa_dist.attention.checks import gates_problem, keys_problem
+from nsa_dist.attention.functional import KeysOrValues, NSADetails, attend, details_of
+from nsa_dist.attention.selectors import CompressedSelector, Selector, grids_of
 from nsa_dist.checks import (
     DTYPES,
     INTEGER_DTYPES,
@@ -22,19 +24,16 @@ from nsa_dist.checks import (
     is_plain,
 )
 from nsa_dist.comm import CommunicationCounter
-from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig, RotaryConfig
-from nsa_dist.crossover import hint_at_crossover
 from nsa_dist.nn.compressor import BlockCompressor, check_custom
 from nsa_dist.nn.dropout import drop_tokens
 from nsa_dist.nn.gates import make_gate
 from nsa_dist.nn.norm import SetNorm
 from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
 from nsa_dist.nn.tensor_parallel import WORKS, cut_problem, project
-from nsa_dist.plan import Plan
+from nsa_dist.plan.grid import key_sets
 from nsa_dist.plan.layout import make_layout
-from nsa_dist.plan.statement import Statement
 from nsa_kernels import get_backend
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate", "o_proj")
@@ -66,6 +65,8 @@ class NativeSparseAttention(nn.Module):
         backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a name that
             ``nsa_kernels.get_backend`` knows. One that cannot compute the config refuses it: when
             the layer is built where the device is given, else at the first call.
+        selector: what chooses blocks, in the place of NSA's compressed branch; a module's weights
+            become the layer's. See ``nsa_dist.attention.selectors``.
 
     Attributes:
         communication: bytes moved by this layer, by kind, since its last ``reset``.
@@ -91,6 +92,7 @@ class NativeSparseAttention(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        selector: Selector | None = None,
     ) -> None:
         super().__init__()
         self.context = context_group(group)
@@ -99,19 +101,18 @@ class NativeSparseAttention(nn.Module):
         check_bool("qk_norm", qk_norm)
         hidden_size, norm_eps = check_sizes(hidden_size, norm_eps, dtype)
         dropout = _check_options(config, rotary, dropout, k_compressor, v_compressor)
-        # A layer made on the host may be moved to a GPU; one made there stays.
-        placed = device if device is not None and torch.device(device).type == "cuda" else None
-        refused = get_backend(backend, placed).refuses(None, config.kernel_options)
-        if refused is not None:
-            raise ValueError(refused)
+        check_backend(backend, config, device)
         self.hidden_size, self.config, self.rotary = hidden_size, config, rotary
         self.dropout, self.layout, self.backend = dropout, layout, backend
         self.communication = CommunicationCounter()
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.k_compressor, self.v_compressor, self.selector = k_compressor, v_compressor, selector
+        self.key_sets = key_sets(config, grids_of(self._selector, config))
+        num_key_sets = len(self.key_sets) if config.independent_kv else 1
         heads, kv_heads = config.num_heads, config.num_kv_heads
         key_width, value_width = config.head_dim, config.value_dim
-        key_rows = config.num_key_sets * kv_heads * key_width
+        key_rows = num_key_sets * kv_heads * key_width
         value_rows = config.num_value_sets * kv_heads * value_width
         self.q_proj = nn.Linear(hidden_size, heads * key_width, bias=bias, **factory)
         self.k_proj = nn.Linear(hidden_size, key_rows, bias=bias, **factory)
@@ -121,9 +122,8 @@ class NativeSparseAttention(nn.Module):
         self.q_norm = self.k_norm = None
         if qk_norm:
             self.q_norm = nn.RMSNorm(key_width, eps=norm_eps, **factory)
-            self.k_norm = SetNorm(config.num_key_sets, key_width, norm_eps, **factory)
-        self.k_compressor, self.v_compressor = k_compressor, v_compressor
-        if config.compress != "custom":
+            self.k_norm = SetNorm(num_key_sets, key_width, norm_eps, **factory)
+        if config.compress != "custom" and selector is None:
             if config.uses_compression:
                 self.k_compressor = BlockCompressor(config, key_width, **factory)
             if "compressed" in config.branches:
@@ -165,92 +165,78 @@ class NativeSparseAttention(nn.Module):
             ValueError: naming the option, the value found and the values that work; on every rank
                 of the group, whichever rank's input is bad.
         """
-        config = self.config
-        plan = self._plan(x, cu_seqlens, position_ids)
-        rows = x.shape[:2]
+        call = self._call(x, cu_seqlens, position_ids)
+        q, k, v = self._project(x, call.plan.positions if position_ids is None else position_ids)
+        gates = project("gate", self.gate, x, self.config.num_heads, len(self.config.branches))
+        # Projections may have been replaced: what they give is looked at as a caller's would be.
+        problem = keys_problem(q, k, v, self.config, self.key_sets)
+        problem = problem or gates_problem(gates, q, self.config)
+        attended = attend(call, q, k, v, gates, self._selector, problem)
+        out = attended.out_NHD.flatten(1).unflatten(0, x.shape[:2])
+        out = project("o_proj", self.o_proj, out, self.hidden_size)
+        if self.training and self.dropout > 0:
+            out = drop_tokens(out, self.dropout, call.plan.documents, call.plan.positions)
+        return (out, details_of(attended, gates)) if return_details else out
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, KeysOrValues, KeysOrValues]:
+        """Queries [B, L, H, Dk], keys and values [B, L, G, D] by set: normed, then rotated."""
+        config, num_key_sets = self.config, len(self.key_sets) if self.config.independent_kv else 1
         q_shape = (config.num_heads, config.head_dim)
-        key_shape = (config.num_key_sets, config.num_kv_heads, config.head_dim)
-        value_shape = (config.num_value_sets, config.num_kv_heads, config.value_dim)
+        k_shape = (num_key_sets, config.num_kv_heads, config.head_dim)
+        v_shape = (config.num_value_sets, config.num_kv_heads, config.value_dim)
         q, k, v = (
             project(name, module, x, math.prod(shape)).unflatten(-1, shape)
             for name, module, shape in (
                 ("q_proj", self.q_proj, q_shape),
-                ("k_proj", self.k_proj, key_shape),
-                ("v_proj", self.v_proj, value_shape),
+                ("k_proj", self.k_proj, k_shape),
+                ("v_proj", self.v_proj, v_shape),
             )
         )
         if self.q_norm is not None and self.k_norm is not None:
             # Autocast may norm in float32; queries, keys and values share a dtype.
             q, k = self.q_norm(q).to(q.dtype), self.k_norm(k)
         if self.rotary is not None:
-            positions = plan.positions.view(rows) if position_ids is None else position_ids
-            cos, sin = rotary_cos_sin(self.rotary, config.head_dim, positions)
+            cos, sin = rotary_cos_sin(self.rotary, config.head_dim, positions.view(x.shape[:2]))
             q = apply_rotary(q, cos, sin)
             if not config.compress_pre_rope:
-                k = apply_rotary(k.flatten(2, 3), cos, sin).unflatten(2, key_shape[:2])
-
-        result = native_sparse_attention(
-            q,
-            dict(zip(config.key_branches, k.unbind(2), strict=True))
-            if config.independent_kv
-            else k.squeeze(2),
-            dict(zip(config.branches, v.unbind(2), strict=True))
-            if config.independent_kv
-            else v.squeeze(2),
-            project("gate", self.gate, x, config.num_heads, len(config.branches)),
-            self.k_compressor,
-            self.v_compressor,
-            config=config,
-            rotary=self.rotary if config.compress_pre_rope else None,
-            layout=self.layout,
-            group=self.context,
-            backend=self.backend,
-            plan=plan,
-            communication=self.communication,
-            return_details=return_details,
-        )
-        attended, details = result if isinstance(result, tuple) else (result, None)
-        out = project("o_proj", self.o_proj, attended.flatten(2), self.hidden_size)
-        if self.training and self.dropout > 0:
-            out = drop_tokens(out, self.dropout, plan.documents, plan.positions)
-        return out if details is None else (out, details)
+                k = apply_rotary(k.flatten(2, 3), cos, sin).unflatten(2, k_shape[:2])
+        if not config.independent_kv:
+            return q, k.squeeze(2), v.squeeze(2)
+        k_of = dict(zip(self.key_sets, k.unbind(2), strict=True))
+        return q, k_of, dict(zip(config.branches, v.unbind(2), strict=True))
 
     @torch.compiler.disable  # The one break of a compiled layer: see find_plan.
-    def _plan(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Plan:
+    def _call(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Call:
         if not is_plain(x):
-            found = f"x: found {describe(x)}; a tensor works"
-            agree(Statement({"call": "forward"}), found, self.context, self.communication)
-        rows = tuple(x.shape[:2]) if x.ndim >= 2 else (0, 0)
-        problem = self._problem(x, position_ids)
-        backend = self.backend
-        try:
-            backend = get_backend(backend, x.device).name
-        except ValueError as error:
-            problem = problem or str(error)
-        plan = find_plan(
+            refuse(f"x must be a tensor, got {describe(x)}", self.context, self.communication)
+        cast = autocast_dtype(x.device.type)
+        return make_call(
             self.config,
             self.layout,
             self.context,
-            batch=rows[0],
-            local_length=rows[1],
+            self.backend,
+            self.communication,
+            rows=(x.shape[0], x.shape[1]) if x.ndim >= 2 else (0, 0),
+            like=x,
+            dtype=cast,
             cu_seqlens=cu_seqlens,
-            dtype=x.dtype,
-            device=x.device,
-            counter=self.communication,
-            inputs={
+            selector_grids=self._selector.grids(self.config),
+            rotary=self.rotary if self.config.compress_pre_rope else None,
+            stated={
                 "x": f"width {x.shape[-1]}" if x.ndim == 3 else describe(x),
                 "rotary": repr(self.rotary),
                 "qk_norm": "False" if self.q_norm is None else f"True, eps {self.q_norm.eps}",
                 "dropout": repr(self.dropout if self.training else 0.0),
-                "backend": backend,
-                "autocast": str(autocast_dtype(x.device.type)),
+                "autocast": str(cast),
             },
-            problem=problem,
+            problem=self._problem(x, position_ids),
         )
-        if self.context.rank == 0:  # Here, too: what is compiled says nothing by itself.
-            dtype = autocast_dtype(x.device.type) or x.dtype
-            hint_at_crossover(plan.longest, x.device, backend, dtype)
-        return plan
+
+    @property
+    def _selector(self) -> Selector:
+        if self.selector is not None:
+            return self.selector
+        return CompressedSelector(self.k_compressor, self.v_compressor)
 
     def _problem(self, x: Tensor, position_ids: Tensor | None) -> str | None:
         """What is wrong with the tensors of one call, or None."""
@@ -259,8 +245,8 @@ class NativeSparseAttention(nn.Module):
         problem = problem or cut_problem(self, (*PROJECTIONS, *users))
         if problem is None and position_ids is not None and self.config.compress_pre_rope:
             return (
-                "position_ids: found with compress_pre_rope=True, which rotates compressed keys at "
-                "positions counted from the document's start; None works"
+                "position_ids must be None with compress_pre_rope=True, which rotates compressed "
+                "keys at positions counted from the document's start, got positions"
             )
         return problem
 
@@ -285,7 +271,7 @@ def input_problem(
 ) -> str | None:
     """What keeps ``projection`` and rotary from taking the tensors of one call, or None."""
     if isinstance(x, DTensor):
-        return f"x: found a DTensor; a plain tensor, as x.to_local() is, works ({WORKS})"
+        return f"x must be a plain tensor (as x.to_local() is), got a DTensor; {WORKS}"
     if x.ndim != 3 or x.shape[-1] != hidden_size:
         return (
             f"x: found shape {tuple(x.shape)}; [batch, local tokens, "

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nsa_dist.checks import INTEGER_DTYPES, as_int, describe, is_plain
 from nsa_dist.comm.agreement import agree
-from nsa_dist.comm.collectives import all_gather_rows
+from nsa_dist.comm.channel import Channel
+from nsa_dist.comm.collectives import begin_all_gather
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.plan.layout import check_batch_size, check_cu_seqlens, local_indices, make_layout
@@ -76,7 +77,8 @@ class Sharding:
         counter = CommunicationCounter()
         statement = Statement(values)
         agree(statement, problem, self.context, counter)
-        gathered = all_gather_rows(x.detach(), self.context, counter, "unshard", statement)
+        channel = Channel(self.context, counter, statement)
+        gathered = begin_all_gather(x.detach(), channel, "unshard").finish()
         rows = gathered.unflatten(0, (self.context.size, -1)).transpose(0, 1).flatten(1, 2)
         padded = torch.empty_like(rows)
         padded[:, self.rank_columns.to(x.device)] = rows

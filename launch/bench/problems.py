@@ -15,7 +15,9 @@ from launch.bench.stream import Stream
 from launch.bench.work import Flops
 from nsa_dist import BRANCHES, CommunicationCounter, get_plan
 from nsa_dist import native_sparse_attention as attention
-from nsa_dist.attention.flow import Flow
+from nsa_dist.attention.call import Call
+from nsa_dist.attention.flow import attend_branches
+from nsa_dist.attention.selectors import CompressedSelector
 from nsa_dist.comm.group import context_group
 from nsa_kernels import Backend, get_backend
 
@@ -188,8 +190,9 @@ def _whole(stream: Stream, label: str, choices: Tensor | None) -> Problem:
         keys, values = (dict(zip(BRANCHES, x, strict=True)) for x in (rest[:3], rest[3:6]))
         if choices is not None:
             given = cast(Backend, GivenChoices(ops, choices))
-            flow = Flow(given, config, plan, context_group(None), CommunicationCounter(), None)
-            return flow.run(q, keys, values, gates, *stream.compressors)[0]
+            call = Call(config, given, context_group(None), CommunicationCounter(), plan)
+            by = CompressedSelector(*stream.compressors)
+            return attend_branches(call, q, keys, values, gates, by).out_NHD
         return run_public(q, gates, keys, values)[0]
 
     def run_public(

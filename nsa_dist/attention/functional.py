@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from nsa_dist.attention.flow import Flow, Rotary
-from nsa_dist.attention.plan_cache import find_plan
-from nsa_dist.checks import DTYPES, describe, is_plain
+from nsa_dist.attention.call import Call, Rotary, make_call, refuse
+from nsa_dist.attention.checks import gates_problem, keys_problem, query_problem, rotary_problem
+from nsa_dist.attention.flow import Attended, attend_branches
+from nsa_dist.attention.selectors import CompressedSelector, Selector
+from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
-from nsa_dist.config import NSAConfig, RotaryConfig
-from nsa_dist.crossover import hint_at_crossover
-from nsa_dist.nn.compressor import BlockCompressor, compressor_options
+from nsa_dist.config import BRANCHES, NSAConfig
 from nsa_dist.plan import Plan
-from nsa_dist.plan.statement import Statement
-from nsa_kernels import get_backend
+from nsa_dist.plan.grid import all_grids, key_sets
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,53 @@ class NSADetails:
     lse: Mapping[str, Tensor]
 
 
+KeysOrValues = Tensor | Mapping[str, Tensor]
+
+
+@overload
 def native_sparse_attention(
     q: Tensor,
-    k: Tensor | Mapping[str, Tensor],
-    v: Tensor | Mapping[str, Tensor],
+    k: KeysOrValues,
+    v: KeysOrValues,
+    gates: Tensor,
+    k_compressor: nn.Module | None = ...,
+    v_compressor: nn.Module | None = ...,
+    *,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = ...,
+    rotary: Rotary | None = ...,
+    layout: str = ...,
+    group: GroupLike | ContextGroup = ...,
+    backend: str = ...,
+    plan: Plan | None = ...,
+    communication: CommunicationCounter | None = ...,
+    return_details: Literal[False] = ...,
+    selector: Selector | None = ...,
+) -> Tensor: ...
+@overload
+def native_sparse_attention(
+    q: Tensor,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    gates: Tensor,
+    k_compressor: nn.Module | None = ...,
+    v_compressor: nn.Module | None = ...,
+    *,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = ...,
+    rotary: Rotary | None = ...,
+    layout: str = ...,
+    group: GroupLike | ContextGroup = ...,
+    backend: str = ...,
+    plan: Plan | None = ...,
+    communication: CommunicationCounter | None = ...,
+    return_details: Literal[True],
+    selector: Selector | None = ...,
+) -> tuple[Tensor, NSADetails]: ...
+def native_sparse_attention(
+    q: Tensor,
+    k: KeysOrValues,
+    v: KeysOrValues,
     gates: Tensor,
     k_compressor: nn.Module | None = None,
     v_compressor: nn.Module | None = None,
@@ -57,13 +98,14 @@ def native_sparse_attention(
     plan: Plan | None = None,
     communication: CommunicationCounter | None = None,
     return_details: bool = False,
+    selector: Selector | None = None,
 ) -> Tensor | tuple[Tensor, NSADetails]:
     """Native Sparse Attention (arXiv 2502.11089) over a sequence split over the ranks of a group.
 
     Args:
         q: [B, L, H, Dk], this rank's tokens, after rotary.
         k: [B, L, G, Dk], after rotary; with ``independent_kv`` a mapping from each of
-            ``config.key_branches`` to such a tensor.
+            ``config.key_branches`` (or of the sets that ``selector`` reads) to such a tensor.
         v: [B, L, G, Dv]; with ``independent_kv`` a mapping from each of ``config.branches``.
         gates: [B, L, H, nb], in (0, 1), branches in the order of ``config.branches``; any floating
             dtype.
@@ -84,93 +126,112 @@ def native_sparse_attention(
             ``layout``.
         communication: where moved bytes are counted.
         return_details: also return the chosen blocks, gates and log-sum-exps.
+        selector: what chooses blocks, in the place of NSA's compressed branch; it takes no
+            compressors.
 
     Returns:
         [B, L, H, Dv] in the dtype of ``q``; with ``return_details`` also ``NSADetails``.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work; on every rank of
-            the group, whichever rank's input is bad.
+        ValueError: for input that does not fit, naming the option; on every rank of the group,
+            whichever rank's input is bad.
     """
-    context = context_group(group)
+    group = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
-    problem = None
     if not isinstance(config, NSAConfig):
-        problem = f"config: found {config!r}; an NSAConfig works"
-    elif not is_plain(q):
-        problem = f"q: found {describe(q)}; a tensor works"
+        refuse(f"config must be an NSAConfig, got {config!r}", group, counter)
+    problem = query_problem(q, config)
     if problem is not None:
-        agree(Statement({"call": "forward"}), problem, context, counter)
-    problem = _check_inputs(q, k, v, gates, config, rotary) or _check_compressors(
-        k_compressor, v_compressor, config
+        refuse(problem, group, counter)
+    by = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
+    grids = by.grids(config)
+    problem = keys_problem(
+        q, k, v, config, key_sets(config, all_grids(config, grids))
+    ) or gates_problem(gates, q, config)
+    if selector is not None and (k_compressor is not None or v_compressor is not None):
+        problem = "k_compressor and v_compressor must be None beside a selector, got modules"
+    call = make_call(
+        config,
+        layout,
+        group,
+        backend,
+        counter,
+        rows=(q.shape[0], q.shape[1]),
+        like=q,
+        cu_seqlens=cu_seqlens,
+        plan=plan,
+        selector_grids=grids,
+        rotary=rotary,
+        problem=problem,
     )
-    try:
-        ops = get_backend(backend, q.device)
-        backend = ops.name
-        problem = problem or ops.refuses(q.dtype, config.kernel_options)
-    except ValueError as error:
-        problem = problem or str(error)
+    attended = attend(call, q, k, v, gates, by)
+    out = attended.out_NHD.unflatten(0, q.shape[:2])
+    return (out, details_of(attended, gates)) if return_details else out
 
-    def inputs() -> dict[str, str]:
-        return {
-            "q": describe(q),
-            "k": _describe_all(k),
-            "v": _describe_all(v),
-            "gates": describe(gates),
-            "rotary": _describe_all(rotary),
-            "backend": repr(backend),
-        }
 
-    if plan is None:
-        batch, local_length = q.shape[:2] if q.ndim >= 2 else (0, 0)
-        plan = find_plan(
-            config,
-            layout,
-            context,
-            batch=batch,
-            local_length=local_length,
-            cu_seqlens=cu_seqlens,
-            dtype=q.dtype,
-            device=q.device,
-            counter=counter,
-            inputs=inputs(),
-            problem=problem,
+def attend(
+    call: Call,
+    q: Tensor,
+    k: KeysOrValues,
+    v: KeysOrValues,
+    gates: Tensor,
+    by: Selector,
+    problem: str | None = None,
+) -> Attended:
+    """The attention of a call, once all ranks agree that their inputs fit it.
+
+    Args:
+        q, k, v, gates: as of ``native_sparse_attention``, and checked.
+        by: the selector that the call was made for.
+        problem: what the caller found wrong with them, if anything.
+
+    Raises:
+        ValueError: on every rank of the group, whichever rank's input is bad.
+    """
+    problem = (
+        problem
+        or rotary_problem(call.rotary, q.device, call.config, call.plan.longest)
+        or by.problem(call)
+    )
+    if call.group.size > 1 or problem is not None:
+        statement = call.plan.statement.also(
+            q=describe(q),
+            k=_describe_all(k),
+            v=_describe_all(v),
+            gates=describe(gates),
+            rotary=_describe_all(call.rotary),
+            backend=call.backend.name,
+            selector=by.name,
+            **by.stated(),
         )
-    else:
-        problem = problem or _check_plan(plan, q, config, context, cu_seqlens)
-    problem = problem or _check_tables(rotary, plan)
-    if context.size > 1 or problem is not None:
-        statement = plan.statement if isinstance(plan, Plan) else Statement({"call": "forward"})
-        more = {k: value for k, value in inputs().items() if k not in statement.values}
-        agree(statement.also(**more), problem, context, counter)
-
-    if context.rank == 0:
-        hint_at_crossover(plan.longest, q.device, ops.name, q.dtype)
-    flow = Flow(ops, config, plan, context, counter, rotary)
-    shape = q.shape[:2]
-    out, lse, selected = flow.run(
+        agree(statement, problem, call.group, call.counter)
+    sets = tuple(call.plan.halos)
+    return attend_branches(
+        call,
         q.flatten(0, 1),
-        _by_branch(k, config.key_branches),
-        _by_branch(v, config.key_branches if isinstance(v, Tensor) else config.branches),
+        _by_set(k, sets),
+        _by_set(v, sets if isinstance(v, Tensor) else call.config.branches),
         gates.flatten(0, 1),
-        k_compressor,
-        v_compressor,
+        by,
     )
-    out = out.unflatten(0, shape)
-    if not return_details:
-        return out
-    return out, NSADetails(
-        selected=None if selected is None else selected.unflatten(0, shape),
+
+
+def details_of(attended: Attended, gates: Tensor) -> NSADetails:
+    """What a call chose and weighed, in rows [B, L] as its gates are."""
+    rows, blocks = gates.shape[:2], attended.blocks_NGn
+    lse = attended.lse_NH
+    return NSADetails(
+        selected=None if blocks is None else blocks.unflatten(0, rows),
         gates=gates,
-        lse={branch: lse[branch].unflatten(0, shape) for branch in config.branches},
+        lse={branch: lse[branch].unflatten(0, rows) for branch in BRANCHES if branch in lse},
     )
 
 
-def _by_branch(x: Tensor | Mapping[str, Tensor], branches: tuple[str, ...]) -> dict[str, Tensor]:
-    """Local rows [N, G, D] of each branch; shared ones are one object."""
+def _by_set(x: KeysOrValues, sets: tuple[str, ...]) -> dict[str, Tensor]:
+    """Local rows [N, G, D] of each set; shared ones are one object."""
     if isinstance(x, Tensor):
-        return dict.fromkeys(branches, x.flatten(0, 1))
-    return {branch: x[branch].flatten(0, 1) for branch in branches}
+        return dict.fromkeys(sets, x.flatten(0, 1))
+    return {name: x[name].flatten(0, 1) for name in sets}
 
 
 def _describe_all(x: Any) -> str:
@@ -180,157 +241,3 @@ def _describe_all(x: Any) -> str:
     if isinstance(x, tuple):
         return ", ".join(map(describe, x))
     return describe(x) if isinstance(x, Tensor) else repr(x)
-
-
-def _check_inputs(
-    q: Tensor,
-    k: Tensor | Mapping[str, Tensor],
-    v: Tensor | Mapping[str, Tensor],
-    gates: Tensor,
-    config: NSAConfig,
-    rotary: Rotary | None,
-) -> str | None:
-    """What is wrong with the tensors of one call, or None."""
-    heads = config.num_heads
-    for name, values in (("q", q), ("k", k), ("v", v), ("gates", gates)):
-        for x in values.values() if isinstance(values, Mapping) else (values,):
-            if isinstance(x, DTensor):
-                return f"{name}: found a DTensor; a plain tensor, as its to_local() is, works"
-    if q.ndim != 4 or q.shape[2:] != (heads, config.head_dim):
-        return (
-            f"q: found shape {tuple(q.shape)}; [batch, local tokens, num_heads={heads}, "
-            f"head_dim={config.head_dim}] works"
-        )
-    if q.dtype not in DTYPES or q.is_meta:
-        return f"q: found {describe(q)}; data in one of {DTYPES} works"
-    for name, given, branches, width in (
-        ("k", k, config.key_branches, config.head_dim),
-        ("v", v, config.branches, config.value_dim),
-    ):
-        if isinstance(given, Tensor) == config.independent_kv:
-            works = f"a mapping from {branches}" if config.independent_kv else "one tensor"
-            return (
-                f"{name}: found a {type(given).__name__} with independent_kv="
-                f"{config.independent_kv}; {works} works"
-            )
-        if not isinstance(given, (Tensor, Mapping)):
-            return f"{name}: found {describe(given)}; a mapping from {branches} works"
-        if not isinstance(given, Tensor) and set(given) != set(branches):
-            return f"{name}: found branches {tuple(given)}; exactly {branches} work"
-        tensors = {"": given} if isinstance(given, Tensor) else given
-        expected = (*q.shape[:2], config.num_kv_heads, width)
-        for branch, x in tensors.items():
-            label = f"{name}[{branch!r}]" if branch else name
-            if not is_plain(x):
-                return f"{label}: found {describe(x)}; a tensor works"
-            if x.shape != expected:
-                return f"{label}: found shape {tuple(x.shape)}; {tuple(expected)} works"
-            if x.dtype != q.dtype or x.device != q.device:
-                return (
-                    f"{label}: found {x.dtype} on {x.device}; the {q.dtype} on {q.device} of q "
-                    "works"
-                )
-    expected = (*q.shape[:3], len(config.branches))
-    if not is_plain(gates) or gates.shape != expected:
-        return f"gates: found {describe(gates)}; shape {tuple(expected)} works"
-    if gates.dtype not in DTYPES or gates.device != q.device:
-        return f"gates: found {gates.dtype} on {gates.device}; a floating dtype on {q.device} works"
-    return _check_rotary(rotary, q, config)
-
-
-def _check_rotary(rotary: Rotary | None, q: Tensor, config: NSAConfig) -> str | None:
-    """What is wrong with how unrotated keys are to be rotated, or None."""
-    works = "a RotaryConfig or (cos, sin) works"
-    if not config.compress_pre_rope:
-        if rotary is None:
-            return None
-        return (
-            f"rotary: found {describe(rotary)} with compress_pre_rope=False, where keys "
-            "come rotated; None works (or compress_pre_rope=True and unrotated keys)"
-        )
-    if isinstance(rotary, RotaryConfig):
-        try:
-            rotary.rotary_dim(config.head_dim)
-        except ValueError as error:
-            return str(error)
-        return None
-    if not isinstance(rotary, tuple) or len(rotary) != 2:
-        return f"rotary: found {rotary!r} with compress_pre_rope=True; {works}"
-    for name, table in zip(("cos", "sin"), rotary, strict=True):
-        if (
-            not is_plain(table)
-            or table.shape != rotary[0].shape
-            or table.ndim != 2
-            or not 0 < 2 * table.shape[1] <= config.head_dim
-            or table.dtype not in DTYPES
-            or table.device != q.device
-        ):
-            return (
-                f"rotary: found {name}, {describe(table)}; cos and sin of one shape [positions, "
-                f"rotary_dim/2 up to {config.head_dim // 2}], floating point on {q.device} work"
-            )
-    return None
-
-
-def _check_plan(
-    plan: Plan, q: Tensor, config: NSAConfig, context: ContextGroup, cu_seqlens: Tensor | None
-) -> str | None:
-    """What tells that a plan is not of this call, or None."""
-    if not isinstance(plan, Plan):
-        return f"plan: found {describe(plan)}; one from get_plan, or None, works"
-    if cu_seqlens is not None:
-        return "cu_seqlens: found beside a plan, which has its own; None works"
-    for what, found, works in (
-        ("[batch, local tokens]", (plan.batch, plan.local_length), tuple(q.shape[:2])),
-        ("(rank, group size)", (plan.rank, plan.size), (context.rank, context.size)),
-        ("config", plan.config, config),
-        ("device", plan.positions.device, q.device),
-    ):
-        if found != works:
-            return f"plan: found one for {what} {found}; one for {works} works"
-    return None
-
-
-def _check_tables(rotary: Rotary | None, plan: Plan) -> str | None:
-    """What keeps tables of cos and sin from rotating the tokens of a plan, or None."""
-    if not isinstance(rotary, tuple) or rotary[0].shape[0] >= plan.longest:
-        return None
-    return (
-        f"rotary: found cos and sin of {rotary[0].shape[0]} positions; {plan.longest}, the longest "
-        "document's, work"
-    )
-
-
-def _check_compressors(
-    k_compressor: nn.Module | None, v_compressor: nn.Module | None, config: NSAConfig
-) -> str | None:
-    """What is wrong with the compressors given for ``config``, or None."""
-    for name, compressor, needed, width in (
-        ("k_compressor", k_compressor, config.uses_compression, config.head_dim),
-        ("v_compressor", v_compressor, "compressed" in config.branches, config.value_dim),
-    ):
-        if not needed:
-            if compressor is not None:
-                return (
-                    f"{name}: found {describe(compressor)} with branches="
-                    f"{config.branches}, which do not use it; None works"
-                )
-            continue
-        built_in = config.compress != "custom"
-        works = "a BlockCompressor" if built_in else "a module of your own"
-        if (
-            not isinstance(compressor, nn.Module)
-            or isinstance(compressor, BlockCompressor) != built_in
-        ):
-            return (
-                f"{name}: found {describe(compressor)} with compress={config.compress!r} "
-                f"and branches={config.branches}; {works} works"
-            )
-        if isinstance(compressor, BlockCompressor):
-            for option, value in compressor_options(config, width).items():
-                if compressor.options[option] != value:
-                    return (
-                        f"{name}: found one made for {option}={compressor.options[option]!r}; "
-                        f"{option}={value!r} works"
-                    )
-    return None

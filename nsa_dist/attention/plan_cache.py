@@ -21,12 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nsa_dist.checks import as_int, describe, is_plain
+from nsa_dist.checks import as_int, check, describe, is_plain
 from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig
-from nsa_dist.plan import Plan, build_plan
+from nsa_dist.plan import Grid, Plan, build_plan
+from nsa_dist.plan.grid import all_grids
 from nsa_dist.plan.layout import check_lengths, make_layout
 from nsa_dist.plan.statement import Statement, show_boundaries
 
@@ -87,6 +88,7 @@ def get_plan(
     communication: CommunicationCounter | None = None,
     inputs: Mapping[str, str] | None = None,
     problem: str | None = None,
+    selector_grids: Mapping[str, Grid] | None = None,
 ) -> Plan:
     """The plan for one call, from the cache or new. A collective.
 
@@ -96,6 +98,7 @@ def get_plan(
             row.
         inputs: more of the call, printed by name, that must be equal on all ranks.
         problem: what the caller found wrong with its input; raised here, on every rank.
+        selector_grids: what a selector's ``grids(config)`` gives; None for NSA's.
 
     Raises:
         ValueError: on every rank of the group, naming the option, when any rank's input is bad or
@@ -115,6 +118,7 @@ def get_plan(
         counter=counter,
         inputs=inputs or {},
         problem=problem,
+        selector_grids=selector_grids,
     )
     agree(plan.statement.also(call="get_plan"), None, group, counter)
     return plan
@@ -138,6 +142,7 @@ def find_plan(
     counter: CommunicationCounter,
     inputs: Mapping[str, str],
     problem: str | None = None,
+    selector_grids: Mapping[str, Grid] | None = None,
 ) -> Plan:
     """As ``get_plan``, on which the ranks have yet to agree before anything moves by it.
 
@@ -165,7 +170,14 @@ def find_plan(
         works = "an int32 tensor (not on meta) or None works"
         problem = problem or f"cu_seqlens: found {boundaries}; {works}"
         cu_seqlens = None
-    key = (config, layout, batch, local_length, dtype, device, tuple(inputs.items()))
+    grids: dict[str, Grid] = {}
+    try:
+        check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
+        grids = all_grids(config, selector_grids)
+    except ValueError as error:
+        problem = problem or str(error)
+    asked = (tuple(inputs.items()), tuple(grids.items()))
+    key = (config, layout, batch, local_length, dtype, device, *asked)
     plans = _plans_of(group)
     if problem is None:
         for at, entry in enumerate(plans):
@@ -186,8 +198,8 @@ def find_plan(
     }
     if isinstance(config, NSAConfig):
         values |= {f.name: repr(x) for f, x in zip(fields(config), astuple(config), strict=True)}
-    else:
-        problem = problem or f"config: found {config!r}; an NSAConfig works"
+    if grids:
+        values["blocks"] = ", ".join(f"{name}: {grid}" for name, grid in grids.items())
     length = local_length * group.size
     cut = None
     try:
@@ -203,7 +215,7 @@ def find_plan(
     # Whatever the default device is: plans are made on the host.
     with torch.inference_mode(False), torch.device("cpu"):
         own = None if cu_seqlens is None else cu_seqlens.clone()
-        plan = build_plan(config, cut, group.rank, group.size, batch, length, own)
+        plan = build_plan(config, cut, group.rank, group.size, batch, length, own, selector_grids)
         plan = replace(plan.to(device), statement=statement)
     plans.append(_Entry(key, own, plan))
     del plans[:-CACHED_PLANS]

@@ -1,16 +1,26 @@
-"""What moves between ranks: each transfer is an autograd pair whose backward runs it in reverse."""
+"""What moves between ranks.
 
+Every transfer is a pair: ``begin_...`` sends and returns a ``Work``, whose ``finish`` waits and
+gives what came. Backward runs the pair in reverse: the half that received begins the return of
+gradients, the half that sent finishes it. In which order a pass begins and finishes them is written
+in one place, ``nsa_dist.attention.flow``.
+"""
+
+from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.comm.fetch import FetchBlocks, FetchPlan, Transfer, request_blocks
-from nsa_dist.comm.gather import GatherCompressed
-from nsa_dist.comm.halo import HaloExchange
+from nsa_dist.comm.fetch import FetchPlan, Transfer, begin_fetch, begin_request
+from nsa_dist.comm.gather import begin_gather
+from nsa_dist.comm.halo import begin_halo
+from nsa_dist.comm.work import Work
 
 __all__ = [
+    "Channel",
     "CommunicationCounter",
-    "FetchBlocks",
     "FetchPlan",
-    "GatherCompressed",
-    "HaloExchange",
     "Transfer",
-    "request_blocks",
+    "Work",
+    "begin_fetch",
+    "begin_gather",
+    "begin_halo",
+    "begin_request",
 ]

@@ -16,69 +16,83 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup
+from nsa_dist.comm.work import Work
 
 # torch 2.13 renamed it and warns of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def all_to_all_rows(
+def begin_all_to_all(
     rows: Tensor,
     send_counts: Sequence[int],
     recv_counts: Sequence[int],
-    group: ContextGroup,
-    counter: CommunicationCounter,
+    channel: Channel,
     kind: str,
-    about: object,
-) -> Tensor:
+) -> Work[Tensor]:
     """Send consecutive runs of rows to the ranks of the group, and receive theirs.
 
     Args:
-        rows: [sum(send_counts), width], run p goes to rank p.
+        rows: [sum(send_counts), ...], run p goes to rank p.
         send_counts, recv_counts: rows for and from each rank.
         kind: what it is counted as, and called in errors.
-        about: what errors print of the call; a ``Plan`` or a ``Statement``.
 
     Returns:
-        [sum(recv_counts), width], ordered by sender.
+        The work of [sum(recv_counts), ...], ordered by sender.
     """
+    group = channel.group
     if group.size == 1:
-        return rows
+        return Work.done(rows)
     received = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
     rows = rows.contiguous()
-    with name_failures(kind, group, about):
-        dist.all_to_all_single(
+    with name_failures(kind, group, channel.about):
+        handle = dist.all_to_all_single(
             received,
             rows,
             output_split_sizes=list(recv_counts),
             input_split_sizes=list(send_counts),
             group=group.process_group,
+            async_op=True,
         )
     row_bytes = rows.element_size() * rows[:1].numel() if len(rows) else 0
     if len(received):
         row_bytes = received.element_size() * received[:1].numel()
-    counter.add(
+    channel.counter.add(
         kind,
         sent=row_bytes * (sum(send_counts) - send_counts[group.rank]),
         received=row_bytes * (sum(recv_counts) - recv_counts[group.rank]),
     )
-    return received
+    return _under_way(handle, (rows, received), channel, kind)
 
 
-def all_gather_rows(
-    rows: Tensor, group: ContextGroup, counter: CommunicationCounter, kind: str, about: object
-) -> Tensor:
-    """Concatenate equally many rows of every rank: [M, width] -> [P*M, width]."""
+def begin_all_gather(rows: Tensor, channel: Channel, kind: str) -> Work[Tensor]:
+    """Concatenate equally many rows of every rank: the work of [M, ...] -> [P*M, ...]."""
+    group = channel.group
     if group.size == 1:
-        return rows
+        return Work.done(rows)
     gathered = rows.new_empty((group.size * rows.shape[0], *rows.shape[1:]))
     rows = rows.contiguous()
-    with name_failures(kind, group, about):
-        _all_gather(gathered, rows, group=group.process_group)
+    with name_failures(kind, group, channel.about):
+        handle = _all_gather(gathered, rows, group=group.process_group, async_op=True)
     own_bytes = rows.numel() * rows.element_size()
-    counter.add(kind, sent=own_bytes * (group.size - 1), received=own_bytes * (group.size - 1))
-    return gathered
+    others = group.size - 1
+    channel.counter.add(kind, sent=own_bytes * others, received=own_bytes * others)
+    return _under_way(handle, (rows, gathered), channel, kind)
+
+
+def _under_way(
+    handle: dist.Work, buffers: tuple[Tensor, Tensor], channel: Channel, kind: str
+) -> Work[Tensor]:
+    """The work of a collective; ``buffers``, what is sent and received, live until it ends."""
+
+    def wait() -> Tensor:
+        with name_failures(kind, channel.group, channel.about):
+            handle.wait()
+        return buffers[1]
+
+    return Work(wait)
 
 
 def all_reduce_max(

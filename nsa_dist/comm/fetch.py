@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_dist.comm.collectives import add_returned_rows, all_to_all_rows
-from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.comm.group import ContextGroup
+from nsa_dist.comm.channel import Channel
+from nsa_dist.comm.collectives import add_returned_rows, begin_all_to_all
+from nsa_dist.comm.work import Work
 from nsa_dist.plan import BlockOwnership, Plan
 from nsa_kernels.autograd import first_order
 
@@ -50,42 +50,53 @@ class FetchPlan:
     block_rows: Tensor
 
 
-def request_blocks(
-    selected: Tensor, plan: Plan, group: ContextGroup, counter: CommunicationCounter
-) -> FetchPlan:
-    """Tell each rank which of its blocks this rank's queries chose, and learn the others' wishes.
+def begin_request(selected_NGn: Tensor, plan: Plan, channel: Channel) -> Work[FetchPlan]:
+    """Begin to tell each rank which of its blocks this rank's queries chose, and to be told.
 
-    The message is one byte a block and KV head, so its size is known without asking.
+    The message is one byte a block and KV head, so its size is known without asking. Finishing is
+    the one point of a forward at which the host waits for what was computed.
 
     Args:
-        selected: int32 [N, G, n], -1 padded.
+        selected_NGn: int32, -1 padded.
     """
-    blocks = plan.selected
-    assert blocks is not None
-    num_heads = selected.shape[1]
-    halo_rows = plan.halos["selected"].num_rows
-    block_rows = selected.new_full((num_heads, blocks.total), -1, dtype=torch.int64)
-    block_rows = block_rows.index_copy(1, blocks.own_ids, blocks.own_rows.expand(num_heads, -1))
+    group, blocks = channel.group, plan.grids["selected"]
+    num_heads = selected_NGn.shape[1]
+    block_rows_GB = selected_NGn.new_full((num_heads, blocks.total), -1, dtype=torch.int64)
+    own_rows = blocks.own_rows.expand(num_heads, -1)
+    block_rows_GB = block_rows_GB.index_copy(1, blocks.own_ids, own_rows)
     if group.size == 1:
         nothing = blocks.own_rows.new_zeros(0)
-        return FetchPlan((Transfer(0, nothing, (0,), (0,)),), num_heads, block_rows)
+        transfer = Transfer(0, nothing, (0,), (0,))
+        return Work.done(FetchPlan((transfer,), num_heads, block_rows_GB))
+    wanted_GB = _wanted_blocks(selected_NGn, blocks, group.rank)
+    halo_rows = plan.halos["selected"].num_rows
+    return _begin_wishes(wanted_GB, blocks, channel).then(
+        lambda asked: _plan_fetch(asked, wanted_GB, block_rows_GB, blocks, group.size, halo_rows)
+    )
 
-    wanted = _wanted_blocks(selected, plan, blocks, group.rank)
-    asked = _exchange_wishes(wanted, plan, blocks, group, counter)
 
+def _plan_fetch(
+    asked: Tensor,
+    wanted_GB: Tensor,
+    block_rows_GB: Tensor,
+    blocks: BlockOwnership,
+    size: int,
+    halo_rows: int,
+) -> FetchPlan:
+    """What each transfer moves, of what the other ranks asked [G, P, own blocks] and this wants."""
+    num_heads = len(wanted_GB)
     own_lengths = blocks.lengths[blocks.own_ids]
     lengths_by_rank = blocks.lengths[blocks.by_rank]
-    wanted_tokens = wanted * lengths_by_rank
-    recv = wanted_tokens.new_zeros(num_heads, group.size)
+    wanted_tokens = wanted_GB * lengths_by_rank
+    recv = wanted_tokens.new_zeros(num_heads, size)
     recv = recv.index_add(1, blocks.owner[blocks.by_rank], wanted_tokens)
     send = (asked * own_lengths).sum(-1)
-    # The only point at which the host waits for what was computed.
     sizes = torch.stack((send, recv)).cpu()
     send_counts, recv_counts = sizes.tolist()
 
     start = wanted_tokens.cumsum(-1) - wanted_tokens + halo_rows
-    start = torch.where(wanted, start, block_rows[:, blocks.by_rank])
-    block_rows = block_rows.index_copy(1, blocks.by_rank, start)
+    start = torch.where(wanted_GB, start, block_rows_GB[:, blocks.by_rank])
+    block_rows_GB = block_rows_GB.index_copy(1, blocks.by_rank, start)
 
     _, _, block = asked.nonzero(as_tuple=True)
     tokens = own_lengths[block]
@@ -98,43 +109,38 @@ def request_blocks(
         Transfer(g, per_head[g], tuple(send_counts[g]), tuple(recv_counts[g]))
         for g in range(num_heads)
     )
-    return FetchPlan(transfers, 1, block_rows)
+    return FetchPlan(transfers, 1, block_rows_GB)
 
 
-def _wanted_blocks(selected: Tensor, plan: Plan, blocks: BlockOwnership, rank: int) -> Tensor:
+def _wanted_blocks(selected_NGn: Tensor, blocks: BlockOwnership, rank: int) -> Tensor:
     """Remote blocks that some local query chose: bool [G, B], columns ordered by owner."""
-    num_heads = selected.shape[1]
+    num_heads = selected_NGn.shape[1]
     nowhere = blocks.total
-    ids = torch.where(selected >= 0, selected + plan.selected_base[:, None, None], nowhere)
-    wanted = torch.zeros(num_heads, nowhere + 1, dtype=torch.bool, device=selected.device)
+    ids = torch.where(selected_NGn >= 0, selected_NGn + blocks.bases[:, None, None], nowhere)
+    wanted = torch.zeros(num_heads, nowhere + 1, dtype=torch.bool, device=selected_NGn.device)
     wanted = wanted.scatter(1, ids.transpose(0, 1).flatten(1), True)
     return (wanted[:, :nowhere] & (blocks.owner != rank))[:, blocks.by_rank]
 
 
-def _exchange_wishes(
-    wanted: Tensor,
-    plan: Plan,
-    blocks: BlockOwnership,
-    group: ContextGroup,
-    counter: CommunicationCounter,
-) -> Tensor:
+def _begin_wishes(wanted_GB: Tensor, blocks: BlockOwnership, channel: Channel) -> Work[Tensor]:
     """Send each owner its part of ``wanted``.
 
     Returns:
-        asked bool [G, P, own blocks]: which own blocks each rank wants.
+        The work of asked, bool [G, P, own blocks]: which own blocks each rank wants.
     """
-    num_heads = wanted.shape[0]
-    parts = wanted.view(torch.uint8).split(blocks.counts, dim=1)
+    num_heads, size = wanted_GB.shape[0], channel.group.size
+    parts = wanted_GB.view(torch.uint8).split(blocks.counts, dim=1)
     message = torch.cat([part.flatten() for part in parts])
     send_counts = [num_heads * count for count in blocks.counts]
-    own = blocks.counts[group.rank]
-    recv_counts = [num_heads * own] * group.size
-    answer = all_to_all_rows(message, send_counts, recv_counts, group, counter, "request", plan)
-    return answer.view(group.size, num_heads, own).transpose(0, 1).bool()
+    own = blocks.counts[channel.group.rank]
+    answer = begin_all_to_all(message, send_counts, [num_heads * own] * size, channel, "request")
+    return answer.then(lambda rows: rows.view(size, num_heads, own).transpose(0, 1).bool())
 
 
-class FetchBlocks(torch.autograd.Function):
-    """Move chosen blocks to the ranks that chose them.
+def begin_fetch(
+    k_EGD: Tensor, v_EGD: Tensor, transfer: Transfer, channel: Channel
+) -> Work[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Begin to move chosen blocks to the ranks that chose them.
 
     On each rank, for the g KV heads of a transfer (g = 1 with several ranks), with E rows of the
     extended buffer and F fetched tokens:
@@ -146,57 +152,79 @@ class FetchBlocks(torch.autograd.Function):
         backward    dkv = dkv_own + sum over ranks, in rank order, of what returns through the
                     reverse all-to-all of dfetched
 
-    k and v are returned as well, so that their own gradient and what returns from other ranks meet
-    here and are added in float32 (float64), rounded once.
+    Returns:
+        The work of k, v, k_fetched, v_fetched. k and v are returned as well, so that their own
+        gradient and what returns from other ranks meet in ``_Send``'s backward and are added in
+        float32 (float64), rounded once. In backward ``_Receive`` begins the return of gradients,
+        ``_Send`` finishes it.
     """
+    if channel.group.size == 1:
+        k_none, v_none = (x.new_empty(0, *x.shape[1:]) for x in (k_EGD, v_EGD))
+        return Work.done((k_EGD, v_EGD, k_none, v_none))
+    exchange = _Exchange(transfer, channel, (k_EGD.shape[-1], v_EGD.shape[-1]))
+    k, v, sent = _Send.apply(k_EGD, v_EGD, exchange)
+    return Work(lambda: (k, v, *_Receive.apply(sent, exchange)))
 
+
+class _Exchange:
+    """What the two halves of one fetch share, in forward and in backward."""
+
+    def __init__(self, transfer: Transfer, channel: Channel, widths: tuple[int, int]) -> None:
+        self.transfer, self.channel, self.widths = transfer, channel, widths
+        self.incoming: Work[Tensor] | None = None
+        self.returning: Work[Tensor] | None = None
+
+
+class _Send(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        k: Tensor,
-        v: Tensor,
-        transfer: Transfer,
-        group: ContextGroup,
-        counter: CommunicationCounter,
-        plan: Plan,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.transfer, ctx.group, ctx.counter = transfer, group, counter
-        ctx.about = plan
+        ctx: Any, k: Tensor, v: Tensor, exchange: _Exchange
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.exchange = exchange
+        transfer, counter = exchange.transfer, exchange.channel.counter
         rows = torch.cat((k[transfer.send_rows], v[transfer.send_rows]), dim=-1)
         before = counter.received["fetch"]
-        fetched = all_to_all_rows(
-            rows,
-            transfer.send_counts,
-            transfer.recv_counts,
-            group,
-            counter,
-            "fetch",
-            plan,
+        exchange.incoming = begin_all_to_all(
+            rows, transfer.send_counts, transfer.recv_counts, exchange.channel, "fetch"
         )
         counter.fetched_per_head[transfer.first_head] += counter.received["fetch"] - before
-        k_fetched, v_fetched = fetched.split((k.shape[-1], v.shape[-1]), dim=-1)
-        return k.view_as(k), v.view_as(v), k_fetched, v_fetched
+        # The empty one stands for what is under way: it ties the halves together in the graph.
+        return k.view_as(k), v.view_as(v), k.new_empty(0)
 
     @staticmethod
     @first_order
     def backward(
-        ctx: Any, grad_k: Tensor, grad_v: Tensor, grad_k_fetched: Tensor, grad_v_fetched: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        transfer: Transfer = ctx.transfer
-        if ctx.group.size == 1:
-            return grad_k, grad_v, None, None, None, None
-        returned = all_to_all_rows(
-            torch.cat((grad_k_fetched, grad_v_fetched), dim=-1),
-            transfer.recv_counts,
-            transfer.send_counts,
-            ctx.group,
-            ctx.counter,
-            "fetch_grad",
-            ctx.about,
-        )
-        parts = returned.split((grad_k.shape[-1], grad_v.shape[-1]), dim=-1)
+        ctx: Any, grad_k: Tensor, grad_v: Tensor, _sent: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        exchange: _Exchange = ctx.exchange
+        transfer, returning = exchange.transfer, exchange.returning
+        assert returning is not None
+        exchange.returning = None
+        parts = returning.finish().split(exchange.widths, dim=-1)
         own_k, own_v = (
             add_returned_rows(own, part, transfer.send_rows, transfer.send_counts).to(own.dtype)
             for own, part in zip((grad_k, grad_v), parts, strict=True)
         )
-        return own_k, own_v, None, None, None, None
+        return own_k, own_v, None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _sent: Tensor, exchange: _Exchange) -> tuple[Tensor, Tensor]:
+        ctx.exchange = exchange
+        assert exchange.incoming is not None
+        fetched = exchange.incoming.finish()
+        exchange.incoming = None
+        k_fetched, v_fetched = fetched.split(exchange.widths, dim=-1)
+        return k_fetched, v_fetched
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, None]:
+        exchange: _Exchange = ctx.exchange
+        transfer = exchange.transfer
+        grad = torch.cat((grad_k, grad_v), dim=-1)
+        exchange.returning = begin_all_to_all(
+            grad, transfer.recv_counts, transfer.send_counts, exchange.channel, "fetch_grad"
+        )
+        return grad.new_empty(0), None

@@ -1,4 +1,4 @@
-"""All-gather of compressed tokens, the only tensor that every rank receives whole."""
+"""All-gather of what each rank made of its own blocks; compressed keys and values, for NSA."""
 
 from __future__ import annotations
 
@@ -7,67 +7,96 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_dist.comm.collectives import accumulation_dtype, all_gather_rows, all_to_all_rows
-from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.comm.group import ContextGroup
-from nsa_dist.plan import BlockOwnership, Plan
+from nsa_dist.comm.channel import Channel
+from nsa_dist.comm.collectives import accumulation_dtype, begin_all_gather, begin_all_to_all
+from nsa_dist.comm.work import Work
+from nsa_dist.plan import BlockOwnership
 from nsa_kernels.autograd import first_order
 
 
-class GatherCompressed(torch.autograd.Function):
-    """Gather the compressed keys and values of all ranks, in document order.
+def begin_gather(
+    k_CGD: Tensor, v_CGD: Tensor, blocks: BlockOwnership, channel: Channel
+) -> Work[tuple[Tensor, Tensor]]:
+    """Begin to gather a row of keys and values for each block of a grid, in stream order.
 
-    On each rank, which made C_r of the C compressed tokens:
+    On each rank, which made C_r of the C rows:
 
-        k [C_r, G, Dk], v [C_r, G, Dv]        own blocks
-        k_full [C, G, Dk], v_full [C, G, Dv]  every document's blocks, in stream order
+        k [C_r, G, Dk], v [C_r, G, Dv]        of own blocks
+        k_full [C, G, Dk], v_full [C, G, Dv]  of every document's blocks, in stream order
 
         forward     all-gather of runs padded to the largest C_r, then a reordering
-        backward    all-to-all of dfull, each token's to its maker; the P partial gradients are
+        backward    all-to-all of dfull, each row's to its maker; the P partial gradients are
                     added there in float32 (float64) in rank order. The bytes are a
                     reduce-scatter's; its order of additions would not be fixed.
+
+    Returns:
+        The work of k_full, v_full. In backward ``_Receive`` begins the return of gradients,
+        ``_Send`` finishes it.
     """
+    if channel.group.size == 1:
+        return Work.done((k_CGD, v_CGD))
+    exchange = _Exchange(blocks, channel, (k_CGD.shape[-1], v_CGD.shape[-1]))
+    sent = _Send.apply(k_CGD, v_CGD, exchange)
+    return Work(lambda: _Receive.apply(sent, exchange))
+
+
+class _Exchange:
+    """What the two halves of one gather share, in forward and in backward."""
+
+    def __init__(self, blocks: BlockOwnership, channel: Channel, widths: tuple[int, int]) -> None:
+        self.blocks, self.channel, self.widths = blocks, channel, widths
+        self.incoming: Work[Tensor] | None = None
+        self.returning: Work[Tensor] | None = None
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        own = torch.cat((k, v), dim=-1)
+        padded = own.new_zeros((max(exchange.blocks.counts), *own.shape[1:]))
+        padded[: len(own)] = own
+        exchange.incoming = begin_all_gather(padded, exchange.channel, "gather")
+        # Stands for what is under way: it ties the halves together in the graph.
+        return k.new_empty(0)
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        k: Tensor,
-        v: Tensor,
-        blocks: BlockOwnership,
-        group: ContextGroup,
-        counter: CommunicationCounter,
-        plan: Plan,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.blocks, ctx.group, ctx.counter, ctx.about = blocks, group, counter, plan
-        if group.size == 1:
-            return k.view_as(k), v.view_as(v)
-        own = torch.cat((k, v), dim=-1)
-        padded = own.new_zeros((max(blocks.counts), *own.shape[1:]))
-        padded[: len(own)] = own
-        full = all_gather_rows(padded, group, counter, "gather", plan)
-        full = full[blocks.gathered_rows]
-        k_full, v_full = full.split((k.shape[-1], v.shape[-1]), dim=-1)
+    @first_order
+    def backward(ctx: Any, _sent: Tensor) -> tuple[Tensor, Tensor, None]:
+        exchange: _Exchange = ctx.exchange
+        group, returning = exchange.channel.group, exchange.returning
+        assert returning is not None
+        exchange.returning = None
+        partial = returning.finish().unflatten(0, (group.size, -1))
+        own = partial[0].to(accumulation_dtype(partial.dtype), copy=True)
+        for piece in partial[1:]:
+            own += piece
+        k_part, v_part = own.to(partial.dtype).split(exchange.widths, dim=-1)
+        return k_part, v_part, None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _sent: Tensor, exchange: _Exchange) -> tuple[Tensor, Tensor]:
+        ctx.exchange = exchange
+        assert exchange.incoming is not None
+        full = exchange.incoming.finish()[exchange.blocks.gathered_rows]
+        exchange.incoming = None
+        k_full, v_full = full.split(exchange.widths, dim=-1)
         return k_full, v_full
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-        blocks, group = ctx.blocks, ctx.group
-        if group.size == 1:
-            return grad_k, grad_v, None, None, None, None
+    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, None]:
+        exchange: _Exchange = ctx.exchange
+        blocks, channel = exchange.blocks, exchange.channel
         grad = torch.cat((grad_k, grad_v), dim=-1)
-        count = blocks.counts[group.rank]
-        partial = all_to_all_rows(
+        own = blocks.counts[channel.group.rank]
+        exchange.returning = begin_all_to_all(
             grad[blocks.by_rank],
             blocks.counts,
-            [count] * group.size,
-            group,
-            ctx.counter,
+            [own] * channel.group.size,
+            channel,
             "gather_grad",
-            ctx.about,
-        ).view(group.size, count, *grad.shape[1:])
-        own = partial[0].to(accumulation_dtype(grad.dtype), copy=True)
-        for piece in partial[1:]:
-            own += piece
-        k_part, v_part = own.to(grad.dtype).split((grad_k.shape[-1], grad_v.shape[-1]), dim=-1)
-        return k_part, v_part, None, None, None, None
+        )
+        return grad.new_empty(0), None

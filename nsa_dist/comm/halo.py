@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_dist.comm.collectives import add_returned_rows, all_to_all_rows
-from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.comm.group import ContextGroup
-from nsa_dist.plan import Halo, Plan
+from nsa_dist.comm.channel import Channel
+from nsa_dist.comm.collectives import add_returned_rows, begin_all_to_all
+from nsa_dist.comm.work import Work
+from nsa_dist.plan import Halo
 from nsa_kernels.autograd import first_order
 
 
-class HaloExchange(torch.autograd.Function):
-    """Extend local keys and values by the tokens that other ranks hold for them.
+def begin_halo(
+    k_NGD: Tensor, v_NGD: Tensor, halo: Halo, channel: Channel
+) -> Work[tuple[Tensor, Tensor]]:
+    """Begin to extend local keys and values by the tokens that other ranks hold for them.
 
     On each rank, with N local rows and E rows of the extended buffer:
 
@@ -28,50 +30,91 @@ class HaloExchange(torch.autograd.Function):
 
     K and V travel in one message. Where no rank needs a halo (one rank among the cases) nothing is
     sent, on any rank, and where besides the buffer is the local tensor nothing is copied.
-    """
 
+    Returns:
+        The work of k_ext, v_ext. In backward the roles change: ``_Receive`` begins the return of
+        gradients, ``_Send`` finishes it.
+    """
+    if halo.is_identity:
+        return Work.done((k_NGD, v_NGD))
+    exchange = _Exchange(halo, channel)
+    k, v, sent = _Send.apply(k_NGD, v_NGD, exchange)
+    return Work(lambda: _Receive.apply(k, v, sent, exchange))
+
+
+class _Exchange:
+    """What the two halves of one exchange share, in forward and in backward."""
+
+    def __init__(self, halo: Halo, channel: Channel) -> None:
+        self.halo, self.channel = halo, channel
+        self.local: Tensor | None = None
+        self.incoming: Work[Tensor] | None = None
+        self.returning: Work[Tensor] | None = None
+
+
+class _Send(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        k: Tensor,
-        v: Tensor,
-        halo: Halo,
-        group: ContextGroup,
-        counter: CommunicationCounter,
-        plan: Plan,
+        ctx: Any, k: Tensor, v: Tensor, exchange: _Exchange
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.exchange = exchange
+        halo = exchange.halo
+        exchange.local = local = torch.cat((k, v), dim=-1)
+        if not halo.is_local:
+            exchange.incoming = begin_all_to_all(
+                local[halo.send_rows], halo.send_counts, halo.recv_counts, exchange.channel, "halo"
+            )
+        # The empty one stands for what is under way: it ties the halves together in the graph.
+        return k.view_as(k), v.view_as(v), k.new_empty(0)
+
+    @staticmethod
+    @first_order
+    def backward(
+        ctx: Any, grad_k: Tensor, grad_v: Tensor, _sent: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        exchange: _Exchange = ctx.exchange
+        halo, returning = exchange.halo, exchange.returning
+        if returning is None:
+            return grad_k, grad_v, None
+        exchange.returning = None
+        parts = returning.finish().split((grad_k.shape[-1], grad_v.shape[-1]), dim=-1)
+        own_k, own_v = (
+            add_returned_rows(own, part, halo.send_rows, halo.send_counts).to(own.dtype)
+            for own, part in zip((grad_k, grad_v), parts, strict=True)
+        )
+        return own_k, own_v, None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, k: Tensor, v: Tensor, _sent: Tensor, exchange: _Exchange
     ) -> tuple[Tensor, Tensor]:
-        ctx.halo, ctx.group, ctx.counter, ctx.about = halo, group, counter, plan
-        if halo.is_identity:
-            return k.view_as(k), v.view_as(v)
-        local = torch.cat((k, v), dim=-1)
+        ctx.exchange = exchange
+        halo, local = exchange.halo, exchange.local
+        assert local is not None
         extended = local.new_empty((halo.num_rows, *local.shape[1:]))
         extended[halo.own_rows] = local
-        if not halo.is_local:
-            rows, sent, received = local[halo.send_rows], halo.send_counts, halo.recv_counts
-            extended[halo.recv_rows] = all_to_all_rows(
-                rows, sent, received, group, counter, "halo", plan
-            )
+        if exchange.incoming is not None:
+            extended[halo.recv_rows] = exchange.incoming.finish()
+        exchange.local = exchange.incoming = None
         k_ext, v_ext = extended.split((k.shape[-1], v.shape[-1]), dim=-1)
         return k_ext, v_ext
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-        halo: Halo = ctx.halo
-        if halo.is_identity:
-            return grad_k, grad_v, None, None, None, None
+    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        exchange: _Exchange = ctx.exchange
+        halo = exchange.halo
         grad = torch.cat((grad_k, grad_v), dim=-1)
         own = grad[halo.own_rows]
         if not halo.is_local:
-            returned = all_to_all_rows(
+            exchange.returning = begin_all_to_all(
                 grad[halo.recv_rows],
                 halo.recv_counts,
                 halo.send_counts,
-                ctx.group,
-                ctx.counter,
+                exchange.channel,
                 "halo_grad",
-                ctx.about,
             )
-            own = add_returned_rows(own, returned, halo.send_rows, halo.send_counts)
-        k_part, v_part = own.to(grad.dtype).split((grad_k.shape[-1], grad_v.shape[-1]), dim=-1)
-        return k_part, v_part, None, None, None, None
+        own_k, own_v = own.split((grad_k.shape[-1], grad_v.shape[-1]), dim=-1)
+        return own_k, own_v, grad.new_empty(0), None

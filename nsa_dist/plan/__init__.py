@@ -1,6 +1,7 @@
 """Who holds, needs and sends what: pure functions of the config, the layout and the batch."""
 
 from nsa_dist.plan.build import build_plan
+from nsa_dist.plan.grid import Grid
 from nsa_dist.plan.tables import BlockOwnership, Halo, Plan
 
-__all__ = ["BlockOwnership", "Halo", "Plan", "build_plan"]
+__all__ = ["BlockOwnership", "Grid", "Halo", "Plan", "build_plan"]

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from nsa_dist.config import NSAConfig
+from nsa_dist.plan.grid import Grid
 from nsa_dist.plan.layout import concat_ranges
 from nsa_dist.plan.stream import Stream
 from nsa_dist.plan.tables import Halo
 
+Reach = tuple[Tensor, Tensor]
+"""Tokens that each run needs, itself included, as document positions [low, high)."""
 
-def reach(stream: Stream, config: NSAConfig, branch: str) -> tuple[Tensor, Tensor]:
-    """Tokens that each run needs for a branch, itself included, as document positions [lo, hi)."""
-    first = stream.run_start - stream.doc_start[stream.run_doc]
-    end = first + (stream.run_end - stream.run_start)
-    length = stream.doc_length[stream.run_doc]
-    if branch == "window":
-        return (first - config.window + 1).clamp(min=0), end
-    if branch == "compressed":
-        block, stride = config.compress_block, config.compress_stride
-        # The last block that starts inside the run and has all its tokens.
-        last = torch.minimum((end - 1) // stride, (length - block) // stride) * stride
-        block_end = last + block
-    else:
-        block = config.select_block
-        last = (end - 1) // block * block
-        block_end = torch.minimum(last + block, length)
-    return first, torch.where(last >= first, torch.maximum(end, block_end), end)
+
+def window_reach(stream: Stream, window: int) -> Reach:
+    """What queries see through a window of so many tokens, their own included."""
+    first, end, _ = stream.run_positions()
+    return (first - window + 1).clamp(min=0), end
+
+
+def grid_reach(stream: Stream, grid: Grid) -> Reach:
+    """What completes the blocks that start on a rank."""
+    first, end, length = stream.run_positions()
+    return first, grid.reach(first, end, length)
 
 
 def _overlaps(
@@ -43,7 +41,7 @@ def _overlaps(
 class HaloBuilder:
     """Extended buffers of one need: intervals of the stream on every rank, rows on this one."""
 
-    def __init__(self, stream: Stream, reaches: list[tuple[Tensor, Tensor]], rank: int) -> None:
+    def __init__(self, stream: Stream, reaches: Sequence[Reach], rank: int) -> None:
         base = stream.doc_start[stream.run_doc]
         low = torch.stack([lo for lo, _ in reaches]).amin(0) + base
         high = torch.stack([hi for _, hi in reaches]).amax(0) + base

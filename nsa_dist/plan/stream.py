@@ -30,6 +30,11 @@ class Stream:
     run_doc: Tensor
     run_row: Tensor
 
+    def run_positions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Each run's first and end position in its document, and the document's length."""
+        first = self.run_start - self.doc_start[self.run_doc]
+        return first, first + (self.run_end - self.run_start), self.doc_length[self.run_doc]
+
     def owner_of(self, coordinates: Tensor) -> Tensor:
         at = torch.searchsorted(self.piece_start, coordinates, right=True) - 1
         return self.piece_owner[at]

@@ -46,7 +46,7 @@ class Halo:
 
 @dataclass(frozen=True, eq=False)
 class BlockOwnership:
-    """All blocks of one grid (compression or selection) over the whole stream, and their owners.
+    """All blocks of one ``Grid`` over the whole stream, and their owners.
 
     Blocks are numbered through the stream, document after document.
 
@@ -59,6 +59,7 @@ class BlockOwnership:
         own_ids: int64 [counts[rank]].
         own_index: int64 [counts[rank]], number of each own block within its document.
         own_rows: int64 [counts[rank]], row of the extended buffer at which each own block starts.
+        bases: int64 [N], number of block 0 of each local token's document.
     """
 
     counts: tuple[int, ...]
@@ -69,6 +70,7 @@ class BlockOwnership:
     own_ids: Tensor
     own_index: Tensor
     own_rows: Tensor
+    bases: Tensor
 
     @property
     def total(self) -> int:
@@ -87,10 +89,9 @@ class Plan:
         segments: runs of local queries at consecutive positions (see ``nsa_kernels``).
         positions: int64 [N], position of each local token in its document.
         documents: int64 [N], number of its document.
-        selected_base: int64 [N], id of its document's selection block 0.
-        halos: one for each key branch; the same object for all where K, V is shared.
-        compressed: the compression blocks; None where no branch needs them.
-        selected: the selection blocks; None where the branch is not used.
+        halos: by set of keys and values; the same object for all where K, V is shared.
+        grids: the blocks of each grid by its name: ``selected`` where that branch is used, and what
+            the selector declares (NSA: ``compressed``).
         statement: everything that all ranks must agree on, printed.
     """
 
@@ -103,10 +104,8 @@ class Plan:
     segments: QuerySegments
     positions: Tensor
     documents: Tensor
-    selected_base: Tensor
     halos: Mapping[str, Halo]
-    compressed: BlockOwnership | None
-    selected: BlockOwnership | None
+    grids: Mapping[str, BlockOwnership]
     statement: Statement = field(default_factory=lambda: Statement({}))
 
     def __str__(self) -> str:

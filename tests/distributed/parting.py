@@ -400,13 +400,13 @@ STOPS: dict[Any, str] = {}
 @contextmanager
 def stops() -> Iterator[None]:
     """Raise on the last rank where ``STOPS`` says."""
-    places = [(halo, "all_to_all_rows"), (gather, "all_to_all_rows"), (fetch, "all_to_all_rows")]
-    places.append((gather, "all_gather_rows"))
+    places = [(module, "begin_all_to_all") for module in (halo, gather, fetch)]
+    places.append((gather, "begin_all_gather"))
     originals = [getattr(module, name) for module, name in places]
 
-    def stopping(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: Any) -> Tensor:
-            group, kind = args[-4].process_group, args[-2]
+    def stopping(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            group, kind = args[-2].group.process_group, args[-1]
             if is_bad_rank() and STOPS.get(group) == kind:
                 raise LookupError("a kernel's error")
             return original(*args)

@@ -145,7 +145,7 @@ def check_blocks(
             (i, start + i * step, min(start + i * step + block, end)) for i in range(max(0, count))
         ]
     for rank, (plan, buffer) in enumerate(zip(plans, buffers, strict=True)):
-        blocks = plan.compressed if branch == "compressed" else plan.selected
+        blocks = plan.grids[branch]
         assert blocks is not None
         assert blocks.total == len(expected)
         assert blocks.owner.tolist() == [owner[start] for _, start, _ in expected]

@@ -96,15 +96,14 @@ def test_of_an_operator(function: Callable[[Tensor], Tensor]) -> None:
 
 def test_every_backward_written_by_hand_is_of_first_order() -> None:
     """Those of the backend, and of what moves between ranks."""
-    from nsa_dist.comm.fetch import FetchBlocks
-    from nsa_dist.comm.gather import GatherCompressed
-    from nsa_dist.comm.halo import HaloExchange
+    from nsa_dist.comm import fetch, gather, halo
     from nsa_kernels.pytorch._tiled_attention import TiledAttention
     from nsa_kernels.pytorch.combine import _Combine
     from nsa_kernels.pytorch.compression import _Compress, _GatherBlocks
     from nsa_kernels.pytorch.selected_attention import _SelectedAttention
 
     of_backend = (TiledAttention, _Combine, _Compress, _GatherBlocks, _SelectedAttention)
-    for function in (*of_backend, FetchBlocks, GatherCompressed, HaloExchange):
+    moving = [half for module in (halo, gather, fetch) for half in (module._Send, module._Receive)]
+    for function in (*of_backend, *moving):
         with torch.enable_grad(), pytest.raises(ValueError, match=SAID):
             function.backward(None)

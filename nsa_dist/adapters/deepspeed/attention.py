@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.attention.functional import native_sparse_attention
-from nsa_dist.attention.plan_cache import find_plan
-from nsa_dist.checks import DTYPES, check, describe, is_plain
+from nsa_dist.attention.call import Call, check_backend, make_call, refuse
+from nsa_dist.attention.checks import gates_problem, keys_problem, query_problem, tensor_problem
+from nsa_dist.attention.functional import attend
+from nsa_dist.attention.selectors import CompressedSelector
+from nsa_dist.checks import DTYPES, check, describe
 from nsa_dist.comm import CommunicationCounter
-from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.group import GroupLike, context_group
 from nsa_dist.config import NSAConfig
 from nsa_dist.nn.compressor import BlockCompressor, check_custom
 from nsa_dist.nn.gates import StaticGate
 from nsa_dist.plan import Plan
 from nsa_dist.plan.layout import make_layout
-from nsa_dist.plan.statement import Statement
-from nsa_kernels import get_backend
 
 
 class NSADistributedAttention(nn.Module):
@@ -75,10 +74,7 @@ class NSADistributedAttention(nn.Module):
         check(not config.compress_pre_rope, "compress_pre_rope", config.compress_pre_rope, must)
         self.context = context_group(sequence_process_group)
         layout = make_layout(layout, self.context.size).name
-        placed = device if device is not None and torch.device(device).type == "cuda" else None
-        refused = get_backend(backend, placed).refuses(None, config.kernel_options)
-        if refused is not None:
-            raise ValueError(refused)
+        check_backend(backend, config, device)
         self.config, self.layout, self.backend = config, layout, backend
         self.communication = CommunicationCounter()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -128,12 +124,15 @@ class NSADistributedAttention(nn.Module):
         """
         if isinstance(batch_dim_idx, Integral) and not isinstance(batch_dim_idx, bool):
             batch_dim_idx = int(batch_dim_idx)
-        plan = self._plan(q, k, v, batch_dim_idx, rotary_pos_emb, gates, cu_seqlens)
+        problem = self._layout_problem(q, k, v, batch_dim_idx, gates)
+        if problem is not None:
+            refuse(problem, self.context, self.communication)
         if batch_dim_idx == 1:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
             gates = None if gates is None else gates.transpose(0, 1)
+        call = self._call(q, k, v, batch_dim_idx, rotary_pos_emb, gates, cu_seqlens)
         if rotary_pos_emb is not None:
-            cos, sin = (self._local(x, plan, cu_seqlens) for x in rotary_pos_emb)
+            cos, sin = (self._local(x, call.plan, cu_seqlens) for x in rotary_pos_emb)
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         if self.gate is not None:
             static = self.gate(q.new_empty(*q.shape[:2], 0))
@@ -141,25 +140,34 @@ class NSADistributedAttention(nn.Module):
             # keep ZeRO waiting.
             gates = static if gates is None else gates + 0 * static.to(gates.dtype)
         assert gates is not None
-        out = native_sparse_attention(
-            q,
-            k,
-            v,
-            gates,
-            self.k_compressor,
-            self.v_compressor,
-            config=self.config,
-            layout=self.layout,
-            group=self.context,
-            backend=self.backend,
-            plan=plan,
-            communication=self.communication,
-        )
-        assert isinstance(out, Tensor)
+        by = CompressedSelector(self.k_compressor, self.v_compressor)
+        out = attend(call, q, k, v, gates, by).out_NHD.unflatten(0, q.shape[:2])
         return out.transpose(0, 1) if batch_dim_idx == 1 else out
 
+    def _layout_problem(self, q: Any, k: Any, v: Any, batch_dim_idx: int, gates: Any) -> str | None:
+        """What keeps the tensors of one call from being laid out with the batch first, or None."""
+        if batch_dim_idx not in (0, 1) or isinstance(batch_dim_idx, bool):
+            return (
+                "batch_dim_idx must be 0 for [batch, local tokens, heads, width] or 1 for "
+                f"[local tokens, batch, heads, width], got {batch_dim_idx!r}"
+            )
+        if gates is None and self.gate is None:
+            return (
+                f"gates must be a tensor with gate={self.config.gate!r}, which is made of hidden "
+                "states that do not come here (or use gate='static'), got None"
+            )
+        for name, x in (("q", q), ("k", k), ("v", v), ("gates", gates)):
+            if x is None and name == "gates":
+                continue
+            problem = tensor_problem(name, x)
+            if problem is None and x.ndim != 4:
+                problem = f"{name} must have four dimensions, got shape {tuple(x.shape)}"
+            if problem is not None:
+                return problem
+        return None
+
     @torch.compiler.disable  # As in NativeSparseAttention: the one break of a compiled layer.
-    def _plan(
+    def _call(
         self,
         q: Tensor,
         k: Tensor,
@@ -168,81 +176,33 @@ class NSADistributedAttention(nn.Module):
         rotary_pos_emb: tuple[Tensor, Tensor] | None,
         gates: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> Plan:
-        if not is_plain(q):
-            found = f"q: found {describe(q)}; a tensor works"
-            agree(Statement({"call": "forward"}), found, self.context, self.communication)
-        problem = self._problem(q, k, v, batch_dim_idx, gates)
-        rows = (0, 0)
-        if problem is None:
-            rows = (q.shape[batch_dim_idx], q.shape[1 - batch_dim_idx])
-            problem = _rotary_problem(rotary_pos_emb, q, rows, self.context.size)
-        backend = self.backend
-        try:
-            ops = get_backend(backend, q.device)
-            backend = ops.name
-            problem = problem or ops.refuses(q.dtype, self.config.kernel_options)
-        except ValueError as error:
-            problem = problem or str(error)
-        return find_plan(
-            self.config,
+    ) -> Call:
+        config, rows = self.config, (q.shape[0], q.shape[1])
+        problem = (
+            query_problem(q, config)
+            or keys_problem(q, k, v, config, config.key_branches)
+            or (None if gates is None else gates_problem(gates, q, config))
+        )
+        if problem is not None and batch_dim_idx == 1:
+            problem += " (shapes here have the batch first)"
+        if problem is not None:
+            refuse(problem, self.context, self.communication)
+        return make_call(
+            config,
             self.layout,
             self.context,
-            batch=rows[0],
-            local_length=rows[1],
+            self.backend,
+            self.communication,
+            rows=rows,
+            like=q,
             cu_seqlens=cu_seqlens,
-            dtype=q.dtype,
-            device=q.device,
-            counter=self.communication,
-            inputs={
+            stated={
                 "batch_dim_idx": repr(batch_dim_idx),
                 "rotary_pos_emb": "None" if rotary_pos_emb is None else "cos and sin",
                 "gates": describe(gates),
-                "backend": backend,
             },
-            problem=problem,
+            problem=_rotary_problem(rotary_pos_emb, q, rows, self.context.size),
         )
-
-    def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, batch_dim_idx: int, gates: Tensor | None
-    ) -> str | None:
-        """What is wrong with the tensors of one call, or None."""
-        config = self.config
-        if batch_dim_idx not in (0, 1) or isinstance(batch_dim_idx, bool):
-            return (
-                f"batch_dim_idx: found {batch_dim_idx!r}; 0 for [batch, local tokens, heads, "
-                "width] and 1 for [local tokens, batch, heads, width] work"
-            )
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-        leading: tuple[int, ...] | None = None
-        for name, x, last in (
-            ("q", q, (heads, config.head_dim)),
-            ("k", k, (kv_heads, config.head_dim)),
-            ("v", v, (kv_heads, config.value_dim)),
-        ):
-            shape = "two dimensions" if leading is None else str(leading)
-            if not is_plain(x) or x.ndim != 4 or x.shape[2:] != last:
-                return f"{name}: found {describe(x)}; {shape} of batch and tokens, then {last} work"
-            leading = tuple(x.shape[:2]) if leading is None else leading
-            if tuple(x.shape[:2]) != leading or x.dtype != q.dtype or x.device != q.device:
-                return (
-                    f"{name}: found {describe(x)}; {leading} of batch and tokens, {q.dtype} and "
-                    f"{q.device.type}, as of q, work"
-                )
-        if q.dtype not in DTYPES or q.is_meta:
-            return f"q: found {describe(q)}; data in one of {DTYPES} works"
-        if gates is None:
-            if self.gate is None:
-                return (
-                    f"gates: found None with gate={config.gate!r}, which is made of hidden states "
-                    "that do not come here; a tensor works, or gate='static'"
-                )
-            return None
-        expected = (*q.shape[:3], len(config.branches))
-        fits = is_plain(gates) and gates.shape == expected and gates.dtype in DTYPES
-        if not fits or gates.device != q.device:
-            return f"gates: found {describe(gates)}; floating point of shape {expected} works"
-        return None
 
     def _local(self, x: Tensor, plan: Plan, cu_seqlens: Tensor | None) -> Tensor:
         """[T, 1 or b, 1, r] of the whole stream -> [1 or b, L, 1, r] of this rank's tokens."""

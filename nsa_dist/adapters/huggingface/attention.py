@@ -21,6 +21,7 @@ from nsa_dist.adapters.huggingface.cache import NSACacheLayer
 from nsa_dist.adapters.huggingface.weights import whole
 from nsa_dist.attention.flow import ZeroGradient
 from nsa_dist.attention.functional import native_sparse_attention
+from nsa_dist.attention.selectors import choose_by_compressed
 from nsa_dist.config import NSAConfig
 from nsa_dist.nn.compressor import BlockCompressor, apply_compressor
 from nsa_dist.nn.gates import make_gate
@@ -155,7 +156,6 @@ class NSAAttention(nn.Module):
             plan=batch.plan,
             communication=batch.runtime.communication,
         )
-        assert isinstance(out, Tensor)
         return out if batch.rows is None else _put(out.squeeze(0), batch.rows, shape)
 
     def _attend_cached(
@@ -178,32 +178,16 @@ class NSAAttention(nn.Module):
         key_of = _rows_by_branch(keys, config.key_branches, config.num_key_sets)
         value_of = _rows_by_branch(values, config.branches, config.num_value_sets)
         segments, scale = tables.segments, config.softmax_scale
-        grid: dict[str, Any] = {
-            "block": config.compress_block,
-            "stride": config.compress_stride,
-            "scale": scale,
-        }
         outputs: dict[str, Tensor] = {}
+        chosen = None
         if config.uses_compression:
             k_cmp, v_cmp = self._compress(
                 key_of["compressed"], value_of.get("compressed"), batch, layer
             )
-            outputs["compressed"], lse = ops.compressed_attention(
-                q, k_cmp, k_cmp if self.v_compressor is None else v_cmp, segments, **grid
-            )
-        if "selected" in config.branches:
-            with torch.no_grad():
-                selected = ops.select_blocks(
-                    q,
-                    k_cmp,
-                    lse,
-                    segments,
-                    select_block=config.select_block,
-                    num_selected=config.num_selected,
-                    num_init_blocks=config.num_init_blocks,
-                    num_local_blocks=config.num_local_blocks,
-                    **grid,
-                )
+            chosen = choose_by_compressed(ops, config, segments, q, k_cmp, v_cmp)
+            if chosen.output is not None:
+                outputs["compressed"] = chosen.output
+        if chosen is not None and chosen.blocks is not None:
             k_rows, v_rows = key_of["selected"], value_of["selected"]
             outputs["selected"], _ = ops.selected_attention(
                 q,
@@ -211,7 +195,7 @@ class NSAAttention(nn.Module):
                 v_rows,
                 k_rows[:0],
                 v_rows[:0],
-                selected,
+                chosen.blocks,
                 tables.block_rows,
                 tables.block_lengths,
                 segments,
@@ -228,8 +212,8 @@ class NSAAttention(nn.Module):
                 scale=scale,
             )
         out = ops.combine([outputs[branch] for branch in config.branches], gates)
-        if config.uses_compression and "compressed" not in config.branches:
-            out = ZeroGradient.apply(out, k_cmp)
+        for unused in () if chosen is None else chosen.unused:
+            out = ZeroGradient.apply(out, unused)
         return out.view(shape) if batch.rows is None else _put(out, batch.rows, shape)
 
     def _compress(

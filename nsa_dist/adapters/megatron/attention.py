@@ -154,7 +154,6 @@ class NSACoreAttention(MegatronModule):
             backend=self.backend,
             communication=self.communication,
         )
-        assert isinstance(out, Tensor)
         out = out.transpose(0, 1).flatten(2)
         return out.squeeze(1) if packed else out
 
