@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nsa_dist.attention.call import Call, check_backend, make_call, refuse
-from nsa_dist.attention.checks import gates_problem, keys_problem
+from nsa_dist.attention.call import Call, Setup, check_backend, make_call
+from nsa_dist.attention.checks import inputs_problem, tensor_problem
 from nsa_dist.attention.functional import KeysOrValues, NSADetails, attend, details_of
-from nsa_dist.attention.selectors import CompressedSelector, Selector, grids_of
+from nsa_dist.attention.selectors import CompressedSelector, Selector
 from nsa_dist.checks import (
     DTYPES,
     INTEGER_DTYPES,
@@ -32,7 +32,6 @@ from nsa_dist.nn.gates import make_gate
 from nsa_dist.nn.norm import SetNorm
 from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
 from nsa_dist.nn.tensor_parallel import WORKS, cut_problem, project
-from nsa_dist.plan.grid import key_sets
 from nsa_dist.plan.layout import make_layout
 from nsa_kernels import get_backend
 
@@ -95,24 +94,36 @@ class NativeSparseAttention(nn.Module):
         selector: Selector | None = None,
     ) -> None:
         super().__init__()
-        self.context = context_group(group)
-        layout = make_layout(layout, self.context.size).name
+        context = context_group(group)
+        layout = make_layout(layout, context.size).name
         check_bool("bias", bias)
         check_bool("qk_norm", qk_norm)
         hidden_size, norm_eps = check_sizes(hidden_size, norm_eps, dtype)
-        dropout = _check_options(config, rotary, dropout, k_compressor, v_compressor)
+        dropout = _check_options(config, rotary, dropout)
+        if selector is None:
+            check_custom("k_compressor", k_compressor, config, config.uses_compression)
+            check_custom("v_compressor", v_compressor, config, "compressed" in config.branches)
+        else:
+            given = {"k_compressor": k_compressor, "v_compressor": v_compressor}
+            for name, module in given.items():
+                check(module is None, name, module, "None (beside a selector)")
         check_backend(backend, config, device)
-        self.hidden_size, self.config, self.rotary = hidden_size, config, rotary
-        self.dropout, self.layout, self.backend = dropout, layout, backend
-        self.communication = CommunicationCounter()
-
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.hidden_size, self.rotary, self.dropout = hidden_size, rotary, dropout
         self.k_compressor, self.v_compressor, self.selector = k_compressor, v_compressor, selector
-        self.key_sets = key_sets(config, grids_of(self._selector, config))
-        num_key_sets = len(self.key_sets) if config.independent_kv else 1
+        self.setup = Setup(
+            config,
+            layout,
+            context,
+            backend,
+            CommunicationCounter(),
+            rotary if config.compress_pre_rope else None,
+            self._selector.grids(config),
+        )
+        self.num_key_sets = len(self.setup.key_sets) if config.independent_kv else 1
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         heads, kv_heads = config.num_heads, config.num_kv_heads
         key_width, value_width = config.head_dim, config.value_dim
-        key_rows = num_key_sets * kv_heads * key_width
+        key_rows = self.num_key_sets * kv_heads * key_width
         value_rows = config.num_value_sets * kv_heads * value_width
         self.q_proj = nn.Linear(hidden_size, heads * key_width, bias=bias, **factory)
         self.k_proj = nn.Linear(hidden_size, key_rows, bias=bias, **factory)
@@ -122,7 +133,7 @@ class NativeSparseAttention(nn.Module):
         self.q_norm = self.k_norm = None
         if qk_norm:
             self.q_norm = nn.RMSNorm(key_width, eps=norm_eps, **factory)
-            self.k_norm = SetNorm(num_key_sets, key_width, norm_eps, **factory)
+            self.k_norm = SetNorm(self.num_key_sets, key_width, norm_eps, **factory)
         if config.compress != "custom" and selector is None:
             if config.uses_compression:
                 self.k_compressor = BlockCompressor(config, key_width, **factory)
@@ -169,8 +180,7 @@ class NativeSparseAttention(nn.Module):
         q, k, v = self._project(x, call.plan.positions if position_ids is None else position_ids)
         gates = project("gate", self.gate, x, self.config.num_heads, len(self.config.branches))
         # Projections may have been replaced: what they give is looked at as a caller's would be.
-        problem = keys_problem(q, k, v, self.config, self.key_sets)
-        problem = problem or gates_problem(gates, q, self.config)
+        problem = inputs_problem(q, k, v, gates, self.config, self.setup.key_sets)
         attended = attend(call, q, k, v, gates, self._selector, problem)
         out = attended.out_NHD.flatten(1).unflatten(0, x.shape[:2])
         out = project("o_proj", self.o_proj, out, self.hidden_size)
@@ -180,9 +190,9 @@ class NativeSparseAttention(nn.Module):
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, KeysOrValues, KeysOrValues]:
         """Queries [B, L, H, Dk], keys and values [B, L, G, D] by set: normed, then rotated."""
-        config, num_key_sets = self.config, len(self.key_sets) if self.config.independent_kv else 1
+        config = self.config
         q_shape = (config.num_heads, config.head_dim)
-        k_shape = (num_key_sets, config.num_kv_heads, config.head_dim)
+        k_shape = (self.num_key_sets, config.num_kv_heads, config.head_dim)
         v_shape = (config.num_value_sets, config.num_kv_heads, config.value_dim)
         q, k, v = (
             project(name, module, x, math.prod(shape)).unflatten(-1, shape)
@@ -202,34 +212,36 @@ class NativeSparseAttention(nn.Module):
                 k = apply_rotary(k.flatten(2, 3), cos, sin).unflatten(2, k_shape[:2])
         if not config.independent_kv:
             return q, k.squeeze(2), v.squeeze(2)
-        k_of = dict(zip(self.key_sets, k.unbind(2), strict=True))
+        k_of = dict(zip(self.setup.key_sets, k.unbind(2), strict=True))
         return q, k_of, dict(zip(config.branches, v.unbind(2), strict=True))
 
     @torch.compiler.disable  # The one break of a compiled layer: see find_plan.
     def _call(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Call:
-        if not is_plain(x):
-            refuse(f"x must be a tensor, got {describe(x)}", self.context, self.communication)
+        problem = input_problem(x, position_ids, self.hidden_size, self.q_proj)
+        users = ("k_compressor", "v_compressor") if self.config.compress == "custom" else ()
+        problem = problem or cut_problem(self, (*PROJECTIONS, *users))
+        if problem is None and position_ids is not None and self.config.compress_pre_rope:
+            problem = (
+                "position_ids must be None with compress_pre_rope=True, which rotates compressed "
+                "keys at positions counted from the document's start, got positions"
+            )
+        if problem is not None:
+            self.setup.refuse(problem)
         cast = autocast_dtype(x.device.type)
         return make_call(
-            self.config,
-            self.layout,
-            self.context,
-            self.backend,
-            self.communication,
-            rows=(x.shape[0], x.shape[1]) if x.ndim >= 2 else (0, 0),
-            like=x,
-            dtype=cast,
+            self.setup,
+            (x.shape[0], x.shape[1]),
+            x.device,
+            x.dtype,
+            computes_in=cast,
             cu_seqlens=cu_seqlens,
-            selector_grids=self._selector.grids(self.config),
-            rotary=self.rotary if self.config.compress_pre_rope else None,
             stated={
-                "x": f"width {x.shape[-1]}" if x.ndim == 3 else describe(x),
+                "x": f"width {x.shape[-1]}",
                 "rotary": repr(self.rotary),
                 "qk_norm": "False" if self.q_norm is None else f"True, eps {self.q_norm.eps}",
                 "dropout": repr(self.dropout if self.training else 0.0),
                 "autocast": str(cast),
             },
-            problem=self._problem(x, position_ids),
         )
 
     @property
@@ -238,31 +250,39 @@ class NativeSparseAttention(nn.Module):
             return self.selector
         return CompressedSelector(self.k_compressor, self.v_compressor)
 
-    def _problem(self, x: Tensor, position_ids: Tensor | None) -> str | None:
-        """What is wrong with the tensors of one call, or None."""
-        problem = input_problem(x, position_ids, self.hidden_size, self.q_proj)
-        users = ("k_compressor", "v_compressor") if self.config.compress == "custom" else ()
-        problem = problem or cut_problem(self, (*PROJECTIONS, *users))
-        if problem is None and position_ids is not None and self.config.compress_pre_rope:
-            return (
-                "position_ids must be None with compress_pre_rope=True, which rotates compressed "
-                "keys at positions counted from the document's start, got positions"
-            )
-        return problem
+    @property
+    def config(self) -> NSAConfig:
+        """What is computed."""
+        return self.setup.config
 
     @property
-    def _backend_name(self) -> str:
-        """The backend that runs where the weights are now."""
-        if self.backend != "auto":
-            return self.backend
-        return get_backend("auto", self.q_proj.weight.device).name
+    def layout(self) -> str:
+        """How the sequence is split."""
+        return self.setup.layout
+
+    @property
+    def context(self) -> ContextGroup:
+        """The ranks that share it."""
+        return self.setup.group
+
+    @property
+    def communication(self) -> CommunicationCounter:
+        """Bytes moved by this layer, by kind, since its last ``reset``."""
+        return self.setup.counter
+
+    @property
+    def backend(self) -> str:
+        """What computes it, by name."""
+        return self.setup.backend
 
     def extra_repr(self) -> str:
         config = self.config
+        # "auto" is what runs where the weights are now.
+        backend = get_backend(self.backend, self.q_proj.weight.device).name
         return (
             f"hidden_size={self.hidden_size}, heads={config.num_heads}/{config.num_kv_heads}, "
             f"branches={config.branches}, layout={self.layout}, ranks={self.context.size}, "
-            f"backend={self._backend_name}"
+            f"backend={backend}"
         )
 
 
@@ -270,8 +290,9 @@ def input_problem(
     x: Tensor, position_ids: Tensor | None, hidden_size: int, projection: nn.Linear
 ) -> str | None:
     """What keeps ``projection`` and rotary from taking the tensors of one call, or None."""
-    if isinstance(x, DTensor):
-        return f"x must be a plain tensor (as x.to_local() is), got a DTensor; {WORKS}"
+    problem = tensor_problem("x", x)
+    if problem is not None:
+        return f"{problem}; {WORKS}" if isinstance(x, DTensor) else problem
     if x.ndim != 3 or x.shape[-1] != hidden_size:
         return (
             f"x: found shape {tuple(x.shape)}; [batch, local tokens, "
@@ -322,13 +343,7 @@ def check_sizes(hidden_size: int, norm_eps: float, dtype: torch.dtype | None) ->
     )
 
 
-def _check_options(
-    config: NSAConfig,
-    rotary: RotaryConfig | None,
-    dropout: float,
-    k_compressor: nn.Module | None,
-    v_compressor: nn.Module | None,
-) -> float:
+def _check_options(config: NSAConfig, rotary: RotaryConfig | None, dropout: float) -> float:
     """The probability of dropout as a float."""
     check(isinstance(config, NSAConfig), "config", config, "an NSAConfig")
     if rotary is not None:
@@ -341,6 +356,4 @@ def _check_options(
     must = "a probability in [0, 1)"
     dropout = as_number("dropout", dropout, must, positive=False)
     check(0 <= dropout < 1, "dropout", dropout, must)
-    check_custom("k_compressor", k_compressor, config, config.uses_compression)
-    check_custom("v_compressor", v_compressor, config, "compressed" in config.branches)
     return dropout

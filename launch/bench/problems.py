@@ -18,6 +18,7 @@ from nsa_dist import native_sparse_attention as attention
 from nsa_dist.attention.call import Call
 from nsa_dist.attention.flow import attend_branches
 from nsa_dist.attention.selectors import CompressedSelector
+from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.group import context_group
 from nsa_kernels import Backend, get_backend
 
@@ -190,7 +191,8 @@ def _whole(stream: Stream, label: str, choices: Tensor | None) -> Problem:
         keys, values = (dict(zip(BRANCHES, x, strict=True)) for x in (rest[:3], rest[3:6]))
         if choices is not None:
             given = cast(Backend, GivenChoices(ops, choices))
-            call = Call(config, given, context_group(None), CommunicationCounter(), plan)
+            channel = Channel(context_group(None), CommunicationCounter(), plan)
+            call = Call(config, given, plan, channel)
             by = CompressedSelector(*stream.compressors)
             return attend_branches(call, q, keys, values, gates, by).out_NHD
         return run_public(q, gates, keys, values)[0]

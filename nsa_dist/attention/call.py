@@ -1,9 +1,10 @@
-"""What one call of the attention is, apart from its tensors."""
+"""What a call of the attention is, apart from its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NoReturn
 
 import torch
@@ -18,7 +19,7 @@ from nsa_dist.comm.group import ContextGroup
 from nsa_dist.config import NSAConfig, RotaryConfig
 from nsa_dist.crossover import hint_at_crossover
 from nsa_dist.plan import Grid, Plan
-from nsa_dist.plan.grid import all_grids
+from nsa_dist.plan.grid import all_grids, key_sets
 from nsa_dist.plan.statement import Statement
 from nsa_kernels import Backend, get_backend
 
@@ -26,38 +27,68 @@ Rotary = RotaryConfig | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
+class Setup:
+    """What all calls of a layer have in common; built once, with the layer.
+
+    Attributes:
+        config: what is computed.
+        layout: how the sequence is split, by name.
+        group: the ranks that share it.
+        backend: what computes it, by name; "auto" is decided by each call's device.
+        counter: where moved bytes are counted.
+        rotary: how keys that come unrotated are rotated; None where they come rotated.
+        selector_grids: the blocks that choosing reads; None for NSA's.
+    """
+
+    config: NSAConfig
+    layout: str
+    group: ContextGroup
+    backend: str
+    counter: CommunicationCounter
+    rotary: Rotary | None = None
+    selector_grids: Mapping[str, Grid] | None = None
+
+    @cached_property
+    def grids(self) -> Mapping[str, Grid]:
+        """Every grid of a call, the blocks to choose among included."""
+        return all_grids(self.config, self.selector_grids)
+
+    @cached_property
+    def key_sets(self) -> tuple[str, ...]:
+        """The sets of keys and values that a call reads."""
+        return key_sets(self.config, self.grids)
+
+    def refuse(self, problem: str, cause: Exception | None = None) -> NoReturn:
+        """Raise ValueError, on every rank of the group, for what is wrong with this rank's call.
+
+        For what is found before there is a plan: the others meet this message in their agreement.
+        """
+        refuse(problem, self.group, self.counter, cause)
+
+
+@dataclass(frozen=True, eq=False)
 class Call:
-    """What is computed, where, and by which plan. Made and checked once, by ``make_call``.
+    """One call, found fit on this rank by ``make_call``.
 
     Attributes:
         config: what is computed.
         backend: what computes it.
-        group: the ranks that share the sequence.
-        counter: where moved bytes are counted.
         plan: who holds and sends what.
+        channel: for the call's messages.
         rotary: how keys that come unrotated are rotated; None where they come rotated.
     """
 
     config: NSAConfig
     backend: Backend
-    group: ContextGroup
-    counter: CommunicationCounter
     plan: Plan
+    channel: Channel
     rotary: Rotary | None = None
-
-    @property
-    def channel(self) -> Channel:
-        """For this call's messages."""
-        return Channel(self.group, self.counter, self.plan)
 
 
 def refuse(
     problem: str, group: ContextGroup, counter: CommunicationCounter, cause: Exception | None = None
 ) -> NoReturn:
-    """Raise, on every rank of the group, what is wrong with this rank's call.
-
-    For what is found before a plan can be: the others meet this message in their own agreement.
-    """
+    """As ``Setup.refuse``, where there is no setup yet."""
     agree(Statement({"call": "forward"}), problem, group, counter, cause)
     raise AssertionError("ranks that have a problem agree on nothing")
 
@@ -74,64 +105,54 @@ def check_backend(backend: str, config: NSAConfig, device: torch.device | str | 
 
 
 def make_call(
-    config: NSAConfig,
-    layout: str,
-    group: ContextGroup,
-    backend: str,
-    counter: CommunicationCounter,
-    *,
+    setup: Setup,
     rows: tuple[int, int],
-    like: Tensor,
-    dtype: torch.dtype | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    computes_in: torch.dtype | None = None,
     cu_seqlens: Tensor | None = None,
     plan: Plan | None = None,
-    selector_grids: Mapping[str, Grid] | None = None,
-    rotary: Rotary | None = None,
     stated: Mapping[str, str] | None = None,
-    problem: str | None = None,
 ) -> Call:
-    """One call, found fit on this rank; the ranks have yet to agree on it.
+    """One call's backend and plan. The ranks have yet to agree on it: see ``attend``.
 
     Args:
-        rows: [batch, local tokens].
-        like: has the device and the dtype of the input.
-        dtype: of queries, where autocast makes it another than that of ``like``.
-        plan: one that the caller has; it stands for ``layout`` and ``cu_seqlens``.
-        selector_grids: the blocks that choosing needs; None for NSA's.
+        rows: [batch, local tokens] of the input, ``device`` and ``dtype`` where it is and what of.
+        computes_in: the dtype of queries, where autocast makes it another.
+        plan: one that the caller has; it stands for the layout and ``cu_seqlens``.
         stated: more of the call, printed by name, that must be equal on all ranks.
-        problem: what the caller found wrong with its input.
 
     Raises:
-        ValueError: on every rank of the group, once the others agree, for this rank's problem.
+        ValueError: on every rank of the group, for what is wrong on this one.
     """
+    config, group = setup.config, setup.group
+    computes_in = computes_in or dtype
     try:
-        ops = get_backend(backend, like.device)
-        problem = problem or ops.refuses(dtype or like.dtype, config.kernel_options)
-        name = ops.name
+        backend = get_backend(setup.backend, device)
     except ValueError as error:
-        problem, name = problem or str(error), backend
+        setup.refuse(str(error), error)
+    problem = backend.refuses(computes_in, config.kernel_options)
+    if plan is not None:
+        problem = problem or plan_problem(
+            plan, rows, device, config, group, cu_seqlens, setup.grids
+        )
+    if problem is not None:
+        setup.refuse(problem)
     if plan is None:
         plan = find_plan(
             config,
-            layout,
+            setup.layout,
             group,
             batch=rows[0],
             local_length=rows[1],
             cu_seqlens=cu_seqlens,
-            dtype=like.dtype,
-            device=like.device,
-            counter=counter,
-            inputs={**(stated or {}), "backend": name},
-            problem=problem,
-            selector_grids=selector_grids,
+            dtype=dtype,
+            device=device,
+            counter=setup.counter,
+            inputs={**(stated or {}), "backend": backend.name},
+            grids=setup.grids,
         )
-    else:
-        grids = all_grids(config, selector_grids)
-        problem = problem or plan_problem(
-            plan, rows, like.device, config, group, cu_seqlens, tuple(grids)
-        )
-        if problem is not None:
-            refuse(problem, group, counter)
     if group.rank == 0:
-        hint_at_crossover(plan.longest, like.device, name, dtype or like.dtype)
-    return Call(config, ops, group, counter, plan, rotary)
+        hint_at_crossover(plan.longest, device, backend.name, computes_in)
+    return Call(config, backend, plan, Channel(group, setup.counter, plan), setup.rotary)

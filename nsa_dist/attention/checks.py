@@ -6,7 +6,7 @@ Each function returns None where nothing is. Whoever asks passes the text on to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -23,9 +23,7 @@ def tensor_problem(name: str, x: Any) -> str | None:
     """What keeps ``x`` from being a tensor whose shape and values can be asked for."""
     if isinstance(x, DTensor):
         return f"{name} must be a plain tensor (as its to_local() is), got a DTensor"
-    if not is_plain(x):
-        return f"{name} must be a tensor, got {describe(x)}"
-    return None
+    return None if is_plain(x) else f"{name} must be a tensor, got {describe(x)}"
 
 
 def query_problem(q: Any, config: NSAConfig) -> str | None:
@@ -74,6 +72,13 @@ def keys_problem(
             if x.dtype != q.dtype or x.device != q.device:
                 return f"{label} must be {q.dtype} on {q.device} as q is, got {describe(x)}"
     return None
+
+
+def inputs_problem(
+    q: Tensor, k: Any, v: Any, gates: Any, config: NSAConfig, key_sets: tuple[str, ...]
+) -> str | None:
+    """What is wrong with keys, values and gates beside queries that are fine."""
+    return keys_problem(q, k, v, config, key_sets) or gates_problem(gates, q, config)
 
 
 def gates_problem(gates: Any, q: Tensor, config: NSAConfig) -> str | None:
@@ -144,7 +149,7 @@ def plan_problem(
     config: NSAConfig,
     group: ContextGroup,
     cu_seqlens: Any,
-    grids: tuple[str, ...],
+    grids: Collection[str],
 ) -> str | None:
     """What tells that a plan is not of this call.
 

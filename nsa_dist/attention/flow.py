@@ -83,13 +83,14 @@ def attend_branches(
 
     for tensor in chosen.unused if chosen is not None else ():
         out_NHD = ZeroGradient.apply(out_NHD, tensor)
-    if call.group.size > 1:
+    group, counter = call.channel.group, call.channel.counter
+    if group.size > 1:
         # Where nothing needs a gradient autograd makes no node, and its message is not sent.
         moved = {name: k.requires_grad for name, (k, _) in extended.items()}
         if chosen is not None:
             moved |= {name: x.requires_grad for name, x in chosen.gathered.items()}
         needs = tuple(name for name, needed in moved.items() if needed)
-        out_NHD = AgreeInBackward.apply(out_NHD, plan.statement, needs, call.group, call.counter)
+        out_NHD = AgreeInBackward.apply(out_NHD, plan.statement, needs, group, counter)
     return Attended(out_NHD, lse, None if chosen is None else chosen.blocks)
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
-from nsa_dist.attention.call import Call, Rotary, make_call, refuse
-from nsa_dist.attention.checks import gates_problem, keys_problem, query_problem, rotary_problem
+from nsa_dist.attention.call import Call, Rotary, Setup, make_call, refuse
+from nsa_dist.attention.checks import inputs_problem, query_problem, rotary_problem
 from nsa_dist.attention.flow import Attended, attend_branches
 from nsa_dist.attention.selectors import CompressedSelector, Selector
 from nsa_dist.checks import describe
@@ -18,7 +18,6 @@ from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import BRANCHES, NSAConfig
 from nsa_dist.plan import Plan
-from nsa_dist.plan.grid import all_grids, key_sets
 
 
 @dataclass(frozen=True)
@@ -136,36 +135,21 @@ def native_sparse_attention(
         ValueError: for input that does not fit, naming the option; on every rank of the group,
             whichever rank's input is bad.
     """
-    group = context_group(group)
+    context = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
     if not isinstance(config, NSAConfig):
-        refuse(f"config must be an NSAConfig, got {config!r}", group, counter)
-    problem = query_problem(q, config)
-    if problem is not None:
-        refuse(problem, group, counter)
+        refuse(f"config must be an NSAConfig, got {config!r}", context, counter)
     by = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
-    grids = by.grids(config)
-    problem = keys_problem(
-        q, k, v, config, key_sets(config, all_grids(config, grids))
-    ) or gates_problem(gates, q, config)
+    setup = Setup(config, layout, context, backend, counter, rotary, by.grids(config))
+    problem = query_problem(q, config) or inputs_problem(q, k, v, gates, config, setup.key_sets)
     if selector is not None and (k_compressor is not None or v_compressor is not None):
         problem = "k_compressor and v_compressor must be None beside a selector, got modules"
-    call = make_call(
-        config,
-        layout,
-        group,
-        backend,
-        counter,
-        rows=(q.shape[0], q.shape[1]),
-        like=q,
-        cu_seqlens=cu_seqlens,
-        plan=plan,
-        selector_grids=grids,
-        rotary=rotary,
-        problem=problem,
-    )
+    if problem is not None:
+        setup.refuse(problem)
+    rows = (q.shape[0], q.shape[1])
+    call = make_call(setup, rows, q.device, q.dtype, cu_seqlens=cu_seqlens, plan=plan)
     attended = attend(call, q, k, v, gates, by)
-    out = attended.out_NHD.unflatten(0, q.shape[:2])
+    out = attended.out_NHD.unflatten(0, rows)
     return (out, details_of(attended, gates)) if return_details else out
 
 
@@ -188,12 +172,13 @@ def attend(
     Raises:
         ValueError: on every rank of the group, whichever rank's input is bad.
     """
+    channel = call.channel
     problem = (
         problem
         or rotary_problem(call.rotary, q.device, call.config, call.plan.longest)
         or by.problem(call)
     )
-    if call.group.size > 1 or problem is not None:
+    if channel.group.size > 1 or problem is not None:
         statement = call.plan.statement.also(
             q=describe(q),
             k=_describe_all(k),
@@ -204,7 +189,7 @@ def attend(
             selector=by.name,
             **by.stated(),
         )
-        agree(statement, problem, call.group, call.counter)
+        agree(statement, problem, channel.group, channel.counter)
     sets = tuple(call.plan.halos)
     return attend_branches(
         call,

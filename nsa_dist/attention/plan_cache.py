@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nsa_dist.checks import as_int, check, describe, is_plain
+from nsa_dist.checks import as_int, describe, is_plain
 from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
@@ -118,7 +118,7 @@ def get_plan(
         counter=counter,
         inputs=inputs or {},
         problem=problem,
-        selector_grids=selector_grids,
+        grids=None if selector_grids is None else all_grids(config, selector_grids),
     )
     agree(plan.statement.also(call="get_plan"), None, group, counter)
     return plan
@@ -142,9 +142,12 @@ def find_plan(
     counter: CommunicationCounter,
     inputs: Mapping[str, str],
     problem: str | None = None,
-    selector_grids: Mapping[str, Grid] | None = None,
+    grids: Mapping[str, Grid] | None = None,
 ) -> Plan:
     """As ``get_plan``, on which the ranks have yet to agree before anything moves by it.
+
+    Args:
+        grids: every grid that the plan must have; None for NSA's.
 
     Raises:
         ValueError: on every rank of the group, whose others have yet to agree, when this rank's
@@ -170,12 +173,11 @@ def find_plan(
         works = "an int32 tensor (not on meta) or None works"
         problem = problem or f"cu_seqlens: found {boundaries}; {works}"
         cu_seqlens = None
-    grids: dict[str, Grid] = {}
-    try:
-        check(isinstance(config, NSAConfig), "config", config, "an NSAConfig works")
-        grids = all_grids(config, selector_grids)
-    except ValueError as error:
-        problem = problem or str(error)
+    if not isinstance(config, NSAConfig):
+        problem = problem or f"config must be an NSAConfig, got {config!r}"
+    elif grids is None:
+        grids = all_grids(config)
+    grids = grids or {}
     asked = (tuple(inputs.items()), tuple(grids.items()))
     key = (config, layout, batch, local_length, dtype, device, *asked)
     plans = _plans_of(group)
@@ -215,7 +217,7 @@ def find_plan(
     # Whatever the default device is: plans are made on the host.
     with torch.inference_mode(False), torch.device("cpu"):
         own = None if cu_seqlens is None else cu_seqlens.clone()
-        plan = build_plan(config, cut, group.rank, group.size, batch, length, own, selector_grids)
+        plan = build_plan(config, cut, group.rank, group.size, batch, length, own, grids)
         plan = replace(plan.to(device), statement=statement)
     plans.append(_Entry(key, own, plan))
     del plans[:-CACHED_PLANS]

@@ -86,11 +86,6 @@ class Selector(Protocol):
         """Choose, of what ``begin``'s work gave when it was finished. Sends nothing."""
 
 
-def grids_of(selector: Selector, config: NSAConfig) -> dict[str, Grid]:
-    """Every grid of a call: the selector's, and the blocks to choose among."""
-    return all_grids(config, selector.grids(config))
-
-
 @dataclass(frozen=True, eq=False)
 class CompressedSelector:
     """NSA's: the probabilities of the compressed branch, summed over blocks and groups (Eq. 9-12).
@@ -136,7 +131,7 @@ class CompressedSelector:
                 return k, k.new_zeros(*k.shape[:2], 0)
             return k, apply_compressor(v_compressor, v_ext, rows, block, call.backend)
 
-        custom = config.compress == "custom" and call.group.size > 1
+        custom = config.compress == "custom" and call.channel.group.size > 1
         k_own, v_own = _agreed(own_blocks, call) if custom else own_blocks()
         if config.compress_pre_rope:
             middle = blocks.own_index * config.compress_stride + (block - 1) // 2
@@ -243,7 +238,7 @@ def _agreed(compress: Callable[[], tuple[Tensor, Tensor]], call: Call) -> tuple[
     except USERS_ERRORS as error:
         said = f"compress: a custom module raised {type(error).__name__}: {error}"
         problem = str(error) if str(error).startswith("compress") else said
-        agree(statement, problem, call.group, call.counter, error)
+        agree(statement, problem, call.channel.group, call.channel.counter, error)
         raise
-    agree(statement, None, call.group, call.counter)
+    agree(statement, None, call.channel.group, call.channel.counter)
     return result

@@ -29,20 +29,20 @@ def build_plan(
     batch: int,
     length: int,
     cu_seqlens: Tensor | None,
-    selector_grids: Mapping[str, Grid] | None = None,
+    grids: Mapping[str, Grid] | None = None,
 ) -> Plan:
     """Work out one rank's plan. Lengths must have passed ``layout.check_lengths``.
 
     Args:
         length: tokens T of each whole row, over all ranks.
         cu_seqlens: int32 [documents + 1] on the CPU, or None for one document a row.
-        selector_grids: the blocks that choosing needs; None for NSA's.
+        grids: the blocks that are read, by name; None for NSA's.
 
     Returns:
         A plan on the CPU.
     """
     stream = cut_stream(layout, size, batch, length, cu_seqlens)
-    grids = all_grids(config, selector_grids)
+    grids = all_grids(config) if grids is None else grids
     names = key_sets(config, grids)
     reaches = {
         name: [grid_reach(stream, grid) for grid in grids.values() if grid.keys == name]

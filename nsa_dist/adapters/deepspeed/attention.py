@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.attention.call import Call, check_backend, make_call, refuse
+from nsa_dist.attention.call import Call, Setup, check_backend, make_call
 from nsa_dist.attention.checks import gates_problem, keys_problem, query_problem, tensor_problem
 from nsa_dist.attention.functional import attend
 from nsa_dist.attention.selectors import CompressedSelector
 from nsa_dist.checks import DTYPES, check, describe
 from nsa_dist.comm import CommunicationCounter
-from nsa_dist.comm.group import GroupLike, context_group
+from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig
 from nsa_dist.nn.compressor import BlockCompressor, check_custom
 from nsa_dist.nn.gates import StaticGate
@@ -72,11 +72,10 @@ class NSADistributedAttention(nn.Module):
         check(not config.independent_kv, "independent_kv", config.independent_kv, must)
         must = "False (this attention gets rotated keys, or rotates them before it compresses)"
         check(not config.compress_pre_rope, "compress_pre_rope", config.compress_pre_rope, must)
-        self.context = context_group(sequence_process_group)
-        layout = make_layout(layout, self.context.size).name
+        context = context_group(sequence_process_group)
+        layout = make_layout(layout, context.size).name
         check_backend(backend, config, device)
-        self.config, self.layout, self.backend = config, layout, backend
-        self.communication = CommunicationCounter()
+        self.setup = Setup(config, layout, context, backend, CommunicationCounter())
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate = StaticGate(0, config, **factory) if config.gate == "static" else None
 
@@ -126,7 +125,7 @@ class NSADistributedAttention(nn.Module):
             batch_dim_idx = int(batch_dim_idx)
         problem = self._layout_problem(q, k, v, batch_dim_idx, gates)
         if problem is not None:
-            refuse(problem, self.context, self.communication)
+            self.setup.refuse(problem)
         if batch_dim_idx == 1:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
             gates = None if gates is None else gates.transpose(0, 1)
@@ -178,31 +177,51 @@ class NSADistributedAttention(nn.Module):
         cu_seqlens: Tensor | None,
     ) -> Call:
         config, rows = self.config, (q.shape[0], q.shape[1])
-        problem = (
-            query_problem(q, config)
-            or keys_problem(q, k, v, config, config.key_branches)
-            or (None if gates is None else gates_problem(gates, q, config))
-        )
+        problem = query_problem(q, config) or keys_problem(q, k, v, config, config.key_branches)
+        if problem is None and gates is not None:
+            problem = gates_problem(gates, q, config)
         if problem is not None and batch_dim_idx == 1:
             problem += " (shapes here have the batch first)"
+        problem = problem or _rotary_problem(rotary_pos_emb, q, rows, self.context.size)
         if problem is not None:
-            refuse(problem, self.context, self.communication)
+            self.setup.refuse(problem)
         return make_call(
-            config,
-            self.layout,
-            self.context,
-            self.backend,
-            self.communication,
-            rows=rows,
-            like=q,
+            self.setup,
+            rows,
+            q.device,
+            q.dtype,
             cu_seqlens=cu_seqlens,
             stated={
                 "batch_dim_idx": repr(batch_dim_idx),
                 "rotary_pos_emb": "None" if rotary_pos_emb is None else "cos and sin",
                 "gates": describe(gates),
             },
-            problem=_rotary_problem(rotary_pos_emb, q, rows, self.context.size),
         )
+
+    @property
+    def config(self) -> NSAConfig:
+        """What is computed."""
+        return self.setup.config
+
+    @property
+    def context(self) -> ContextGroup:
+        """The ranks that share the sequence."""
+        return self.setup.group
+
+    @property
+    def layout(self) -> str:
+        """How it is split."""
+        return self.setup.layout
+
+    @property
+    def backend(self) -> str:
+        """What computes it, by name."""
+        return self.setup.backend
+
+    @property
+    def communication(self) -> CommunicationCounter:
+        """Bytes moved by this module, by kind, since its last ``reset``."""
+        return self.setup.counter
 
     def _local(self, x: Tensor, plan: Plan, cu_seqlens: Tensor | None) -> Tensor:
         """[T, 1 or b, 1, r] of the whole stream -> [1 or b, L, 1, r] of this rank's tokens."""
