@@ -295,11 +295,11 @@ def input_problem(
         return f"{problem}; {WORKS}" if isinstance(x, DTensor) else problem
     if x.ndim != 3 or x.shape[-1] != hidden_size:
         return (
-            f"x: found shape {tuple(x.shape)}; [batch, local tokens, "
-            f"hidden_size={hidden_size}] works"
+            f"x must have shape [batch, local tokens, hidden_size={hidden_size}], got "
+            f"{tuple(x.shape)}"
         )
     if x.dtype not in DTYPES or x.is_meta:
-        return f"x: found {describe(x)}; data in one of {DTYPES} works"
+        return f"x must hold data in one of {DTYPES}, got {describe(x)}"
     weight = projection.weight
     if type(projection) is nn.Linear and type(weight) is nn.Parameter:
         # Wrappers of weights may cast or move; here only autocast does, and never float64.
@@ -309,8 +309,8 @@ def input_problem(
         )
         if weight.device != x.device or (weight.dtype != x.dtype and not casts):
             return (
-                f"x: found {x.dtype} on {x.device}; {weight.dtype} on {weight.device}, as of "
-                "the layer's weights, works"
+                f"x must be {weight.dtype} on {weight.device} as the layer's weights are, got "
+                f"{x.dtype} on {x.device}"
             )
     if position_ids is None:
         return None
@@ -321,8 +321,8 @@ def input_problem(
         or position_ids.device != x.device
     ):
         return (
-            f"position_ids: found {describe(position_ids)}; integers of shape "
-            f"{tuple(x.shape[:2])} on {x.device} work"
+            f"position_ids must be integers of shape {tuple(x.shape[:2])} on {x.device}, got "
+            f"{describe(position_ids)}"
         )
     return None
 

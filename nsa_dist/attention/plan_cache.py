@@ -155,8 +155,10 @@ def find_plan(
     """
     if torch._C._are_functorch_transforms_active():
         # Their tensors are good for one call, and would be kept in a plan.
-        works = "torch.autograd.grad and backward() work, and so does functional_call"
-        problem = problem or f"torch.func: found a transform (grad, vmap, jvp, ...); {works}"
+        problem = problem or (
+            "the attention must not run under transforms of torch.func, except functional_call "
+            "(use backward() or torch.autograd.grad), got one (grad, vmap, jvp, ...)"
+        )
     try:
         batch = as_int("batch", batch, 0)
         local_length = as_int("local_length", local_length, 0)
@@ -170,8 +172,8 @@ def find_plan(
         boundaries = ""  # Printed only where a plan is made.
     else:
         boundaries = describe(cu_seqlens)
-        works = "an int32 tensor (not on meta) or None works"
-        problem = problem or f"cu_seqlens: found {boundaries}; {works}"
+        must = "cu_seqlens must be None or an int32 tensor that is not on meta"
+        problem = problem or f"{must}, got {boundaries}"
         cu_seqlens = None
     if not isinstance(config, NSAConfig):
         problem = problem or f"config must be an NSAConfig, got {config!r}"

@@ -236,8 +236,8 @@ def _agreed(compress: Callable[[], tuple[Tensor, Tensor]], call: Call) -> tuple[
     try:
         result = compress()
     except USERS_ERRORS as error:
-        said = f"compress: a custom module raised {type(error).__name__}: {error}"
-        problem = str(error) if str(error).startswith("compress") else said
+        said = f"custom compressor raised {type(error).__name__}: {error}"
+        problem = str(error) if str(error).startswith("custom compressor ") else said
         agree(statement, problem, call.channel.group, call.channel.counter, error)
         raise
     agree(statement, None, call.channel.group, call.channel.counter)

@@ -133,7 +133,7 @@ def parted_call(name: str) -> tuple[str, float, bool]:
 PARTED = {
     "documents": ("cu_seqlens must be equal on all ranks, got rank 0: [0, 16, 24, ", "[0, 8, 24, "),
     "halo": ("window must be equal on all ranks, got rank 0: 9", "5"),
-    "input": ("ranks [0", f"x: found shape (1, {TOKENS}, {HIDDEN - 1})"),
+    "input": ("ranks [0", f"x must have shape [batch, local tokens, hidden_size={HIDDEN}], got "),
     "backward": ("cu_seqlens must be equal on all ranks, got rank 0: [0, 16, 24, ", "[0, 8, 24, "),
 }
 

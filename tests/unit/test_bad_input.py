@@ -130,7 +130,7 @@ FORWARD_CASES: dict[str, Case] = {
     ),
     "position_ids-with-pre-rope": (
         forward(config=PRE_ROPE, position_ids=torch.arange(TOKENS)[None]),
-        "position_ids: compress_pre_rope=True; None",
+        "position_ids: positions; None with compress_pre_rope=True",
     ),
     "cu_seqlens-list": (forward(cu_seqlens=[0, TOKENS]), "cu_seqlens: a list; int32 tensor"),
     "cu_seqlens-int64": (
@@ -219,18 +219,18 @@ FUNCTIONAL_CASES: dict[str, Case] = {
         "q: torch.int32; torch.float16",
     ),
     "q-on-meta": (functional(q=tokens(1, TOKENS, 4, 8, device="meta")), "q: on meta; data"),
-    "k-none": (functional(k=None), "k: None; mapping"),
-    "k-list": (functional(k=list(keys().values())), "k: a list; a mapping"),
+    "k-none": (functional(k=None), "k: None; map"),
+    "k-list": (functional(k=list(keys().values())), "k: a list; map"),
     "k-one-tensor": (
         functional(k=tokens(1, TOKENS, 2, 8)),
-        "k: independent_kv=True; a mapping from ('compressed', 'selected', 'window')",
+        "k: torch.float32; map ('compressed', 'selected', 'window') to tensors with independent_kv=True",
     ),
-    "k-shared-a-mapping": (functional(SHARED, k=keys()), "k: independent_kv=False; one tensor"),
+    "k-shared-a-mapping": (functional(SHARED, k=keys()), "k: a mapping; one tensor with independent_kv=False"),
     "k-missing-branch": (
         functional(k={"window": tokens(1, TOKENS, 2, 8)}),
-        "k: ('window',); exactly ('compressed', 'selected', 'window')",
+        "k: ('window',); map ('compressed', 'selected', 'window')",
     ),
-    "k-extra-branch": (functional(k=keys(dense=tokens(1))), "k: 'dense'; exactly"),
+    "k-extra-branch": (functional(k=keys(dense=tokens(1))), "k: 'dense'; map ('compressed', 'selected', 'window')"),
     "k-not-tensors": (functional(k=keys(selected=None)), "k['selected']: None; tensor"),
     "k-query-heads": (
         functional(k=keys(window=tokens(1, TOKENS, 4, 8))),
@@ -252,8 +252,8 @@ FUNCTIONAL_CASES: dict[str, Case] = {
         functional(SHARED, v=tokens(1, TOKENS, 2, 8)),
         "v: (1, 32, 2, 8); (1, 32, 2, 6)",
     ),
-    "v-missing-branch": (functional(v={}), "v: (); exactly"),
-    "gates-none": (functional(gates=None), "gates: None; (1, 32, 4, 3)"),
+    "v-missing-branch": (functional(v={}), "v: (); map ('compressed', 'selected', 'window')"),
+    "gates-none": (functional(gates=None), "gates: None; a tensor"),
     "gates-other-branches": (
         functional(gates=tokens(1, TOKENS, 4, 2)),
         "gates: (1, 32, 4, 2); (1, 32, 4, 3)",
@@ -269,9 +269,9 @@ FUNCTIONAL_CASES: dict[str, Case] = {
     "rotary-not-given": (functional(PRE_ROPE, rotary=None), "rotary: None; a RotaryConfig or"),
     "rotary-of-rotated-keys": (
         functional(rotary=RotaryConfig()),
-        "rotary: compress_pre_rope=False; None",
+        "rotary: a RotaryConfig; None with compress_pre_rope=False",
     ),
-    "rotary-name": (functional(PRE_ROPE, rotary="yarn"), "rotary: 'yarn'; (cos, sin)"),
+    "rotary-name": (functional(PRE_ROPE, rotary="yarn"), "rotary: a str; (cos, sin)"),
     "rotary-over-head_dim": (
         functional(PRE_ROPE, rotary=RotaryConfig(dim=12)),
         "rotary dim: 12; up to head_dim = 8",
@@ -290,7 +290,7 @@ FUNCTIONAL_CASES: dict[str, Case] = {
     ),
     "rotary-short-tables": (
         functional(PRE_ROPE, rotary=(tokens(31, 4), tokens(31, 4))),
-        "rotary: 31 positions; 32",
+        "rotary: 31; at least 32 positions",
     ),
     "layout-unknown": (functional(layout="ring"), "layout: 'ring'; 'zigzag'"),
     "backend-unknown": (functional(backend="flash"), "backend: 'flash'; 'pytorch'"),
@@ -301,11 +301,11 @@ FUNCTIONAL_CASES: dict[str, Case] = {
     "k_compressor-name": (functional(k_compressor="mlp"), "k_compressor: a str; a BlockCompressor"),
     "k_compressor-of-users": (
         functional(k_compressor=Fixed(None)),
-        "k_compressor: Fixed with compress='mlp'; a BlockCompressor",
+        "k_compressor: Fixed; a BlockCompressor with compress='mlp'",
     ),
     "k_compressor-of-ours-with-custom": (
         functional(CUSTOM, k_compressor=BlockCompressor(SMALL, 8), v_compressor=Fixed(None)),
-        "k_compressor: BlockCompressor with compress='custom'; a module of your own",
+        "k_compressor: BlockCompressor; a module of your own with compress='custom'",
     ),
     "k_compressor-other-kind": (
         functional(k_compressor=BlockCompressor(replace(SMALL, compress="linear"), 8)),
@@ -313,23 +313,23 @@ FUNCTIONAL_CASES: dict[str, Case] = {
     ),
     "k_compressor-other-block": (
         functional(k_compressor=BlockCompressor(replace(SMALL, compress_block=8), 8)),
-        "k_compressor: compress_block=8; compress_block=4",
+        "k_compressor: 8; compress_block=4",
     ),
     "k_compressor-other-hidden": (
         functional(k_compressor=BlockCompressor(replace(SMALL, compress_hidden=5), 8)),
-        "k_compressor: compress_hidden=5; compress_hidden=16",
+        "k_compressor: 5; compress_hidden=16",
     ),
     "k_compressor-per-head": (
         functional(k_compressor=BlockCompressor(replace(SMALL, compress_per_head=True), 8)),
-        "k_compressor: compress_per_head=True; compress_per_head=False",
+        "k_compressor: True; compress_per_head=False",
     ),
     "v_compressor-key-width": (
         functional(v_compressor=BlockCompressor(SMALL, 8)),
-        "v_compressor: width=8; width=6",
+        "v_compressor: 8; width=6",
     ),
     "v_compressor-not-used": (
         functional(WINDOW_ONLY, v_compressor=BlockCompressor(SMALL, 6)),
-        "v_compressor: branches=('window',); None",
+        "v_compressor: a BlockCompressor; None with branches=('window',)",
     ),
     "plan-of-other-config": (
         lambda: functional(plan=plan(replace(SMALL, window=3)))(),
@@ -338,7 +338,7 @@ FUNCTIONAL_CASES: dict[str, Case] = {
     "plan-of-other-length": (lambda: functional(plan=plan(length=64))(), "plan: (1, 64); (1, 32)"),
     "plan-beside-cu_seqlens": (
         lambda: functional(plan=plan(), cu_seqlens=cu(0, TOKENS))(),
-        "cu_seqlens: beside a plan; None",
+        "cu_seqlens: boundaries; None beside a plan",
     ),
     "plan-config-none": (lambda: plan(None), "config: None; an NSAConfig"),
 }

@@ -37,7 +37,7 @@ PUBLIC_KERNELS = {"BACKENDS", "Backend", "QuerySegments", "Segment", "get_backen
 SIGNATURES = {
     "NativeSparseAttention": (
         "hidden_size config bias qk_norm norm_eps rotary dropout k_compressor v_compressor layout "
-        "group backend device dtype"
+        "group backend device dtype selector"
     ),
     "NSABlock": "hidden_size config mlp_hidden norm_eps device dtype attention",
     "NSAConfig": (
@@ -51,7 +51,7 @@ SIGNATURES = {
     ),
     "native_sparse_attention": (
         "q k v gates k_compressor v_compressor config cu_seqlens rotary layout group backend plan "
-        "communication return_details"
+        "communication return_details selector"
     ),
     "shard_batch": "tokens cu_seqlens labels layout group pad_token",
     "make_sharding": "length cu_seqlens layout group",

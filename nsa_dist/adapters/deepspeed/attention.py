@@ -257,7 +257,7 @@ def _rotary_problem(
     if rotary_pos_emb is None:
         return None
     if not isinstance(rotary_pos_emb, (tuple, list)) or len(rotary_pos_emb) != 2:
-        return f"rotary_pos_emb: found {describe(rotary_pos_emb)}; (cos, sin) or None works"
+        return f"rotary_pos_emb must be None or (cos, sin), got {describe(rotary_pos_emb)}"
     batch, tokens = rows[0], rows[1] * size
     for name, x in zip(("cos", "sin"), rotary_pos_emb, strict=True):
         if (
@@ -273,8 +273,8 @@ def _rotary_problem(
             or x.device != q.device
         ):
             return (
-                f"rotary_pos_emb: found {name}, {describe(x)}; [{tokens} tokens of the whole "
+                f"rotary_pos_emb must be cos and sin of one shape [{tokens} tokens of the whole "
                 f"stream, 1 or {batch}, 1, an even width up to {q.shape[-1]}], floating point on "
-                f"{q.device.type} works"
+                f"{q.device.type}, got {name}: {describe(x)}"
             )
     return None

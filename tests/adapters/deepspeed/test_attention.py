@@ -100,7 +100,7 @@ def test_gates_of_hidden_states_must_be_given(gate: Any) -> None:
     q, k, v, gates = tensors(SMALL, 1)
     assert module(q, k, v, 0, gates=gates).shape == q.shape
     assert not any(name.startswith("gate") for name, _ in module.named_parameters())
-    message = f"gates: found None with gate='{gate}'.*a tensor works, or gate='static'"
+    message = f"gates must be a tensor with gate='{gate}'.*or use gate='static'.*, got None"
     with pytest.raises(ValueError, match=message):
         module(q, k, v, 0)
 
@@ -111,19 +111,19 @@ def test_what_cannot_be_called_is_refused_by_name() -> None:
     cos, sin = rotary_tables(q.shape[1], 8)
     bounds = torch.tensor([0, 64], dtype=torch.int32)
     cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
-        ((q, k, v, 2), {}, "batch_dim_idx: found 2; 0 for"),
-        ((q, k, v, True), {}, "batch_dim_idx: found True; 0 for"),
-        ((None, k, v, 0), {}, "q: found None; a tensor works"),
-        ((q, None, v, 0), {}, "k: found None; "),
-        ((q[..., :3, :], k, v, 0), {}, "q: found .*; two dimensions"),
-        ((q, k.flatten(2), v, 0), {}, "k: found"),
-        ((q, k, v[:, 1:], 0), {}, "v: found"),
-        ((q, k.float(), v, 0), {}, "k: found torch.float32"),
-        ((q.long(), k.long(), v.long(), 0), {}, "q: found torch.int64"),
-        ((q, k, v, 0, cos), {}, r"rotary_pos_emb: found .*\(cos, sin\) or None works"),
-        ((q, k, v, 0, (cos[1:], sin[1:])), {}, "rotary_pos_emb: found cos.*64 tokens of the whole"),
-        ((q, k, v, 0, (cos, sin[..., :4])), {}, "rotary_pos_emb: found sin"),
-        ((q, k, v, 0), {"gates": gates[..., :2]}, "gates: found"),
+        ((q, k, v, 2), {}, r"batch_dim_idx must be 0 for .*, got 2"),
+        ((q, k, v, True), {}, r"batch_dim_idx must be 0 for .*, got True"),
+        ((None, k, v, 0), {}, "q must be a tensor, got None"),
+        ((q, None, v, 0), {}, "k must be a tensor, got None"),
+        ((q[..., :3, :], k, v, 0), {}, r"q must have shape \[batch, local tokens, .*, got "),
+        ((q, k.flatten(2), v, 0), {}, "k must have four dimensions"),
+        ((q, k, v[:, 1:], 0), {}, "v must have shape"),
+        ((q, k.float(), v, 0), {}, r"k must be torch.float64 on cpu .*, got torch.float32"),
+        ((q.long(), k.long(), v.long(), 0), {}, r"q must hold data in .*, got torch.int64"),
+        ((q, k, v, 0, cos), {}, r"rotary_pos_emb must be None or \(cos, sin\), got"),
+        ((q, k, v, 0, (cos[1:], sin[1:])), {}, r"rotary_pos_emb must be .*64 tokens of the whole.*, got cos"),
+        ((q, k, v, 0, (cos, sin[..., :4])), {}, r"rotary_pos_emb must be .*, got sin"),
+        ((q, k, v, 0), {"gates": gates[..., :2]}, "gates must have shape"),
         (
             (q, k, v, 0),
             {"cu_seqlens": bounds},
@@ -137,4 +137,4 @@ def test_what_cannot_be_called_is_refused_by_name() -> None:
 
 def test_what_one_rank_has_wrong_every_rank_raises(deepspeed_ranks: GetRanks) -> None:
     for found in deepspeed_ranks(4).run(refused_on_every_rank, 2):
-        assert "rank 2: batch_dim_idx: found 2; 0 for" in found
+        assert "rank 2: batch_dim_idx must be 0 for" in found
