@@ -226,7 +226,8 @@ class NativeSparseAttention(nn.Module):
                 "keys at positions counted from the document's start, got positions"
             )
         if problem is not None:
-            self.setup.refuse(problem)
+            dtype = {"dtype": str(x.dtype)} if is_plain(x) else {}
+            self.setup.refuse(problem, {"x": describe(x), **dtype})
         cast = autocast_dtype(x.device.type)
         return make_call(
             self.setup,

@@ -58,12 +58,17 @@ class Setup:
         """The sets of keys and values that a call reads."""
         return key_sets(self.config, self.grids)
 
-    def refuse(self, problem: str, cause: Exception | None = None) -> NoReturn:
+    def refuse(
+        self, problem: str, stated: Mapping[str, str], cause: Exception | None = None
+    ) -> NoReturn:
         """Raise ValueError, on every rank of the group, for what is wrong with this rank's call.
 
         For what is found before there is a plan: the others meet this message in their agreement.
+
+        Args:
+            stated: this rank's input, printed by name, beside which errors show the others'.
         """
-        refuse(problem, self.group, self.counter, cause)
+        refuse(problem, stated, self.group, self.counter, cause)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +91,14 @@ class Call:
 
 
 def refuse(
-    problem: str, group: ContextGroup, counter: CommunicationCounter, cause: Exception | None = None
+    problem: str,
+    stated: Mapping[str, str],
+    group: ContextGroup,
+    counter: CommunicationCounter,
+    cause: Exception | None = None,
 ) -> NoReturn:
     """As ``Setup.refuse``, where there is no setup yet."""
-    agree(Statement({"call": "forward"}), problem, group, counter, cause)
+    agree(Statement({"call": "forward", **stated}), problem, group, counter, cause)
     raise AssertionError("ranks that have a problem agree on nothing")
 
 
@@ -113,7 +122,7 @@ def make_call(
     computes_in: torch.dtype | None = None,
     cu_seqlens: Tensor | None = None,
     plan: Plan | None = None,
-    stated: Mapping[str, str] | None = None,
+    stated: Mapping[str, str],
 ) -> Call:
     """One call's backend and plan. The ranks have yet to agree on it: see ``attend``.
 
@@ -131,14 +140,14 @@ def make_call(
     try:
         backend = get_backend(setup.backend, device)
     except ValueError as error:
-        setup.refuse(str(error), error)
+        setup.refuse(str(error), {**stated, "backend": repr(setup.backend)}, error)
     problem = backend.refuses(computes_in, config.kernel_options)
     if plan is not None:
         problem = problem or plan_problem(
             plan, rows, device, config, group, cu_seqlens, setup.grids
         )
     if problem is not None:
-        setup.refuse(problem)
+        setup.refuse(problem, stated)
     if plan is None:
         plan = find_plan(
             config,
@@ -150,7 +159,7 @@ def make_call(
             dtype=dtype,
             device=device,
             counter=setup.counter,
-            inputs={**(stated or {}), "backend": backend.name},
+            inputs={**stated, "backend": repr(backend.name)},
             grids=setup.grids,
         )
     if group.rank == 0:

@@ -138,16 +138,16 @@ def native_sparse_attention(
     context = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
     if not isinstance(config, NSAConfig):
-        refuse(f"config must be an NSAConfig, got {config!r}", context, counter)
+        refuse(f"config must be an NSAConfig, got {config!r}", {}, context, counter)
     by = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
     setup = Setup(config, layout, context, backend, counter, rotary, by.grids(config))
     problem = query_problem(q, config) or inputs_problem(q, k, v, gates, config, setup.key_sets)
     if selector is not None and (k_compressor is not None or v_compressor is not None):
         problem = "k_compressor and v_compressor must be None beside a selector, got modules"
     if problem is not None:
-        setup.refuse(problem)
+        setup.refuse(problem, _stated(q, k, v, gates, rotary, by))
     rows = (q.shape[0], q.shape[1])
-    call = make_call(setup, rows, q.device, q.dtype, cu_seqlens=cu_seqlens, plan=plan)
+    call = make_call(setup, rows, q.device, q.dtype, cu_seqlens=cu_seqlens, plan=plan, stated={})
     attended = attend(call, q, k, v, gates, by)
     out = attended.out_NHD.unflatten(0, rows)
     return (out, details_of(attended, gates)) if return_details else out
@@ -179,17 +179,11 @@ def attend(
         or by.problem(call)
     )
     if channel.group.size > 1 or problem is not None:
-        statement = call.plan.statement.also(
-            q=describe(q),
-            k=_describe_all(k),
-            v=_describe_all(v),
-            gates=describe(gates),
-            rotary=_describe_all(call.rotary),
-            backend=call.backend.name,
-            selector=by.name,
-            **by.stated(),
-        )
-        agree(statement, problem, channel.group, channel.counter)
+        stated = _stated(q, k, v, gates, call.rotary, by)
+        statement = call.plan.statement
+        more = {name: value for name, value in stated.items() if name not in statement.values}
+        backend = repr(call.backend.name)
+        agree(statement.also(**more, backend=backend), problem, channel.group, channel.counter)
     sets = tuple(call.plan.halos)
     return attend_branches(
         call,
@@ -210,6 +204,21 @@ def details_of(attended: Attended, gates: Tensor) -> NSADetails:
         gates=gates,
         lse={branch: lse[branch].unflatten(0, rows) for branch in BRANCHES if branch in lse},
     )
+
+
+def _stated(
+    q: Any, k: Any, v: Any, gates: Any, rotary: Rotary | None, by: Selector
+) -> dict[str, str]:
+    """What all ranks must have alike, printed by name."""
+    return {
+        "q": describe(q),
+        "k": _describe_all(k),
+        "v": _describe_all(v),
+        "gates": describe(gates),
+        "rotary": _describe_all(rotary),
+        "selector": by.name,
+        **by.stated(),
+    }
 
 
 def _by_set(x: KeysOrValues, sets: tuple[str, ...]) -> dict[str, Tensor]:

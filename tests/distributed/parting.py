@@ -349,9 +349,15 @@ def raising_compressor(group: Any) -> Call:
 # With what the last rank found, which every rank tells.
 TOLD: dict[str, tuple[Callable[[Any], Call], str]] = {
     "new-values": (new_values, "[0, 16, 24, "),
-    "bad-input": (bad_input, f"x must have shape [batch, local tokens, hidden_size={HIDDEN}], got "),
+    "bad-input": (
+        bad_input,
+        f"x must have shape [batch, local tokens, hidden_size={HIDDEN}], got ",
+    ),
     "no-tensor": (no_tensor, "x must be a tensor, got None"),
-    "sparse-tensor": (no_plain_tensor, "x must be a tensor, got a tensor of layout torch.sparse_coo"),
+    "sparse-tensor": (
+        no_plain_tensor,
+        "x must be a tensor, got a tensor of layout torch.sparse_coo",
+    ),
     "nested-tensor": (nested_tensor, "x must be a tensor, got a nested tensor"),
     "sparse-boundaries": (
         sparse_boundaries,

@@ -93,7 +93,10 @@ LAYER_CASES = {
         {"boundaries": (0, 20, END)}, "cu_seqlens", "[0, 20, ", "None", NO_BOUNDARIES
     ),
     "cu_seqlens-list": OneRank(
-        {"boundaries": [0, 64]}, "cu_seqlens", "cu_seqlens must be None or an int32 tensor ... got a list", "[0, 20, "
+        {"boundaries": [0, 64]},
+        "cu_seqlens",
+        "cu_seqlens must be None or an int32 tensor ... got a list",
+        "[0, 20, ",
     ),
     "cu_seqlens-int64": OneRank(
         {"boundaries": torch.tensor([0, 20, 64])},
@@ -130,7 +133,9 @@ LAYER_CASES = {
     ),
     "dtype": OneRank({"dtype": torch.float64}, "dtype", "torch.float64", "torch.float32"),
     "autocast": OneRank({"autocast": True}, "autocast", "torch.bfloat16", "None"),
-    "x-integers": OneRank({"x_dtype": torch.int64}, "x", "x must ... got torch.int64", "torch.float32"),
+    "x-integers": OneRank(
+        {"x_dtype": torch.int64}, "x", "x must ... got torch.int64", "torch.float32"
+    ),
     "x-other-dtype-than-weights": OneRank(
         {"x_dtype": torch.float64}, "x", "x must ... got torch.float64", "torch.float32"
     ),
@@ -155,13 +160,27 @@ LAYER_CASES = {
     "independent_kv": OneRank({"independent_kv": False}, "independent_kv", "False", "True"),
 }
 FUNCTIONAL_CASES = {
-    "q-width": OneRank({"q": (1, LOCAL, 4, 6)}, "q", "q must have shape ... got (1, 32, 4, 6)", "torch."),
-    "q-flat": OneRank({"q": (LOCAL, 32)}, "q", "q must have shape ... got (32, 32)", "torch.float32"),
-    "k-length": OneRank({"k": (1, 31, 2, 8)}, "k", "k['compressed'] must have shape ... got ", "compressed: torch"),
-    "k-branch-left-out": OneRank({"left_out": "window"}, "k", "k must map ... got ", "compressed: "),
-    "v-dtype": OneRank({"v_dtype": torch.float64}, "v", "v['compressed'] must be ... got ", "compressed: "),
-    "gates-branches": OneRank({"gates": (1, LOCAL, 4, 2)}, "gates", "gates must have shape ... got ", "torch.float"),
-    "gates-heads": OneRank({"gates": (1, LOCAL, 1, 3)}, "gates", "gates must have shape ... got ", "torch.float"),
+    "q-width": OneRank(
+        {"q": (1, LOCAL, 4, 6)}, "q", "q must have shape ... got (1, 32, 4, 6)", "torch."
+    ),
+    "q-flat": OneRank(
+        {"q": (LOCAL, 32)}, "q", "q must have shape ... got (32, 32)", "torch.float32"
+    ),
+    "k-length": OneRank(
+        {"k": (1, 31, 2, 8)}, "k", "k['compressed'] must have shape ... got ", "compressed: torch"
+    ),
+    "k-branch-left-out": OneRank(
+        {"left_out": "window"}, "k", "k must map ... got ", "compressed: "
+    ),
+    "v-dtype": OneRank(
+        {"v_dtype": torch.float64}, "v", "v['compressed'] must be ... got ", "compressed: "
+    ),
+    "gates-branches": OneRank(
+        {"gates": (1, LOCAL, 4, 2)}, "gates", "gates must have shape ... got ", "torch.float"
+    ),
+    "gates-heads": OneRank(
+        {"gates": (1, LOCAL, 1, 3)}, "gates", "gates must have shape ... got ", "torch.float"
+    ),
     "compressor-not-given": OneRank({"compressor": False}, "k_compressor", "k_compressor", None),
     "rotary-tables": OneRank({"table": 300}, "rotary", "torch.float32", "torch", {"table": 200}),
     "layout-unknown": OneRank(

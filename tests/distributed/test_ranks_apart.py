@@ -192,7 +192,7 @@ def counted_run() -> None:
     original = plan_cache.build_plan
 
     def counted(*args: Any) -> Any:
-        made.append((*args[-1].tolist()[:-1], END))
+        made.append((*args[-2].tolist()[:-1], END))
         return original(*args)
 
     def step(boundaries: tuple[int, ...]) -> Tensor:

@@ -124,7 +124,9 @@ def test_dtensors_beside_plain_tensors_are_refused_by_name(ranks_of: RanksOf) ->
     for weights, x in ranks_of(2).run(refused_dtensors):
         assert weights.error == x.error == "ValueError"
         assert "_norm must have plain weights, got DTensors" in weights.message
-        assert x.message.startswith("x must be a plain tensor (as its to_local() is), got a DTensor")
+        assert x.message.startswith(
+            "x must be a plain tensor (as its to_local() is), got a DTensor"
+        )
 
 
 def results(module: nn.Module) -> list[Tensor]:

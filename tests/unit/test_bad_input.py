@@ -223,14 +223,20 @@ FUNCTIONAL_CASES: dict[str, Case] = {
     "k-list": (functional(k=list(keys().values())), "k: a list; map"),
     "k-one-tensor": (
         functional(k=tokens(1, TOKENS, 2, 8)),
-        "k: torch.float32; map ('compressed', 'selected', 'window') to tensors with independent_kv=True",
+        "k: torch.float32; map ('compressed', 'selected', 'window') to tensors with",
     ),
-    "k-shared-a-mapping": (functional(SHARED, k=keys()), "k: a mapping; one tensor with independent_kv=False"),
+    "k-shared-a-mapping": (
+        functional(SHARED, k=keys()),
+        "k: a mapping; one tensor with independent_kv=False",
+    ),
     "k-missing-branch": (
         functional(k={"window": tokens(1, TOKENS, 2, 8)}),
         "k: ('window',); map ('compressed', 'selected', 'window')",
     ),
-    "k-extra-branch": (functional(k=keys(dense=tokens(1))), "k: 'dense'; map ('compressed', 'selected', 'window')"),
+    "k-extra-branch": (
+        functional(k=keys(dense=tokens(1))),
+        "k: 'dense'; map ('compressed', 'selected', 'window')",
+    ),
     "k-not-tensors": (functional(k=keys(selected=None)), "k['selected']: None; tensor"),
     "k-query-heads": (
         functional(k=keys(window=tokens(1, TOKENS, 4, 8))),

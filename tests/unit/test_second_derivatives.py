@@ -61,7 +61,9 @@ def test_transforms_of_functions_are_refused_by_name(name: str) -> None:
     """And nothing of theirs is kept in a plan."""
     layer, x = make()
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"^the attention must not .*torch.func.*backward\(\).*, got one"):
+        with pytest.raises(
+            ValueError, match=r"^the attention must not .*torch.func.*backward\(\).*, got one"
+        ):
             TRANSFORMS[name](lambda x: layer(x).sum(), x)
     weights = dict(layer.named_parameters())
     assert torch.equal(torch.func.functional_call(layer, weights, (x,)), layer(x))

@@ -125,7 +125,7 @@ class NSADistributedAttention(nn.Module):
             batch_dim_idx = int(batch_dim_idx)
         problem = self._layout_problem(q, k, v, batch_dim_idx, gates)
         if problem is not None:
-            self.setup.refuse(problem)
+            self.setup.refuse(problem, {"q": describe(q), "gates": describe(gates)})
         if batch_dim_idx == 1:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
             gates = None if gates is None else gates.transpose(0, 1)
@@ -184,7 +184,7 @@ class NSADistributedAttention(nn.Module):
             problem += " (shapes here have the batch first)"
         problem = problem or _rotary_problem(rotary_pos_emb, q, rows, self.context.size)
         if problem is not None:
-            self.setup.refuse(problem)
+            self.setup.refuse(problem, {"q": describe(q), "gates": describe(gates)})
         return make_call(
             self.setup,
             rows,

@@ -121,7 +121,11 @@ def test_what_cannot_be_called_is_refused_by_name() -> None:
         ((q, k.float(), v, 0), {}, r"k must be torch.float64 on cpu .*, got torch.float32"),
         ((q.long(), k.long(), v.long(), 0), {}, r"q must hold data in .*, got torch.int64"),
         ((q, k, v, 0, cos), {}, r"rotary_pos_emb must be None or \(cos, sin\), got"),
-        ((q, k, v, 0, (cos[1:], sin[1:])), {}, r"rotary_pos_emb must be .*64 tokens of the whole.*, got cos"),
+        (
+            (q, k, v, 0, (cos[1:], sin[1:])),
+            {},
+            r"rotary_pos_emb must be .*64 tokens of the whole.*, got cos",
+        ),
         ((q, k, v, 0, (cos, sin[..., :4])), {}, r"rotary_pos_emb must be .*, got sin"),
         ((q, k, v, 0), {"gates": gates[..., :2]}, "gates must have shape"),
         (
