@@ -291,9 +291,9 @@ def test_bad_options_are_refused_when_built(options: dict[str, Any], message: st
     "change, message",
     [
         ({"x": torch.zeros(1, 8, HIDDEN + 1)}, f"hidden_size={HIDDEN}] works"),
-        ({"x": torch.zeros(1, 8, HIDDEN, dtype=torch.float64)}, "found torch.float64"),
+        ({"x": torch.zeros(1, 8, HIDDEN, dtype=torch.float64)}, "got torch.float64"),
         ({"x": None}, "x must be a plain tensor, got None"),
-        ({"position_ids": torch.zeros(1, 7).long()}, "position_ids: found torch.int64"),
+        ({"position_ids": torch.zeros(1, 7).long()}, "position_ids must be integers of shape"),
         ({"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32)}, "last boundary 7"),
     ],
     ids=["width", "dtype", "none", "positions", "documents"],
