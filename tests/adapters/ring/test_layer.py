@@ -290,7 +290,7 @@ def test_bad_options_are_refused_when_built(options: dict[str, Any], message: st
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x": torch.zeros(1, 8, HIDDEN + 1)}, f"hidden_size={HIDDEN}] works"),
+        ({"x": torch.zeros(1, 8, HIDDEN + 1)}, f"hidden_size={HIDDEN}], got"),
         ({"x": torch.zeros(1, 8, HIDDEN, dtype=torch.float64)}, "got torch.float64"),
         ({"x": None}, "x must be a plain tensor, got None"),
         ({"position_ids": torch.zeros(1, 7).long()}, "position_ids must be integers of shape"),
