@@ -2,7 +2,7 @@
 
     from nsa_dist import NativeSparseAttention, NSAConfig, shard_batch
 
-See ``docs/algorithm.md`` for what is computed and how data flows.
+``docs/algorithm.md`` explains the algorithm and the flow of data.
 """
 
 from nsa_dist.attention.functional import NSADetails, native_sparse_attention

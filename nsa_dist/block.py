@@ -1,4 +1,4 @@
-"""A transformer block around the layer."""
+"""Transformer blocks around the attention layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nsa_dist.nn.mlp import SwiGLU
 
 
 class PreNormBlock(nn.Module):
-    """Norm, attention, norm, SwiGLU, with residuals; ``attention_type`` says which attention."""
+    """Norm, attention, norm, SwiGLU, with residuals; ``attention_type`` is the attention layer."""
 
     attention_type: ClassVar[Callable[..., nn.Module]]
 
@@ -43,7 +43,7 @@ class PreNormBlock(nn.Module):
         self.mlp = SwiGLU(hidden_size, mlp_hidden, **factory)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew from torch's generator, in a fixed order."""
+        """Initialise all weights again from torch's generator, in a fixed order."""
         self.attention_norm.reset_parameters()
         self.attention.reset_parameters()
         self.mlp_norm.reset_parameters()
@@ -55,8 +55,8 @@ class NSABlock(PreNormBlock):
     """A transformer block: norm, attention, norm, SwiGLU, with residuals.
 
     Args:
-        hidden_size, config: as of ``NativeSparseAttention``, which takes the further keyword
-            arguments.
+        hidden_size, config: as for ``NativeSparseAttention``, which gets all other keyword
+            arguments too.
         mlp_hidden: hidden width of the SwiGLU.
         norm_eps: epsilon of every RMSNorm.
     """
@@ -71,7 +71,7 @@ class NSABlock(PreNormBlock):
         position_ids: Tensor | None = None,
         return_details: bool = False,
     ) -> Tensor | tuple[Tensor, NSADetails]:
-        """[B, L, hidden_size] -> the same; arguments as of ``NativeSparseAttention``."""
+        """[B, L, hidden_size] to the same shape; arguments as for ``NativeSparseAttention``."""
         result = self.attention(
             self.attention_norm(x),
             cu_seqlens=cu_seqlens,

@@ -1,7 +1,7 @@
-"""What an attention layer computes, as frozen values that are checked once.
+"""Hyperparameters of an attention layer: frozen dataclasses, checked once when built.
 
-Nothing here knows about ranks, layouts or devices: two layers with equal configs compute the
-same function wherever and however they run.  Files and command lines are read in ``launch/``.
+Ranks, layouts and devices are not part of a config: layers with equal configs compute the same
+function wherever they run. ``launch/`` reads files and command lines.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from nsa_dist.checks import as_choice, as_int, as_number, check, check_bool
 
 BRANCHES = ("compressed", "selected", "window")
-"""The order of branches everywhere: in gates, in projections, in what is returned."""
+"""The order of branches everywhere: in gates, projections and results."""
 
 CompressKind = Literal["mlp", "linear", "conv1d", "attention_pool", "mean", "custom"]
 GateKind = Literal["linear", "mlp", "static"]
@@ -20,7 +20,7 @@ ScalingKind = Literal["none", "linear", "llama3", "yarn"]
 
 
 def _put(config: object, option: str, value: Any) -> None:
-    """Set an option of a frozen config that is being built, as its own type."""
+    """Set an option of a frozen config during ``__post_init__``."""
     object.__setattr__(config, option, value)
 
 
@@ -33,33 +33,33 @@ class NSAConfig:
 
     Args:
         num_heads: query heads H.
-        num_kv_heads: KV heads G; each group of R = H/G query heads (1..32) shares one KV head and
-            one choice of blocks.
+        num_kv_heads: KV heads G. Each group of R = H/G query heads (1 to 32) shares one KV head
+            and selects the same blocks.
         head_dim: width Dk of a query or key head.
-        v_head_dim: width Dv of a value head; ``head_dim`` when None.
+        v_head_dim: width Dv of a value head; default ``head_dim``.
         compress_block: tokens l in a compression block.
         compress_stride: stride d between compression blocks; divides l and l'.
         select_block: tokens l' in a selection block; at least l.
-        num_selected: selected blocks n a query, the forced ones included.
-        num_init_blocks: forced blocks at a document's start.
-        num_local_blocks: newest forced blocks, the query's own included; at least 1.
+        num_selected: selected blocks n per query, including the forced ones.
+        num_init_blocks: blocks at the document's start that every query selects.
+        num_local_blocks: newest blocks that every query selects, its own included; at least 1.
         window: query t sees keys t-window+1..t of its document.
-        branches: the branches in use, any non-empty subset of ``BRANCHES``; kept in that order.
-        compress: the function phi that makes one token of a compression block; ``"custom"`` leaves
-            it to modules given to the layer.
-        compress_hidden: hidden width of ``compress="mlp"``; 2*D when None.
-        compress_per_head: one set of compressor weights a KV head instead of one for all.
-        compress_pre_rope: compress unrotated keys, and rotate the compressed ones at the middle of
-            their block.
-        independent_kv: each branch has its own K and V; False shares one K, V.
-        scale: factor of the logits; 1/sqrt(head_dim) when None.
-        gate: how gate logits are made: a linear map or a two-layer MLP of the layer's input, or
-            learned constants a head.
-        gate_hidden: hidden width of ``gate="mlp"``; ``head_dim`` when None.
+        branches: the branches in use, a non-empty subset of ``BRANCHES``, stored in that order.
+        compress: the function phi that maps a compression block to one token; ``"custom"`` takes
+            modules given to the layer.
+        compress_hidden: hidden width of ``compress="mlp"``; default 2*D.
+        compress_per_head: a set of compressor weights per KV head instead of one for all.
+        compress_pre_rope: compress unrotated keys, then rotate the compressed keys at the middle
+            of their block.
+        independent_kv: each branch has its own K and V; False: all branches share one K and V.
+        scale: factor of the logits; default 1/sqrt(head_dim).
+        gate: source of the gate logits: a linear map or a two-layer MLP of the layer's input, or
+            a learned constant per head.
+        gate_hidden: hidden width of ``gate="mlp"``; default ``head_dim``.
         gate_init: initial gate logits of (compressed, selected, window).
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: if an option has a value that is not allowed.
     """
 
     num_heads: int
@@ -140,7 +140,7 @@ class NSAConfig:
 
         for option, kinds in (("compress", get_args(CompressKind)), ("gate", get_args(GateKind))):
             _put(self, option, as_choice(option, getattr(self, option), kinds))
-        # An option without effect is a misunderstanding, better told than trained with.
+        # An option without effect is a mistake: refuse it before anyone trains with it.
         for option, kind_option in (("compress_hidden", "compress"), ("gate_hidden", "gate")):
             value, kind = getattr(self, option), getattr(self, kind_option)
             must = f"None with {kind_option}={kind!r} (only {kind_option}='mlp' has a hidden width)"
@@ -182,30 +182,30 @@ class NSAConfig:
 
     @property
     def kernel_options(self) -> dict[str, int]:
-        """What a backend may be limited in."""
+        """Sizes that a backend may limit."""
         names = ("compress_block", "compress_stride", "select_block", "num_selected", "window")
         widths = {"head_dim": self.head_dim, "v_head_dim": self.value_dim}
         return widths | {name: getattr(self, name) for name in names}
 
     @property
     def uses_compression(self) -> bool:
-        """Whether compressed keys are made: the selected branch scores blocks with them too."""
+        """Whether keys are compressed: selection also needs them, to score blocks."""
         return "compressed" in self.branches or "selected" in self.branches
 
     @property
     def key_branches(self) -> tuple[str, ...]:
-        """Branches that read keys: those in use, and ``compressed`` where selection needs it."""
+        """Branches with keys: those in use, and ``compressed`` if selection needs it."""
         wanted = set(self.branches) | ({"compressed"} if self.uses_compression else set())
         return tuple(b for b in BRANCHES if b in wanted)
 
     @property
     def num_key_sets(self) -> int:
-        """Key projections of the layer: one a key branch, or one for all."""
+        """Key projections of the layer: one per key branch, or one for all."""
         return len(self.key_branches) if self.independent_kv else 1
 
     @property
     def num_value_sets(self) -> int:
-        """Value projections of the layer: one a branch, or one for all."""
+        """Value projections of the layer: one per branch, or one for all."""
         return len(self.branches) if self.independent_kv else 1
 
 
@@ -215,18 +215,18 @@ class RotaryConfig:
 
     Args:
         theta: base of the frequencies.
-        dim: channels that are rotated, the first of each head; all of them when None.
-        scaling: how frequencies change for long contexts: ``"none"``, ``"linear"`` (positions over
-            ``factor``), ``"llama3"`` (Llama 3.1's interpolation by wavelength) or ``"yarn"``
-            (arXiv 2309.00071).
-        factor: how many times longer the context gets.
-        original_max_positions: context length that the frequencies were first made for.
-        low_freq_factor, high_freq_factor: bounds of llama3's blend, in turns over that context.
-        beta_fast, beta_slow: bounds of yarn's blend, in turns over that context.
-        attention_factor: multiplies cos and sin under yarn; 0.1 ln(factor) + 1 when None.
+        dim: number of channels to rotate, the first ones of each head; default all.
+        scaling: how frequencies change for long contexts: ``"none"``, ``"linear"`` (positions
+            divided by ``factor``), ``"llama3"`` (Llama 3.1's interpolation by wavelength) or
+            ``"yarn"`` (arXiv 2309.00071).
+        factor: new context length over the original one.
+        original_max_positions: original context length.
+        low_freq_factor, high_freq_factor: bounds of llama3's blend, in turns over that length.
+        beta_fast, beta_slow: bounds of yarn's blend, in turns over that length.
+        attention_factor: multiplies cos and sin under yarn; default 0.1 ln(factor) + 1.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: if an option has a value that is not allowed.
     """
 
     theta: float = 10000.0
@@ -287,10 +287,10 @@ class RotaryConfig:
             )
 
     def rotary_dim(self, head_dim: int) -> int:
-        """Channels of a head of width ``head_dim`` that are rotated.
+        """The number of rotated channels of a head of width ``head_dim``.
 
         Raises:
-            ValueError: if ``dim`` passes ``head_dim``, or ``dim`` is None and ``head_dim`` is odd.
+            ValueError: if ``dim`` exceeds ``head_dim``, or if it is None and ``head_dim`` is odd.
         """
         dim = head_dim if self.dim is None else self.dim
         must = f"an even number up to head_dim = {head_dim}"

@@ -1,4 +1,4 @@
-"""The length below which dense attention is faster, said once a process."""
+"""A warning, once per process, where dense attention would be faster."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import warnings
 
 import torch
 
-# Tokens of a document at which forward and backward together take as long as cuDNN's dense
-# attention, by GPU; with the shapes of SHAPES. launch/bench/operators.py measures it.
+# By GPU: document length in tokens from which forward and backward are as fast as cuDNN's dense
+# attention, at SHAPES. launch/bench/operators.py measures it.
 CROSSOVER = {"NVIDIA H200": 13_500}
 SHAPES = "bfloat16, 64 query heads, 4 KV heads, width 128"
 
@@ -19,12 +19,12 @@ def hint_at_crossover(longest: int, device: torch.device, backend: str, dtype: t
 
     Args:
         longest: tokens of the longest document of the batch.
-        device: where the attention runs; nothing is said of GPUs that were not measured.
-        backend, dtype: what runs there; the Triton backend was measured, in 16 bits.
+        device: where the attention runs; GPUs that were not measured get no warning.
+        backend, dtype: only the Triton backend in 16 bits was measured.
     """
     if backend != "triton" or dtype not in (torch.bfloat16, torch.float16):
         return
-    # First, so that no graph depends on the length; the GPU is asked last, in few forwards.
+    # Before any use of the length, so that no compiled graph depends on it.
     if torch.compiler.is_compiling() or device.type != "cuda":
         return
     if longest < max(CROSSOVER.values()) and not _said:

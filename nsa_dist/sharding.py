@@ -1,7 +1,7 @@
-"""From a whole batch to a rank's part of it, and back.
+"""Shard a batch over the ranks of a group, and undo it.
 
-Called once a batch, after the data loader and before the model. The whole batch is on every rank;
-each keeps its own columns.
+Call it once per batch, between the data loader and the model. Every rank has the whole batch and
+keeps its own columns.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True, eq=False)
 class Sharding:
-    """Where the tokens of one batch go: padding, and this rank's columns.
+    """The padding of one batch and the columns of each rank.
 
     Attributes:
         context: the group.
         layout: the layout's name.
-        length: tokens T of the unpadded rows.
-        padded_length: tokens of the padded rows; each rank holds 1/P of them.
-        cu_seqlens: int32 boundaries of the padded stream, padding included, on the CPU; None for
-            one document a row.
-        source: int64 [padded_length], the unpadded column at each padded column; -1 for padding.
+        length: tokens T of an unpadded row.
+        padded_length: tokens of a padded row; each rank holds 1/P of them.
+        cu_seqlens: int32 document boundaries of the padded stream, on the CPU; None if each row is
+            one document.
+        source: int64 [padded_length], the unpadded column of each padded column; -1 for padding.
         local_columns: int64 [L], padded columns that this rank holds, in its order.
     """
 
@@ -48,7 +48,7 @@ class Sharding:
     rank_columns: Tensor = field(repr=False)
 
     def shard(self, x: Tensor, pad_value: float = 0) -> Tensor:
-        """[B, T, ...] -> this rank's [B, L, ...], padding filled with ``pad_value``."""
+        """[B, T, ...] to this rank's [B, L, ...]; padding is filled with ``pad_value``."""
         problem = self._problem(x, self.length, "the unsharded length")
         if problem is not None:
             raise ValueError(problem)
@@ -59,12 +59,12 @@ class Sharding:
         return local
 
     def unshard(self, x: Tensor) -> Tensor:
-        """This rank's [B, L, ...] -> whole rows [B, T, ...] on every rank. A collective.
+        """This rank's [B, L, ...] to whole rows [B, T, ...] on every rank. A collective.
 
-        Padding is stripped. Gradients do not flow through it.
+        Removes padding. Gradients do not flow through it.
 
         Raises:
-            ValueError: on every rank, when any rank's x is bad or ranks disagree.
+            ValueError: on every rank, if any rank's x is bad or ranks disagree.
         """
         problem = self._problem(x, self.local_columns.numel(), "the local length")
         values = {
@@ -85,7 +85,7 @@ class Sharding:
         return padded[:, (self.source >= 0).nonzero().squeeze(1).to(x.device)]
 
     def _problem(self, x: Tensor, length: int, meaning: str) -> str | None:
-        """What is wrong with rows to shard or unshard, or None."""
+        """The error for rows that cannot be sharded or unsharded, or None."""
         if not is_plain(x):
             return f"x must be a plain tensor, got {describe(x)}"
         if x.ndim < 2 or x.shape[1] != length:
@@ -102,19 +102,19 @@ def make_sharding(
     layout: str = "zigzag",
     group: GroupLike | ContextGroup = None,
 ) -> Sharding:
-    """Pad rows of ``length`` tokens to what ``layout`` needs, and cut them over the group.
+    """Pad rows of ``length`` tokens as ``layout`` needs, and split them over the group.
 
-    ``contiguous`` and ``zigzag`` pad the end of the row, to a multiple of P or 2P: with
-    ``cu_seqlens`` as one more document, without as the row's tail, which causality hides from
-    every token before it. ``zigzag_per_document`` pads the end of each document to a multiple of
-    2P.
+    ``contiguous`` and ``zigzag`` pad the end of the row, to a multiple of P or 2P. With
+    ``cu_seqlens`` the padding is one more document; otherwise it extends the row, whose tokens do
+    not see it because attention is causal. ``zigzag_per_document`` pads the end of each document
+    to a multiple of 2P.
 
     Args:
-        cu_seqlens: int32 [documents + 1] boundaries of the unpadded stream, with B = 1; None for
-            one document a row.
+        cu_seqlens: int32 [documents + 1] boundaries of the unpadded stream, with B = 1; None if
+            each row is one document.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: if an argument has a value that is not allowed.
     """
     context = context_group(group)
     cut = make_layout(layout, context.size)
@@ -175,14 +175,14 @@ def shard(
     group: GroupLike | ContextGroup = None,
     pad_value: float = 0,
 ) -> Tensor:
-    """This rank's part of whole rows: [B, T, ...] -> [B, L, ...], padded as ``layout`` needs.
+    """This rank's part of whole rows: [B, T, ...] to [B, L, ...], padded as ``layout`` needs.
 
     Args:
-        cu_seqlens: int32 boundaries of the unpadded stream, with B = 1; None for one document a
-            row. The padded boundaries that the attention needs are in ``make_sharding(...)``.
+        cu_seqlens: int32 boundaries of the unpadded stream, with B = 1; None if each row is one
+            document. ``make_sharding(...)`` has the padded boundaries that attention needs.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: if an argument has a value that is not allowed.
     """
     if not is_plain(x) or x.ndim < 2:
         raise ValueError(f"x must be a tensor [batch, length, ...], got {describe(x)}")
@@ -198,14 +198,14 @@ def unshard(
     layout: str = "zigzag",
     group: GroupLike | ContextGroup = None,
 ) -> Tensor:
-    """The inverse of ``shard``: [B, L, ...] on each rank -> [B, T, ...] on all. A collective.
+    """The inverse of ``shard``: [B, L, ...] on each rank to [B, T, ...] on all. A collective.
 
     Args:
         length: T, the unpadded length.
-        cu_seqlens: as it was given to ``shard``.
+        cu_seqlens: as given to ``shard``.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work; on every rank.
+        ValueError: on every rank, if an argument of any rank has a value that is not allowed.
     """
     context = context_group(group)
     try:
@@ -222,13 +222,13 @@ class ShardedBatch:
 
     Attributes:
         tokens: int64 [B, L].
-        labels: int64 [B, L], the next token in the document; -100 at each document's last token and
-            in padding.
+        labels: int64 [B, L], the next token of the document; -100 at each document's last token
+            and in padding.
         position_ids: int64 [B, L], positions in the document.
-        cu_seqlens: int32 boundaries of the whole padded stream, on the CPU; pass it to the layer.
-            None for B documents.
-        num_targets: labels of the whole batch, over all ranks, that count: what the summed loss of
-            all ranks is divided by.
+        cu_seqlens: int32 boundaries of the whole padded stream, on the CPU; pass them to the
+            layer. None if each row is one document.
+        num_targets: number of labels other than -100 in the whole batch, over all ranks. Divide
+            the sum of all ranks' losses by it.
     """
 
     tokens: Tensor
@@ -239,7 +239,7 @@ class ShardedBatch:
     sharding: Sharding = field(repr=False)
 
     def unshard(self, x: Tensor) -> Tensor:
-        """[B, L, ...] on each rank -> [B, T, ...] on all, padding stripped. A collective."""
+        """[B, L, ...] on each rank to [B, T, ...] on all, without padding. A collective."""
         return self.sharding.unshard(x)
 
 
@@ -252,22 +252,21 @@ def shard_batch(
     group: GroupLike | ContextGroup = None,
     pad_token: int = 0,
 ) -> ShardedBatch:
-    """Cut a batch of token ids for the ranks of ``group``.
+    """Split a batch of token ids over the ranks of ``group``.
 
-    Labels are shifted before the cut, document by document: shifting a rank's own tokens would
-    pair a chunk's last token with another chunk's first.
+    Labels are shifted per document before the split. Shifting a rank's own tokens instead would
+    pair the last token of a chunk with the first token of another chunk.
 
     Args:
-        tokens: integer [B, T], the whole batch, the same on every rank.
-        cu_seqlens: int32 [documents + 1], boundaries of packed documents, with B = 1; None for B
-            documents.
-        labels: integer [B, T], unshifted: what each column holds as a target (-100 where it is not
-            one); ``tokens`` when None.
-        layout, group: as of the attention layers.
-        pad_token: id that fills the padding.
+        tokens: integer [B, T], the whole batch, equal on all ranks.
+        cu_seqlens: int32 [documents + 1] boundaries of packed documents, with B = 1; None if each
+            row is one document.
+        labels: integer [B, T], unshifted targets, -100 to ignore a token; default ``tokens``.
+        layout, group: as for the attention layers.
+        pad_token: token id of the padding.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: if an argument has a value that is not allowed.
     """
     labels = tokens if labels is None else labels
     for name, ids in (("tokens", tokens), ("labels", labels)):
@@ -277,7 +276,7 @@ def shard_batch(
         shapes = f"{tuple(tokens.shape)}, got {tuple(labels.shape)}"
         raise ValueError(f"labels must be of the shape of tokens, {shapes}")
     pad_token = as_int("pad_token", pad_token, 0)
-    tokens, labels = tokens.long(), labels.long()  # Bytes have no -100.
+    tokens, labels = tokens.long(), labels.long()  # uint8 cannot hold -100.
     problem = None if cu_seqlens is None else check_batch_size(tokens.shape[0])
     if problem is not None:
         raise ValueError(problem)

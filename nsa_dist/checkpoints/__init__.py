@@ -1,1 +1,1 @@
-"""Reading checkpoints that may have been damaged or made by a stranger."""
+"""Safe reading of checkpoints that may be damaged or come from someone you do not trust."""

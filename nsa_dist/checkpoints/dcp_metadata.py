@@ -1,9 +1,9 @@
-"""The ``.metadata`` of torch.distributed.checkpoint, read without running code.
+"""Read the ``.metadata`` of torch.distributed.checkpoint without running code from it.
 
-It is a pickle, and a pickle can name any function of any module and have it called. Here the names
-that it may hold are an exact list, nothing of them is built while the file is read, and what comes
-out is built anew from values whose types were checked. The files that it names must lie in the
-checkpoint's folder and hold the bytes that they should.
+The file is a pickle, and a pickle can call any function of any module. This reader only accepts an
+exact list of names, builds none of their objects while it reads, and makes the result from values
+whose types it checks. The files that ``.metadata`` names must be in the checkpoint's folder and
+hold the bytes that it refers to.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DCP_FORM = "be as torch.distributed.checkpoint writes it"
 """What errors say that a file must do."""
 
 MOST_SHOWN = 300
-"""Characters of a file's contents in an error."""
+"""Maximal number of characters of a file's contents in an error."""
 
 _NAMES = {
     "torch": ("Size",),
@@ -47,32 +47,32 @@ _NAMES = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     ),
-    # Megatron's plans of what each rank wrote, for its next save.
+    # Megatron stores what each rank wrote, for its next save.
     "torch.distributed.checkpoint.planner": (
         "SavePlan",
         "TensorWriteData",
         "WriteItem",
         "WriteItemType",
     ),
-    # Where it was written; nothing reads it.
+    # The path of the checkpoint when it was written; nothing reads it.
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
 }
-"""What a ``.metadata`` may name beside torch's dtypes: exact modules and names."""
+"""Modules and names that a ``.metadata`` may contain, besides torch's dtypes."""
 
 _CALLED = ("PosixPath", "Size", "WriteItemType", "_MEM_FORMAT_ENCODING", "_get_layout")
-"""Those that are called with values; others are given their attributes."""
+"""Names that the pickle calls with arguments; for the others it sets attributes."""
 
 _LAYOUTS = {str(x): x for x in vars(torch).values() if isinstance(x, torch.layout)}
 _FORMATS = {x.value: x for x in _MEM_FORMAT_ENCODING}
 
 
 class _Refused(Exception):
-    """What was found in a file."""
+    """Content of a file that is not allowed."""
 
 
 class _Record:
-    """In the place of what a pickle wants built of a class: what it would have been built from."""
+    """Stands for an object in the pickle: its constructor arguments and state."""
 
     args: tuple[Any, ...] = ()
     state: Any = None
@@ -89,7 +89,7 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        # Of this file alone: a pickle can set attributes of what it names.
+        # New classes for each file, because a pickle can set attributes of classes that it names.
         self._kinds = {
             (module, name): type(name, (_Record,), {})
             for module, names in _NAMES.items()
@@ -106,55 +106,57 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The ``.metadata`` of a checkpoint's folder, and that the files that it names hold its parts.
+    """Read the ``.metadata`` of a checkpoint's folder, and check the files that it names.
 
     Raises:
-        ValueError: naming the file and what was found in it.
+        ValueError: if a file is missing, damaged, outside of the folder, or contains more than
+            data.
     """
     file = path / ".metadata"
     try:
         _inside(path, file.name)
         data = file.read_bytes()
         metadata = _metadata(_Unpickler(io.BytesIO(data)).load())
-        _check_places(path, metadata.storage_data)
+        _check_files(path, metadata.storage_data)
     except _Refused as error:
         raise ValueError(f"{file} must {DCP_FORM}, got {error}") from error
     except Exception as error:  # A damaged pickle can raise any exception.
-        told = in_a_line(f"{type(error).__name__}: {error}")
-        raise ValueError(f"{file} must {DCP_FORM}, got unreadable data ({told})") from error
+        reason = in_a_line(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{file} must {DCP_FORM}, got unreadable data ({reason})") from error
     return metadata
 
 
 def in_a_line(text: str) -> str:
-    """What a file made of its own contents, short and without control characters."""
+    """Text from a file, shortened to one line without control characters."""
     line = " ".join(text[:MOST_SHOWN].split())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def _inside(path: Path, name: str) -> int:
-    """Bytes of a file of the folder."""
-    whole = path / name
+    """The size in bytes of a file, which must be in the folder."""
+    file = path / name
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         raise _Refused(f"the file {name!r}, which is not in the folder")
-    if not whole.resolve().is_relative_to(path.resolve()):
+    if not file.resolve().is_relative_to(path.resolve()):
         raise _Refused(f"the file {name!r}, a link that leaves the folder")
-    if not whole.is_file():
+    if not file.is_file():
         raise _Refused(f"no file {name!r}")
-    return whole.stat().st_size
+    return file.stat().st_size
 
 
-def _check_places(path: Path, places: dict[MetadataIndex, _StorageInfo]) -> None:
+def _check_files(path: Path, parts: dict[MetadataIndex, _StorageInfo]) -> None:
+    """Refuse parts of a checkpoint that are outside of its folder or of their file."""
     sizes: dict[str, int] = {}
-    for index, place in places.items():
-        name = place.relative_path
+    for index, part in parts.items():
+        name = part.relative_path
         if name not in sizes:
             sizes[name] = _inside(path, name)
-        if place.offset + place.length > sizes[name]:
-            end, size = place.offset + place.length, sizes[name]
+        end, size = part.offset + part.length, sizes[name]
+        if end > size:
             raise _Refused(f"{index.fqn!r} up to byte {end} of {name!r}, which has {size}")
 
 
-# From records to what they stand for. Each value's type is checked on the way.
+# The functions below turn records into objects and check the type of each value.
 
 
 def _need(ok: bool, what: str) -> None:
@@ -173,7 +175,7 @@ def _record(x: Any, name: str) -> _Record:
 
 
 def _fields(x: Any, name: str, *needed: str, others: Sequence[str] = ()) -> dict[str, Any]:
-    """The attributes of a dataclass, which are pickled as a dict."""
+    """The attributes of a dataclass, which is pickled as a dict."""
     record = _record(x, name)
     state = {} if record.state is None else record.state
     _need(record.args == () and type(state) is dict, name)
@@ -182,7 +184,7 @@ def _fields(x: Any, name: str, *needed: str, others: Sequence[str] = ()) -> dict
 
 
 def _argument(x: Any, name: str) -> Any:
-    """What a class was called with, one argument."""
+    """The argument of a call with a single argument."""
     record = _record(x, name)
     _need(len(record.args) == 1 and record.state is None, name)
     return record.args[0]
@@ -216,60 +218,60 @@ def _stored(x: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     if type(x).__name__ == "BytesStorageMetadata":
         _fields(x, "BytesStorageMetadata")
         return BytesStorageMetadata()
-    found = _fields(x, "TensorStorageMetadata", "properties", "size", "chunks")
-    size, chunks = _size(found["size"]), []
-    _need(type(found["chunks"]) is list, "chunks")
-    for each in found["chunks"]:
+    fields = _fields(x, "TensorStorageMetadata", "properties", "size", "chunks")
+    size, chunks = _size(fields["size"]), []
+    _need(type(fields["chunks"]) is list, "chunks")
+    for each in fields["chunks"]:
         chunk = _fields(each, "ChunkStorageMetadata", "offsets", "sizes")
         offsets, sizes = _size(chunk["offsets"]), _size(chunk["sizes"])
         _need(len(offsets) == len(sizes) == len(size), "ChunkStorageMetadata")
         fits = all(o + s <= most for o, s, most in zip(offsets, sizes, size, strict=True))
         _need(fits, "ChunkStorageMetadata")
         chunks.append(ChunkStorageMetadata(offsets, sizes))
-    return TensorStorageMetadata(_properties(found["properties"]), size, chunks)
+    return TensorStorageMetadata(_properties(fields["properties"]), size, chunks)
 
 
 def _index(x: Any) -> MetadataIndex:
-    found = _fields(x, "MetadataIndex", "fqn", others=("offset", "index"))
-    offset, index = found.get("offset"), found.get("index")
-    _need(type(found["fqn"]) is str and (index is None or _is_count(index)), "MetadataIndex")
-    return MetadataIndex(found["fqn"], None if offset is None else _size(offset), index)
+    fields = _fields(x, "MetadataIndex", "fqn", others=("offset", "index"))
+    offset, index = fields.get("offset"), fields.get("index")
+    _need(type(fields["fqn"]) is str and (index is None or _is_count(index)), "MetadataIndex")
+    return MetadataIndex(fields["fqn"], None if offset is None else _size(offset), index)
 
 
-def _place(x: Any) -> _StorageInfo:
-    found = _fields(x, "_StorageInfo", "relative_path", "offset", "length")
-    _need(type(found["relative_path"]) is str, "relative_path")
-    _need(_is_count(found["offset"]) and _is_count(found["length"]), "_StorageInfo")
-    return _StorageInfo(**found)
+def _storage_info(x: Any) -> _StorageInfo:
+    fields = _fields(x, "_StorageInfo", "relative_path", "offset", "length")
+    _need(type(fields["relative_path"]) is str, "relative_path")
+    _need(_is_count(fields["offset"]) and _is_count(fields["length"]), "_StorageInfo")
+    return _StorageInfo(**fields)
 
 
 def _metadata(x: Any) -> Metadata:
     others = ("all_local_plans", "planner_data", "storage_meta", "version")
-    found = _fields(x, "Metadata", "state_dict_metadata", "storage_data", others=others)
-    stored, places, names = (
-        found[name] for name in ("state_dict_metadata", "storage_data", "planner_data")
+    fields = _fields(x, "Metadata", "state_dict_metadata", "storage_data", others=others)
+    stored, files, names = (
+        fields[name] for name in ("state_dict_metadata", "storage_data", "planner_data")
     )
     _need(type(stored) is dict and all(type(key) is str for key in stored), "state_dict_metadata")
-    _need(type(places) is dict, "storage_data")
+    _need(type(files) is dict, "storage_data")
     _need(names is None or type(names) is dict, "planner_data")
     for key, parts in (names or {}).items():
         _need(type(key) is str and type(parts) is tuple, "planner_data")
         _need(all(type(part) is str or _is_count(part) for part in parts), "planner_data")
-    for name in ("all_local_plans", "storage_meta"):  # Not kept.
-        _check_plain(found.get(name), set())
-    version = found.get("version")
+    for name in ("all_local_plans", "storage_meta"):  # Checked and dropped.
+        _check_plain(fields.get(name), set())
+    version = fields.get("version")
     _need(version is None or type(version) is str, "version")
     return Metadata(
         {key: _stored(value) for key, value in stored.items()},
         names,
-        {_index(key): _place(value) for key, value in places.items()},
+        {_index(key): _storage_info(value) for key, value in files.items()},
         StorageMeta(),
         version,
     )
 
 
 def _check_plain(x: Any, seen: set[int]) -> None:
-    """Refuse what is not containers, values and records of such in the usual form."""
+    """Refuse anything but containers, plain values, and records of such in the usual form."""
     if id(x) in seen:
         return
     seen.add(id(x))

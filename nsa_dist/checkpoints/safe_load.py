@@ -1,9 +1,9 @@
-"""Checkpoints are data: what is read here runs no code, whoever wrote it.
+"""Load checkpoints without running code that they may contain.
 
-``.metadata`` of torch.distributed.checkpoint is read by ``dcp_metadata``, and what torch.save
-wrote, byte entries too, by ``torch.load(weights_only=True)``. ``load`` reads a checkpoint so. Where
-a library opens the files itself, ``check_dcp`` and ``read_file`` read them first, and
-``weights_only`` holds each torch.load of the library to it.
+``dcp_metadata`` reads the ``.metadata`` of torch.distributed.checkpoint, and
+``torch.load(weights_only=True)`` reads everything that torch.save wrote, byte entries included.
+``load`` combines both. For a library that opens files itself, call ``check_dcp`` and ``read_file``
+first, and let it load within ``weights_only``, which also restricts its own torch.load.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ PLAIN_VALUES = "hold tensors and plain values only"
 
 
 class SafeReader(FileSystemReader):
-    """Reads what ``read_metadata`` has checked.
+    """A reader that checks ``.metadata`` first, and names the file in errors.
 
     Raises:
-        ValueError: as ``read_metadata``.
+        ValueError: as in ``read_metadata``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,14 +49,14 @@ class SafeReader(FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """As the base class, a file at a time, so that errors name the file."""
+        """As in the base class, but one file at a time, so that errors name the file."""
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
-            place = self.storage_data.get(item.storage_index)
-            if place is None:
+            part = self.storage_data.get(item.storage_index)
+            if part is None:
                 key = item.storage_index.fqn
-                raise ValueError(f"{self.path} must {DCP_FORM}, got no place for {key!r}")
-            by_file.setdefault(place.relative_path, []).append(item)
+                raise ValueError(f"{self.path} must {DCP_FORM}, got no file for {key!r}")
+            by_file.setdefault(part.relative_path, []).append(item)
         for name, items in by_file.items():
             with named_errors(str(Path(self.path) / name), DCP_FORM):
                 super().read_data(replace(plan, items=items), planner)
@@ -66,7 +66,7 @@ class SafeReader(FileSystemReader):
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """Reads byte entries as tensors and plain values."""
+    """A planner that accepts only tensors and plain values in byte entries."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         with weights_only():
@@ -74,44 +74,47 @@ class SafePlanner(DefaultLoadPlanner):
 
 
 def load(state: dict[str, Any], path: Path) -> None:
-    """Fill ``state`` from a checkpoint of torch.distributed.checkpoint; collective.
+    """Fill ``state`` from a checkpoint of torch.distributed.checkpoint. A collective.
 
     Raises:
-        ValueError: on every rank, naming the file and what was found in it.
+        ValueError: on every rank, if a file is missing, damaged or contains more than data.
     """
     reader = on_every_rank(lambda: SafeReader(path))
     try:
         load_dcp(state, storage_reader=reader, planner=SafePlanner())
     except CheckpointException as error:
-        told = [str(each) for each, _ in error.failures.values() if isinstance(each, ValueError)]
-        if not told:
+        messages = [
+            str(each) for each, _ in error.failures.values() if isinstance(each, ValueError)
+        ]
+        if not messages:
             raise
-        named = [each if each.startswith(str(path)) else f"{path}: {each}" for each in told]
+        named = [each if each.startswith(str(path)) else f"{path}: {each}" for each in messages]
         raise ValueError("; ".join(dict.fromkeys(named))) from error
 
 
 def check_dcp(path: Path, *files: str) -> None:
-    """Refuse a checkpoint whose ``.metadata`` or byte entries hold more than data; collective.
+    """Check a checkpoint of torch.distributed.checkpoint on rank 0. A collective.
 
-    For libraries that read it themselves; rank 0 reads.
+    Call it before a library reads the checkpoint.
 
     Args:
-        files: others in its folder, written by torch.save, which may hold no more either.
+        files: names of other files in its folder that torch.save wrote, to check too.
 
     Raises:
-        ValueError: on every rank, naming the file and what was found in it.
+        ValueError: on every rank, if ``.metadata``, a byte entry or one of ``files`` contains more
+            than data.
     """
 
     def read() -> None:
         metadata = read_metadata(path)
-        for index, place in metadata.storage_data.items():
-            # Tensors are read by weights_only=True in any case.
+        for index, part in metadata.storage_data.items():
+            # Every reader loads tensors with weights_only=True.
             stored = metadata.state_dict_metadata.get(index.fqn)
             if not isinstance(stored, TensorStorageMetadata):
-                with (path / place.relative_path).open("rb") as file:
-                    file.seek(place.offset)
-                    data = io.BytesIO(file.read(place.length))
-                with named_errors(str(path / place.relative_path), PLAIN_VALUES):
+                with (path / part.relative_path).open("rb") as file:
+                    file.seek(part.offset)
+                    data = io.BytesIO(file.read(part.length))
+                with named_errors(str(path / part.relative_path), PLAIN_VALUES):
                     torch.load(data, map_location="cpu", weights_only=True)
         for name in files:
             read_file(path / name)
@@ -120,29 +123,29 @@ def check_dcp(path: Path, *files: str) -> None:
 
 
 def read_file(file: Path, must: str = PLAIN_VALUES) -> Any:
-    """What torch.save wrote: tensors, mapped from the file, and plain values.
+    """Load a file of torch.save with tensors, mapped from the file, and plain values.
 
     Args:
         must: what the file must do, for errors.
 
     Raises:
-        ValueError: naming the file and what was found in it.
+        ValueError: if the file is missing, damaged or contains more than data.
     """
     if not file.is_file():
         raise ValueError(f"{file} must {must}, got no file")
     with named_errors(str(file), must):
         with file.open("rb") as opened:
-            # Files of old versions of torch are no archives, and cannot be mapped.
+            # Only zip archives can be mapped; old versions of torch wrote another format.
             mapped = opened.read(4) == b"PK\x03\x04"
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 @contextmanager
 def weights_only(allowed: Iterable[Any] = ()) -> Iterator[None]:
-    """Within it each torch.load of this process reads tensors, plain values and ``allowed``.
+    """A context in which every torch.load of this process only accepts tensors, plain values and
+    the classes ``allowed``, even if its caller passes weights_only=False.
 
-    Also where a library asks it for more. What torch.serialization.add_safe_globals was given
-    works as ever.
+    Classes from torch.serialization.add_safe_globals stay allowed.
     """
     known = torch.serialization.get_safe_globals()
     added = [each for each in allowed if each not in known]
@@ -165,36 +168,36 @@ def named_errors(name: str, must: str) -> Iterator[None]:
     except ValueError as error:
         if str(error).startswith(name):
             raise
-        told = in_a_line(str(error))
-        raise ValueError(f"{name} must {must}, got unreadable data ({told})") from error
+        reason = in_a_line(str(error))
+        raise ValueError(f"{name} must {must}, got unreadable data ({reason})") from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(f"{name} must {must}, got {_unsafe(str(error))}") from error
     except Exception as error:  # A damaged file can raise any exception.
-        told = f"{type(error).__name__}: {in_a_line(str(error))}"
-        raise ValueError(f"{name} must {must}, got unreadable data ({told})") from error
+        reason = f"{type(error).__name__}: {in_a_line(str(error))}"
+        raise ValueError(f"{name} must {must}, got unreadable data ({reason})") from error
 
 
 def on_every_rank(read: Callable[[], Any]) -> Any:
-    """What ``read`` returns, or on every rank the errors of any; collective.
+    """Return ``read()``; if it raises ValueError on any rank, raise on all. A collective.
 
     Raises:
-        ValueError: with the words of the ranks whose ``read`` raised one.
+        ValueError: with the messages of all ranks whose ``read`` raised one.
     """
-    found, problem = None, None
+    result, problem = None, None
     try:
-        found = read()
+        result = read()
     except ValueError as error:
         problem = str(error)
     problems = [problem]
     if dist.is_initialized() and dist.get_world_size() > 1:
         problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
-    told = [each for each in dict.fromkeys(problems) if each is not None]
-    if told:
-        raise ValueError("; ".join(told))
-    return found
+    messages = [each for each in dict.fromkeys(problems) if each is not None]
+    if messages:
+        raise ValueError("; ".join(messages))
+    return result
 
 
 def _rank() -> int:
@@ -202,9 +205,9 @@ def _rank() -> int:
 
 
 def _unsafe(message: str) -> str:
-    """What an error of torch.load(weights_only=True) is about."""
-    found = re.search(r"GLOBAL (\S+) ", message)
-    if found:
-        return f"{in_a_line(found[1])}, which is not allowed"
+    """The content that torch.load(weights_only=True) refused, from its error message."""
+    match = re.search(r"GLOBAL (\S+) ", message)
+    if match:
+        return f"{in_a_line(match[1])}, which is not allowed"
     (line, *_) = re.findall(r"WeightsUnpickler error: (.*)", message) or [message]
     return in_a_line(line)

@@ -1,9 +1,9 @@
-"""What moves between ranks.
+"""Communication between ranks.
 
 Every transfer is a pair: ``begin_...`` sends and returns a ``Work``, whose ``finish`` waits and
-gives what came. Backward runs the pair in reverse: the half that received begins the return of
-gradients, the half that sent finishes it. In which order a pass begins and finishes them is written
-in one place, ``nsa_dist.attention.flow``.
+returns what arrived. Backward runs the pair in reverse: the receiving half begins the return of
+gradients, the sending half finishes it. ``nsa_dist.attention.flow`` sets the order in which a pass
+begins and finishes transfers.
 """
 
 from nsa_dist.comm.channel import Channel

@@ -1,20 +1,18 @@
-"""Ranks compare what they are about to do before any message whose size depends on it.
+"""Agreement: ranks compare what they are about to do before they send data.
 
-The first message of every forward and of every backward over several ranks, whether its plan is new
-or cached, is an all-reduce of two numbers: the largest and the smallest fingerprint of what the
-ranks state. Its size depends on nothing, so ranks that part (other documents, another config,
-another dtype, a forward against a backward) meet in it, and not in a halo or a fetch that one of
-them expects to have another size, which ends a process under gloo and hangs or overwrites memory
-under NCCL. A rank that has found its own input bad sends 0 for a fingerprint. Only where the
-numbers differ is more exchanged: each rank's values and problem, so that every rank raises the same
-error and none waits for the others.
+The first message of every forward and backward over several ranks is an all-reduce of two numbers:
+the largest and the smallest fingerprint of the ranks' statements. Its size never varies. So ranks
+that differ (in documents, config, dtype, or forward against backward) notice it there, and not in
+a halo or a fetch whose size they disagree on, which would end a process under gloo, and hang or
+overwrite memory under NCCL. A rank with bad input sends the fingerprint 0. Only if the two numbers
+differ do ranks exchange their values and problems, so that every rank raises the same error and
+no rank hangs.
 
-What it costs. 16 bytes and one wait of the host, in forward and in backward. A stamp inside of the
-first halo would need no message of its own, but that halo's size is what ranks may disagree on. The
-wait cannot be left out either: sizes must be known to be equal before the next message is sent. It
-is not a wait for the device's queue: on a GPU the message goes through a stream of its own, behind
-the earlier messages of the group and none of the computation that is queued after them, so the GPU
-has work while the host waits.
+The cost is 16 bytes and one wait of the host, in forward and in backward. A fingerprint inside the
+first halo would save the message, but ranks may disagree on the size of that halo. The host has to
+wait, because sizes must be equal before the next message is sent. It does not wait for the device's
+queue: on a GPU the message runs on a stream of its own, after the group's earlier messages and not
+after computation queued later, so the GPU stays busy.
 """
 
 from __future__ import annotations
@@ -42,15 +40,15 @@ def agree(
     counter: CommunicationCounter,
     cause: Exception | None = None,
 ) -> None:
-    """Return where all ranks state the same and none has a problem. A collective.
+    """Return if all ranks make the same statement and none has a problem. A collective.
 
     Args:
-        problem: what this rank found wrong with its own input, if anything.
-        cause: the exception that told it, if any.
+        problem: the error in this rank's own input, if any.
+        cause: the exception behind ``problem``, if any.
 
     Raises:
-        ValueError: on every rank, naming each option that differs and each rank's value of it, or
-            each rank's problem.
+        ValueError: on every rank, with each option that differs and every rank's value of it, or
+            with every rank's problem.
     """
     if group.size == 1:
         if problem is not None:
@@ -73,7 +71,7 @@ def _explain(reports: list[_Report]) -> str:
     if lines and len(lines) < len(reports):
         fine = [p for p, (_, problem) in enumerate(reports) if problem is None]
         lines.append(f"ranks {fine} report no problem")
-    # A rank that found a problem early states less than the others.
+    # A rank that meets a problem early states fewer values than the others.
     for name in reports[0][0]:
         stated = [values.get(name) for values, _ in reports]
         if None not in stated and len(set(stated)) > 1:
@@ -86,10 +84,10 @@ def _explain(reports: list[_Report]) -> str:
 
 
 class AgreeInBackward(torch.autograd.Function):
-    """The identity, whose backward agrees that all ranks run the same one.
+    """The identity, whose backward checks that all ranks run the same backward.
 
-    Put behind the last of a call's results it comes first in backward, before any gradient moves.
-    ``needs`` names the keys and values that some parameter or input requires gradients of.
+    Applied to the last result of a call, it runs first in backward, before any gradient is sent.
+    ``needs`` names the keys and values that need gradients.
     """
 
     @staticmethod
@@ -107,7 +105,7 @@ class AgreeInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         call = ctx.statement.values["call"].replace("forward", "backward")
-        # One rank alone may ask for it: the others must not go on to messages that never come.
+        # A single rank may ask for second derivatives: the others must not wait for its messages.
         problem = SECOND_ORDER if torch.is_grad_enabled() else None
         statement = ctx.statement.also(call=call, requires_grad=repr(ctx.needs))
         agree(statement, problem, ctx.group, ctx.counter)

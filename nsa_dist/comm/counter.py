@@ -1,4 +1,4 @@
-"""Bytes that crossed between ranks, by kind of communication."""
+"""Counts of bytes sent between ranks, by kind of communication."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections import defaultdict
 
 
 class CommunicationCounter:
-    """Bytes this rank sent to and received from other ranks since the last ``reset``.
+    """Bytes that this rank sent to and received from other ranks since the last ``reset``.
 
-    Kinds: ``plan`` (agreement on what is done, before each forward and backward), ``halo``,
-    ``gather`` (compressed tokens), ``request`` (which blocks are wanted), ``fetch`` (blocks), and
-    ``halo_grad``, ``gather_grad``, ``fetch_grad`` for their returns; of dense layers ``ring`` (keys
-    and values, forward) and ``ring_grad`` (all of backward). What a rank keeps for itself is not
-    counted. Padding that a collective needs is.
+    Kinds: ``plan`` (the agreement before each forward and backward), ``halo``, ``gather``
+    (compressed tokens), ``request`` (ids of selected blocks), ``fetch`` (selected blocks), and
+    ``halo_grad``, ``gather_grad``, ``fetch_grad`` (gradients on the way back). Dense layers add
+    ``ring`` (keys and values in forward) and ``ring_grad`` (all of backward). Padding that a
+    collective needs is counted; data that a rank sends to itself is not.
     """
 
     def __init__(self) -> None:

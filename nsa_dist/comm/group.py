@@ -1,4 +1,4 @@
-"""What ``group=`` accepts, reduced to the four things the attention needs of it."""
+"""The argument ``group=``: its process group, rank, size and device."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ GroupLike = dist.ProcessGroup | DeviceMesh | None
 class ContextGroup:
     """The ranks that share one sequence.
 
-    ``rank`` counts within the group: collectives over a subgroup never see global ranks.
-    Deep copies of a module keep pointing at the same group.
+    ``rank`` is the rank within the group, not the global one. Deep copies of a module share the
+    group.
     """
 
     process_group: dist.ProcessGroup | None
@@ -29,7 +29,7 @@ class ContextGroup:
 
     @property
     def device(self) -> torch.device:
-        """Where small tensors of the plan's agreement must live for this group's backend."""
+        """The device of small tensors that this group's backend can send."""
         if self.process_group is not None and "nccl" in dist.get_backend(self.process_group):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
@@ -42,8 +42,8 @@ def context_group(group: GroupLike | ContextGroup) -> ContextGroup:
     """Resolve a process group, a one-dimensional DeviceMesh, or None (one rank).
 
     Raises:
-        ValueError: if the mesh has several dimensions, this rank is not in the group, or it is
-            none that is in use.
+        ValueError: if a mesh has several dimensions, if this rank is not in the group, or if the
+            group is not in use.
     """
     if group is None:
         return SINGLE
@@ -68,7 +68,7 @@ def context_group(group: GroupLike | ContextGroup) -> ContextGroup:
         )
     try:
         rank = dist.get_rank(group)
-    except ValueError as error:  # Destroyed, or of another job.
+    except ValueError as error:  # The group was destroyed or is of another job.
         raise ValueError(f"group must be a process group in use, got {group!r}") from error
     if rank < 0:
         raise ValueError(

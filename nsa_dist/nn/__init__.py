@@ -1,1 +1,1 @@
-"""The parts of a layer with weights of their own, and what rotates and drops."""
+"""Submodules of a layer: compressors, gates, norms, the MLP, rotary embedding and dropout."""

@@ -1,7 +1,7 @@
-"""The learned map phi from a compression block to one token, as a module.
+"""Compressors: the learned map phi from a compression block to one token.
 
-Keys and values have a compressor each. Weights and the position embedding serve all KV heads, or
-one set a head. There are no biases: a constant added to every compressed key cancels in the
+Keys and values have one compressor each. All KV heads share its weights and position embedding, or
+each head has its own. There are no biases: a constant added to every compressed key cancels in the
 softmax.
 """
 
@@ -19,7 +19,7 @@ from nsa_kernels import Backend
 
 
 def compressor_options(config: NSAConfig, dim: int) -> dict[str, Any]:
-    """What a built-in compressor of width ``dim`` depends on, by the names that errors use."""
+    """The options that a built-in compressor of width ``dim`` depends on, as errors name them."""
     hidden = config.compress_hidden or 2 * dim
     return {
         "width": dim,
@@ -32,19 +32,19 @@ def compressor_options(config: NSAConfig, dim: int) -> dict[str, Any]:
 
 
 class BlockCompressor(nn.Module):
-    """phi of the ``mlp``, ``linear``, ``conv1d``, ``attention_pool`` and ``mean`` kinds.
+    """phi of the kinds ``mlp``, ``linear``, ``conv1d``, ``attention_pool`` and ``mean``.
 
     Args:
-        config: gives kind, block length l, hidden width and whether weights are per head.
-        dim: width D of what is compressed.
+        config: sets the kind, the block length l, the hidden width, and weights per head or not.
+        dim: width D of the keys or values.
 
-    Parameters (with a leading [G] when ``compress_per_head``):
-        position [l, D]: embedding e added to a block's rows, zero at start; not for ``mean``.
+    Parameters (with a leading [G] if ``compress_per_head``):
+        position [l, D]: embedding e added to a block's rows, initially zero; not for ``mean``.
         mlp: up [hidden, l*D], down [D, hidden]: down @ silu(up @ vec(x + e)).
         linear: weight [D, l*D].  conv1d: weight [D, l], depthwise.  attention_pool: query [D].
 
-    ``mlp`` and ``linear`` start as torch's linear layers do; ``conv1d`` and ``attention_pool``
-    start as the mean of the block.
+    ``mlp`` and ``linear`` are initialised like torch's linear layers; ``conv1d`` and
+    ``attention_pool`` initially compute the mean of the block.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class BlockCompressor(nn.Module):
         """Compress the blocks that start at ``block_rows``.
 
         Args:
-            x: [E, G, D], a buffer in which every block's rows are consecutive.
+            x: [E, G, D], a buffer that holds the rows of each block in sequence.
             block_rows: int64 [C].
 
         Returns:
@@ -114,11 +114,11 @@ class BlockCompressor(nn.Module):
 
 
 def check_custom(name: str, given: Any, config: NSAConfig, in_use: bool) -> None:
-    """Raise ValueError unless a module was ``given`` where there must be one of the user's.
+    """Raise ValueError if a custom compressor is missing, or given where none is used.
 
     Args:
-        name: of the option.
-        in_use: whether what it compresses is.
+        name: the option.
+        in_use: whether the branches in use need this compressor.
     """
     needed = in_use and config.compress == "custom"
     if (given is not None) != needed or not isinstance(given, (nn.Module, type(None))):
@@ -132,10 +132,10 @@ def check_custom(name: str, given: Any, config: NSAConfig, in_use: bool) -> None
 def apply_compressor(
     compressor: nn.Module, x: Tensor, block_rows: Tensor, block: int, backend: Backend
 ) -> Tensor:
-    """Run a built-in compressor, or a module of the user's that maps [C, G, l, D] to [C, G, D].
+    """Run a built-in compressor, or a custom module that maps [C, G, l, D] to [C, G, D].
 
     Raises:
-        ValueError: if the user's module returns anything else.
+        ValueError: if the custom module returns anything else.
     """
     if isinstance(compressor, BlockCompressor):
         return compressor(x, block_rows, backend)

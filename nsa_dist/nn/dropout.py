@@ -1,4 +1,4 @@
-"""Dropout whose mask belongs to the token, not to the rank that holds it."""
+"""Dropout whose mask depends on the token, not on the rank that holds it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def token_dropout(
 ) -> Tensor:
     """Zero each element with probability ``p`` and scale the others by 1/(1-p).
 
-    The mask is a hash of (seed, document, position, channel): a token gets the same one on whatever
-    rank and in whatever layout it is held.
+    The mask is a hash of (seed, document, position, channel), so it is the same on every rank and
+    in every layout.
 
     Args:
         x: [N, width].
@@ -44,7 +44,7 @@ def token_dropout(
 
 
 def drop_tokens(x: Tensor, p: float, documents: Tensor, positions: Tensor) -> Tensor:
-    """``token_dropout`` of a layer's output, its seed drawn from torch's CPU generator.
+    """``token_dropout`` of a layer's output, with a seed from torch's CPU generator.
 
     Args:
         x: [B, L, width].

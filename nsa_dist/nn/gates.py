@@ -1,4 +1,4 @@
-"""How much of each branch a token takes: one gate in (0, 1) per token, head and branch."""
+"""Gates: the weight in (0, 1) of each branch's output, per token and head."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from nsa_dist.config import BRANCHES, NSAConfig
 
 
 def _initial_logits(config: NSAConfig) -> Tensor:
-    """[H, nb]: ``gate_init`` of the branches in use, for every head."""
+    """[H, nb]: ``gate_init`` of the branches in use, equal for all heads."""
     logits = [config.gate_init[BRANCHES.index(branch)] for branch in config.branches]
     return torch.tensor(logits).expand(config.num_heads, -1)
 
 
 class _LogitLinear(nn.Linear):
-    """Hidden width to logits [H*nb], its bias set by ``gate_init``.
+    """Linear layer to logits [H*nb] whose bias starts at ``gate_init``.
 
-    By itself, and before its own constructor ends: ZeRO 3 may cut the weights right after that.
+    It sets the bias within its own constructor, because ZeRO 3 may shard the weights right after.
     """
 
     def __init__(self, in_features: int, config: NSAConfig, **factory: object) -> None:
-        self.config = config  # Read by reset_parameters, which the constructor calls.
+        self.config = config  # nn.Linear's constructor calls reset_parameters, which reads it.
         width = config.num_heads * len(config.branches)
         super().__init__(in_features, width, **factory)  # type: ignore[arg-type]
 
@@ -41,11 +41,11 @@ class LinearGate(nn.Module):
         self.proj = _LogitLinear(hidden_size, config, **factory)
 
     def reset_parameters(self) -> None:
-        """Draw W as torch's linear layers do; set b."""
+        """Initialise W like torch's linear layers, and b to ``gate_init``."""
         self.proj.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> gates [..., H, nb], float32 (float64 for float64)."""
+        """[..., hidden] to gates [..., H, nb], float32 (float64 for float64)."""
         return _gates(self.proj(x), self.config)
 
 
@@ -60,12 +60,12 @@ class MLPGate(nn.Module):
         self.down = _LogitLinear(gate_hidden, config, **factory)
 
     def reset_parameters(self) -> None:
-        """Draw the weights as torch's linear layers do; set b2."""
+        """Initialise the weights like torch's linear layers, and b2 to ``gate_init``."""
         self.up.reset_parameters()
         self.down.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> gates [..., H, nb], float32 (float64 for float64)."""
+        """[..., hidden] to gates [..., H, nb], float32 (float64 for float64)."""
         return _gates(self.down(nn.functional.silu(self.up(x))), self.config)
 
 
@@ -81,17 +81,17 @@ class StaticGate(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the logits."""
+        """Set the logits to ``gate_init``."""
         self.logits.copy_(_initial_logits(self.config))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> gates [..., H, nb], float32 (float64 for float64)."""
+        """[..., hidden] to gates [..., H, nb], float32 (float64 for float64)."""
         gates = _gates(self.logits.flatten(), self.config)
         return gates.expand(*x.shape[:-1], *gates.shape)
 
 
 def _gates(logits: Tensor, config: NSAConfig) -> Tensor:
-    # 16-bit gates would round every branch's output to 8 or 11 bits once more.
+    # 16-bit gates would round every branch's output once more, to 8 or 11 bits.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.sigmoid(logits).unflatten(-1, (config.num_heads, len(config.branches)))
 

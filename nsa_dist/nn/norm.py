@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 class SetNorm(nn.Module):
-    """RMSNorm over the channels of each head, with a weight for each of several sets of heads.
+    """RMSNorm over the channels of each head, with one weight per set of heads.
 
-    Independent keys need weights of their own: after the norm the weight is all that sets the
-    temperature of a branch's softmax.
+    The keys of each branch need their own weight, because after the norm only the weight sets the
+    temperature of the branch's softmax.
 
     Args:
         num_sets: sets S.
         dim: channels D.
 
     Parameters:
-        weight [S, D], ones at start.
+        weight [S, D], initially ones.
     """
 
     def __init__(self, num_sets: int, dim: int, eps: float, **factory: Any) -> None:
@@ -34,6 +34,6 @@ class SetNorm(nn.Module):
         self.weight.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., S, G, D] -> the same, each head normalised in float32 at least."""
+        """Normalise each head of [..., S, G, D], in float32 or wider."""
         normed = nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
         return (normed * self.weight[:, None]).to(x.dtype)

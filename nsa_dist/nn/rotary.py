@@ -1,7 +1,7 @@
 """Rotary position embedding with the usual context extensions.
 
-Angles are products of positions and frequencies in float64; cos and sin are rounded to float32
-once. At position 131072 a float32 product would already be wrong by up to 8e-3 radians.
+Angles, the products of positions and frequencies, are float64; cos and sin are rounded once, to
+float32. At position 131072 a float32 angle would be wrong by up to 8e-3 radians.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from nsa_dist.config import RotaryConfig
 
 
 def inverse_frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
-    """Angle a position adds to each rotated pair, float64 [rotary_dim / 2], on the CPU.
+    """Angle per position of each rotated pair, float64 [rotary_dim / 2], on the CPU.
 
     Sources: arXiv 2104.09864 (none), Llama 3.1's published scaling (llama3), arXiv 2309.00071
     section 3.2 (yarn).
     """
     dim = config.rotary_dim(head_dim)
-    cpu = torch.device("cpu")  # Whatever the default device is.
+    cpu = torch.device("cpu")  # The default device may be another.
     exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=cpu) / dim
     frequency = config.theta**-exponent
     if config.scaling == "none":
@@ -36,7 +36,7 @@ def inverse_frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
         return keep * frequency + (1 - keep) * stretched
 
     def pair_of(turns: float) -> float:
-        """The (fractional) pair that makes this many turns over the original context."""
+        """The (fractional) index of the pair with this many turns over the original context."""
         span = config.original_max_positions / (turns * 2 * math.pi)
         return dim * math.log(span) / (2 * math.log(config.theta))
 
@@ -54,10 +54,10 @@ def rotary_cos_sin(config: RotaryConfig, head_dim: int, positions: Tensor) -> tu
         positions: integer [...], any device.
 
     Returns:
-        float32 [..., rotary_dim / 2] each, on the device of ``positions``; under yarn both carry
-        the attention factor.
+        float32 [..., rotary_dim / 2] each, on the device of ``positions``; under yarn both are
+        multiplied by the attention factor.
     """
-    # Apple's GPUs have no float64; every device that torch trains on besides does.
+    # Apple's GPUs have no float64; all other devices that torch trains on do.
     frequency = inverse_frequencies(config, head_dim).to(positions.device)
     angle = positions.to(torch.float64)[..., None] * frequency
     cos, sin = angle.cos(), angle.sin()
@@ -70,14 +70,14 @@ def rotary_cos_sin(config: RotaryConfig, head_dim: int, positions: Tensor) -> tu
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + r/2}) of the first r channels; the others pass.
+    """Rotate the pairs (x_i, x_{i + r/2}) of the first r channels; the others stay as they are.
 
     Args:
         x: [..., heads, D].
-        cos, sin: float32 [..., r/2], one row for all the heads of a token.
+        cos, sin: float32 [..., r/2], one row for all heads of a token.
 
     Returns:
-        The shape and dtype of ``x``; computed in float32 (float64 for float64), rounded once.
+        A tensor like ``x``, computed in float32 (float64 for float64) and rounded once.
     """
     half = cos.shape[-1]
     compute = torch.promote_types(x.dtype, torch.float32)

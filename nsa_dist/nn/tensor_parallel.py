@@ -1,8 +1,8 @@
-"""Weights cut by a tensor parallel plan (``parallelize_module``), refused by name where they fail.
+"""Checks of weights under a tensor parallel plan (``parallelize_module``).
 
-The heads of a layer share one choice of blocks a KV head and one message a branch, so a plan that
-leaves a rank some columns of a projection needs a layer of fewer heads: Megatron's adapter builds
-those. Plans whose projections give whole outputs compute the layer as it is.
+Plans whose projections return whole outputs work. A plan that leaves each rank some columns of a
+projection would need a layer with fewer heads, because the heads of a group select blocks together;
+Megatron's adapter builds such layers. Here they are refused with an error.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ WORKS = (
 
 
 def project(name: str, module: nn.Module, x: Tensor, *last: int) -> Tensor:
-    """``module(x)``, a plain tensor with the last dimensions ``last``.
+    """``module(x)``, which must be a plain tensor whose last dimensions are ``last``.
 
     Raises:
-        ValueError: naming the module, for what a tensor parallel plan makes of it.
+        ValueError: if a tensor parallel plan leaves it with another output.
     """
     if torch.compiler.is_compiling():
         out: Tensor = module(x)
@@ -48,18 +48,18 @@ def project(name: str, module: nn.Module, x: Tensor, *last: int) -> Tensor:
 
 
 def is_cut(module: nn.Module) -> bool:
-    """Whether any weight is a DTensor now."""
+    """Whether any weight is currently a DTensor."""
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
 def cut_problem(layer: nn.Module, projections: Collection[str]) -> str | None:
-    """What keeps the weights of ``layer`` from meeting plain tensors, or None.
+    """The error for weights of ``layer`` that are DTensors where they meet plain tensors, or None.
 
     Args:
-        projections: children that ``project`` runs, which tell more of themselves.
+        projections: names of children that ``project`` runs and checks.
     """
     for name, child in layer.named_children():
-        # Those of FSDP2 are whole when they are used.
+        # FSDP2 gathers weights before they are used.
         if name not in projections and not isinstance(child, FSDPModule) and is_cut(child):
             return f"{name} must have plain weights, got DTensors; {WORKS}"
     return None

@@ -1,8 +1,8 @@
-"""How a stream of tokens is cut over ranks, as data.
+"""Layouts: how a stream of tokens is split over ranks.
 
-A layout cuts every row (or every document) into equal chunks and says which rank owns each.
-Everything that follows from it, halos, owners of blocks, rows of buffers, is worked out in
-``plan.py`` from the cut alone, so a new layout is a new tuple of owners.
+A layout splits every row (or every document) into equal chunks and gives each chunk an owner.
+``build.py`` derives halos, owners of blocks and buffer rows from that alone, so a new layout is a
+new tuple of owners.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Layout:
     """Equal chunks and their owners.
 
     Args:
-        name: what users and errors call it.
-        owners: chunk i belongs to rank ``owners[i]``; every rank owns equally many chunks.
-        per_document: chunks of each document instead of each row.
+        name: the name in options and errors.
+        owners: chunk i belongs to rank ``owners[i]``; every rank owns the same number of chunks.
+        per_document: split each document instead of each row.
     """
 
     name: str
@@ -34,16 +34,16 @@ class Layout:
 
     @property
     def multiple(self) -> int:
-        """What lengths (of rows, or of documents) must be multiples of."""
+        """Lengths (of rows, or of documents) must be multiples of this."""
         return len(self.owners)
 
 
 def make_layout(name: str, size: int) -> Layout:
     """The layout called ``name`` over ``size`` ranks.
 
-    ``zigzag`` gives rank r the chunks r and 2P-1-r of 2P, which balances causal work;
+    ``zigzag`` gives rank r the chunks r and 2P-1-r of 2P, which balances causal work.
     ``zigzag_per_document`` does so within each document (Megatron's layout of packed batches).
-    One rank holds everything in one chunk whatever the name, so any length suits it.
+    One rank holds everything in one chunk under any name, so it takes any length.
 
     Raises:
         ValueError: if the name is unknown.
@@ -58,10 +58,7 @@ def make_layout(name: str, size: int) -> Layout:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> str | None:
-    """What is wrong with document boundaries by themselves, or None.
-
-    They must be an int32 vector that starts at 0 and never falls.
-    """
+    """The error for document boundaries that are no sorted int32 vector from 0, or None."""
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         return (
             "cu_seqlens must be an int32 vector of at least two boundaries, got "
@@ -78,16 +75,16 @@ def check_cu_seqlens(cu_seqlens: Tensor) -> str | None:
 
 
 def check_batch_size(batch: int) -> str | None:
-    """What is wrong with ``cu_seqlens`` for a batch of this size, or None."""
+    """The error for ``cu_seqlens`` with a batch of this size, or None."""
     return None if batch == 1 else f"cu_seqlens must come with batch size 1, got batch size {batch}"
 
 
 def check_lengths(layout: Layout, batch: int, length: int, cu_seqlens: Tensor | None) -> str | None:
-    """What keeps a whole stream of [batch, length] from being cut by ``layout``, or None.
+    """The error for a stream of [batch, length] that ``layout`` cannot split, or None.
 
     Args:
         length: tokens T of each whole row, over all ranks.
-        cu_seqlens: int32 [documents + 1] on the CPU, or None for one document a row.
+        cu_seqlens: int32 [documents + 1] on the CPU; None if each row is one document.
     """
     if cu_seqlens is not None:
         problem = check_cu_seqlens(cu_seqlens) or check_batch_size(batch)
@@ -120,10 +117,10 @@ def check_lengths(layout: Layout, batch: int, length: int, cu_seqlens: Tensor | 
 def chunk_starts(
     layout: Layout, batch: int, length: int, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Where chunks start in the whole stream of batch*length tokens, and who owns them.
+    """The start of each chunk in the whole stream of batch*length tokens, and its owner.
 
     Returns:
-        starts int64 [chunks] ascending (empty chunks included), owners int64 [chunks].
+        starts int64 [chunks], ascending, with empty chunks; owners int64 [chunks].
     """
     pieces = layout.multiple
     if layout.per_document and cu_seqlens is not None:
@@ -140,10 +137,10 @@ def chunk_starts(
 def local_indices(
     layout: Layout, rank: int, batch: int, length: int, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """Columns of the whole rows that ``rank`` holds, in the order in which it holds them.
+    """Columns of the whole rows that ``rank`` holds, in its order.
 
     Returns:
-        int64 [length / P]; the same for every row of the batch.
+        int64 [length / P], equal for all rows of the batch.
     """
     starts, owners = chunk_starts(layout, 1, length, cu_seqlens)
     ends = torch.cat((starts[1:], torch.tensor([length])))

@@ -1,11 +1,11 @@
-"""Native Sparse Attention under DeepSpeed: any ZeRO stage, the sequence split over some ranks.
+"""Native Sparse Attention under DeepSpeed: any ZeRO stage, with sequences split over ranks.
 
     mpu = make_mpu(mesh["sp"])                      # for deepspeed.initialize(mpu=mpu)
     attention = NSADistributedAttention(config, mpu.get_sequence_parallel_group())
     engine.backward(scale_loss(engine, loss_sum, num_targets))
 
-ZeRO shards over all ranks; ``docs/adapters/deepspeed.md`` says how weights, batches, losses and
-checkpoints go together, and what is refused.
+ZeRO shards over all ranks. ``docs/adapters/deepspeed.md`` explains weights, batches, losses,
+checkpoints and limits.
 """
 
 from nsa_dist.adapters.deepspeed.attention import NSADistributedAttention

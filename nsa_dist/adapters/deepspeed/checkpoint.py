@@ -1,4 +1,4 @@
-"""Loading what ``engine.save_checkpoint`` wrote, or the command that makes it loadable."""
+"""Load checkpoints of ``engine.save_checkpoint``, or name the command that makes them loadable."""
 
 from __future__ import annotations
 
@@ -28,30 +28,32 @@ def load_checkpoint(
     trusted: bool = False,
     **options: Any,
 ) -> tuple[str, dict[str, Any]]:
-    """As ``engine.load_checkpoint``, which where this refuses returns None, fails late, or leaves
-    weights as they are.
+    """``engine.load_checkpoint`` with checks first.
 
-    A checkpoint of ZeRO holds each rank's part: it loads on as many ranks, however they split
-    sequences. Elsewhere it loads as DeepSpeed's universal checkpoint, made by the command that the
-    error names, with ``"checkpoint": {"load_universal": true}`` in DeepSpeed's config. Weights
-    alone (``load_module_only=True`` or ``load_optimizer_states=False``) are whole at stages 0 to
-    2, and load at any of these on any number of ranks.
+    Where this raises, DeepSpeed would return None, fail later, or leave weights unchanged.
 
-    DeepSpeed would run what code its files hold. Here they hold tensors, plain values and the few
-    classes that DeepSpeed writes, or are refused before it reads them.
+    A ZeRO checkpoint holds one part per rank, so it loads on the same number of ranks, which may
+    split sequences differently. For other numbers of ranks, convert it to DeepSpeed's universal
+    form by the command in the error, and set ``"checkpoint": {"load_universal": true}`` in
+    DeepSpeed's config. Weights alone (``load_module_only=True`` or
+    ``load_optimizer_states=False``) are whole at stages 0 to 2, and load at any of these stages on
+    any number of ranks.
+
+    DeepSpeed runs code that its files contain. This function refuses files that contain more than
+    tensors, plain values and the few classes that DeepSpeed writes.
 
     Args:
-        load_dir, tag, options: as of ``engine.load_checkpoint``.
-        trusted: read whatever the files hold, and run it.
+        load_dir, tag, options: as for ``engine.load_checkpoint``.
+        trusted: load any files, and run code that they contain.
 
     Returns:
         The path that was read, and the client state.
 
     Raises:
-        ValueError: on every rank, if there is no checkpoint, or one of another number of ranks, or
-            of another stage (1 and 2 read each other's), or a universal one without ZeRO; if
-            weights alone are asked for in a way that DeepSpeed does not follow; or if a file holds
-            more than data, with its name and what was found.
+        ValueError: on every rank, if there is no checkpoint; if it is for another number of ranks
+            or another stage (1 and 2 are interchangeable); if it is universal and ZeRO is off; if
+            DeepSpeed would ignore a request for weights alone; or if a file contains more than
+            data.
     """
     folder, universal = Path(load_dir), bool(engine.load_universal_checkpoint())
     if tag is None:
@@ -86,7 +88,7 @@ def load_checkpoint(
 
 
 def _classes() -> tuple[Any, ...]:
-    """The classes that DeepSpeed writes; of attributes alone."""
+    """The classes that DeepSpeed writes; all are plain records."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -95,10 +97,10 @@ def _classes() -> tuple[Any, ...]:
 
 
 def _check_contents(engine: Any, path: Path) -> None:
-    """Raise ValueError on every rank if a file holds more than data. Ranks share the files."""
+    """Raise ValueError on every rank if a file contains more than data. Each rank reads some."""
     files: list[Path] = []
     seen: set[str] = set()
-    for folder, below, names in os.walk(path, followlinks=True):  # As DeepSpeed follows them.
+    for folder, below, names in os.walk(path, followlinks=True):  # DeepSpeed follows links too.
         real = os.path.realpath(folder)
         if real in seen:
             below.clear()
@@ -117,9 +119,9 @@ def _check_contents(engine: Any, path: Path) -> None:
 
 
 def _check_parts(engine: Any, path: Path, only_weights: bool) -> None:
-    """Raise ValueError unless a checkpoint's files are those of this stage and number of ranks."""
+    """Raise ValueError unless a checkpoint's files fit this stage and number of ranks."""
     saved, size = len(list(path.glob("*zero_pp_rank_*_optim_states.pt"))), dist.get_world_size()
-    # Without ZeRO every rank has everything, and there is one file.
+    # Without ZeRO every rank has all parameters, and there is one file.
     stages: tuple[int, ...] = (1, 2) if saved else (0,)
     if any(path.glob("zero_pp_rank_*_model_states.pt")):
         stages = (3,)
@@ -128,8 +130,8 @@ def _check_parts(engine: Any, path: Path, only_weights: bool) -> None:
     must = f"{' or '.join(map(str, stages))} to load {str(path)!r}"
     stage = engine.zero_optimization_stage()
     check(stage in stages, "zero_optimization.stage", stage, must)
-    # Weights are whole below stage 3. On a node's own disk are the parts of its ranks alone:
-    # DeepSpeed itself then compares the number of ranks with that in the file.
+    # Below stage 3 weights are whole. A node's own disk has only the parts of its own ranks, so
+    # DeepSpeed itself compares the number of ranks with that in the file.
     if (only_weights and stage < 3) or engine.use_node_local_storage():
         return
     if saved not in (0, size):
@@ -141,7 +143,7 @@ def _check_parts(engine: Any, path: Path, only_weights: bool) -> None:
 
 
 def _check_options(engine: Any, path: Path, module_only: bool, optimizer_states: bool) -> None:
-    """Raise ValueError where DeepSpeed 0.19.8 would keep other weights, and say nothing."""
+    """Raise ValueError where DeepSpeed 0.19.8 would silently keep other weights."""
     stage = engine.zero_optimization_stage()
     if stage == 3 and module_only and optimizer_states:
         raise ValueError(
@@ -162,23 +164,22 @@ def _check_options(engine: Any, path: Path, module_only: bool, optimizer_states:
 
 
 def _restore_groups(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Undo what DeepSpeed's loading of universal checkpoints does to several parameter groups.
+    """Repair parameter groups after DeepSpeed loads a universal checkpoint at ZeRO 3.
 
-    At ZeRO 3 all of them get the options of the first, and one tensor to count their steps in,
-    which each of them increments.
+    It gives all groups the options of the first, and one shared step counter that each increments.
     """
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
     file = path / "zero" / "optimizer_state.pt"
-    # As DeepSpeed reads it: held to tensors, plain values and its classes unless it is trusted.
+    # As DeepSpeed reads it; unless trusted, weights_only() limits what the file may contain.
     saved = torch.load(file, map_location="cpu", weights_only=False)["param_groups"]
     for group, options in zip(optimizer.param_groups, saved, strict=True):
         group.update({name: value for name, value in options.items() if name != "params"})
 
 
 def universal_command(path: Path) -> str:
-    """The command that turns a checkpoint into one for any number of ranks, beside it."""
+    """The command that converts a checkpoint for any number of ranks, in a folder beside it."""
     return (
         "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
         f"--input_folder {path} --output_folder {path}_universal"

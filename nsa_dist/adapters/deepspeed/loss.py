@@ -1,8 +1,9 @@
-"""From a sum of losses to what ``engine.backward`` takes.
+"""The loss for ``engine.backward``, from a sum of losses.
 
-DeepSpeed averages gradients, over the data parallel ranks or over all, by stage and options. A
-rank's own mean is no help, since ranks that share a sequence have unlike numbers of targets. So the
-sum is divided by the number of targets everywhere, and multiplied by what DeepSpeed divides by.
+DeepSpeed averages gradients over the data parallel ranks or over all ranks, depending on stage and
+options. Each rank's own mean loss would be wrong, because ranks that share a sequence have
+different numbers of targets. So the sum is divided by the number of targets on all ranks, and
+multiplied by the divisor that DeepSpeed uses.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _device(offload: Any) -> str:
 
 
 def count_targets(batches: Sequence[ShardedBatch], mpu: SequenceParallelMPU) -> int:
-    """Targets of one optimizer step: of all its micro-batches on all replicas. Collective.
+    """Number of targets of one optimizer step, over all micro-batches and replicas. Collective.
 
     Args:
         batches: this replica's micro-batches, from ``shard_batch``.
@@ -68,30 +69,30 @@ def count_targets(batches: Sequence[ShardedBatch], mpu: SequenceParallelMPU) -> 
     if "nccl" in dist.get_backend(group):
         local = local.cuda()
     dist.all_reduce(local, group=group)
-    # Each rank counts its replica's whole sequences.
+    # Every rank counts the whole sequences of its replica.
     return int(local) // mpu.get_sequence_parallel_world_size()
 
 
 def scale_loss(engine: Any, loss_sum: Tensor, num_targets: int) -> Tensor:
-    """The loss for ``engine.backward``, so that gradients are those of one process.
+    """The loss for ``engine.backward`` that gives the gradients of a single process.
 
-    With L the sum of all targets' losses over their number N, over ranks, replicas and the
-    micro-batches of an optimizer step, the optimizer steps along dL/dw at every ZeRO stage. A rank
-    without a target gives the sum 0, and takes part.
+    Let L be the sum of the losses of all targets, over ranks, replicas and the micro-batches of an
+    optimizer step, divided by their number N. The optimizer then uses dL/dw at every ZeRO stage.
+    A rank without targets passes the sum 0 and still calls backward.
 
     Args:
-        engine: what ``deepspeed.initialize`` returned, given the ``mpu`` of ``make_mpu``.
+        engine: returned by ``deepspeed.initialize`` with the ``mpu`` of ``make_mpu``.
         loss_sum: scalar with a graph, the sum of the losses of this rank's targets in one
             micro-batch (``cross_entropy(..., ignore_index=-100, reduction="sum")``).
-        num_targets: N, as of ``count_targets``; with 0 the loss is 0.
+        num_targets: N, from ``count_targets``; with 0 the loss is 0.
 
     Returns:
-        ``loss_sum`` times a factor. To log L add ``loss_sum`` over all ranks and micro-batches and
+        ``loss_sum`` times a factor. To log L, sum ``loss_sum`` over all ranks and micro-batches and
         divide by N.
 
     Raises:
-        ValueError: if the engine has another ``mpu``, or an option that divides gradients in
-            ways not known here, or has not been tried.
+        ValueError: if the engine has another ``mpu``, or an option whose divisor of gradients is
+            unknown or untested.
     """
     num_targets = as_int("num_targets", num_targets, 0)
     if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
@@ -100,7 +101,7 @@ def scale_loss(engine: Any, loss_sum: Tensor, num_targets: int) -> Tensor:
 
 
 def _divisor(engine: Any) -> float:
-    """What DeepSpeed divides a rank's gradients by before it adds those of all ranks."""
+    """The divisor of a rank's gradients in DeepSpeed, before it sums them over all ranks."""
     mpu = engine.mpu
     if not isinstance(mpu, SequenceParallelMPU):
         must = "that of deepspeed.initialize(mpu=make_mpu(group))"
@@ -111,7 +112,7 @@ def _divisor(engine: Any) -> float:
     if not engine.gradient_average:
         replicas = 1
     elif engine.zero_optimization_stage() == 3 and _scatters(engine):
-        # This path alone takes ranks that share a sequence for replicas.
+        # Only this path counts ranks that share a sequence as replicas.
         replicas = dist.get_world_size(mpu.get_sequence_data_parallel_group())
     else:
         replicas = mpu.get_data_parallel_world_size()
@@ -119,8 +120,8 @@ def _divisor(engine: Any) -> float:
 
 
 def _scatters(engine: Any) -> bool:
-    """Whether ZeRO 3 averages all gradients by reduce-scatter. It falls back to that, by another
-    divisor, for what is not in its contiguous bucket."""
+    """Whether ZeRO 3 averages all gradients by reduce-scatter. Parameters that do not fit its
+    contiguous bucket also use reduce-scatter, with another divisor."""
     if engine.zero_reduce_scatter() or not engine.zero_contiguous_gradients():
         return True
     bucket = engine.zero_reduce_bucket_size()

@@ -1,8 +1,8 @@
-"""How DeepSpeed learns which ranks share a sequence: the ``mpu`` of ``deepspeed.initialize``.
+"""The ``mpu`` of ``deepspeed.initialize``, which tells DeepSpeed which ranks share a sequence.
 
-DeepSpeed asks this object, by the names of its methods, over which ranks ZeRO shards and by what
-gradients are divided. Members that it must not find are as much part of it:
-``get_data_parallel_group`` would make ZeRO 3 cut weights over the data parallel ranks alone.
+DeepSpeed calls its methods by name to learn over which ranks ZeRO shards and by what it divides
+gradients. Some methods must be missing: with ``get_data_parallel_group``, ZeRO 3 would shard
+weights over the data parallel ranks only.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from nsa_dist.comm.group import GroupLike, context_group
 
 
 class SequenceParallelMPU:
-    """What ``make_mpu`` returns.
+    """The object that ``make_mpu`` returns.
 
-    Its model parallel group is of this rank alone: DeepSpeed adds squared gradient norms over it,
-    and takes None for all ranks.
+    Its model parallel group holds this rank only: DeepSpeed sums squared gradient norms over that
+    group, and would use all ranks if it were None.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class SequenceParallelMPU:
         self._data_parallel_rank = data_parallel_rank
 
     def initialize_sequence_parallel(self, *_: object, **__: object) -> None:
-        """Nothing: that it exists tells DeepSpeed that the groups below are there."""
+        """Do nothing. DeepSpeed checks that this method exists before it uses the groups below."""
 
     def get_sequence_parallel_group(self) -> dist.ProcessGroup:
         return self._sequence_group
@@ -42,7 +42,7 @@ class SequenceParallelMPU:
         return dist.get_rank(self._sequence_group)
 
     def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
-        """Over which ZeRO shards: all ranks."""
+        """The ranks over which ZeRO shards: all."""
         group = dist.group.WORLD
         assert group is not None
         return group
@@ -54,11 +54,11 @@ class SequenceParallelMPU:
         return dist.get_rank()
 
     def get_data_parallel_world_size(self) -> int:
-        """Replicas: groups that share a sequence each."""
+        """The number of replicas: groups of ranks that share a sequence."""
         return dist.get_world_size() // self.get_sequence_parallel_world_size()
 
     def get_data_parallel_rank(self) -> int:
-        """Which replica this rank is of, in the order of their lowest ranks."""
+        """The index of this rank's replica, in the order of their lowest ranks."""
         return self._data_parallel_rank
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
@@ -70,7 +70,7 @@ class SequenceParallelMPU:
     def get_model_parallel_rank(self) -> int:
         return 0
 
-    # By these names where universal checkpoints are read.
+    # Names that DeepSpeed's universal checkpoints use.
     get_tensor_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_rank = get_model_parallel_rank
@@ -79,16 +79,16 @@ class SequenceParallelMPU:
 def make_mpu(group: GroupLike, *, sequence_dim: str | None = None) -> SequenceParallelMPU:
     """The ``mpu`` for ``deepspeed.initialize``: ``group`` shares a sequence, ZeRO shards over all.
 
-    Collective over all ranks of the job.
+    A collective over all ranks of the job.
 
     Args:
         group: the ranks that share this rank's sequence, as a process group or one-dimensional
-            DeviceMesh; or a DeviceMesh over all ranks with more dimensions.
-        sequence_dim: with a mesh of more dimensions the name of the one that shares a sequence.
+            DeviceMesh; or a DeviceMesh over all ranks with several dimensions.
+        sequence_dim: name of the dimension that shares a sequence, for a mesh with several.
 
     Raises:
-        ValueError: on every rank, naming the option, if torch.distributed is not initialised or the
-            groups are not equally large or do not hold each rank once.
+        ValueError: on every rank, if torch.distributed is not initialised, or if the groups differ
+            in size or do not hold each rank once.
     """
     if not dist.is_initialized():
         raise ValueError(
@@ -136,7 +136,7 @@ def _sequence_group(group: GroupLike, sequence_dim: str | None) -> dist.ProcessG
 
 
 def _problem(reports: list[tuple[list[int] | None, str | None]]) -> str | None:
-    """What keeps the ranks' groups from cutting the world into equal parts, or None."""
+    """The error if the ranks' groups do not split the world into equal parts, or None."""
     problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text]
     if problems:
         return "; ".join(problems)

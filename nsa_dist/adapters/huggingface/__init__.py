@@ -1,4 +1,4 @@
-"""Llama and Qwen3 of Hugging Face transformers with Native Sparse Attention.
+"""Native Sparse Attention for Llama and Qwen3 of Hugging Face transformers.
 
     from nsa_dist.adapters.huggingface import convert_to_nsa, from_pretrained
 
@@ -6,7 +6,7 @@
     model.save_pretrained(folder)
     model = from_pretrained(folder)
 
-``docs/adapters/huggingface.md`` has training on split sequences, generation, and what is refused.
+``docs/adapters/huggingface.md`` explains training on split sequences, generation and limits.
 """
 
 try:

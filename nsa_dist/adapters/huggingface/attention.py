@@ -1,8 +1,8 @@
-"""The attention module of a converted model, in the place of Llama's or Qwen3's own.
+"""The attention module of a converted model, which replaces Llama's or Qwen3's own.
 
 It keeps the dense module's projections and norms and the model's rotary embedding, and adds gates
-and compressors. Without a cache it is ``native_sparse_attention``; with one, the same operators run
-over the cache's rows, so that a new token costs its own queries only.
+and compressors. Without a cache it calls ``native_sparse_attention``. With a cache it runs the same
+operators over the cached rows, so that a new token only costs its own queries.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ ROTARY: Mapping[type[nn.Module], Any] = {
     modeling_llama.LlamaAttention: modeling_llama.apply_rotary_pos_emb,
     modeling_qwen3.Qwen3Attention: modeling_qwen3.apply_rotary_pos_emb,
 }
-"""The attention modules that can be replaced, and how their queries and keys are rotated."""
+"""The attention modules that can be replaced, and the functions that rotate their queries, keys."""
 
 
 class NSAAttention(nn.Module):
-    """Native Sparse Attention with the weights and the call of transformers' attention modules.
+    """Native Sparse Attention with the weights and interface of transformers' attention modules.
 
     Args:
-        dense: a ``LlamaAttention`` or ``Qwen3Attention``, whose projections and norms it takes
-            over. With independent K, V every set starts as the dense one.
-        config: what is computed.
+        dense: a ``LlamaAttention`` or ``Qwen3Attention``, whose projections and norms are reused.
+            With independent K, V each set starts as a copy of the dense one.
+        config: the attention.
 
     Parameters, with h hidden size, d head_dim, H heads, G KV heads, nk and nv sets of keys and
     values (1 with shared K, V):
-        q_proj.weight [H d, h], o_proj.weight [h, H d]: the dense module's, as their biases.
-        k_proj.weight [nk G d, h], v_proj.weight [nv G d, h]: rows (set, head, channel); one set is
-            the dense module's.
+        q_proj.weight [H d, h], o_proj.weight [h, H d], and their biases: the dense module's.
+        k_proj.weight [nk G d, h], v_proj.weight [nv G d, h]: rows (set, head, channel); a single
+            set is the dense module's.
         q_norm.weight [d], k_norm.weight [d] ([nk, d] with independent K, V): Qwen3 only.
-        gate.*, k_compressor.*, v_compressor.*: as of ``NativeSparseAttention``.
+        gate.*, k_compressor.*, v_compressor.*: as in ``NativeSparseAttention``.
     """
 
     def __init__(self, dense: Any, config: NSAConfig) -> None:
@@ -79,7 +79,7 @@ class NSAAttention(nn.Module):
             self.k_compressor = BlockCompressor(config, config.head_dim, **factory)
         if "compressed" in config.branches:
             self.v_compressor = BlockCompressor(config, config.value_dim, **factory)
-        # Not train(): the modules that were taken over are the dense model's still.
+        # Not train(), which would change the reused modules of the dense model.
         self.training = dense.training
         for module in (self.gate, self.k_compressor, self.v_compressor):
             if module is not None:
@@ -95,14 +95,14 @@ class NSAAttention(nn.Module):
         nsa_batch: Batch | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """As of the dense modules: [B, L, hidden] -> (the same, None).
+        """As in the dense modules: [B, L, hidden] to (the same shape, None).
 
         Args:
-            attention_mask: not read: ``nsa_batch`` says what it says.
-            nsa_batch: what the model's ``forward`` worked out.
+            attention_mask: ignored; ``nsa_batch`` holds the same information.
+            nsa_batch: from the model's ``forward``.
 
         Raises:
-            ValueError: without ``nsa_batch``, and for projections that a tensor parallel plan cut.
+            ValueError: without ``nsa_batch``, or if a tensor parallel plan split a projection.
         """
         if nsa_batch is None or position_embeddings is None:
             raise ValueError(
@@ -136,7 +136,7 @@ class NSAAttention(nn.Module):
         return project("o_proj", self.o_proj, out.flatten(2), hidden_states.shape[-1]), None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, batch: Batch) -> Tensor:
-        """[B, L, heads, D] and gates -> [B, L, H, D] by the whole stream."""
+        """[B, L, heads, D] and gates to [B, L, H, D], without a cache."""
         config = self.config
         assert batch.plan is not None
         shape = q.shape
@@ -161,7 +161,7 @@ class NSAAttention(nn.Module):
     def _attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, batch: Batch, layer: NSACacheLayer
     ) -> Tensor:
-        """As ``_attend``, over the cached tokens and the new ones, which join them."""
+        """As ``_attend``, over the cached tokens and the new ones, which it adds to the cache."""
         config, tables = self.config, batch.tables
         assert tables is not None and layer.get_seq_length() == tables.past
         layer.check_starts(tables.starts)
@@ -219,9 +219,9 @@ class NSAAttention(nn.Module):
     def _compress(
         self, keys: Tensor, values: Tensor | None, batch: Batch, layer: NSACacheLayer
     ) -> tuple[Tensor, Tensor]:
-        """All compressed tokens [B * C, G, D]: the cached ones and those that became whole.
+        """All compressed tokens [B * C, G, D]: the cached ones and those of new complete blocks.
 
-        Values are of width 0 where only selection reads compressed keys.
+        Values have width 0 if only selection uses compressed keys.
         """
         config, tables = self.config, batch.tables
         assert tables is not None and self.k_compressor is not None
@@ -232,17 +232,15 @@ class NSAAttention(nn.Module):
             made.append(made[0][..., :0])
         else:
             made.append(apply_compressor(self.v_compressor, values, rows, block, ops))
-        places = (len(tables.starts), tables.most_blocks)
-        kept = []
+        shape = (len(tables.starts), tables.max_blocks)
+        updated = []
         for new, old in zip(made, (layer.compressed_keys, layer.compressed_values), strict=True):
-            whole = new.new_zeros(*places, *new.shape[1:])
+            whole = new.new_zeros(*shape, *new.shape[1:])
             if old is not None:
                 whole[:, : old.shape[1]] = old
-            kept.append(whole.flatten(0, 1).index_copy(0, tables.new_places, new))
-        keys, values = kept
-        layer.store_compressed(
-            keys.unflatten(0, places), values.unflatten(0, places), tables.starts
-        )
+            updated.append(whole.flatten(0, 1).index_copy(0, tables.new_slots, new))
+        keys, values = updated
+        layer.store_compressed(keys.unflatten(0, shape), values.unflatten(0, shape), tables.starts)
         return keys, values
 
     def extra_repr(self) -> str:
@@ -254,18 +252,18 @@ def _take(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _put(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    """Rows [N, H, D] at their places in zeros [B, L, H, D]."""
+    """Scatter rows [N, H, D] into zeros [B, L, H, D]."""
     whole = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
     return whole.index_copy(0, rows, x).unflatten(0, shape[:2])
 
 
 def _by_branch(x: Tensor, branches: tuple[str, ...], dim: int) -> dict[str, Tensor]:
-    """Sets of heads, one a branch, along ``dim``."""
+    """Sets of heads along ``dim``, one per branch."""
     return dict(zip(branches, x.chunk(len(branches), dim=dim), strict=True))
 
 
 def _rows_by_branch(x: Tensor, branches: tuple[str, ...], sets: int) -> dict[str, Tensor]:
-    """Cached [B, sets * G, T, D] -> [B * T, G, D] of each branch; a shared set is one object."""
+    """Cached [B, sets * G, T, D] to [B * T, G, D] per branch; a shared set is one object."""
     if sets == 1:
         return dict.fromkeys(branches, x.transpose(1, 2).flatten(0, 1))
     split = _by_branch(x, branches, 1)
@@ -273,7 +271,7 @@ def _rows_by_branch(x: Tensor, branches: tuple[str, ...], sets: int) -> dict[str
 
 
 def _repeat_rows(linear: nn.Linear, times: int) -> nn.Linear:
-    """A linear layer of ``times`` times the rows, each set of them ``linear``'s."""
+    """A linear layer with ``times`` copies of the rows of ``linear``."""
     if times == 1:
         return linear
     weight, bias = linear.weight, linear.bias

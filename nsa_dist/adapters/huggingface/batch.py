@@ -1,10 +1,10 @@
-"""What the attention layers need of a batch, worked out once a forward.
+"""The data of a batch that attention layers share, computed once per forward.
 
-transformers hands an attention module a mask of queries x keys, which this attention has no use
-for. The model's ``forward`` reads padding, documents and the cache instead, and hands a ``Batch``
-down with the keyword arguments.
+transformers passes attention modules a mask of queries x keys, which this attention does not use.
+Instead the model's ``forward`` reads padding, documents and the cache, and passes a ``Batch`` with
+the keyword arguments.
 
-Letters: B rows, T tokens a row (cached ones included), N new tokens that are no padding.
+Letters: B rows, T tokens per row (with cached ones), N new tokens without padding.
 """
 
 from __future__ import annotations
@@ -28,56 +28,56 @@ from nsa_kernels import QuerySegments
 
 @dataclass(frozen=True, eq=False)
 class Runtime:
-    """How a model runs, which is no part of what it computes.
+    """How a model runs, which does not change what it computes.
 
     Attributes:
-        told: whether the user has said over which ranks sequences are split, if over none.
+        group_is_set: whether the user has set the group, even to None.
     """
 
     context: ContextGroup
     layout: str
     backend: str
     communication: CommunicationCounter
-    told: bool = False
+    group_is_set: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class CacheTables:
-    """Where the tokens and blocks of a batch with a cache stand.
+    """Positions of the tokens and blocks of a batch with a cache.
 
-    Rows of keys are numbered b * T + column, compressed tokens b * C + block.
+    Key rows are numbered b * T + column, compressed tokens b * C + block.
 
     Attributes:
-        past: cached tokens of each row, padding included.
-        starts: the column of each row's first token.
-        segments: of the N queries.
-        most_blocks: C.
-        new_rows: int64 [new blocks], rows at which the blocks start that have become whole.
-        new_places: int64 [new blocks], where among B * C compressed tokens they go.
-        block_rows: int64 [G, selection blocks], rows at which these start.
-        block_lengths: int64 [selection blocks], their tokens.
+        past: cached tokens of each row, with padding.
+        starts: column of the first token of each row.
+        segments: segments of the N queries.
+        max_blocks: C, the maximal number of compression blocks of a row.
+        new_rows: int64 [new blocks], start rows of the blocks that have become complete.
+        new_slots: int64 [new blocks], their indices among the B * C compressed tokens.
+        block_rows: int64 [G, selection blocks], start rows of the selection blocks.
+        block_lengths: int64 [selection blocks], tokens of each.
     """
 
     past: int
     starts: tuple[int, ...]
     segments: QuerySegments
-    most_blocks: int
+    max_blocks: int
     new_rows: Tensor
-    new_places: Tensor
+    new_slots: Tensor
     block_rows: Tensor
     block_lengths: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One forward's tokens.
+    """The tokens of one forward.
 
     Attributes:
-        runtime: group, layout, backend.
-        rows: int64 [N], which of the B * new columns are tokens; None where all are, in rows as
-            they stand.
-        plan: of the stream of tokens; None with a cache.
-        tables: with a cache, else None.
+        runtime: group, layout and backend.
+        rows: int64 [N], the indices of tokens among the B * new columns; None if all columns are
+            tokens and rows stay separate.
+        plan: plan of the stream of tokens; None with a cache.
+        tables: positions with a cache, else None.
     """
 
     runtime: Runtime
@@ -87,13 +87,13 @@ class Batch:
 
 
 def read_mask(mask: Tensor | None, batch: int, length: int) -> list[tuple[int, int]] | None:
-    """First and last-but-one-past column of each row's tokens; None where all columns are tokens.
+    """The [start, end) columns of each row's tokens; None if all columns are tokens.
 
     Args:
-        mask: [B, T] of zeros and what is not zero, or None.
+        mask: [B, T], 0 for padding and any other value for tokens, or None.
 
     Raises:
-        ValueError: for a mask of another shape, or a row whose tokens are not in one run.
+        ValueError: for a mask of another shape, or padding between the tokens of a row.
     """
     if mask is None:
         return None
@@ -118,13 +118,13 @@ def read_mask(mask: Tensor | None, batch: int, length: int) -> list[tuple[int, i
 
 
 def packed_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
-    """Documents of packed rows, which positions that do not count on tell; None where all do.
+    """Boundaries of packed documents: a document starts where positions do not increase by 1.
 
     Args:
         position_ids: integer [1 or B, T].
 
     Returns:
-        int32 boundaries of the rows one after another, on the CPU.
+        int32 boundaries of the concatenated rows, on the CPU; None if each row is one document.
     """
     positions = position_ids.cpu().expand(batch, -1)
     opens = torch.ones_like(positions, dtype=torch.bool)
@@ -138,13 +138,13 @@ def packed_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
 def check_positions_count_on(
     position_ids: Tensor, batch: int, ranges: list[tuple[int, int]] | None, past: int
 ) -> None:
-    """Raise ValueError where a row's positions start anew beside padding or a cache.
+    """Raise ValueError if positions start again within a row that has padding or a cache.
 
-    A single new token is not looked at: that would wait for the device at each step.
+    A single new token is not checked, because that would wait for the device at each step.
 
     Args:
         position_ids: integer [1 or B, new].
-        ranges: as ``read_mask`` returns them for all B x T columns.
+        ranges: from ``read_mask``, for all B x T columns.
         past: cached tokens of each row.
     """
     new = position_ids.shape[1]
@@ -154,12 +154,12 @@ def check_positions_count_on(
     first, end = torch.tensor(ranges or [(0, past + new)] * batch).unsqueeze(-1).unbind(1)
     columns = torch.arange(past, past + new)
     token = (columns >= first) & (columns < end)
-    anew = torch.zeros_like(token)
-    anew[:, 1:] = token[:, 1:] & token[:, :-1] & (positions.diff(dim=1) != 1)
-    # Whatever a row began with, it has counted its cached tokens since.
-    anew[:, :1] = token[:, :1] & (positions[:, :1] < past - first)
-    if bool(anew.any()):
-        row, column = anew.nonzero()[0].tolist()
+    restarts = torch.zeros_like(token)
+    restarts[:, 1:] = token[:, 1:] & token[:, :-1] & (positions.diff(dim=1) != 1)
+    # A row may start at any position, but has counted its cached tokens since.
+    restarts[:, :1] = token[:, :1] & (positions[:, :1] < past - first)
+    if bool(restarts.any()):
+        row, column = restarts.nonzero()[0].tolist()
         given = "padding in attention_mask" if ranges is not None else "past_key_values"
         raise ValueError(
             f"position_ids must be those of one document per row with {given} (packed documents "
@@ -182,17 +182,17 @@ def plan_stream(
 ) -> tuple[Batch, Tensor]:
     """The batch of a forward without a cache, and its positions.
 
-    A collective where the sequence is split.
+    A collective if the sequence is split.
 
     Args:
-        tokens: [B, L] or [B, L, hidden], for its shape and device.
-        ranges: as ``read_mask`` returns them.
+        tokens: [B, L] or [B, L, hidden]; only shape and device are used.
+        ranges: from ``read_mask``.
         cu_seqlens: int32 boundaries of packed documents, of the whole padded stream.
-        position_ids: what the caller gave.
-        exact_positions: whether these must be the positions in ``cu_seqlens``'s documents; they
-            must on a split sequence.
-        dtype: of the model.
-        problem: what this rank has found wrong already.
+        position_ids: positions from the caller.
+        exact_positions: whether these must be the positions within the documents of
+            ``cu_seqlens``, as they must be on a split sequence.
+        dtype: dtype of the model.
+        problem: an error of this rank, raised on every rank.
 
     Returns:
         The batch, and integer positions [B, L].
@@ -212,7 +212,7 @@ def plan_stream(
         columns = [torch.arange(a, b) + i * length for i, (a, b) in enumerate(ranges)]
         rows, batch, length = torch.cat(columns).to(device), 1, int(cu_seqlens[-1])
     elif cu_seqlens is not None and rows_given > 1 and runtime.context.size == 1:
-        # Documents of several rows, found by their positions.
+        # Packed documents in several rows, from position_ids.
         batch, length = 1, rows_given * length
         rows = torch.arange(length, device=device)
     plan = find_plan(
@@ -254,7 +254,7 @@ def _check_positions(
 
 
 def check_position_ids(position_ids: Tensor | None, shape: tuple[int, ...]) -> str | None:
-    """What is wrong with positions by themselves, or None."""
+    """The error for positions of a wrong type or shape, or None."""
     if position_ids is None:
         return None
     must = f"None or integers of shape {shape}"
@@ -277,15 +277,15 @@ def cache_tables(
 ) -> tuple[Batch, Tensor]:
     """The batch of a forward with a cache, and its positions.
 
-    Padding behind a row's tokens counts as tokens here: causality hides it from those before.
+    Padding after a row's tokens is treated as tokens, which causality hides from earlier ones.
 
     Args:
-        tokens: [B, new] or [B, new, hidden], for its shape and device.
-        ranges: as ``read_mask`` returns them for all B x T columns.
+        tokens: [B, new] or [B, new, hidden]; only shape and device are used.
+        ranges: from ``read_mask``, for all B x T columns.
         past: cached tokens of each row.
 
     Returns:
-        The batch, and integer positions [B, new]: 0 in padding.
+        The batch, and integer positions [B, new], 0 in padding.
     """
     batch, new = tokens.shape[:2]
     length, device = past + new, tokens.device
@@ -294,10 +294,10 @@ def cache_tables(
         starts = tuple(start for start, _ in ranges)
     stride, select = config.compress_stride, config.select_block
     blocks = [num_blocks(length - start, config) for start in starts]
-    most = max(blocks, default=0)
+    max_blocks = max(blocks, default=0)
 
     segments, rows, positions = [], [], torch.zeros(batch, new, dtype=torch.int64)
-    new_rows, new_places, block_rows, block_lengths = [], [], [], []
+    new_rows, new_slots, block_rows, block_lengths = [], [], [], []
     queries = 0
     for b, start in enumerate(starts):
         first = max(start, past)
@@ -306,7 +306,7 @@ def cache_tables(
         block_lengths.append((length - selection).clamp(max=select))
         made = torch.arange(num_blocks(past - start, config), blocks[b])
         new_rows.append(b * length + start + made * stride)
-        new_places.append(b * most + made)
+        new_slots.append(b * max_blocks + made)
         rows.append(torch.arange(first, length) - past + b * new)
         positions[b, first - past :] = torch.arange(first - start, length - start)
         if first < length:
@@ -316,7 +316,7 @@ def cache_tables(
                     queries,
                     length - first,
                     first - start,
-                    b * most,
+                    b * max_blocks,
                     selected_base,
                     b * length + start,
                 )
@@ -327,9 +327,9 @@ def cache_tables(
         past=past,
         starts=starts,
         segments=QuerySegments.from_rows(segments, device),
-        most_blocks=most,
+        max_blocks=max_blocks,
         new_rows=torch.cat(new_rows).to(device),
-        new_places=torch.cat(new_places).to(device),
+        new_slots=torch.cat(new_slots).to(device),
         block_rows=torch.cat(block_rows).expand(config.num_kv_heads, -1).contiguous().to(device),
         block_lengths=torch.cat(block_lengths).to(device),
     )

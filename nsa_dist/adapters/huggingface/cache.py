@@ -1,13 +1,14 @@
 """Keys, values and compressed tokens of past tokens, as a layer of transformers' ``Cache``.
 
-A row's document starts behind its left padding, so the blocks of two rows need not lie alike:
+A row's document starts after its left padding, so blocks of different rows may start at different
+columns:
 
-    keys, values                       [B, sets * KV heads, T, D], padding included
-    compressed_keys, compressed_values [B, C, KV heads, D], block i of each row's document; rows
-                                       with fewer than C blocks hold nothing of use behind theirs
+    keys, values                       [B, sets * KV heads, T, D], with padding
+    compressed_keys, compressed_values [B, C, KV heads, D], block i of each row's document;
+                                       undefined after the last block of a row with fewer than C
 
-Compressed tokens are made once, when the last token of their block comes in. How many a row has
-follows from T and its start, so cropping forgets some and needs no more record of them.
+A compressed token is computed once, when the last token of its block arrives. The number of blocks
+of a row follows from T and its start, so cropping only drops compressed tokens.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from nsa_dist.config import NSAConfig
 
 
 def num_blocks(length: int, config: NSAConfig) -> int:
-    """Compression blocks of a document of ``length`` tokens."""
+    """Number of compression blocks of a document of ``length`` tokens."""
     return max(0, (length - config.compress_block) // config.compress_stride + 1)
 
 
 class NSACacheLayer(DynamicLayer):
-    """The cache of one layer with Native Sparse Attention; grows as ``DynamicLayer`` does.
+    """The cache of one layer with Native Sparse Attention; grows like ``DynamicLayer``.
 
     Attributes:
-        starts: for each row, the column of its first token behind left padding; empty before the
+        starts: for each row, the column of its first token after left padding; empty before the
             first update.
-        compressed_keys, compressed_values: as of the module's docstring; None before the first
-            update, and where the config has no use for them.
+        compressed_keys, compressed_values: see the module docstring; None before the first update,
+            and if the config does not use them.
     """
 
     def __init__(self, config: NSAConfig) -> None:
@@ -50,7 +51,7 @@ class NSACacheLayer(DynamicLayer):
         self.compressed_values: Tensor | None = None
 
     def check_starts(self, starts: tuple[int, ...]) -> None:
-        """Raise ValueError unless rows start where they did, or had nothing but padding so far."""
+        """Raise ValueError if the start of a row has changed and it was not all padding so far."""
         length = self.get_seq_length()
         if length == 0:
             return
@@ -65,23 +66,23 @@ class NSACacheLayer(DynamicLayer):
             )
 
     def store_compressed(self, keys: Tensor, values: Tensor, starts: tuple[int, ...]) -> None:
-        """Keep what ``compressed_keys`` and ``compressed_values`` are from now on."""
+        """Replace ``compressed_keys``, ``compressed_values`` and ``starts``."""
         self.compressed_keys, self.compressed_values, self.starts = keys, values, starts
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         self._forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens; the argument as of ``DynamicLayer.crop``."""
+        """Remove the newest tokens; the argument is that of ``DynamicLayer.crop``."""
         super().crop(tokens_to_remove)
         length = self.get_seq_length()
         if length == 0:
             self._forget()
         elif self.compressed_keys is not None and self.compressed_values is not None:
-            most = num_blocks(length - min(self.starts), self.config)
-            self.compressed_keys = self.compressed_keys[:, :most]
-            self.compressed_values = self.compressed_values[:, :most]
+            max_blocks = num_blocks(length - min(self.starts), self.config)
+            self.compressed_keys = self.compressed_keys[:, :max_blocks]
+            self.compressed_values = self.compressed_values[:, :max_blocks]
 
     def _take_rows(self, rows: Tensor) -> None:
         for name in ("keys", "values", "compressed_keys", "compressed_values"):
@@ -91,16 +92,16 @@ class NSACacheLayer(DynamicLayer):
         self.starts = tuple(self.starts[row] for row in rows.tolist())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes row ``beam_idx[i]``."""
+        """Replace row i by row ``beam_idx[i]``."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row ``repeats`` times."""
+        """Repeat each row ``repeats`` times."""
         rows = torch.arange(len(self.starts)).repeat_interleave(repeats)
         self.batch_select_indices(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``: integers, or a mask."""
+        """Keep the rows ``indices``, which are integers or a mask."""
         if self.get_seq_length() > 0:
             if indices.dtype == torch.bool:
                 indices = indices.nonzero().squeeze(1)
@@ -108,14 +109,14 @@ class NSACacheLayer(DynamicLayer):
 
 
 def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig, batch: int) -> None:
-    """Put an ``NSACacheLayer`` in the place of each empty layer of ``nsa_layers``.
+    """Replace each empty layer of ``nsa_layers`` by an ``NSACacheLayer``.
 
     Args:
-        batch: rows of the call that the cache is for.
+        batch: number of rows of the call.
 
     Raises:
-        ValueError: for a cache that is no growing one on the model's device, or one that other
-            layers or another number of rows have filled.
+        ValueError: for a cache that is not a ``DynamicCache`` on the model's device, or one that
+            other layers or another number of rows filled.
     """
     if not isinstance(cache, DynamicCache):
         raise ValueError(

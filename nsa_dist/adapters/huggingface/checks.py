@@ -1,4 +1,4 @@
-"""What transformers can ask for and this attention does not do, refused by name."""
+"""Checks of transformers' options and arguments that this attention does not support."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nsa_dist.config import NSAConfig
 from nsa_kernels import get_backend
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those whose frequencies depend on the config alone, not on the positions of a call."""
+"""Rotary types whose frequencies depend only on the config, not on the positions of a call."""
 
 DENSE_GATE_INIT = (0.0, 0.0, 0.0)
-"""``NSAConfig``'s default, which a conversion replaces."""
+"""The default of ``NSAConfig``, which a conversion replaces."""
 
 
 def check_layers(layers: Iterable[int] | None, config: Any) -> tuple[int, ...]:
-    """Layers to convert, ascending; all for None.
+    """Indices of the layers to convert, ascending; all if None.
 
     Raises:
-        ValueError: for anything but different indices of full attention layers.
+        ValueError: unless they are different indices of full attention layers.
     """
     total = config.num_hidden_layers
     if layers is None:
@@ -55,7 +55,7 @@ def check_layers(layers: Iterable[int] | None, config: Any) -> tuple[int, ...]:
 
 
 def check_model(model: Any, families: Mapping[type, Any]) -> None:
-    """Raise ValueError for a model that is no dense one of ``families`` with weights in place."""
+    """Raise ValueError unless it is a dense model of ``families`` on one device."""
     names = ", ".join(family.__name__ for family in families)
     check(type(model) in families, "model", type(model).__name__, f"a model of class {names}")
     config = model.config
@@ -89,7 +89,7 @@ def check_model(model: Any, families: Mapping[type, Any]) -> None:
 
 
 def check_modules(model: Any, layers: tuple[int, ...]) -> None:
-    """Raise ValueError for attention modules or weights that something has replaced or wrapped."""
+    """Raise ValueError if something has replaced or wrapped attention modules or weights."""
     for index in layers:
         attention, where = model.model.layers[index].self_attn, f"layers[{index}].self_attn"
         check(
@@ -118,9 +118,9 @@ def check_modules(model: Any, layers: tuple[int, ...]) -> None:
 
 
 def check_config(config: Any, hf_config: Any, gate_init: tuple[float, float, float]) -> None:
-    """Raise ValueError for an ``NSAConfig`` that the dense model's weights do not fit."""
+    """Raise ValueError for an ``NSAConfig`` that does not fit the dense model's weights."""
     check(isinstance(config, NSAConfig), "config", config, "an NSAConfig")
-    gate_init = replace(config, gate_init=gate_init).gate_init  # Refused there if bad.
+    gate_init = replace(config, gate_init=gate_init).gate_init  # NSAConfig checks it.
     for option, theirs, value in (
         ("num_heads", "num_attention_heads", config.num_heads),
         ("num_kv_heads", "num_key_value_heads", config.num_kv_heads),
@@ -170,9 +170,9 @@ def check_config(config: Any, hf_config: Any, gate_init: tuple[float, float, flo
 
 
 def check_attention(config: NSAConfig, backend: str, attention: Any) -> None:
-    """Raise ValueError where ``backend`` cannot compute the config with an attention's weights."""
+    """Raise ValueError if ``backend`` cannot compute the config with an attention's weights."""
     weight = attention.q_proj.weight
-    # On the host it may be on its way to a GPU; on a GPU it stays.
+    # A weight on the host may be moved to a GPU later; one on a GPU stays there.
     device = weight.device if weight.is_cuda else None
     refused = get_backend(backend, device).refuses(weight.dtype, config.kernel_options)
     if refused is not None:
@@ -199,17 +199,17 @@ def check_call(
     labels: Any,
     kwargs: Mapping[str, Any],
 ) -> str | None:
-    """What is wrong with the arguments of a model's ``forward``, or None.
+    """The error in the arguments of a model's ``forward``, or None.
 
     Args:
         split: whether the sequence is split over ranks.
-        cu_seqlens: what the caller gave, or else ``cu_seq_lens_q`` of ``kwargs``.
+        cu_seqlens: from the caller, or ``cu_seq_lens_q`` of ``kwargs``.
     """
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
         return "output_attentions must be False (this attention keeps no probabilities), got True"
     keys = kwargs.get("cu_seq_lens_k")
     queries = kwargs.get("cu_seq_lens_q")
-    # Dense layers beside ours would take these, ours take cu_seqlens.
+    # Dense layers use these arguments, NSA layers use cu_seqlens.
     if queries is not None and not _same(queries, cu_seqlens):
         return "cu_seq_lens_q must be None or equal to cu_seqlens, got different boundaries"
     if keys is not None and not _same(keys, queries):

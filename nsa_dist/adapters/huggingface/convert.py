@@ -1,4 +1,4 @@
-"""From a dense model to a sparse one that starts as it: see ``convert_to_nsa``."""
+"""Conversion of a dense model to a sparse one that initially computes the same."""
 
 from __future__ import annotations
 
@@ -49,41 +49,40 @@ def convert_to_nsa(
 ) -> Any:
     """Replace the attention of a dense model by Native Sparse Attention, in place.
 
-    Dense weights stay, whatever holds them: decoder layers, norms, rotary embedding, tied heads and
-    the model itself are the objects that they were. Gates are new and start as the constants
-    ``gate_init``; compressors are new and start as the mean of a block. While a document has at
-    most min(window, num_selected * select_block) tokens, the selected and the window branch are
-    each the dense attention, with gates of 0.5, so that the model computes what it did.
+    The model, its decoder layers, norms, rotary embedding and tied heads stay the same objects with
+    their dense weights. New gates start at the constants ``gate_init``, and new compressors at the
+    mean of a block. While a document has at most min(window, num_selected * select_block) tokens,
+    the selected and the window branch each equal dense attention; with gates of 0.5 the model
+    computes the same as before.
 
     Args:
         model: a ``LlamaForCausalLM`` or ``Qwen3ForCausalLM``, on one device.
-        config: what is computed; its heads and widths are the model's. Its ``gate_init`` is that
-            of this function.
-        layers: indices of the layers to convert; all when None. The others stay dense.
-        group: process group or one-dimensional DeviceMesh over which sequences are split; None for
-            one rank. Then all layers must be converted.
+        config: the attention; heads and widths must be the model's. Leave its ``gate_init`` at the
+            default.
+        layers: indices of the layers to convert, default all. The others stay dense.
+        group: process group or one-dimensional DeviceMesh over which sequences are split, which
+            needs all layers converted; None for one rank.
         layout: "contiguous", "zigzag" or "zigzag_per_document", as given to ``shard_batch``.
         backend: "auto" or a name that ``nsa_kernels.get_backend`` knows.
         gate_init: initial gate logits of (compressed, selected, window).
 
     Returns:
-        ``model``, now a ``NSALlamaForCausalLM`` or ``NSAQwen3ForCausalLM``, its config one of
-        ``NSALlamaConfig`` or ``NSAQwen3Config``. The config object that it had is left as it is.
+        ``model``, now a ``NSALlamaForCausalLM`` or ``NSAQwen3ForCausalLM`` with a new
+        ``NSALlamaConfig`` or ``NSAQwen3Config``. The old config object does not change.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work; the model is then
-            as it was.
+        ValueError: if an argument has a value that is not allowed; the model is then unchanged.
     """
     check_model(model, FAMILIES)
     check_config(config, model.config, gate_init)
     chosen = check_layers(layers, model.config)
     check_modules(model, chosen)
     check_attention(config, backend, model.model.layers[chosen[0]].self_attn)
-    layers_in_all, told = model.config.num_hidden_layers, group is not None
-    runtime = make_runtime(group, layout, backend, chosen, layers_in_all, told=told)
+    num_layers, group_is_set = model.config.num_hidden_layers, group is not None
+    runtime = make_runtime(group, layout, backend, chosen, num_layers, group_is_set=group_is_set)
     config = replace(config, gate_init=gate_init)
 
-    # All that can fail comes before the first change of the model.
+    # Do everything that can fail before the first change of the model.
     sparse, config_type = FAMILIES[type(model)]
     dense_config = model.config
     new_config = write_config(dense_config, config_type, config, chosen)
@@ -101,7 +100,7 @@ def convert_to_nsa(
 
 @torch.no_grad()
 def start_from_dense(attention: NSAAttention) -> None:
-    """Set gates to the constants of ``gate_init``, and compressors to the mean of a block."""
+    """Set gates to the constants ``gate_init``, and compressors to the mean of a block."""
     gate = attention.gate
     compressors = [x for x in (attention.k_compressor, attention.v_compressor) if x is not None]
     with whole(x for module in (gate, *compressors) for x in module.parameters()):
@@ -114,13 +113,13 @@ def start_from_dense(attention: NSAAttention) -> None:
 
 
 def _start_as_mean(compressor: BlockCompressor) -> None:
-    """conv1d, attention_pool and mean start so by themselves."""
+    """Set a compressor to the mean of a block; conv1d, attention_pool and mean start as that."""
     dim, block = compressor.dim, compressor.block
     parameters = dict(compressor.named_parameters())
     if compressor.kind == "linear":
         _set_mean(parameters["weight"], dim, block, 1.0)
     elif compressor.kind == "mlp":
-        # silu(a) - silu(-a) = a: the first 2D hidden channels give the mean, the others nothing.
+        # silu(a) - silu(-a) = a: the first 2D hidden channels give the mean, the others give 0.
         up, down = parameters["up"], parameters["down"]
         _set_mean(up[..., :dim, :], dim, block, 1.0)
         _set_mean(up[..., dim : 2 * dim, :], dim, block, -1.0)
@@ -145,20 +144,19 @@ def from_pretrained(
     backend: str = "auto",
     **options: Any,
 ) -> Any:
-    """Load what ``save_pretrained`` of a converted model has written.
+    """Load a converted model that ``save_pretrained`` wrote.
 
     Args:
-        folder: where it was saved, or a name on the Hub.
-        group, layout, backend: as of ``convert_to_nsa``; a checkpoint does not hold them.
+        folder: folder of the saved model, or a name on the Hub.
+        group, layout, backend: as in ``convert_to_nsa``; checkpoints do not store them.
         options: for the ``from_pretrained`` of transformers, such as ``dtype`` and ``device_map``.
 
     Returns:
         A ``NSALlamaForCausalLM`` or ``NSAQwen3ForCausalLM`` in eval mode; with
-        ``output_loading_info=True`` a pair of it and what transformers tells of the loading.
+        ``output_loading_info=True`` also transformers' loading info.
 
     Raises:
-        ValueError: for a folder that is not there or is empty, and for a checkpoint that is no
-            converted model's, naming its model_type.
+        ValueError: if the folder has no checkpoint, or the checkpoint of another kind of model.
     """
     of_type: dict[str, Any] = {config.model_type: model for model, config in FAMILIES.values()}
     where = Path(folder) / "config.json"
@@ -192,7 +190,7 @@ def from_pretrained(
         check(not info[kind], kind, sorted(info[kind]), "empty (saved weights must fit the model)")
     devices = sorted({str(x) for x in (getattr(model, "hf_device_map", None) or {}).values()})
     check(len(devices) < 2, "device_map", devices, "one device")
-    model._use(group, layout, backend, told=group is not None)
+    model._use(group, layout, backend, group_is_set=group is not None)
     return (model, info) if wants_info else model
 
 

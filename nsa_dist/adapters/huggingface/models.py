@@ -1,8 +1,8 @@
-"""Llama and Qwen3 with Native Sparse Attention, as classes of their own beside transformers'.
+"""Llama and Qwen3 with Native Sparse Attention, as subclasses of transformers' classes.
 
-A class of its own gives the checkpoint a ``model_type`` of its own, so that nothing takes it for
-the dense model, and a place where a batch's padding, documents and cache are read. Everything else,
-``forward`` of the decoder and of its layers included, is transformers'.
+The classes give checkpoints a ``model_type`` of their own, so that they cannot be loaded as dense
+models, and their ``forward`` reads a batch's padding, documents and cache. Everything else is
+transformers', including ``forward`` of the decoder and its layers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from nsa_dist.adapters.huggingface.checks import (
     check_config,
     check_layers,
 )
-from nsa_dist.adapters.huggingface.parallelism import stated_split
+from nsa_dist.adapters.huggingface.parallelism import split_without_group
 from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
@@ -48,23 +48,23 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.plan.layout import make_layout
 
 SPARSE = "native_sparse_attention"
-"""What older versions called our layers in ``layer_types`` of a saved config."""
+"""The name of these layers in ``layer_types`` of configs that older versions saved."""
 
 MARK = f" with {SPARSE} (nsa_dist.adapters.huggingface.from_pretrained loads this model)"
-"""Behind ``hidden_act`` of a saved config. A dense model, which looks for a function of that name,
-raises KeyError with these words before it has a weight; transformers' base class, by which
-tokenizers and the Trainer read ``config.json``, takes any string."""
+"""Suffix of ``hidden_act`` in a saved config. A dense model looks this name up and so raises
+KeyError with these words before it loads weights. transformers' base config, with which tokenizers
+and the Trainer read ``config.json``, accepts any string."""
 
 
 class _NSAConfigMixin:
-    """Two fields more, and a ``hidden_act`` in the file that no dense model can be built with."""
+    """Two more fields, and a ``hidden_act`` in the file that dense models refuse."""
 
     hidden_act: str
     nsa: dict[str, Any] | None
     nsa_layers: list[int] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As of the dense config, with ``hidden_act`` marked."""
+        """As in the dense config, with ``hidden_act`` marked."""
         values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         if self.nsa is not None:
             values["hidden_act"] = self.hidden_act + MARK
@@ -84,7 +84,7 @@ class NSALlamaConfig(_NSAConfigMixin, LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if SPARSE in (kwargs.get("layer_types") or ()):
-            del kwargs["layer_types"]  # Of an older version: Llama has one kind of dense layer.
+            del kwargs["layer_types"]  # Older versions wrote it; Llama itself has none.
         super().__post_init__(**kwargs)
 
 
@@ -97,13 +97,13 @@ class NSAQwen3Config(_NSAConfigMixin, Qwen3Config):
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.layer_types is not None:  # Of an older version, which named our layers there.
+        if self.layer_types is not None:  # Older versions named NSA layers there.
             self.layer_types = ["full_attention" if x == SPARSE else x for x in self.layer_types]
         super().__post_init__(**kwargs)
 
 
 class _NSAMixin:
-    """What both families' models add to their dense class."""
+    """Attributes and methods that both families add to their dense class."""
 
     nsa_config: NSAConfig
     nsa_layers: tuple[int, ...]
@@ -112,7 +112,7 @@ class _NSAMixin:
     def _become_sparse(
         self, config: NSAConfig, attention: Mapping[int, NSAAttention], runtime: Runtime
     ) -> None:
-        """Take over attention modules, by the index of their layer."""
+        """Install attention modules, by layer index."""
         self.nsa_config, self.nsa_layers, self.nsa_runtime = config, tuple(attention), runtime
         decoder: Any = self.model  # type: ignore[attr-defined]
         for index, module in attention.items():
@@ -125,25 +125,30 @@ class _NSAMixin:
         layout: str = "zigzag",
         backend: str = "auto",
     ) -> None:
-        """Say over which ranks sequences are split from now on, and how.
+        """Set the ranks over which sequences are split, and the layout.
 
         Args:
-            group: process group or one-dimensional DeviceMesh; None for one rank, which holds
-                whole sequences whatever accelerate or DeepSpeed say.
+            group: process group or one-dimensional DeviceMesh; None if each rank has whole
+                sequences, which overrides accelerate's and DeepSpeed's settings.
             layout: "contiguous", "zigzag" or "zigzag_per_document", as given to ``shard_batch``.
             backend: "auto" or a name that ``nsa_kernels.get_backend`` knows.
 
         Raises:
-            ValueError: naming the option, the value found and the values that work.
+            ValueError: if an argument has a value that is not allowed.
         """
-        self._use(group, layout, backend, told=True)
+        self._use(group, layout, backend, group_is_set=True)
 
     def _use(
-        self, group: GroupLike | ContextGroup, layout: str, backend: str, *, told: bool
+        self, group: GroupLike | ContextGroup, layout: str, backend: str, *, group_is_set: bool
     ) -> None:
         model: Any = self
         runtime = make_runtime(
-            group, layout, backend, self.nsa_layers, model.config.num_hidden_layers, told=told
+            group,
+            layout,
+            backend,
+            self.nsa_layers,
+            model.config.num_hidden_layers,
+            group_is_set=group_is_set,
         )
         first = model.model.layers[self.nsa_layers[0]].self_attn
         check_attention(self.nsa_config, backend, first)
@@ -162,25 +167,25 @@ class _NSAMixin:
         cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As of the dense model, on this rank's part of the batch where the sequence is split.
+        """As in the dense model; on a split sequence, for this rank's part of the batch.
 
         Args:
-            input_ids, inputs_embeds, labels, logits_to_keep: as of the dense model. Labels of a
-                split sequence cannot be shifted here: give ``shift_labels`` and
-                ``num_items_in_batch`` too, of ``shard_batch``; the loss is this rank's share then.
-            attention_mask: [B, cached and new tokens], zeros before and behind each row's tokens.
-            position_ids: positions in the document, [B, L]; worked out when None. Rows whose
-                positions start anew are packed documents, as for the dense model; without padding
-                and without a cache.
+            input_ids, inputs_embeds, labels, logits_to_keep: as in the dense model. Labels of a
+                split sequence cannot be shifted here: also pass ``shift_labels`` and
+                ``num_items_in_batch`` from ``shard_batch``. The loss is then this rank's share.
+            attention_mask: [B, cached and new tokens], zeros only before and after a row's tokens.
+            position_ids: positions in the document, [B, L]; computed by default. Positions that
+                start again within a row mark packed documents, as in the dense model; these allow
+                neither padding nor a cache.
             past_key_values: a ``DynamicCache``, empty or filled by this model.
-            use_cache: when None, ``config.use_cache`` outside of training and for one document a
-                row, else False.
-            cu_seqlens: int32 boundaries of packed documents, of the whole padded stream on every
-                rank, with B = 1; ``cu_seq_lens_q`` as transformers' collators name it works too,
-                and must be the same where both are given.
+            use_cache: default ``config.use_cache`` outside of training with one document per row,
+                else False.
+            cu_seqlens: int32 boundaries of packed documents, of the whole padded stream, equal on
+                all ranks, with B = 1. The collators' name ``cu_seq_lens_q`` is accepted too; if
+                both are given they must be equal.
 
         Raises:
-            ValueError: naming the option, the value found and the values that work.
+            ValueError: if an argument has a value that is not allowed.
         """
         tokens = inputs_embeds if inputs_embeds is not None else input_ids
         if not isinstance(tokens, Tensor) or tokens.ndim < 2:
@@ -188,7 +193,7 @@ class _NSAMixin:
                 "input_ids must be integers [batch, tokens] where inputs_embeds is None, got "
                 f"{describe(input_ids)}"
             )
-        with torch.device("cpu"):  # Whatever the default device is: tables are made on the host.
+        with torch.device("cpu"):  # Tables are made on the host; the default device may be another.
             batch, positions, past_key_values, attention_mask = self._read_batch(
                 tokens,
                 attention_mask,
@@ -200,7 +205,7 @@ class _NSAMixin:
                 kwargs,
             )
         if len(self.nsa_layers) == self.config.num_hidden_layers:  # type: ignore[attr-defined]
-            # A mask of four dimensions is passed on as it is, and no L x L one is made.
+            # transformers passes on a mask of four dimensions, and so makes no L x L mask.
             attention_mask = tokens.new_zeros(1, 1, 1, 1)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
@@ -226,14 +231,14 @@ class _NSAMixin:
         labels: Tensor | None,
         kwargs: Mapping[str, Any],
     ) -> tuple[Batch, Tensor, Any, Tensor | None]:
-        """The batch, its positions, the cache in use, and the mask where it shows padding."""
+        """The batch, its positions, the cache in use, and the mask if there is padding."""
         model: Any = self
         runtime, config, hf_config = self.nsa_runtime, self.nsa_config, model.config
         rows, length = tokens.shape[:2]
         split = runtime.context.size > 1
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
-        problem = None if runtime.told else stated_split()
+        problem = None if runtime.group_is_set else split_without_group()
         problem = problem or check_call(
             hf_config,
             split=split,
@@ -246,7 +251,7 @@ class _NSAMixin:
             kwargs=kwargs,
         )
         problem = problem or check_position_ids(position_ids, (rows, length))
-        # On a split sequence all ranks raise together, where the plan is made.
+        # On a split sequence all ranks raise together, when they make the plan.
         if problem is not None and not split:
             raise ValueError(problem)
         caching = past_key_values is not None or use_cache
@@ -261,7 +266,7 @@ class _NSAMixin:
                 past = past_key_values.get_seq_length(self.nsa_layers[0])
             ranges = read_mask(attention_mask, rows, past + length)
             if ranges is None:
-                # Dense layers look for packed documents only where there is no mask.
+                # Dense layers look for packed documents only without a mask.
                 attention_mask = None
             if position_ids is not None and cu_seqlens is None:
                 if ranges is None and past_key_values is None:
@@ -323,13 +328,13 @@ FAMILIES: Mapping[type, tuple[Any, Any]] = {
     LlamaForCausalLM: (NSALlamaForCausalLM, NSALlamaConfig),
     Qwen3ForCausalLM: (NSAQwen3ForCausalLM, NSAQwen3Config),
 }
-"""Dense model classes, and the model and config class that a conversion makes of them."""
+"""Dense model classes, and the model and config classes of their converted models."""
 
 
 def make_attention(
     model: Any, config: NSAConfig, layers: tuple[int, ...]
 ) -> dict[int, NSAAttention]:
-    """New attention modules by the index of their layer; ``model`` stays as it is."""
+    """New attention modules by layer index; ``model`` does not change."""
     return {i: NSAAttention(model.model.layers[i].self_attn, config) for i in layers}
 
 
@@ -340,12 +345,12 @@ def make_runtime(
     layers: tuple[int, ...],
     num_layers: int,
     *,
-    told: bool,
+    group_is_set: bool,
 ) -> Runtime:
-    """Checked settings of how a model runs; ``told`` as of ``Runtime``.
+    """A ``Runtime`` from checked arguments.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: if an argument has a value that is not allowed.
     """
     context = context_group(group)
     make_layout(layout, context.size)
@@ -354,14 +359,14 @@ def make_runtime(
             f"layers must be all {num_layers} to split a sequence over {context.size} ranks "
             f"(transformers' dense layers need whole sequences), got {len(layers)}"
         )
-    return Runtime(context, layout, backend, CommunicationCounter(), told)
+    return Runtime(context, layout, backend, CommunicationCounter(), group_is_set)
 
 
 def read_config(config: Any) -> tuple[NSAConfig, tuple[int, ...], Runtime]:
-    """What a config of a converted model says, for one rank.
+    """The attention, layers and runtime (for one rank) of a converted model's config.
 
     Raises:
-        ValueError: for one that says nothing of the attention, or what is refused.
+        ValueError: if the config has no or wrong settings of the attention.
     """
     if config.nsa is None or config.nsa_layers is None:
         raise ValueError(
@@ -370,12 +375,14 @@ def read_config(config: Any) -> tuple[NSAConfig, tuple[int, ...], Runtime]:
         )
     nsa, layers = NSAConfig(**config.nsa), check_layers(config.nsa_layers, config)
     check_config(nsa, config, nsa.gate_init)
-    runtime = make_runtime(None, "zigzag", "auto", layers, config.num_hidden_layers, told=False)
+    runtime = make_runtime(
+        None, "zigzag", "auto", layers, config.num_hidden_layers, group_is_set=False
+    )
     return nsa, layers, runtime
 
 
 def write_config(dense: Any, config_type: type, nsa: NSAConfig, layers: tuple[int, ...]) -> Any:
-    """A config of ``config_type`` with all that ``dense`` holds, private settings included."""
+    """A config of ``config_type`` with all fields of ``dense``, including private ones."""
     config: Any = copy.deepcopy(dense)
     config.__class__ = config_type
     config.nsa = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(nsa).items()}

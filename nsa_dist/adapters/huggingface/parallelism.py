@@ -1,8 +1,8 @@
-"""Who else splits sequences over ranks: accelerate, DeepSpeed and torch.
+"""Detection of sequence parallelism by accelerate, DeepSpeed and torch.
 
-None of them tells the model. A model that has been told of no group would take each rank's part for
-a document of its own, and no rank could see it: the first part starts at position 0. But each of
-them states on every rank alike that it splits sequences, and over how many ranks.
+None of them passes its group to the model. Without ``use_group`` the model would treat each rank's
+part as a document of its own, and could not notice. But all three keep settings, equal on all
+ranks, that show whether sequences are split, and over how many ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _accelerate() -> tuple[str, int] | None:
 
 def _deepspeed() -> tuple[str, int] | None:
     option = "sequence_parallel_size of DeepSpeed"
-    # What ``register_with_transformers`` of its UlyssesSPAttentionHF makes, engine or not.
+    # ``UlyssesSPAttentionHF.register_with_transformers`` makes this group, with or without engine.
     ulysses = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
     if ulysses is not None and ulysses._SEQUENCE_PARALLEL_GROUP is not None:
         return option, ulysses.get_sequence_parallel_world_size()
@@ -37,17 +37,17 @@ def _deepspeed() -> tuple[str, int] | None:
 
 
 def _torch() -> tuple[str, int] | None:
-    # Its context manager puts a function of its own here for as long as it holds.
+    # torch's context manager replaces this function while it is active.
     module = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
     if module.startswith("torch.distributed.tensor.experimental"):
-        return "torch's context_parallel", 2  # At least: it keeps the number to itself.
+        return "torch's context_parallel", 2  # At least 2; torch does not expose the number.
     return None
 
 
-def stated_split() -> str | None:
-    """What is wrong with a call of a model that was told of no group; None if nothing is.
+def split_without_group() -> str | None:
+    """The error if sequences are split although ``use_group`` was not called, or None.
 
-    The same on every rank.
+    Equal on all ranks.
     """
     for stated in (_accelerate, _deepspeed, _torch):
         split = stated()

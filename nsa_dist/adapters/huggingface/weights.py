@@ -1,8 +1,8 @@
-"""Weights of a dense model as a conversion needs them: whole, plain, and known by their shapes.
+"""Weights of a dense model, gathered and checked for a conversion.
 
-DeepSpeed's ZeRO-3 leaves nothing of a parameter but its part on each rank (``deepspeed.zero.Init``,
-which transformers' ``from_pretrained`` runs under ``HfDeepSpeedConfig``). Such weights are gathered
-for as long as they are read or written.
+Under ZeRO-3 each rank holds only its part of a parameter (``deepspeed.zero.Init``, which
+transformers' ``from_pretrained`` uses under ``HfDeepSpeedConfig``). Such weights are gathered while
+they are read or written.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from nsa_dist.checks import DTYPES, check
 
 
 def is_cut(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has cut a parameter."""
+    """Whether ZeRO-3 has sharded a parameter."""
     return hasattr(parameter, "ds_id")
 
 
 @contextmanager
 def whole(parameters: Iterable[Tensor | None]) -> Iterator[None]:
-    """Parameters whole on every rank, to be read and written; rank 0's values are kept.
+    """Gather parameters on every rank for reading and writing; rank 0's values are kept.
 
-    A collective where ZeRO-3 has cut any of them, else nothing.
+    A collective if ZeRO-3 has sharded any of them; otherwise it does nothing.
     """
     cut = [x for x in parameters if x is not None and is_cut(x)]
     if not cut:
@@ -37,13 +37,13 @@ def whole(parameters: Iterable[Tensor | None]) -> Iterator[None]:
 
 
 def check_parameter(name: str, parameter: object, shape: tuple[int, ...]) -> None:
-    """Raise ValueError for anything but a plain parameter of ``shape``; ZeRO-3 may have cut it."""
-    whole = "a whole torch.nn.Parameter (convert before anything splits or quantises it)"
+    """Raise ValueError unless it is a plain parameter of ``shape``; ZeRO-3 may have sharded it."""
+    must = "a whole torch.nn.Parameter (convert before anything splits or quantises it)"
     if type(parameter) is not nn.Parameter:
         kind = type(parameter).__name__
         article = "an" if kind[0] in "AEIOU" else "a"
-        raise ValueError(f"{name} must be {whole}, got {article} {kind}")
+        raise ValueError(f"{name} must be {must}, got {article} {kind}")
     check(parameter.dtype in DTYPES, name, parameter.dtype, f"of a dtype in {DTYPES}")
     given = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if given != shape:
-        raise ValueError(f"{name} must be {whole} of shape {shape}, got shape {given}")
+        raise ValueError(f"{name} must be {must} of shape {shape}, got shape {given}")

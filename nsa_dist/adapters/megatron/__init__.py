@@ -2,15 +2,15 @@
 
     from nsa_dist.adapters.megatron import get_gpt_layer_nsa_spec
 
-    spec = get_gpt_layer_nsa_spec(nsa_config)     # was: get_gpt_layer_local_spec()
+    spec = get_gpt_layer_nsa_spec(nsa_config)     # instead of get_gpt_layer_local_spec()
 
-Tensor parallel ranks hold whole groups of heads; context parallel ranks share the sequence in
-Megatron's own order (2P chunks, rank r holds r and 2P-1-r; packed batches so in each document).
-``docs/adapters/megatron.md`` has the options, what is refused, and what lies where.
+Tensor parallel ranks hold whole groups of heads. Context parallel ranks split the sequence in
+Megatron's own order: of 2P chunks rank r holds r and 2P-1-r, in packed batches of each document.
+``docs/adapters/megatron.md`` lists options, limits and the layout of weights.
 
 Parameters of ``NSASelfAttention``, with h hidden size, d = kv_channels, H heads and G groups of R
-heads; *split* is over tensor parallel ranks along the first dimension, by groups, *whole* is equal
-on all:
+heads; *split* means over tensor parallel ranks along the first dimension, by groups; *whole* means
+equal on all:
 
 | name | shape | |
 |---|---|---|
@@ -26,8 +26,8 @@ on all:
 
 Rows of ``linear_qkv``, group after group: the R query heads of the group, its nk keys in the order
 of ``NSAConfig.key_branches``, its nv values in the order of ``NSAConfig.branches``, d rows each.
-With shared K, V both are one, and this is the layout of Megatron's own ``SelfAttention``: a dense
-checkpoint loads, and only gates and compressors are new.
+With shared K, V both nk and nv are 1, as in Megatron's own ``SelfAttention``: a dense checkpoint
+loads, and only gates and compressors are new.
 """
 
 from nsa_dist.adapters.megatron.attention import NSACoreAttention, NSASelfAttention

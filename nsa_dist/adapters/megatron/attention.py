@@ -1,14 +1,14 @@
 """Megatron's self-attention with Native Sparse Attention as its core.
 
-Megatron's ``Attention.forward`` stays as it is: it rotates, recomputes the core, handles packed
-batches and projects the output. It hands the core queries, keys and values only, and recomputation
-keeps nothing but tensors, so everything that the core needs of the layer's input rides on them:
+Megatron's ``Attention.forward`` is unchanged: it rotates, recomputes the core, handles packed
+batches and projects the output. It passes only queries, keys and values to the core, and
+recomputation saves only tensors. So these tensors carry all input of the core:
 
     query  [s, b, own heads, d]
-    key    [s, b, key sets * own KV heads, d]: the sets of independent keys as more heads, which
-           rotary treats alike
-    value  [s, b, own KV heads, value sets * d + gates]: behind the values of a KV head the gate
-           logits of its query heads. Nothing touches values on the way.
+    key    [s, b, key sets * own KV heads, d]: sets of independent keys are extra heads, which
+           rotary treats like the others
+    value  [s, b, own KV heads, value sets * d + gates]: the values of a KV head, then the gate
+           logits of its query heads; Megatron does not change values on the way
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.plan.statement import Statement
 
 GATE_MULTIPLE = 8
-"""Gate logits are padded to this many channels, so that rows of values stay aligned."""
+"""Gate logits are padded to a multiple of this, to keep rows of values aligned."""
 
 
 def local_config(config: NSAConfig, tp_size: int) -> NSAConfig:
-    """The config of one tensor parallel rank's heads."""
+    """The config with the heads of one tensor parallel rank."""
     return replace(
         config,
         num_heads=config.num_heads // tp_size,
@@ -62,13 +62,13 @@ def local_config(config: NSAConfig, tp_size: int) -> NSAConfig:
 
 
 class NSACoreAttention(MegatronModule):
-    """The three branches over a rank's own heads, from rotated queries and keys on.
+    """The three branches for a rank's own heads; queries and keys come rotated.
 
-    Built by ``NSASelfAttention`` with the arguments of Megatron's core attentions, and ``config``
-    checked by it.
+    ``NSASelfAttention`` checks ``config`` and builds it with the arguments of Megatron's core
+    attentions.
 
     Attributes:
-        communication: bytes moved between context parallel ranks, by kind, since its last reset.
+        communication: bytes sent between context parallel ranks, by kind, since its last reset.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class NSACoreAttention(MegatronModule):
         """Attend causally within documents.
 
         Args:
-            query, key, value: as of the module's docstring; for packed batches without b.
-            attention_mask: not read: ``NSASelfAttention`` has checked it.
+            query, key, value: as in the module's docstring; without b for packed batches.
+            attention_mask: ignored; ``NSASelfAttention`` has checked it.
 
         Returns:
             [s, b, own heads * d]; [t, own heads * d] for packed batches.
@@ -158,22 +158,22 @@ class NSACoreAttention(MegatronModule):
         return out.squeeze(1) if packed else out
 
     def refuse(self, error: ValueError) -> None:
-        """Raise on every rank of the group what is wrong with this rank's input."""
+        """Raise the error in this rank's input on every rank of the group."""
         agree(Statement({"call": "forward"}), str(error), self.context, self.communication, error)
 
 
 class NSASelfAttention(Attention):
-    """Native Sparse Attention in the place of Megatron's ``SelfAttention``.
+    """Native Sparse Attention that replaces Megatron's ``SelfAttention``.
 
     Args:
-        config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection: as Megatron
-            gives them.
-        nsa_config: what is computed; its heads and widths are those of ``config``.
+        config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection: as in
+            Megatron.
+        nsa_config: the attention; its heads and widths must be those of ``config``.
         backend: "auto" or a name that ``nsa_kernels.get_backend`` knows.
-        experts: whether the layer's MLP is a mixture of experts; None where that is not known.
+        experts: whether the layer's MLP is a mixture of experts; None if unknown.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: if an option has a value that is not allowed.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class NSASelfAttention(Attention):
         if submodules.q_layernorm is not None:
             self.q_layernorm = build_module(submodules.q_layernorm, **norm)
         if submodules.k_layernorm is not None:
-            # A weight sets the temperature of its branch's softmax: independent keys have theirs.
+            # The weight sets the temperature of a branch's softmax: one per set of keys.
             if nsa_config.independent_kv and _module_of(submodules.k_layernorm) is Norm:
                 norm["num_sets"] = nsa_config.num_key_sets
             self.k_layernorm = build_module(submodules.k_layernorm, **norm)
@@ -242,14 +242,14 @@ class NSASelfAttention(Attention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As of Megatron's ``Attention``: [s, b, hidden_size] -> (the same, bias or None).
+        """As in Megatron's ``Attention``: [s, b, hidden_size] to (the same shape, bias or None).
 
         Args:
-            attention_mask: None, or a causal one; None for packed batches.
+            attention_mask: None or a causal mask; None for packed batches.
 
         Raises:
-            ValueError: for a KV cache, other layer's keys and values, an attention bias, or a mask
-                that is more than causal.
+            ValueError: for a KV cache, keys and values of another layer, an attention bias, or a
+                mask that is not plain causal.
         """
         core: Any = self.core_attention
         try:
@@ -267,7 +267,7 @@ class NSASelfAttention(Attention):
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project, norm, and put the gate logits behind the values (see the module's docstring).
+        """Project, normalise, and append the gate logits to the values (see the module docstring).
 
         Args:
             hidden_states: [s, b, hidden_size], or [s/tp, b, hidden_size] under sequence parallel.

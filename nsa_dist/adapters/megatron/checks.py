@@ -1,4 +1,4 @@
-"""What Megatron can ask for and this attention does not do, refused by name."""
+"""Checks of Megatron options and arguments that this attention does not support."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def check_build(
     pg_collection: ProcessGroupCollection,
     backend: str,
 ) -> None:
-    """Raise ValueError for what the layer cannot do, before any of it is built."""
+    """Raise ValueError for options that the layer does not support, before it is built."""
     check(isinstance(nsa_config, NSAConfig), "nsa_config", nsa_config, "an NSAConfig")
     for option, value, why in ONLY:
-        found = getattr(config, option, value)
-        # Off is None for some versions and False for others.
-        off = not value and isinstance(value, (bool, type(None))) and found in (False, None)
-        check(found == value or off, option, found, f"{value!r} ({why})")
+        given = getattr(config, option, value)
+        # Some versions turn an option off by None, others by False.
+        off = not value and isinstance(value, (bool, type(None))) and given in (False, None)
+        check(given == value or off, option, given, f"{value!r} ({why})")
     _check_arguments()
     _check_shapes(config, nsa_config)
     _check_groups(config, pg_collection)
@@ -96,7 +96,7 @@ def check_build(
 
 
 def _check_arguments() -> None:
-    """Raise ValueError for an argument of Megatron-LM's programs that no layer is told of."""
+    """Raise ValueError for arguments of Megatron-LM's programs that its layers do not see."""
     variables = sys.modules.get("megatron.training.global_vars")
     arguments = getattr(variables, "_GLOBAL_ARGS", None)
     check(
@@ -108,11 +108,11 @@ def _check_arguments() -> None:
 
 
 def check_experts(config: TransformerConfig, layer_number: int, experts: bool | None) -> None:
-    """Raise ValueError for a layer whose MLP is not what the config says.
+    """Raise ValueError for a layer whose MLP differs from the config.
 
     Args:
-        layer_number: from 1 on, over all pipeline stages.
-        experts: whether the layer's MLP is a mixture of experts; None where that is not known.
+        layer_number: counts from 1, over all pipeline stages.
+        experts: whether the layer's MLP is a mixture of experts; None if unknown.
     """
     if experts is None:
         return
@@ -134,7 +134,7 @@ def check_experts(config: TransformerConfig, layer_number: int, experts: bool | 
 
 
 def check_comm_type(config: TransformerConfig) -> None:
-    """Raise ValueError for a way of communication for each layer."""
+    """Raise ValueError if each layer has its own way of communication."""
     check(
         not isinstance(config.cp_comm_type, list),
         "cp_comm_type",
@@ -156,7 +156,7 @@ def _check_shapes(config: TransformerConfig, nsa_config: NSAConfig) -> None:
         nsa_config.compress_pre_rope,
         "False (Megatron hands over rotated keys)",
     )
-    for option, megatron_option, found in (
+    for option, megatron_option, value in (
         ("num_heads", "num_attention_heads", nsa_config.num_heads),
         ("num_kv_heads", "num_query_groups", nsa_config.num_kv_heads),
         ("head_dim", "kv_channels", nsa_config.head_dim),
@@ -164,7 +164,7 @@ def _check_shapes(config: TransformerConfig, nsa_config: NSAConfig) -> None:
     ):
         wanted = getattr(config, megatron_option)
         must = f"{wanted} as the TransformerConfig's {megatron_option}"
-        check(found == wanted, f"NSAConfig.{option}", found, must)
+        check(value == wanted, f"NSAConfig.{option}", value, must)
     if config.softmax_scale is not None:
         check(
             config.softmax_scale == nsa_config.softmax_scale,
@@ -187,8 +187,8 @@ def _check_groups(config: TransformerConfig, pg_collection: ProcessGroupCollecti
         ("tensor_model_parallel_size", tp_size),
         ("context_parallel_size", pg_collection.cp.size()),
     ):
-        found = getattr(config, option)
-        check(found == size, option, found, f"{size}, the size of the process group")
+        value = getattr(config, option)
+        check(value == size, option, value, f"{size}, the size of the process group")
 
 
 def _check_submodules(config: TransformerConfig, submodules: SelfAttentionSubmodules) -> None:
@@ -204,7 +204,7 @@ def _check_submodules(config: TransformerConfig, submodules: SelfAttentionSubmod
     for name in ("q_layernorm", "k_layernorm"):
         module = _module(getattr(submodules, name))
         has_weight = module not in (None, IdentityOp, L2Norm)
-        # Megatron adds up the gradient of these weights over TP ranks by this option alone.
+        # Only with this option does Megatron sum the gradients of these weights over TP ranks.
         check(
             config.qk_layernorm == has_weight,
             "qk_layernorm",
@@ -231,7 +231,7 @@ def check_call(given: Mapping[str, Any]) -> None:
 
 
 def check_no_mask(mask: Tensor, given: Mapping[str, Any]) -> None:
-    """Raise ValueError for a mask beside a packed batch."""
+    """Raise ValueError for a mask with a packed batch."""
     if given.get("packed_seq_params") is not None:
         raise ValueError(
             "attention_mask must be None with packed_seq_params, whose boundaries separate the "
@@ -240,16 +240,16 @@ def check_no_mask(mask: Tensor, given: Mapping[str, Any]) -> None:
 
 
 def check_packed(packed: PackedSeqParams) -> Tensor:
-    """Boundaries of the padded stream of a packed batch.
+    """The document boundaries of the padded stream of a packed batch.
 
     Raises:
-        ValueError: for what is not a packed batch on the layer's own context parallel group.
+        ValueError: unless it is a packed batch over the layer's own context parallel group.
     """
     check(packed.qkv_format == "thd", "qkv_format", packed.qkv_format, "'thd'")
     for option in ("local_cp_size", "cp_group"):
-        found = getattr(packed, option, None)
+        value = getattr(packed, option, None)
         must = "None (a batch is split over the layer's context parallel group)"
-        check(found is None, f"packed_seq_params.{option}", found, must)
+        check(value is None, f"packed_seq_params.{option}", value, must)
     padded = packed.cu_seqlens_q_padded
     cu_seqlens = packed.cu_seqlens_q if padded is None else padded
     if cu_seqlens is None:

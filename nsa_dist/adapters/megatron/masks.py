@@ -1,8 +1,7 @@
-"""Attention masks that Megatron hands its layers: this attention is causal, and reads none.
+"""Checks of Megatron's attention masks: only causal ones are allowed, and none is used.
 
-Megatron's data loaders make a mask of s x s for every sample unless told not to, so that most masks
-say no more than "causal". One that says more, such as documents' bounds after
-``--reset-attention-mask``, is refused.
+By default Megatron's data loaders make an s x s mask for every sample, usually a plain causal one.
+Any other mask, such as one that separates documents after ``--reset-attention-mask``, is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from nsa_dist.comm.group import ContextGroup
 from nsa_dist.plan.statement import Statement
 
 CHUNK = 1024
-"""Rows that are compared at a time."""
+"""Rows compared at a time."""
 
 ALLOWED = (
     "None or the causal mask of Megatron's data loaders (give packed documents as "
@@ -28,23 +27,23 @@ ALLOWED = (
 def check_mask(
     mask: Tensor, length: int, context: ContextGroup, counter: CommunicationCounter
 ) -> None:
-    """Raise ValueError, on every context parallel rank, for a mask that is more than causal.
+    """Raise ValueError, on every context parallel rank, for a mask that is not plain causal.
 
-    Looks once at each mask, which waits for the device; a collective then, where sequences are
+    Each mask is checked once, which waits for the device, and is a collective if sequences are
     split.
 
     Args:
-        mask: what hides a key from a query, [1 or b, 1, s/cp, s], True where it does.
+        mask: [1 or b, 1, s/cp, s], True where a key is hidden from a query.
         length: s/cp, tokens of this rank.
-        context: the context parallel ranks, which hold the rows in Megatron's order.
+        context: the context parallel ranks, which hold rows in Megatron's order.
     """
     if getattr(mask, "nsa_version_checked", None) == mask._version:
         return
     problem = None
     if not _is_causal(mask, length, context):
-        problem = f"attention_mask must be {ALLOWED}, got {describe(mask)} that hides other keys"
+        problem = f"attention_mask must be {ALLOWED}, got {describe(mask)} that is not causal"
     agree(Statement({"call": "mask of a layer"}), problem, context, counter)
-    # On the tensor, which all layers of a forward are given.
+    # Remember it on the tensor, which all layers of a forward share.
     mask.nsa_version_checked = mask._version  # type: ignore[attr-defined]
 
 

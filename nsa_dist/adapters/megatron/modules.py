@@ -1,10 +1,10 @@
-"""Parameters beside the projections: norms, gates and compressors under tensor parallelism.
+"""Norms, gates and compressors under tensor parallelism.
 
-All are replicated over the tensor parallel ranks, but for compressors with weights of their own
-for each KV head. A replicated weight that meets a rank's own heads only gets that rank's share of
-its gradient; the shares are added over the ranks in backward (``whole_gradient``). One that meets a
-rank's own tokens only (under sequence parallelism) is marked ``sequence_parallel``, and Megatron's
-``finalize_model_grads`` adds the shares.
+Their parameters are replicated over the tensor parallel ranks, except compressor weights per KV
+head. A replicated weight that a rank applies to its own heads gets only that rank's share of the
+gradient; ``whole_gradient`` sums the shares in backward. A weight that a rank applies to its own
+tokens (under sequence parallelism) is marked ``sequence_parallel``, and Megatron's
+``finalize_model_grads`` sums the shares.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from nsa_kernels import Backend
 
 
 def parameter_device(config: TransformerConfig) -> torch.device:
-    """Where Megatron makes parameters."""
+    """The device on which Megatron makes parameters."""
     if config.use_cpu_initialization:
         return torch.device("cpu")
     return torch.device(torch.cuda.current_device())
 
 
 def fork_rng(device: torch.device) -> Any:
-    """A context that leaves the random state as it was."""
+    """A context that restores the random state on exit."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def whole_gradient(weight: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    """``weight``, whose gradient is added over the ranks that use it on their own heads."""
+    """``weight``, with its gradient summed over the ranks that apply it to their own heads."""
     if tp_group.size() == 1:
         return weight
     return copy_to_tensor_model_parallel_region(weight, group=tp_group)
@@ -56,25 +56,27 @@ def whole_gradient(weight: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
 
 @torch.no_grad()
 def _draw(parameter: Tensor, shape: torch.Size, own: slice, init: Callable[[Tensor], Any]) -> None:
-    """Fill a rank's part of a weight of ``shape`` so that the whole depends on no split."""
+    """Fill a rank's part of a weight of ``shape``, so that the split does not change the whole."""
     whole = torch.empty(shape, dtype=torch.float32, device=parameter.device)
     init(whole)
     parameter.copy_(whole[own])
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm, as ``config.normalization`` says, that works on split sequences.
+    """RMSNorm or LayerNorm by ``config.normalization``, for whole and split sequences.
 
-    Takes the arguments with which Megatron builds its norms. The output has the dtype of the
-    weight, also where the residual stream is float32.
+    Takes the arguments of Megatron's norms. The output has the dtype of the weight, even if the
+    residual stream is float32.
 
     Args:
-        num_sets: weights of their own for each of several sets of heads; None for one weight.
-        normalization: what the spec was made for; None for whatever the config says.
-        per_head: applied to a rank's own heads of all tokens, not to its own tokens.
+        num_sets: number of sets of heads with their own weights; default one weight for all.
+        normalization: the kind that the spec was made for; default the config's.
+        per_head: whether it is applied to a rank's own heads of all tokens, instead of all heads
+            of its own tokens.
 
     Parameters:
-        weight [hidden_size] or [num_sets, hidden_size], ones at start; bias, zeros, for LayerNorm.
+        weight [hidden_size] or [num_sets, hidden_size], initially ones; for LayerNorm also bias,
+        initially zeros.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Norm(nn.Module):
                 parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] (with sets [..., num_sets, hidden_size]) -> the same."""
+        """Normalise [..., hidden_size], or [..., num_sets, hidden_size] with sets."""
         sets = self.weight.ndim == 2
         weight, bias = (None, None) if sets else (self.weight, self.bias)
         if self.bias is None:
@@ -127,17 +129,17 @@ class Norm(nn.Module):
 
 
 class ParallelCompressor(BlockCompressor):
-    """A compressor on a rank's own KV heads.
+    """A compressor for a rank's own KV heads.
 
     Args:
-        config: of the rank's own heads.
-        dim: width of what is compressed.
-        whole: config of all heads.
-        megatron: gives dtype, device and how weights are drawn.
+        config: config with the rank's own heads.
+        dim: width of the keys or values.
+        whole: config with all heads.
+        megatron: sets dtype, device and initialisation.
         tp_group: ranks that share the heads.
 
-    Weights that all heads share are replicated; those of each head are sharded with the heads,
-    along their first dimension. Matrices are drawn by ``init_method``.
+    Weights shared by all heads are replicated; weights per head are sharded like the heads, along
+    their first dimension. ``init_method`` initialises matrices.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class ParallelCompressor(BlockCompressor):
                 _draw(parameter, shape, own, megatron.init_method)
 
     def forward(self, x: Tensor, block_rows: Tensor, backend: Backend) -> Tensor:
-        """[E, G, D] -> [C, G, D], as of ``BlockCompressor``."""
+        """[E, G, D] to [C, G, D], as in ``BlockCompressor``."""
         params: dict[str, Tensor] = dict(self.named_parameters())
         if not self.per_head:
             params = {name: whole_gradient(p, self.tp_group) for name, p in params.items()}
@@ -175,7 +177,7 @@ class ParallelCompressor(BlockCompressor):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Weights of each head are split along their first dimension, others replicated."""
+        """Weights per head are split along their first dimension, others replicated."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(
             state,
@@ -190,7 +192,7 @@ class ParallelCompressor(BlockCompressor):
 def make_parallel_gate(config: NSAConfig, megatron: TransformerConfig) -> nn.Module:
     """The gate module of all heads, replicated over tensor parallel ranks.
 
-    Weights are drawn by ``init_method``; the last bias, or the static logits, start at
+    ``init_method`` initialises weights; the last bias, or the static logits, start at
     ``gate_init``, the other bias at zero.
     """
     kind = {"linear": LinearGate, "mlp": MLPGate, "static": StaticGate}[config.gate]
@@ -212,12 +214,11 @@ def make_parallel_gate(config: NSAConfig, megatron: TransformerConfig) -> nn.Mod
 def local_gate_logits(
     gate: nn.Module, x: Tensor, tokens: torch.Size, tp_group: dist.ProcessGroup, *, split: bool
 ) -> Tensor:
-    """Gate logits of a rank's own heads for all its context parallel rank's tokens.
+    """Gate logits of a rank's own heads, for all tokens of its context parallel rank.
 
-    Each rank makes the logits of all heads for the tokens that it has, which is little work, and
-    only logits move, 3 a head and token, where a column parallel layer would move the hidden
-    states: its own tokens' by all-to-all where the sequence is split over tensor parallel ranks,
-    else the logits' gradients, gathered in backward.
+    Each rank computes the logits of all heads for its tokens, which is cheap, and only logits are
+    sent (one per head, branch and token) instead of hidden states as in a column parallel layer.
+    With ``split`` an all-to-all exchanges them; without it backward gathers their gradients.
 
     Args:
         x: [s, b, hidden_size]; [s/tp, b, hidden_size] with ``split``.

@@ -1,4 +1,4 @@
-"""Layer and block specs: what a Megatron user writes in the place of Megatron's own."""
+"""Layer and block specs, to use instead of Megatron's own."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ from nsa_dist.config import NSAConfig
 def get_gpt_layer_nsa_spec(
     nsa_config: NSAConfig, *args: Any, backend: str = "auto", **kwargs: Any
 ) -> ModuleSpec:
-    """A GPT layer with Native Sparse Attention, in the place of ``get_gpt_layer_local_spec``.
+    """A GPT layer with Native Sparse Attention, to use instead of ``get_gpt_layer_local_spec``.
 
     Args:
-        nsa_config: what the attention computes; heads and widths are those of the
-            ``TransformerConfig``.
+        nsa_config: the attention; heads and widths must be those of the ``TransformerConfig``.
         backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a backend's name.
-        args, kwargs: as of ``get_gpt_layer_local_spec``. ``normalization`` is the
-            TransformerConfig's when None.
+        args, kwargs: as for ``get_gpt_layer_local_spec``. ``normalization`` defaults to the
+            TransformerConfig's.
 
     Returns:
-        The spec of a ``TransformerLayer``. Under sequence parallelism without TransformerEngine and
-        apex Megatron has no last norm to go with it: use ``get_gpt_decoder_block_nsa_spec``.
+        The spec of a ``TransformerLayer``. For sequence parallelism use
+        ``get_gpt_decoder_block_nsa_spec``: without TransformerEngine and apex, Megatron has no
+        final norm that supports it.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: if an argument has a value that is not allowed.
     """
     bound = inspect.signature(get_gpt_layer_local_spec).bind(*args, **kwargs)
     given = bound.arguments
     for option in ("multi_latent_attention", "fp8", "use_kitchen"):
-        found = given.get(option)
-        check(not found, option, found, "None or False with this attention")
-    # The norms are ours, so that Megatron's choice of norm (a module's variable) stays alone.
+        value = given.get(option)
+        check(not value, option, value, "None or False with this attention")
+    # All norms are replaced below, so Megatron's global choice of norm does not matter.
     normalization = given.pop("normalization", None)
     layer = get_gpt_layer_local_spec(*bound.args, **bound.kwargs)
     return _with_our_norms(_with_nsa(layer, nsa_config, backend), normalization)
@@ -70,20 +70,20 @@ def get_gpt_decoder_block_nsa_spec(
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """All layers of a pipeline stage and the last norm, in the place of
+    """All layers of a pipeline stage and the final norm, to use instead of
     ``get_gpt_decoder_block_spec``.
 
     Args:
-        config: says how many layers there are, which of them are mixtures of experts, and the norm.
-        nsa_config, backend: as of ``get_gpt_layer_nsa_spec``.
-        layers: for each layer of the whole model 1 for Native Sparse Attention, 0 for Megatron's
-            dense attention; None for Native Sparse Attention everywhere.
-        qk_l2_norm, vp_stage, pp_rank: as of ``get_gpt_decoder_block_spec``.
+        config: sets the number of layers, which of them are mixtures of experts, and the norm.
+        nsa_config, backend: as for ``get_gpt_layer_nsa_spec``.
+        layers: for each layer of the whole model, 1 for Native Sparse Attention or 0 for
+            Megatron's dense attention; default 1 for all.
+        qk_l2_norm, vp_stage, pp_rank: as for ``get_gpt_decoder_block_spec``.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: if an argument has a value that is not allowed.
     """
-    check_comm_type(config)  # Megatron's layer reads past the list's end before ours can refuse it.
+    check_comm_type(config)  # Before Megatron's layer reads past the end of such a list.
     count = config.num_layers
     if layers is None:
         layers = (1,) * count
@@ -121,12 +121,12 @@ def get_gpt_decoder_block_nsa_spec(
 
 
 def make_packed_seq_params(cu_seqlens: Tensor) -> PackedSeqParams:
-    """What Megatron's layers take for packed batches.
+    """Megatron's arguments for a packed batch.
 
     Args:
         cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream over all context
             parallel ranks, such as ``shard_batch(..., layout="zigzag_per_document").cu_seqlens``.
-            On the CPU it costs no copy from the device.
+            Boundaries on the CPU avoid a copy from the device.
     """
     longest = int(cu_seqlens.diff().max())
     return PackedSeqParams(
@@ -141,7 +141,7 @@ def make_packed_seq_params(cu_seqlens: Tensor) -> PackedSeqParams:
 def _layers_of_stage(
     config: TransformerConfig, count: int, vp_stage: int | None, pp_rank: int | None
 ) -> Sequence[int]:
-    """Numbers, from 0, of the layers that a pipeline stage builds."""
+    """Indices, from 0, of the layers that a pipeline stage builds."""
     layout = config.pipeline_model_parallel_layout
     if layout is not None:
         return layout.get_layer_id_list(

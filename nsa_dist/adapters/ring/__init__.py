@@ -4,9 +4,9 @@
 
     block = DenseBlock(256, config, mlp_hidden=512, layout="zigzag_per_document", group=group)
 
-for hybrid models, and as what Native Sparse Attention is measured against. On one rank torch's own
-dense attention runs and nothing else is needed; on several ``pip install nsa-dist[ring]``.
-``docs/adapters/ring.md`` has the layouts, dtypes and what runs where.
+for hybrid models, and as the baseline in benchmarks. On one rank it is torch's own dense attention;
+several ranks need ``pip install nsa-dist[ring]``. ``docs/adapters/ring.md`` lists layouts, dtypes
+and hardware.
 """
 
 from nsa_dist.adapters.ring.attention import DensePlan, dense_attention, get_dense_plan

@@ -1,15 +1,15 @@
-"""Dense causal attention as a function, its sequence split over ranks as that of the NSA layers.
+"""Dense causal attention as a function, with the sequence split over ranks as in the NSA layers.
 
-On one rank it is torch's. On several, ring-flash-attn's algorithm for the layout computes it:
+On one rank torch computes it. On several, ring-flash-attn does, by the layout's algorithm:
 
     layout                documents    dtypes               algorithm of ring-flash-attn
     zigzag                rows         bfloat16, float16    zigzag ring
     zigzag_per_document   cu_seqlens   bfloat16, float16    zigzag ring, varlen
     contiguous            both         all                  llama3: keys gathered head by head
 
-The rings' gradients are wrong in float32, so they are refused there. Chunks are those of
-``nsa_dist.plan.layout`` as they stand: rank r of P holds chunks r and 2P-1-r, one after the other,
-of each row or document, and documents were padded at their ends to multiples of 2P.
+The rings' gradients are wrong in float32, so float32 is refused there. Chunks are exactly those of
+``nsa_dist.plan.layout``: rank r of P holds chunks r and 2P-1-r, one after the other, of each row or
+document, and documents are padded at their ends to multiples of 2P.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nsa_dist.adapters.ring.flash import FLASH_DTYPES, FLASH_WIDTH, flash_kind
-from nsa_dist.adapters.ring.library import missing_library, ring_functions
+from nsa_dist.adapters.ring.loading import missing_package, ring_functions
 from nsa_dist.attention.plan_cache import find_plan
 from nsa_dist.checks import DTYPES, as_number, check_tensor, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
@@ -36,23 +36,23 @@ from nsa_dist.plan import Plan
 from nsa_dist.plan.statement import Statement
 from nsa_kernels.autograd import first_order
 
-# Of the plan a dense layer needs the checks, the ranks' agreement and each token's place in its
-# document. Neither depends on heads, and a window of the token itself needs no exchange.
-PLACES = NSAConfig(1, 1, 1, branches=("window",), window=1, independent_kv=False)
+# A dense layer uses a plan for its checks, the ranks' agreement and each token's position. These
+# do not depend on heads, and a window of one token needs no halo.
+MINIMAL_CONFIG = NSAConfig(1, 1, 1, branches=("window",), window=1, independent_kv=False)
 RING_LAYOUTS = {"zigzag": False, "zigzag_per_document": True}
-"""Layouts of the ring algorithms, and whether they take packed documents or rows."""
+"""Layouts of the ring algorithms, and whether they take packed documents (else rows)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Documents of one batch, as one rank's algorithm takes them.
+    """The documents of one batch, as a rank's algorithm needs them.
 
     Attributes:
-        lengths: tokens of each document of the whole stream, empty ones left out.
+        lengths: tokens of each document of the whole stream, without empty ones.
         bounds: int32 boundaries on the device: of a rank's own tokens (ring), or of its queries
             and of the keys that they see (llama3).
-        longest: the longest document of each of ``bounds``.
-        key_rows: first and last + 1 of the whole stream's rows with those keys (llama3).
+        longest: the longest document in each of ``bounds``.
+        key_rows: start and end of those keys in the whole stream (llama3).
     """
 
     lengths: tuple[int, ...]
@@ -63,15 +63,15 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class DensePlan:
-    """What one batch's dense layers share.
+    """The data that all dense layers of a batch share.
 
     Attributes:
         plan: positions, documents and sizes of the split.
-        split: what ring-flash-attn is told of it.
-        layout: its name.
+        split: the documents, for ring-flash-attn.
+        layout: the layout's name.
         dtype: of queries, keys and values.
-        packed: whether there were ``cu_seqlens``.
-        statement: what all ranks must agree on, printed.
+        packed: whether ``cu_seqlens`` was given.
+        statement: the values that must be equal on all ranks.
     """
 
     plan: Plan
@@ -101,8 +101,8 @@ def get_dense_plan(
     """The plan for one call, cached as by ``nsa_dist.get_plan``. A collective.
 
     Raises:
-        ValueError: on every rank, naming the option, for what ``get_plan`` refuses, and for a
-            layout that dense attention has no algorithm for, naming those that work.
+        ValueError: on every rank, as ``get_plan``, and for a layout without an algorithm for dense
+            attention.
     """
     context = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
@@ -123,7 +123,7 @@ def get_dense_plan(
 
 
 @torch.compiler.disable
-@_disable_current_modes()  # As find_plan.
+@_disable_current_modes()  # As in find_plan.
 def find_dense_plan(
     layout: str,
     context: ContextGroup,
@@ -137,16 +137,15 @@ def find_dense_plan(
     inputs: dict[str, str],
     problem: str | None = None,
 ) -> DensePlan:
-    """As ``get_dense_plan``, on which the ranks have yet to agree before anything moves by it.
+    """As ``get_dense_plan``, but the ranks must still agree on it before they send data.
 
     Raises:
-        ValueError: on every rank of the group, whose others have yet to agree, when this rank's
-            input is bad.
+        ValueError: if this rank's input is bad; the other ranks raise it when they agree.
     """
     if context.size > 1:
-        problem = problem or missing_library() or _layout_problem(layout, cu_seqlens, dtype)
+        problem = problem or missing_package() or _layout_problem(layout, cu_seqlens, dtype)
     plan = find_plan(
-        PLACES,
+        MINIMAL_CONFIG,
         layout,
         context,
         batch=batch,
@@ -159,7 +158,7 @@ def find_dense_plan(
         problem=problem,
     )
     if plan not in _splits:
-        # Made where autograd may save them, as plans are.
+        # Outside of inference mode, so that autograd may save them.
         with torch.inference_mode(False), torch.device("cpu"):
             _splits[plan] = _split(plan, layout, cu_seqlens, dtype, device)
     packed = cu_seqlens is not None
@@ -167,7 +166,7 @@ def find_dense_plan(
 
 
 def _layout_problem(layout: str, cu_seqlens: Tensor | None, dtype: torch.dtype) -> str | None:
-    """Why ring-flash-attn has no right algorithm for a split, or None."""
+    """The error for a split that ring-flash-attn cannot compute correctly, or None."""
     if layout not in RING_LAYOUTS:
         return None
     where = "for dense attention over several ranks"
@@ -217,29 +216,27 @@ def dense_attention(
     plan: DensePlan | None = None,
     communication: CommunicationCounter | None = None,
 ) -> Tensor:
-    """Causal softmax attention within documents, over a sequence split over the ranks of a group.
+    """Causal softmax attention within documents, with the sequence split over a group of ranks.
 
     Args:
         q: [B, L, H, Dk], this rank's tokens, after rotary.
         k: [B, L, G, Dk]; G divides H.
         v: [B, L, G, Dv].
-        cu_seqlens: int32 [documents + 1] boundaries of the whole padded stream, the same on all
-            ranks, with B = 1; None for B documents.
-        layout: "contiguous", "zigzag" or "zigzag_per_document": how tokens were sharded; the
-            module's table has those that work with several ranks.
+        cu_seqlens: int32 [documents + 1] boundaries of the whole padded stream, equal on all
+            ranks, with B = 1; None if each row is one document.
+        layout: how tokens were sharded: "contiguous", "zigzag" or "zigzag_per_document"; the
+            module docstring lists the combinations for several ranks.
         group: process group or one-dimensional DeviceMesh over which the sequence is split; None
             for one rank.
-        scale: factor of the logits; 1/sqrt(Dk) when None.
-        plan: from ``get_dense_plan``, when the caller has it already; it stands for ``cu_seqlens``
-            and ``layout``.
-        communication: where moved bytes are counted, as ``ring`` and ``ring_grad``.
+        scale: factor of the logits; default 1/sqrt(Dk).
+        plan: from ``get_dense_plan``; replaces ``cu_seqlens`` and ``layout``.
+        communication: counter of sent bytes, as ``ring`` and ``ring_grad``.
 
     Returns:
         [B, L, H, Dv] in the dtype of ``q``.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work; on every rank of
-            the group, whichever rank's input is bad.
+        ValueError: on every rank of the group, if an argument of any rank is not allowed.
     """
     context = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
@@ -285,7 +282,7 @@ def dense_attention(
 
 
 def _on_one_rank(q: Tensor, k: Tensor, v: Tensor, plan: DensePlan, scale: float) -> Tensor:
-    """One call a document is the mask of packed documents without the [T, T] mask."""
+    """One call per document, which avoids a [T, T] mask of packed documents."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     pieces = zip(*(x.split(plan.split.lengths, dim=2) for x in (q, k, v)), strict=True)
     outputs = [
@@ -309,7 +306,7 @@ def _on_ranks(
 ) -> Tensor:
     functions = ring_functions(flash_kind(q.device, q.dtype))
     split, value_width = plan.split, v.shape[-1]
-    # Kernels and buffers have one width for all three; columns of zeros change nothing.
+    # Kernels and buffers need one width for all three; columns of zeros do not change the result.
     width = _kernel_width(q, v)
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     options: dict[str, Any] = {
@@ -322,7 +319,7 @@ def _on_ranks(
     received = (others * moved, 2 * others * moved)
     with name_failures("ring", context, plan.statement):
         if plan.layout == "contiguous":
-            # Rows are of one length: they are more heads of one document.
+            # Rows have equal lengths, so they can be extra heads of one document.
             heads = (q.shape[0], q.shape[2])
             q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
             out = functions.llama3(
@@ -333,7 +330,7 @@ def _on_ranks(
             )
             out = out.unflatten(1, heads).transpose(0, 1)
         else:
-            # Gradients of keys and values go round whole, in float32, and home.
+            # Gradients of keys and values go once round the ring, in float32.
             received = (others * moved, others * moved + context.size * 4 * (k.numel() + v.numel()))
             if plan.packed:
                 rows = (x.squeeze(0) for x in (q, k, v))
@@ -345,7 +342,7 @@ def _on_ranks(
 
 
 class _CountBackward(torch.autograd.Function):
-    """The identity; counts the bytes that the backward before it moves."""
+    """The identity, which counts the bytes sent in the backward of the ring."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, counter: CommunicationCounter, size: int) -> Tensor:
@@ -365,7 +362,7 @@ def _kernel_width(q: Tensor, v: Tensor) -> int:
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> str | None:
-    """What is wrong with the tensors of one call, or None."""
+    """The error in the tensors of one call, or None."""
     if q.ndim != 4:
         return f"q must be [batch, local tokens, heads, width], got shape {tuple(q.shape)}"
     if q.dtype not in DTYPES or q.is_meta:
@@ -395,7 +392,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> str | None:
 def _check_plan(
     plan: DensePlan, q: Tensor, context: ContextGroup, cu_seqlens: Tensor | None
 ) -> str | None:
-    """What tells that a plan is not of this call, or None."""
+    """The error for a plan that was not made for this call, or None."""
     if not isinstance(plan, DensePlan):
         return f"plan must be one from get_dense_plan or None, got {describe(plan)}"
     if cu_seqlens is not None:

@@ -1,8 +1,8 @@
-"""The four flash functions that ring-flash-attn calls, on what a machine has.
+"""The four flash-attn functions that ring-flash-attn calls, with a fallback for each machine.
 
-flash-attn's own where it is installed; else torch's flash kernels on a GPU; else PyTorch, which
-computes in tiles of queries, so that no more than ``TILE`` logits exist at one time. A GPU's 16-bit
-tensors never take the last one: flash kernels know no other dtypes, so float32 and float64 do.
+16-bit tensors on a GPU use flash-attn if it is installed, else torch's flash kernels. Everything
+else, float32 and float64 included, uses plain PyTorch, which computes tiles of queries and so never
+holds more than ``TILE`` logits.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 FlashKind = Literal["flash_attn", "torch", "plain"]
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_WIDTH = 256
-"""Widest head that flash kernels take; widths are multiples of 8."""
+"""Maximal head width of flash kernels; widths must be multiples of 8."""
 NAMES = (
     *("_flash_attn_forward", "_flash_attn_backward"),
     *("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"),
 )
 INTERFACE = "flash_attn.flash_attn_interface"
 TILE = 1 << 24
-"""Logits of the plain computation that exist at one time."""
+"""Maximal number of logits that the plain computation holds at a time."""
 
 
 class Bounds(NamedTuple):
-    """Documents of packed queries and of packed keys: int32 boundaries, and the longest."""
+    """Documents of packed queries and packed keys: int32 boundaries and maximal lengths."""
 
     q: Tensor
     k: Tensor
@@ -39,7 +39,7 @@ class Bounds(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """Attention over packed documents, causal from the last query and key back, or not at all.
+    """Attention over packed documents. Causal masks align the last query with the last key.
 
     Args:
         forward: q [M, H, D], k, v [N, G, D], bounds, scale, causal -> out [M, H, D], lse [H, M].
@@ -51,22 +51,22 @@ class Kernels(NamedTuple):
 
 
 def flash_kind(device: torch.device, dtype: torch.dtype) -> FlashKind:
-    """What computes attention of ``dtype`` on ``device`` here."""
+    """The implementation of attention for ``dtype`` on ``device``."""
     if device.type != "cuda" or dtype not in FLASH_DTYPES:
         return "plain"
     return "flash_attn" if _has_flash_attn() else "torch"
 
 
 def _has_flash_attn() -> bool:
-    """Whether its second generation is here: the fourth has the name, and not these functions."""
+    """Whether flash-attn 2 is installed. Version 4 has the same name but not these functions."""
     package, _, module = INTERFACE.rpartition(".")
-    spec = find_spec(package)  # Of the module it would import the package.
+    spec = find_spec(package)  # find_spec(INTERFACE) would import the package.
     folders = spec.submodule_search_locations if spec is not None else None
     return any((Path(folder) / f"{module}.py").is_file() for folder in folders or ())
 
 
 def flash_functions(kind: FlashKind) -> dict[str, Callable[..., Any]]:
-    """The functions ``NAMES``, with the keywords that ring-flash-attn 0.1.8 gives."""
+    """The functions ``NAMES``, with the keywords that ring-flash-attn 0.1.8 uses."""
     if kind == "flash_attn":
         interface = importlib.import_module(INTERFACE)
         return {name: getattr(interface, name) for name in NAMES}
@@ -74,7 +74,7 @@ def flash_functions(kind: FlashKind) -> dict[str, Callable[..., Any]]:
 
 
 def _functions_on(kernels: Kernels) -> dict[str, Callable[..., Any]]:
-    """flash-attn's functions on ``kernels``; rows [B, S, ...] are packed documents of length S."""
+    """flash-attn's functions based on ``kernels``; rows [B, S, ...] are documents of length S."""
 
     def varlen_forward(
         q: Tensor,
@@ -192,7 +192,7 @@ def _torch_backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The state of dropout's generator, of which there is none.
+    # The kernel wants a random state for dropout, although there is no dropout.
     state = torch.zeros(2, dtype=torch.int64, device=q.device).view(torch.uint64)
     return torch.ops.aten._flash_attention_backward(
         dout, q, k, v, out, lse, *bounds, 0.0, causal, state, state[:1], scale=scale
@@ -200,8 +200,8 @@ def _torch_backward(
 
 
 class _Tile(NamedTuple):
-    """Some queries of one document and all its keys: rows of q, of k, and which keys are hidden
-    from each query [m, n], or None."""
+    """Some queries of one document and all its keys: rows of q, rows of k, and the mask [m, n] of
+    keys hidden from each query, or None."""
 
     queries: slice
     keys: slice
@@ -225,7 +225,7 @@ def _tiles(q: Tensor, bounds: Bounds, causal: bool) -> Iterator[_Tile]:
 
 
 def _logits(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
-    """[m, G, R, D], [n, G, D] -> [m, G, R, n]."""
+    """[m, G, R, D] and [n, G, D] to [m, G, R, n]."""
     logits = torch.einsum("mgrd,ngd->mgrn", q, k) * scale
     return logits if hidden is None else logits.masked_fill(hidden[:, None, None], -torch.inf)
 
@@ -264,16 +264,16 @@ def _plain_backward(
         logits = _logits(queries, k[keys].to(compute), scale, hidden)
         dprobs = torch.einsum("mgrd,ngd->mgrn", grad, v[keys].to(compute))
         if q.dtype in FLASH_DTYPES:
-            # Of a ring's step: ``lse`` and ``out`` are over keys that are not all here.
+            # A step of a ring: ``lse`` and ``out`` also cover keys of other ranks.
             probs = (logits - lse[:, rows].T.unflatten(1, groups)[..., None]).exp()
             delta = (grad * result).sum(-1, keepdim=True)
         else:
-            # All keys are here, and what rounding left in ``out`` would pass that of this.
+            # All keys are here: recomputing is more exact than using the rounded ``out``.
             probs = logits.softmax(-1)
             delta = (probs * dprobs).sum(-1, keepdim=True)
         dlogits = (dprobs - delta) * probs * scale
         dq[rows] = torch.einsum("mgrn,ngd->mgrd", dlogits, k[keys].to(compute)).flatten(1, 2)
-        # By head first: one running sum over all heads of a group would round as often as it adds.
+        # Sum over heads last: one running sum over all heads of a group would round more often.
         dk[keys] += torch.einsum("mgrn,mgrd->rngd", dlogits, queries).sum(0)
         dv[keys] += torch.einsum("mgrn,mgrd->rngd", probs, grad).sum(0)
     return dq, dk, dv

@@ -1,4 +1,4 @@
-"""A dense attention layer and block, built as those of Native Sparse Attention are."""
+"""A dense attention layer and block with the interface of the NSA layer and block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_dist.adapters.ring.attention import DensePlan, dense_attention, find_dense_plan
-from nsa_dist.adapters.ring.library import missing_library
+from nsa_dist.adapters.ring.loading import missing_package
 from nsa_dist.block import PreNormBlock
 from nsa_dist.checks import as_int, as_number, check, check_bool, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
@@ -24,31 +24,31 @@ from nsa_dist.plan.statement import Statement
 
 
 class DenseAttention(nn.Module):
-    """Causal softmax attention over all earlier tokens of the document, from hidden states on.
+    """Causal softmax attention over all earlier tokens of the document.
 
-    It takes the place of ``NativeSparseAttention`` in some or all layers of a model, over the same
-    group and layout. Its weights are those of that layer with shared K, V and without gates and
-    compressors; gradients, dropout and ``group=`` are as there.
+    It replaces ``NativeSparseAttention`` in some or all layers of a model, over the same group and
+    layout. It has the weights of that layer with shared K, V, without gates and compressors.
+    Gradients, dropout and ``group=`` are the same.
 
     Args:
         hidden_size: width of the input and output.
-        config: its heads, widths and scale are read.
+        config: sets heads, widths and scale; other options are ignored.
         bias: biases in the q, k, v and output projections.
-        qk_norm: RMSNorm over each query's and key's channels, before rotary.
-        norm_eps: its epsilon.
-        rotary: rotary embedding; None for none.
+        qk_norm: RMSNorm over the channels of each query and key, before rotary.
+        norm_eps: epsilon of that RMSNorm.
+        rotary: rotary embedding; None disables it.
         dropout: probability of zeroing an element of the output, in training mode; the mask
             depends on the token, not on the split.
-        layout: how the sequence is split; ``dense_attention`` has those that work.
+        layout: how the sequence is split; ``dense_attention`` lists the combinations.
         group: process group or one-dimensional DeviceMesh over which it is split; None for one
             rank.
 
     Attributes:
-        communication: bytes moved by this layer, by kind, since its last ``reset``.
+        communication: bytes sent by this layer, by kind, since its last ``reset``.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
-        ImportError: with several ranks and without ring-flash-attn.
+        ValueError: if an option has a value that is not allowed.
+        ImportError: for several ranks, if ring-flash-attn is not installed.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class DenseAttention(nn.Module):
             is_config = isinstance(rotary, RotaryConfig)
             check(is_config, "rotary", rotary, "a RotaryConfig or None")
             rotary.rotary_dim(config.head_dim)
-        missing = missing_library()
+        missing = missing_package()
         if self.context.size > 1 and missing is not None:
             raise ImportError(missing)
         self.hidden_size, self.config, self.rotary = hidden_size, config, rotary
@@ -101,7 +101,7 @@ class DenseAttention(nn.Module):
             self.k_norm = nn.RMSNorm(width, eps=norm_eps, **factory)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew from torch's generator, in a fixed order."""
+        """Initialise all weights again from torch's generator, in a fixed order."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             linear.reset_parameters()
         for norm in (self.q_norm, self.k_norm):
@@ -115,24 +115,23 @@ class DenseAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Attend over this rank's tokens and, through the group, over all that they may see.
+        """Attend from this rank's tokens to all that they may see, on any rank of the group.
 
         Args:
             x: [B, L, hidden_size], this rank's part of each row.
-            cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream on every rank
-                alike, with B = 1; None for B documents.
-            position_ids: integer [B, L], positions for rotary; each token's position in its
-                document when None.
+            cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream, equal on all
+                ranks, with B = 1; None if each row is one document.
+            position_ids: integer [B, L], positions for rotary; default each token's position in
+                its document.
 
         Returns:
             [B, L, hidden_size].
 
         Raises:
-            ValueError: naming the option, the value found and the values that work; on every rank
-                of the group, whichever rank's input is bad.
+            ValueError: on every rank of the group, if an argument of any rank is not allowed.
         """
-        config, plan = self.config, self._plan(x, cu_seqlens, position_ids)
-        places, rows = plan.plan, x.shape[:2]
+        config, dense_plan = self.config, self._plan(x, cu_seqlens, position_ids)
+        plan, rows = dense_plan.plan, x.shape[:2]
         q, k, v = (
             project(name, module, x, heads * width).unflatten(-1, (heads, width))
             for name, module, heads, width in (
@@ -145,19 +144,19 @@ class DenseAttention(nn.Module):
             # Autocast may norm in float32; queries, keys and values share a dtype.
             q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
         if self.rotary is not None:
-            positions = places.positions.view(rows) if position_ids is None else position_ids
+            positions = plan.positions.view(rows) if position_ids is None else position_ids
             cos, sin = rotary_cos_sin(self.rotary, config.head_dim, positions)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         out = dense_attention(
             *(q, k, v),
             group=self.context,
             scale=config.softmax_scale,
-            plan=plan,
+            plan=dense_plan,
             communication=self.communication,
         )
         out = project("o_proj", self.o_proj, out.flatten(2), self.hidden_size)
         if self.training and self.dropout > 0:
-            out = drop_tokens(out, self.dropout, places.documents, places.positions)
+            out = drop_tokens(out, self.dropout, plan.documents, plan.positions)
         return out
 
     @torch.compiler.disable
@@ -202,7 +201,7 @@ class DenseBlock(PreNormBlock):
     """``NSABlock`` with dense attention: norm, attention, norm, SwiGLU, with residuals.
 
     Args:
-        hidden_size, config: as of ``DenseAttention``, which takes the further keyword arguments.
+        hidden_size, config: as for ``DenseAttention``, which gets all other keyword arguments.
         mlp_hidden: hidden width of the SwiGLU.
         norm_eps: epsilon of every RMSNorm.
     """
@@ -216,7 +215,7 @@ class DenseBlock(PreNormBlock):
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """[B, L, hidden_size] -> the same; arguments as of ``DenseAttention``."""
+        """[B, L, hidden_size] to the same shape; arguments as for ``DenseAttention``."""
         attended = self.attention(
             self.attention_norm(x), cu_seqlens=cu_seqlens, position_ids=position_ids
         )

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nsa_dist import CommunicationCounter
-from nsa_dist.adapters.ring.library import ring_functions
+from nsa_dist.adapters.ring.loading import ring_functions
 from tests.adapters.ring.attention_case import Case, assert_right, on_ranks, on_world
 from tests.distributed.ranks import Ranks
 

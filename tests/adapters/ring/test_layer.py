@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from nsa_dist import NSABlock, NSAConfig, make_sharding
-from nsa_dist.adapters.ring import DenseAttention, DenseBlock, dense_attention, library
+from nsa_dist.adapters.ring import DenseAttention, DenseBlock, dense_attention, loading
 from nsa_dist.adapters.ring.attention import _splits
 from tests.adapters.ring.attention_case import Case, on_ranks
 from tests.adapters.ring.layer_case import (
@@ -315,9 +315,9 @@ def test_a_plan_of_another_call_is_refused() -> None:
         dense_attention(q, q, q, plan=plan)
 
 
-def without_the_library() -> list[Outcome]:
+def without_the_package() -> list[Outcome]:
     group, q = dist.group.WORLD, torch.zeros(1, 8, 4, 8)
-    original, library.LIBRARY = library.LIBRARY, "ring_flash_attn_that_is_not_there"
+    original, loading.PACKAGE = loading.PACKAGE, "ring_flash_attn_that_is_not_there"
     try:
         return [
             attempt(lambda: dense_attention(q, q, q, layout="contiguous", group=group)),
@@ -325,11 +325,11 @@ def without_the_library() -> list[Outcome]:
             attempt(lambda: DenseBlock(HIDDEN, CONFIG, mlp_hidden=8)),
         ]
     finally:
-        library.LIBRARY = original
+        loading.PACKAGE = original
 
 
-def test_without_the_library_several_ranks_are_refused(ranks_of: RanksOf) -> None:
-    for outcomes in ranks_of(2).run(without_the_library):
+def test_without_the_package_several_ranks_are_refused(ranks_of: RanksOf) -> None:
+    for outcomes in ranks_of(2).run(without_the_package):
         assert [outcome.error for outcome in outcomes] == ["ValueError", "ImportError", None]
         assert all("pip install nsa-dist[ring]" in outcome.message for outcome in outcomes[:2])
 

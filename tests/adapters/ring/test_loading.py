@@ -11,9 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from nsa_dist.adapters.ring import flash, library
+from nsa_dist.adapters.ring import flash, loading
 from nsa_dist.adapters.ring.flash import NAMES, flash_functions, flash_kind
-from nsa_dist.adapters.ring.library import ring_functions
+from nsa_dist.adapters.ring.loading import ring_functions
 
 OTHERS = ("flash_attn", "transformers", "ring_flash_attn")
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,7 +44,7 @@ def test_no_other_module_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_else_is_imported_in_a_fresh_process() -> None:
     code = (
         "import sys\n"
-        "from nsa_dist.adapters.ring.library import ring_functions\n"
+        "from nsa_dist.adapters.ring.loading import ring_functions\n"
         "ring_functions('plain')\n"
         f"print([m for m in sys.modules if m.split('.')[0] in {OTHERS}])\n"
     )
@@ -103,8 +103,10 @@ def test_without_it_gpus_use_the_flash_kernels_of_torch() -> None:
     assert set(flash_functions("torch")) == set(NAMES)
 
 
-def test_a_missing_library_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "LIBRARY", "ring_flash_attn_that_is_not_there")
+def test_a_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loading, "PACKAGE", "ring_flash_attn_that_is_not_there")
     with pytest.raises(ImportError, match=r"pip install nsa-dist\[ring\]"):
         ring_functions.__wrapped__("plain")
 
@@ -118,7 +120,7 @@ def test_a_module_that_fails_to_load_leaves_no_trace(
     module = "from flash_attn.flash_attn_interface import _flash_attn_forward, nothing\n"
     (package / "zigzag_ring_flash_attn.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(library, "LIBRARY", "broken_ring")
+    monkeypatch.setattr(loading, "PACKAGE", "broken_ring")
     ring_functions("plain")
     with pytest.raises(ImportError, match="nothing"):
         ring_functions.__wrapped__("torch")

@@ -1,9 +1,9 @@
-"""ring-flash-attn's functions, without its package's ``__init__``, on flash functions of ours.
+"""ring-flash-attn's functions, loaded without its ``__init__`` and without flash-attn.
 
-Its ``__init__`` imports transformers, and names that newer ones lack; its modules import flash
-functions from flash-attn. So its modules are loaded here under names of our own, and where they
-import from flash-attn they get what they are to use: no other module sees it, and neither an import
-of ring_flash_attn by somebody else nor what else is imported is touched.
+Its ``__init__`` imports names from transformers that newer versions lack, and its modules import
+functions from flash-attn. So this module loads its modules under private names, and answers their
+imports from flash-attn with the functions of ``flash.py``. Other imports, of ring_flash_attn or of
+anything else, are not affected.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from typing import Any
 
 from nsa_dist.adapters.ring.flash import INTERFACE, FlashKind, flash_functions
 
-LIBRARY = "ring_flash_attn"
+PACKAGE = "ring_flash_attn"
 
 
 @dataclass(frozen=True)
 class RingFunctions:
-    """What is used of ring-flash-attn, with the signatures of its 0.1.8.
+    """Functions of ring-flash-attn, with the signatures of version 0.1.8.
 
     Args:
-        zigzag: rows over ranks in zigzag.
-        zigzag_varlen: packed documents, each over ranks in zigzag.
-        llama3: packed documents, the stream over ranks in order; keys are gathered.
-        llama3_bounds: what ``llama3`` needs of the documents' boundaries.
+        zigzag: rows, split over ranks in zigzag.
+        zigzag_varlen: packed documents, each split over ranks in zigzag.
+        llama3: packed documents in one stream, split over ranks in order; keys are gathered.
+        llama3_bounds: computes the arguments of ``llama3`` from document boundaries.
     """
 
     zigzag: Callable[..., Any]
@@ -42,9 +42,9 @@ class RingFunctions:
     llama3_bounds: Callable[..., Any]
 
 
-def missing_library() -> str | None:
-    """What to install, where ring-flash-attn is not there; or None."""
-    if find_spec(LIBRARY) is not None:
+def missing_package() -> str | None:
+    """The error if ring-flash-attn is not installed, or None."""
+    if find_spec(PACKAGE) is not None:
         return None
     return (
         "ring-flash-attn must be installed for dense attention over several ranks (pip install "
@@ -54,7 +54,7 @@ def missing_library() -> str | None:
 
 @functools.cache
 def ring_functions(kind: FlashKind) -> RingFunctions:
-    """ring-flash-attn on the flash functions called ``kind``.
+    """ring-flash-attn based on the flash functions ``kind``.
 
     Raises:
         ImportError: if ring-flash-attn is not installed.
@@ -73,14 +73,14 @@ def ring_functions(kind: FlashKind) -> RingFunctions:
 def _loader_of_modules(
     kind: str, flash: Mapping[str, Callable[..., Any]]
 ) -> Callable[[str], ModuleType]:
-    """A function that loads a module of ring-flash-attn by its name in the package."""
-    missing = missing_library()
+    """A function that loads a module of ring-flash-attn by name."""
+    missing = missing_package()
     if missing is not None:
         raise ImportError(missing)
-    library = find_spec(LIBRARY)  # Of a package at the top: nothing of it runs.
-    assert library is not None and library.submodule_search_locations
-    (folder,) = library.submodule_search_locations
-    # Relative imports of the modules need a package to be relative to.
+    spec = find_spec(PACKAGE)  # Does not import a top-level package.
+    assert spec is not None and spec.submodule_search_locations
+    (folder,) = spec.submodule_search_locations
+    # The modules' relative imports need a package.
     package = ModuleType(f"{__package__}._{kind}")
     package.__path__ = [folder]
     sys.modules[package.__name__] = package
@@ -103,14 +103,14 @@ def _loader_of_modules(
 
 
 class _Loader(SourceFileLoader):
-    """Loads one module whose imports from flash-attn are answered with ``flash``."""
+    """Loads a module and answers its imports from flash-attn with ``flash``."""
 
     def __init__(self, name: str, path: str, flash: Mapping[str, Callable[..., Any]]) -> None:
         super().__init__(name, path)
         self.flash = SimpleNamespace(**flash)
 
     def exec_module(self, module: ModuleType) -> None:
-        # Import statements call the __import__ of their own module's builtins.
+        # An import statement calls __import__ of its module's builtins.
         own = vars(builtins) | {"__import__": self._import}
         module.__dict__["__builtins__"] = own
         super().exec_module(module)
