@@ -3,17 +3,26 @@
     from nsa_dist import NativeSparseAttention, NSAConfig, shard_batch
 
 ``docs/algorithm.md`` explains the algorithm and the flow of data.
+
+Each name is imported when it is first used: what runs layers needs torch's compiler, whose import
+takes longer than torch's own.
 """
 
-from nsa_dist.attention.functional import NSADetails, native_sparse_attention
-from nsa_dist.attention.plan_cache import get_plan
-from nsa_dist.block import NSABlock
-from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
-from nsa_dist.layer import NativeSparseAttention
-from nsa_dist.nn.compressor import BlockCompressor
-from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
-from nsa_dist.sharding import ShardedBatch, Sharding, make_sharding, shard, shard_batch, unshard
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nsa_dist.attention.functional import NSADetails, native_sparse_attention
+    from nsa_dist.attention.plan_cache import get_plan
+    from nsa_dist.block import NSABlock
+    from nsa_dist.comm.counter import CommunicationCounter
+    from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
+    from nsa_dist.layer import NativeSparseAttention
+    from nsa_dist.nn.compressor import BlockCompressor
+    from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
+    from nsa_dist.sharding import ShardedBatch, Sharding, make_sharding, shard, shard_batch, unshard
 
 __all__ = [
     "BRANCHES",
@@ -35,3 +44,28 @@ __all__ = [
     "shard_batch",
     "unshard",
 ]
+
+_MODULES = {
+    "attention.functional": ("NSADetails", "native_sparse_attention"),
+    "attention.plan_cache": ("get_plan",),
+    "block": ("NSABlock",),
+    "comm.counter": ("CommunicationCounter",),
+    "config": ("BRANCHES", "NSAConfig", "RotaryConfig"),
+    "layer": ("NativeSparseAttention",),
+    "nn.compressor": ("BlockCompressor",),
+    "nn.rotary": ("apply_rotary", "rotary_cos_sin"),
+    "sharding": ("ShardedBatch", "Sharding", "make_sharding", "shard", "shard_batch", "unshard"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -188,6 +191,28 @@ def test_public_names() -> None:
     assert set(nsa_dist.__all__) == PUBLIC
     assert set(nsa_kernels.__all__) == PUBLIC_KERNELS
     assert all(hasattr(nsa_dist, name) for name in PUBLIC)
+    assert set(dir(nsa_dist)) >= PUBLIC
+    assert not hasattr(nsa_dist, "no_such_name")
+
+
+def test_names_are_imported_when_they_are_used() -> None:
+    """torch's compiler, which the layers need, takes longer to import than torch."""
+    code = (
+        "import sys, nsa_dist\n"
+        "print('torch' in sys.modules)\n"
+        "nsa_dist.NSAConfig\n"
+        "print('torch' in sys.modules, 'torch._dynamo' in sys.modules)\n"
+    )
+    root = Path(nsa_dist.__file__).parents[1]
+    path = f"{root}:{Path(nsa_kernels.__file__).parents[1]}"
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": path, "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert finished.stdout.split() == ["False", "True", "False"]
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
