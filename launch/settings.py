@@ -15,10 +15,11 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
+from launch.engines.registry import ENGINES, all_specs, engine_spec
 from launch.processes.mistakes import read_once
 from nsa_dist import NSAConfig, RotaryConfig
 
@@ -169,7 +170,7 @@ class ParallelSettings:
     """How the ranks are used: dp replicas of cp (megatron: pp x cp x tp) ranks."""
 
     # what spreads weights and runs the steps
-    engine: Literal["fsdp2", "megatron", "deepspeed"] = "fsdp2"
+    engine: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(ENGINES) + "}")] = "fsdp2"
     cp: int = 1  # ranks that share one sequence
     dp: int = -1  # replicas, each with its share of the batch; -1: the rest of the world
     tp: int = 1  # megatron: ranks that share the heads and widths of each block
@@ -183,6 +184,7 @@ class ParallelSettings:
 
     def __post_init__(self) -> None:
         _check_values("parallel", self)
+        check(self.engine in ENGINES, "parallel.engine", self.engine, f"{tuple(ENGINES)} work")
         for option in ("cp", "tp", "pp"):
             value = getattr(self, option)
             check(value >= 1, f"parallel.{option}", value, "1 or more works")
@@ -246,47 +248,23 @@ class Settings:
             self.data.micro_batch,
             f"a divisor of data.global_batch = {self.data.global_batch} works",
         )
-        if self.parallel.engine == "megatron":
-            _check_megatron(self)
-        elif self.parallel.engine == "deepspeed":
-            _check_deepspeed(self)
-        else:
-            _check_only(self, "fsdp2", _FSDP2_ONLY)
+        _check_engine(self)
         _check_dense(self)
 
 
-# Options with the one value that an engine has something for, and what the others would take.
-_FSDP2_ONLY: tuple[tuple[str, Any, str], ...] = (
-    ("parallel.tp", 1, "tensor parallelism is of engine 'megatron'"),
-    ("parallel.pp", 1, "pipeline parallelism is of engine 'megatron'"),
-    ("parallel.sequence_parallel", False, "it is of engine 'megatron'"),
-    ("model.recompute_part", "block", "'attention' is of engine 'megatron'"),
-    ("parallel.zero_stage", 3, "others are of engine 'deepspeed'"),
-)
-_DEEPSPEED_ONLY: tuple[tuple[str, Any, str], ...] = (
-    *(row for row in _FSDP2_ONLY if row[0] != "parallel.zero_stage"),
-    ("parallel.reshard_after_forward", True, "False is of engine 'fsdp2'"),
-)
-_MEGATRON_ONLY: tuple[tuple[str, Any, str], ...] = (
-    ("model.attention", "nsa", "Megatron's own dense attention takes no packed documents here"),
-    ("model.dense_every", 0, "Megatron's own dense attention takes no packed documents here"),
-    ("model.bias", False, "Megatron's biases are those of the MLP too"),
-    ("model.dropout", 0.0, "its draws would depend on the ranks"),
-    ("rotary.dim", None, "Megatron rotates whole heads here"),
-    ("rotary.scaling", "none", "Megatron scales frequencies otherwise"),
-    ("attention.compress_pre_rope", False, "Megatron hands over rotated keys"),
-    ("parallel.layout", "zigzag_per_document", "so Megatron splits packed documents"),
-    ("parallel.reshard_after_forward", True, "False is of engine 'fsdp2'"),
-    ("parallel.zero_stage", 3, "others are of engine 'deepspeed'"),
-)
-
-
-def _check_only(settings: Settings, engine: str, only: Sequence[tuple[str, Any, str]]) -> None:
-    for option, value, why in only:
-        section, name = option.split(".")
-        found = getattr(getattr(settings, section), name)
-        works = f"{value!r} works with parallel.engine = {engine!r}: {why}"
-        check(found == value, option, found, works)
+def _check_engine(settings: Settings) -> None:
+    """Refuse what the engine cannot run: options of other engines, and what it refuses itself."""
+    engine = engine_spec(settings.parallel.engine)
+    for other in all_specs():
+        for option in sorted(set(other.options) - set(engine.options)):
+            section, name = option.split(".")
+            options = getattr(settings, section)
+            default = next(f.default for f in dataclasses.fields(options) if f.name == name)
+            works = f"{default!r} works with parallel.engine = {engine.name!r}"
+            works = f"{works}: others are of engine {other.name!r}"
+            found = getattr(options, name)
+            check(found == default, option, found, works)
+    engine.check_settings(settings)
 
 
 def _check_dense(settings: Settings) -> None:
@@ -300,35 +278,6 @@ def _check_dense(settings: Settings) -> None:
     works = f"'bfloat16', or parallel.layout = 'contiguous', works {why}"
     right = layout == "contiguous" or dtype in ("auto", "bfloat16")
     check(right, "run.dtype", dtype, works)
-
-
-def _check_deepspeed(settings: Settings) -> None:
-    """Refuse what DeepSpeed cannot do, before anything is started."""
-    _check_only(settings, "deepspeed", _DEEPSPEED_ONLY)
-    works = "'auto', 'bfloat16' and 'float32' work with parallel.engine = 'deepspeed'"
-    check(settings.run.dtype != "float64", "run.dtype", settings.run.dtype, works)
-
-
-def _check_megatron(settings: Settings) -> None:
-    """Refuse what Megatron cannot do, before anything is started."""
-    _check_only(settings, "megatron", _MEGATRON_ONLY)
-    attention, model, parallel = settings.attention, settings.model, settings.parallel
-    width, value_width = attention.head_dim, attention.value_dim
-    works = f"{width}, as head_dim, works with parallel.engine = 'megatron'"
-    check(value_width == width, "attention.v_head_dim", value_width, works)
-    works = "'auto', 'bfloat16' and 'float32' work with parallel.engine = 'megatron'"
-    check(settings.run.dtype != "float64", "run.dtype", settings.run.dtype, works)
-    for name, size in (
-        ("attention.num_kv_heads", attention.num_kv_heads),
-        ("model.mlp_hidden", model.mlp_hidden),
-    ):
-        works = f"a divisor of {name} = {size} works"
-        check(size % parallel.tp == 0, "parallel.tp", parallel.tp, works)
-    works = f"a divisor of model.layers = {model.layers} works"
-    check(model.layers % parallel.pp == 0, "parallel.pp", parallel.pp, works)
-    works = "False works with parallel.tp = 1"
-    sequence_parallel = parallel.sequence_parallel
-    check(parallel.tp > 1 or not sequence_parallel, "parallel.sequence_parallel", True, works)
 
 
 T = TypeVar("T")

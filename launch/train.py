@@ -39,7 +39,7 @@ from launch.data.corpus import (
 )
 from launch.data.tokenizer import Tokenizer
 from launch.engines.base import Engine
-from launch.engines.registry import make_engine
+from launch.engines.registry import engine_spec, make_engine
 from launch.processes import mistakes
 from launch.processes.ranks import Ranks, start_ranks
 from launch.processes.startup import describe, join_store
@@ -226,6 +226,7 @@ def run_steps(
     check_state(engine.tensors(), f"that step {first_step} left", ranks)
     write_settings(folder, settings)
 
+    spec = engine_spec(settings.parallel.engine)
     history = History()
     tokens, seconds = 0, 0.0
     with Report(settings, folder, active=ranks.is_main, first_step=first_step) as report:
@@ -236,7 +237,7 @@ def run_steps(
             f"{engine.parameters:,} parameters; "
             f"{corpus.training.tokens.numel():,} {report.unit}s in "
             f"{len(corpus.training.names)} documents, {len(corpus.held_out.names)} held out; "
-            f"{grid_name(settings, ranks)} on {ranks.device.type}; "
+            f"{spec.describe(settings, ranks)} on {ranks.device.type}; "
             f"{attention_name(settings, ranks.device)} attention; {folder}"
         )
         health = Health(settings.optimizer, report)
@@ -332,17 +333,6 @@ def attention_name(settings: Settings, device: torch.device) -> str:
     every = settings.model.dense_every
     hybrid = f", one layer in {every} dense" if every else ""
     return f"nsa ({get_backend(settings.model.backend, device).name} backend{hybrid})"
-
-
-def grid_name(settings: Settings, ranks: Ranks) -> str:
-    """How the ranks are used, such as 'dp 2 x cp 4'."""
-    grid = f"dp {ranks.dp} x cp {ranks.cp}"
-    if settings.parallel.engine == "megatron":
-        with_sp = " with sequence parallel" if settings.parallel.sequence_parallel else ""
-        grid = f"Megatron, pp {ranks.pp} x {grid} x tp {ranks.tp}{with_sp}"
-    if settings.parallel.engine == "deepspeed":
-        grid = f"DeepSpeed, ZeRO {settings.parallel.zero_stage}, {grid}"
-    return grid
 
 
 def by_kind(received: Sequence[float]) -> dict[str, int]:

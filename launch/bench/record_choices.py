@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from launch.bench.options import first_bad_choice
 from launch.data.sources import read_file
 from launch.data.tokenizer import make_tokenizer
+from launch.engines.fsdp2 import load_weights
 from launch.model import Decoder, build_model
 from launch.processes.mistakes import end, read_once
 from launch.processes.ranks import Ranks, start_ranks
 from launch.settings import Settings, check, from_toml
-from launch.storage.checkpoint import checkpoints, load_weights, open_checkpoint
+from launch.storage.checkpoint import checkpoints, open_checkpoint
 from nsa_dist import NativeSparseAttention, shard_batch
 
 LAYOUT: Literal["zigzag_per_document"] = "zigzag_per_document"

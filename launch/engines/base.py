@@ -1,19 +1,72 @@
-"""What the training loop asks of what spreads the model: FSDP2, Megatron or DeepSpeed."""
+"""What the programs ask of an engine, which spreads the model over ranks and runs its steps.
+
+An engine is an ``EngineSpec``, which says what it is before anything is built and can be imported
+where the engine's library is not installed, and an ``Engine``, which the spec builds.
+``registry.py`` has a row for each; nothing else knows their names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from launch.processes.ranks import Ranks
-from launch.settings import OptimizerSettings
+from launch.settings import OptimizerSettings, Settings
 from nsa_dist import ShardedBatch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each weight."""
+
+
+def _accepts(*_: Any) -> None:
+    """The check of an engine that refuses nothing."""
+
+
+def grid(settings: Settings, ranks: Ranks) -> str:
+    """How replicas and context parallel ranks form a grid, such as 'dp 2 x cp 4'."""
+    return f"dp {ranks.dp} x cp {ranks.cp}"
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine before it is built.
+
+    Args:
+        name: the value of ``parallel.engine``.
+        build: settings, size of the vocabulary, ranks -> the engine with initial weights;
+            collective. What it needs of the engine's library is imported in it.
+        check_settings: raises ValueError, naming the option, for settings that this engine cannot
+            run anywhere.
+        check_machine: the same for settings and a device, "cuda" or "cpu", that it cannot run here.
+        describe: settings, ranks -> how it uses the ranks, in a few words.
+        options: options that only this engine has. With every other one they keep their defaults.
+        fixed_options: those of them that a resumed run cannot change.
+        file_suffixes: ends of the names of files that it reads in a checkpoint. A file with such a
+            name that is not in the manifest makes the checkpoint invalid.
+        last_files: files that it writes last. Checkpoints from before manifests are whole if they
+            have these.
+        companion: end of the name of a folder beside a checkpoint, which holds it in another form
+            and is renamed and removed with it; empty if there is none.
+        is_companion: whether a folder of that name is one.
+    """
+
+    name: str
+    build: Callable[[Settings, int, Ranks], Engine]
+    check_settings: Callable[[Settings], None] = _accepts
+    check_machine: Callable[[Settings, str], None] = _accepts
+    describe: Callable[[Settings, Ranks], str] = grid
+    options: tuple[str, ...] = ()
+    fixed_options: tuple[str, ...] = ()
+    file_suffixes: tuple[str, ...] = ()
+    last_files: tuple[str, ...] = ()
+    companion: str = ""
+    is_companion: Callable[[Path], bool] = Path.is_dir
 
 
 @dataclass(frozen=True)
@@ -76,6 +129,25 @@ class Engine(Protocol):
     def read(self, path: Path) -> int:
         """Restore the state of a checkpoint that ``checkpoint.resume`` found; the steps done."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class WholeState:
+    """Weights and AdamW's state of a checkpoint, each tensor whole, by the names of
+    ``model.Decoder``.
+
+    Args:
+        weights: what the optimizer steps.
+        moments: by ``MOMENTS``, then as the weights.
+        updates: of the optimizer; fewer than ``step`` where some were skipped.
+        dtype: what the weights are rounded to in forward, as far as the checkpoint says.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    step: int
+    updates: int
+    dtype: torch.dtype
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:

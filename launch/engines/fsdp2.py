@@ -9,25 +9,41 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from launch.engines.base import (
+    MOMENTS,
+    EngineSpec,
     Step,
+    WholeState,
     count_targets,
     is_decayed,
     local_part,
     make_adamw,
     spoil_gradients,
 )
-from launch.model import build_model
+from launch.model import Decoder, build_model
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
-from launch.settings import OptimizerSettings, Settings
-from launch.storage.checkpoint import load_state, save_state
+from launch.settings import OptimizerSettings, Settings, check, from_toml
+from launch.storage.checkpoint import SETTINGS, Checkpoint
+from launch.storage.manifest import shared_failure
 from nsa_dist import ShardedBatch
+from nsa_dist.checkpoints.dcp_metadata import read_metadata
+from nsa_dist.checkpoints.safe_load import check_dcp, load
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -109,3 +125,100 @@ class Fsdp2Engine:
 
     def read(self, path: Path) -> int:
         return load_state(path, self.model, self.optimizer)
+
+
+SPEC = EngineSpec(
+    name="fsdp2",
+    build=Fsdp2Engine,
+    options=("parallel.reshard_after_forward",),
+    file_suffixes=(".distcp", ".metadata"),
+    last_files=(".metadata",),
+)
+
+
+def save_state(path: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+    """Write weights, optimizer state and step by torch.distributed.checkpoint; collective.
+
+    Raises:
+        CheckpointError: on every rank, if it cannot be written.
+    """
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "step": step,
+    }
+    with shared_failure():
+        save(state, checkpoint_id=path)
+
+
+def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
+    """Restore what ``save_state`` wrote in place, whatever dp and cp wrote it; collective.
+
+    Returns:
+        The steps done.
+
+    Raises:
+        ValueError: on every rank, if it holds more than data; naming the file.
+    """
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "step": 0,
+    }
+    load(state, path)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    return int(state["step"])
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Restore the weights of a verified checkpoint in place, whatever dp and cp wrote it;
+    collective.
+
+    Raises:
+        ValueError: if another engine wrote it.
+    """
+    works = "a checkpoint of engine 'fsdp2' works; launch/convert.py makes one of Megatron's"
+    engine = from_toml(path / SETTINGS).parallel.engine
+    check(engine == SPEC.name, "checkpoint", str(path), works)
+    state = {"model": get_model_state_dict(model)}
+    load(state, path)
+    set_model_state_dict(model, state["model"])
+
+
+def read_whole(checkpoint: Checkpoint) -> WholeState:
+    """A verified checkpoint of this engine, whole, in a process group of one.
+
+    Raises:
+        ValueError: if a file holds more than data.
+    """
+    check_dcp(checkpoint.path)
+    embedding = read_metadata(checkpoint.path).state_dict_metadata["model.embedding.weight"]
+    assert isinstance(embedding, TensorStorageMetadata)
+    model, optimizer = _whole_model(checkpoint.settings, embedding.size[0])
+    step = load_state(checkpoint.path, model, optimizer)
+    named = dict(model.named_parameters())
+    return WholeState(
+        weights={name: parameter.detach() for name, parameter in named.items()},
+        moments={
+            kind: {name: optimizer.state[p][kind] for name, p in named.items()} for kind in MOMENTS
+        },
+        step=step,
+        updates=int(optimizer.state[named["embedding.weight"]]["step"]),
+        dtype=torch.bfloat16 if checkpoint.settings.run.dtype == "bfloat16" else torch.float32,
+    )
+
+
+def write_whole(path: Path, state: WholeState, settings: Settings) -> None:
+    """Write a checkpoint of this engine into an empty folder, in a process group of one."""
+    model, optimizer = _whole_model(settings, state.weights["embedding.weight"].shape[0])
+    model.load_state_dict(state.weights)
+    for name, parameter in model.named_parameters():
+        moments = {kind: state.moments[kind][name].clone() for kind in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(state.updates)), **moments}
+    save_state(path, state.step, model, optimizer)
+
+
+def _whole_model(settings: Settings, vocab_size: int) -> tuple[Decoder, Optimizer]:
+    model = Decoder(settings, vocab_size).float()
+    return model, make_optimizer(model, settings.optimizer)

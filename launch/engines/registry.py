@@ -1,23 +1,39 @@
-"""Which engines there are, by name."""
+"""Which engines there are.
+
+Settings are checked by their engine, and engines take settings: so that imports stay without a
+circle, an engine's module is imported when it is first asked for.
+"""
 
 from __future__ import annotations
 
-from launch.engines.base import Engine
-from launch.processes.ranks import Ranks
-from launch.settings import Settings
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launch.engines.base import Engine, EngineSpec
+    from launch.processes.ranks import Ranks
+    from launch.settings import Settings
+
+ENGINES = {
+    "fsdp2": "launch.engines.fsdp2",
+    "megatron": "launch.engines.megatron",
+    "deepspeed": "launch.engines.deepspeed",
+}
+"""By the value of ``parallel.engine`` the module whose ``SPEC`` is the engine's."""
+
+
+def engine_spec(name: str) -> EngineSpec:
+    """The engine of that name, which is one of ``ENGINES``."""
+    spec: EngineSpec = importlib.import_module(ENGINES[name]).SPEC
+    assert spec.name == name
+    return spec
+
+
+def all_specs() -> list[EngineSpec]:
+    """All engines."""
+    return [engine_spec(name) for name in ENGINES]
 
 
 def make_engine(settings: Settings, vocab_size: int, ranks: Ranks) -> Engine:
-    """The engine that ``parallel.engine`` names."""
-    if settings.parallel.engine == "megatron":
-        # Imported when asked for: megatron-core is optional.
-        from launch.engines.megatron import MegatronEngine
-
-        return MegatronEngine(settings, vocab_size, ranks)
-    if settings.parallel.engine == "deepspeed":
-        from launch.engines.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(settings, vocab_size, ranks)
-    from launch.engines.fsdp2 import Fsdp2Engine
-
-    return Fsdp2Engine(settings, vocab_size, ranks)
+    """The engine that ``parallel.engine`` names, built. Collective."""
+    return engine_spec(settings.parallel.engine).build(settings, vocab_size, ranks)

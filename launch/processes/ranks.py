@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from launch.engines.registry import engine_spec
 from launch.processes.startup import compare_in_group, describe, join_store, judge, show_values
 from launch.settings import Settings, check
 
@@ -185,19 +186,15 @@ def check_place(settings: Settings) -> tuple[str, torch.device, int]:
     check_dense(settings, kind)
     parallel = settings.parallel
     cp, dp, tp, pp = parallel.cp, parallel.dp, parallel.tp, parallel.pp
-    if parallel.engine == "deepspeed":
-        check_deepspeed(parallel.engine)
-    if parallel.engine != "megatron":
-        check(size % cp == 0, "parallel.cp", cp, f"a divisor of the {size} processes works")
-        works = f"-1 or {size} // cp = {size // cp} works"
-    else:
-        check_megatron(parallel.engine, kind)
-        found = f"{tp} x {pp} x {cp}"
-        fits = size % (tp * pp * cp) == 0
-        check(fits, "parallel.tp x pp x cp", found, f"a divisor of the {size} processes works")
-        works = f"-1 or {size} // (tp x pp x cp) = {size // (tp * pp * cp)} works"
-    check(dp in (-1, size // (tp * pp * cp)), "parallel.dp", dp, works)
-    dp = size // (tp * pp * cp)
+    engine_spec(parallel.engine).check_machine(settings, kind)
+    replica = tp * pp * cp
+    works = f"a divisor of the {size} processes works"
+    if replica == cp:
+        check(size % cp == 0, "parallel.cp", cp, works)
+    check(size % replica == 0, "parallel.tp x pp x cp", f"{tp} x {pp} x {cp}", works)
+    works = f"-1 or the {size} processes // (tp x pp x cp) = {size // replica} works"
+    check(dp in (-1, size // replica), "parallel.dp", dp, works)
+    dp = size // replica
     batch, micro = settings.data.global_batch, settings.data.micro_batch
     works = f"a multiple of dp x micro_batch = {dp * micro} works"
     check(batch % (dp * micro) == 0, "data.global_batch", batch, works)
@@ -216,23 +213,3 @@ def check_dense(settings: Settings, kind: str) -> None:
     works = "on the CPU it is float32; 'bfloat16', or parallel.layout = 'contiguous', works"
     right = not wrong or settings.parallel.layout == "contiguous"
     check(right, "run.dtype", settings.run.dtype, f"dense layers: {works}")
-
-
-def check_deepspeed(engine: str) -> None:
-    """Refuse DeepSpeed where it is missing."""
-    works = "pip install nsa-dist[deepspeed], or 'fsdp2', works"
-    there = importlib.util.find_spec("deepspeed") is not None
-    check(there, "parallel.engine", engine, f"deepspeed is not installed here; {works}")
-
-
-def check_megatron(engine: str, kind: str) -> None:
-    """Refuse Megatron where it, or what it needs, is missing."""
-    works = "pip install nsa-dist[megatron], or 'fsdp2', works"
-    there = importlib.util.find_spec("megatron") is not None
-    check(there, "parallel.engine", engine, f"megatron-core is not installed here; {works}")
-    works = "Megatron's device is cuda; parallel.engine = 'fsdp2' works on the CPU"
-    try:
-        device = torch.device(torch.cuda.current_device())
-    except (AssertionError, RuntimeError):
-        device = None
-    check(device is not None and device.type == kind, "run.device", kind, works)

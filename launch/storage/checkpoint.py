@@ -18,21 +18,12 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.optim import Optimizer
 
+from launch.engines.registry import all_specs, engine_spec
 from launch.processes.startup import code_version
-from launch.settings import Settings, check, from_toml, read_toml, to_toml
+from launch.settings import Settings, from_toml, read_toml, to_toml
 from launch.storage.manifest import (
     MANIFEST,
     CheckpointError,
@@ -42,18 +33,14 @@ from launch.storage.manifest import (
     check_sizes,
     on_main,
     read_manifest,
-    shared_failure,
     sync_folder,
     tell,
     write_manifest,
     write_text,
 )
-from nsa_dist.checkpoints.safe_load import load
 
 SETTINGS = "settings.toml"
 _NAME = re.compile(r"step_([0-9]{8})")
-_LEFT_BEHIND = re.compile(r"\.step_[0-9]{8}(_universal)?\.(partial|old)")
-"""What a run that was killed leaves beside checkpoints."""
 
 # Another model, other data or another seed would make a resumed run a different one. How it is
 # spread over ranks, how long it runs and how it is optimised may change.
@@ -84,19 +71,13 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step_{step:08d}"
 
 
-def universal_of(path: Path) -> Path:
-    """Where DeepSpeed's universal form of a checkpoint lies, if there is one."""
-    return path.with_name(f"{path.name}_universal")
+def _companions(path: Path) -> list[Path]:
+    """Where engines may keep other forms of a checkpoint: beside it."""
+    return [path.with_name(path.name + end) for end in _companion_ends()]
 
 
-def is_megatron(path: Path) -> bool:
-    """Whether a checkpoint is in Megatron's format."""
-    return (path / "common.pt").exists()
-
-
-def is_deepspeed(path: Path) -> bool:
-    """Whether a checkpoint is in DeepSpeed's format."""
-    return any(path.glob("*_optim_states.pt"))
+def _companion_ends() -> list[str]:
+    return [spec.companion for spec in all_specs() if spec.companion]
 
 
 def found_steps(folder: Path) -> dict[int, Path]:
@@ -266,17 +247,15 @@ def _problems(path: Path) -> list[str]:
             return check_sizes(path, manifest)
         if not (path / SETTINGS).exists() or "format" in read_toml(path / SETTINGS):
             return [f"{MANIFEST} is missing"]
-        from_toml(path / SETTINGS)
+        settings = from_toml(path / SETTINGS)
     except NewerFormatError:
         raise
     except (OSError, ValueError) as error:
         return [str(error)]
     if _step_of(path) < 0:
         return [f"{MANIFEST} is missing, and the name does not tell the step"]
-    # The rules of then: the metadata file was written last; by Megatron another one after it.
-    if is_deepspeed(path):
-        return []
-    last = ("metadata.json", ".metadata") if is_megatron(path) else (".metadata",)
+    # The rule from before manifests: some files were written last.
+    last = engine_spec(settings.parallel.engine).last_files
     return [f"{name} is missing" for name in last if not (path / name).exists()]
 
 
@@ -289,7 +268,7 @@ def _start(partial: Path) -> None:
     """Make an empty folder to write to, and remove what killed runs left."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     for path in partial.parent.iterdir():
-        if _LEFT_BEHIND.fullmatch(path.name):
+        if _is_left_behind(path):
             _clear(path)
     partial.mkdir()
 
@@ -302,13 +281,12 @@ def _give_up(partial: Path) -> int:
 
 def _publish(partial: Path, path: Path) -> None:
     """Give a whole checkpoint its name. One of that name, which was not whole, makes way."""
-    universal = universal_of(path)
-    replaced = [old for old in (universal, path) if old.exists() or old.is_symlink()]
+    replaced = [old for old in (*_companions(path), path) if old.exists() or old.is_symlink()]
     moved = [_move_away(old) for old in replaced]
     partial.rename(path)
     sync_folder(path.parent)
     for old in moved:
-        if _LEFT_BEHIND.fullmatch(old.name):
+        if _is_left_behind(old):
             _clear(old)
 
 
@@ -326,12 +304,19 @@ def _move_away(path: Path) -> Path:
     return path.rename(target)
 
 
+def _is_left_behind(path: Path) -> bool:
+    """Whether a run that was killed left it beside checkpoints."""
+    ends = "|".join(map(re.escape, _companion_ends()))
+    return re.fullmatch(rf"\.step_[0-9]{{8}}({ends})?\.(partial|old)", path.name) is not None
+
+
 def _is_ours(path: Path) -> bool:
-    """Whether a folder was written as a checkpoint, or made of one by DeepSpeed's script."""
+    """Whether a folder was written as a checkpoint, or is another form of one."""
     if path.is_symlink() or not path.is_dir():
         return False
-    if path.name.endswith("_universal"):
-        return (path / "zero").is_dir()
+    for spec in all_specs():
+        if spec.companion and path.name.endswith(spec.companion):
+            return spec.is_companion(path)
     return any((path / name).exists() for name in (MANIFEST, SETTINGS, ".metadata"))
 
 
@@ -351,7 +336,7 @@ def _rotate(folder: Path, step: int, keep: int, broken: set[str]) -> None:
     except (OSError, NewerFormatError) as error:
         warnings.warn(f"old checkpoints of {folder} are left ({error})", stacklevel=2)
         return
-    for path in (form for step_path in old for form in (universal_of(step_path), step_path)):
+    for path in (form for step_path in old for form in (*_companions(step_path), step_path)):
         if _is_ours(path):
             try:
                 _clear(path.rename(path.with_name(f".{path.name}.old")))
@@ -370,55 +355,6 @@ def _clear(path: Path) -> None:
         warnings.warn(f"{path} is left and can be removed ({error})", stacklevel=2)
 
 
-def save_state(path: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write weights, optimizer state and step by torch.distributed.checkpoint; collective.
-
-    Raises:
-        CheckpointError: on every rank, if it cannot be written.
-    """
-    state = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "step": step,
-    }
-    with shared_failure():
-        save(state, checkpoint_id=path)
-
-
-def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
-    """Restore what ``save_state`` wrote in place, whatever dp and cp wrote it; collective.
-
-    Returns:
-        The steps done.
-
-    Raises:
-        ValueError: on every rank, if it holds more than data; naming the file.
-    """
-    state: dict[str, Any] = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "step": 0,
-    }
-    load(state, path)
-    set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    return int(state["step"])
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Restore the weights of a verified checkpoint in place, whatever dp and cp wrote it;
-    collective.
-
-    Raises:
-        ValueError: if it is one of Megatron's or DeepSpeed's.
-    """
-    works = "a checkpoint of engine 'fsdp2' works; launch/convert.py makes one of Megatron's"
-    check(not is_megatron(path) and not is_deepspeed(path), "checkpoint", str(path), works)
-    state = {"model": get_model_state_dict(model)}
-    load(state, path)
-    set_model_state_dict(model, state["model"])
-
-
 def check_same_run(found: Checkpoint, now: Settings, data: str) -> None:
     """Refuse to continue a checkpoint with settings or tokens that would make it another run.
 
@@ -428,8 +364,7 @@ def check_same_run(found: Checkpoint, now: Settings, data: str) -> None:
     saved = found.settings
     # Another engine reads what launch/convert.py makes.
     options = ["parallel.engine", "run.seed"]
-    if saved.parallel.engine == "deepspeed":
-        options.append("parallel.zero_stage")
+    options += engine_spec(saved.parallel.engine).fixed_options
     for section in _FIXED_SECTIONS:
         names = (f.name for f in dataclasses.fields(getattr(now, section)))
         options += [f"{section}.{name}" for name in names if name not in _FREE_OPTIONS]

@@ -19,13 +19,12 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from launch.engines.registry import all_specs
 from launch.settings import FORMAT
 
 MANIFEST = "manifest.json"
 _PIECE = 1 << 22
 """Bytes that are read at once."""
-_READ_BY_ENGINES = (".pt", ".distcp", ".metadata")
-"""Ends of names that some engine reads whether or not they are in the manifest."""
 
 T = TypeVar("T")
 
@@ -209,8 +208,9 @@ def check_sizes(path: Path, manifest: Manifest) -> list[str]:
             found = file.stat().st_size
             problems.append(f"{name} has {found:,} bytes, {size:,} in the manifest")
     known = {*manifest.files, MANIFEST}
+    suffixes = tuple({end for spec in all_specs() for end in spec.file_suffixes})
     for name in _files(path):
-        if name not in known and name.endswith(_READ_BY_ENGINES):
+        if name not in known and name.endswith(suffixes):
             problems.append(f"{name} is not in the manifest")
     return problems
 

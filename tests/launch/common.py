@@ -23,13 +23,13 @@ import torch
 from launch.bench.record_choices import Recording, RecordOptions
 from launch.bench.record_choices import run as run_recording
 from launch.data.corpus import PackedStreams, load_corpus
-from launch.engines.fsdp2 import clip_gradients, forward_backward
+from launch.engines.fsdp2 import clip_gradients, forward_backward, load_weights
 from launch.model import Decoder, build_model
 from launch.processes.ranks import Ranks, start_ranks
 from launch.processes.startup import join_store
 from launch.sampling import sample
 from launch.settings import Settings, from_table
-from launch.storage.checkpoint import checkpoints, load_weights
+from launch.storage.checkpoint import checkpoints
 from launch.storage.folder import run_folder, write_settings
 from launch.train import Result, shard_stream, step_batches, train
 from nsa_dist import shard_batch

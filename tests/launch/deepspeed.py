@@ -33,7 +33,7 @@ def deepspeed_gradients(settings: Settings) -> Gradients:
     """Gradients of the first step's batch, whole, on the CPU."""
     from deepspeed.utils import safe_get_full_grad
 
-    from launch.engines.deepspeed import DeepSpeedEngine
+    from launch.engines.deepspeed_training import DeepSpeedEngine
     from nsa_dist.adapters.deepspeed import scale_loss
 
     if settings.run.device == "cuda":

@@ -119,7 +119,7 @@ def megatron_gradients(settings: Settings) -> Gradients:
     """Gradients of the first step's batch, whole and by our names; for one pipeline stage."""
     from megatron.core import parallel_state
 
-    from launch.engines.megatron import MegatronEngine, _forward_loss, run_schedule
+    from launch.engines.megatron_training import MegatronEngine, _forward_loss, run_schedule
 
     _prepare(settings)
     ranks = start_ranks(settings)

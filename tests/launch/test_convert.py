@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.convert import _read_tensors, convert
+from launch.convert import convert
+from launch.engines.megatron_checkpoint import read_tensors
 from launch.engines.megatron_names import from_saved, to_saved
 from launch.model import Decoder
 from launch.settings import Settings, from_toml, to_toml
@@ -28,7 +29,7 @@ STEP = "checkpoints/step_00000003"
 
 def read(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint of either kind, on a rank."""
-    return _read_tensors(path)
+    return read_tensors(path)
 
 
 def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

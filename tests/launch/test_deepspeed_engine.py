@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch.processes.ranks import check_deepspeed
+from launch.engines.deepspeed import SPEC
 from launch.settings import Settings
 from launch.train import Result
 from tests.adapters.deepspeed.small_model import run_command
@@ -271,10 +271,10 @@ def test_sizes_that_do_not_fit_are_refused(deepspeed_ranks: RanksOf, root: Path)
         deepspeed_ranks(2).run(run_deepspeed, settings)
 
 
-def test_without_deepspeed_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_deepspeed_its_extra_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     message = (
         r"parallel\.engine: found 'deepspeed'; .* pip install nsa-dist\[deepspeed\], or 'fsdp2'"
     )
     with pytest.raises(ValueError, match=message):
-        check_deepspeed("deepspeed")
+        SPEC.check_machine(by_deepspeed(root, "independent", {}), "cpu")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.convert import _read_tensors
 from launch.engines.base import is_decayed
+from launch.engines.megatron_checkpoint import read_tensors
 from launch.engines.megatron_names import block_to_megatron
 from launch.model import Decoder
 from launch.settings import Settings
@@ -252,8 +252,8 @@ def test_a_checkpoint_keeps_its_bits_on_another_layout(
     settings = replaced(unbroken[0], "parallel", tp=1, sequence_parallel=False, pp=2)
     megatron_ranks(2).run(saved_again, settings, tmp_path)
     step = "checkpoints/step_00000006"
-    (before,) = ranks_of(1).run(_read_tensors, Path(settings.run.folder) / step)
-    (after,) = ranks_of(1).run(_read_tensors, tmp_path / step)
+    (before,) = ranks_of(1).run(read_tensors, Path(settings.run.folder) / step)
+    (after,) = ranks_of(1).run(read_tensors, tmp_path / step)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 

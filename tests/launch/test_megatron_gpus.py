@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.convert import _read_tensors
+from launch.engines.megatron_checkpoint import read_tensors
 from launch.settings import Settings
 from launch.train import Result
 from tests.distributed.ranks import Ranks
@@ -162,4 +162,4 @@ def test_a_run_resumes_bit_for_bit_and_its_checkpoint_keeps_its_bits_elsewhere(
 
 
 def _read(ranks: Ranks, path: Path) -> dict[str, torch.Tensor]:
-    return ranks.run(_read_tensors, path)[0]
+    return ranks.run(read_tensors, path)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -98,6 +99,40 @@ def test_attention_imports_no_adapter_and_no_program() -> None:
 
 def test_adapters_import_no_program() -> None:
     assert _offenders(ADAPTERS, "launch", "tests") == []
+
+
+def _at_import(path: Path) -> set[str]:
+    """Modules of launch/ that are imported when this one is: not in functions, not for types."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.With | ast.Try):
+            found |= imported(ast.unparse(node))
+    return found & {_module(path) for path in LAUNCH} - {"launch"}
+
+
+def test_launch_has_no_circle() -> None:
+    graph = {_module(path): _at_import(path) for path in LAUNCH}
+    assert graph["launch.train"] >= {"launch.settings", "launch.engines.registry"}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # Raises CycleError.
+
+
+def test_only_engines_know_their_names() -> None:
+    """Others ask the registry, which loads an engine's module by its row."""
+    names = {"fsdp2", "megatron", "deepspeed"}
+    known: dict[str, set[str]] = {}
+    for path in LAUNCH:
+        strings = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant) and node.value in names
+        }
+        if strings and "engines" not in path.parts:
+            known[path.relative_to(ROOT).as_posix()] = strings
+    # The default, and the two whose checkpoints become each other's.
+    assert known == {"launch/settings.py": {"fsdp2"}, "launch/convert.py": {"fsdp2", "megatron"}}
+    engines = [path for path in LAUNCH if path.parent.name == "engines"]
+    shared = [path for path in engines if path.stem in ("base", "registry")]
+    assert _offenders(shared, *(f"launch.engines.{name}" for name in names)) == []
 
 
 def test_programs_import_no_test() -> None:
