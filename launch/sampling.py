@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from launch.data.tokenizer import Tokenizer
+from launch.engines.base import Engine
 from launch.processes.ranks import Ranks
 from launch.processes.stopping import Stopping
+from launch.seeds import mix_seed
+from launch.settings import Settings, check
 from nsa_dist import shard_batch
 
 PAD_TO = 64
@@ -63,3 +69,34 @@ def sample(
         tokens.append(int(choice))
     model.train(was_training)
     return tokens[len(prompt) :]
+
+
+def check_prompt(settings: Settings, tokenizer: Tokenizer) -> None:
+    """Refuse a prompt that the sample at the end could not continue."""
+    prompt = settings.run.prompt
+    if settings.run.sample_tokens:
+        tokens = tokenizer.encode(prompt.encode(), "run.prompt")
+        works = "text of at least one token works, or run.sample_tokens = 0"
+        check(tokens.numel() > 0, "run.prompt", prompt, works)
+
+
+def sample_text(
+    engine: Engine, tokenizer: Tokenizer, settings: Settings, ranks: Ranks, stopping: Stopping
+) -> str:
+    """The prompt and what the model makes of it; collective, the same on every rank."""
+    run = settings.run
+    if not run.sample_tokens:
+        return ""
+    continuation = sample(
+        engine.sampler,
+        tokenizer.encode(run.prompt.encode(), "run.prompt").tolist(),
+        run.sample_tokens,
+        ranks,
+        layout=settings.parallel.layout,
+        temperature=run.temperature,
+        seed=mix_seed(run.seed, "sample"),
+        window=settings.data.length,
+        pad_to=math.lcm(PAD_TO, 2 * ranks.cp * ranks.tp),
+        stopping=stopping,
+    )
+    return run.prompt + tokenizer.decode(continuation)

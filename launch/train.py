@@ -19,10 +19,8 @@ if __name__ == "__main__":  # This file's folder makes way for the packages of i
 
 import io
 import math
-import resource
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -37,7 +35,6 @@ from launch.data.corpus import (
     load_corpus,
     unigram_loss,
 )
-from launch.data.tokenizer import Tokenizer
 from launch.engines.base import Engine
 from launch.engines.registry import engine_spec, make_engine
 from launch.processes import mistakes
@@ -45,48 +42,16 @@ from launch.processes.ranks import Ranks, start_ranks
 from launch.processes.startup import describe, join_store
 from launch.processes.stopping import STOPPED, Stopping
 from launch.reporting.health import Health, check_state, check_validation, finite_mean
-from launch.reporting.history import History
-from launch.reporting.report import Report, show_bytes
-from launch.sampling import PAD_TO, sample
+from launch.reporting.history import COMMUNICATION_KINDS, History
+from launch.reporting.report import Report
+from launch.reporting.summary import Result, attention_name, peak_memory, summarise
+from launch.sampling import check_prompt, sample_text
 from launch.seeds import mix_seed
-from launch.settings import OptimizerSettings, Settings, check, from_command_line
+from launch.settings import OptimizerSettings, Settings, from_command_line
 from launch.storage.checkpoint import resume, save_checkpoint
 from launch.storage.folder import check_folder_options, run_folder, write_settings
 from launch.storage.manifest import CheckpointError
 from nsa_dist import ShardedBatch, shard_batch
-from nsa_kernels import get_backend
-
-# What layers count, and the order in which it is summed over ranks.
-COMMUNICATION_KINDS = (
-    *("plan", "halo", "gather", "request", "fetch"),
-    *("halo_grad", "gather_grad", "fetch_grad", "ring", "ring_grad"),
-)
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended; the same on every rank, but for its clock.
-
-    Args:
-        losses: nats a token of each step, before its update, from the first step of this process,
-            but no more than the latest ``history.KEPT``.
-        grad_norms: of the same steps, the global gradient norm before clipping; not finite where
-            the update was skipped.
-        validation_loss: nan where the run was stopped before it.
-        stopped: whether a signal ended the run before its end; all steps done are saved.
-        received: bytes moved in the last step by kind, over all layers and ranks.
-    """
-
-    folder: Path
-    losses: tuple[float, ...]
-    grad_norms: tuple[float, ...]
-    validation_loss: float
-    unigram_loss: float
-    tokens_per_second: float
-    received: dict[str, int]
-    seconds: float
-    sample: str
-    stopped: bool
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -191,8 +156,186 @@ def held_out_streams(corpus: Corpus, settings: Settings) -> list[Stream]:
     return [packed[i * packed.per_epoch // count] for i in range(count)]
 
 
+class Run:
+    """A run in its folder: its data, its engine, and how far it is.
+
+    Every method is collective.
+
+    Attributes:
+        done: steps so far, with those of the runs that it goes on from.
+    """
+
+    def __init__(
+        self, settings: Settings, ranks: Ranks, corpus: Corpus, folder: Path, stopping: Stopping
+    ) -> None:
+        self.settings, self.ranks, self.stopping = settings, ranks, stopping
+        self.corpus, self.folder = corpus, folder
+        self.streams = PackedStreams(corpus.training, settings.data.length, settings.run.seed)
+        self.held_out = held_out_streams(corpus, settings)
+        self.unigram = unigram_loss(corpus.training, self.held_out, corpus.tokenizer.vocab_size)
+
+        found = resume(folder, settings, corpus.digest) if settings.run.resume else None
+        self.engine = make_engine(settings, corpus.tokenizer.vocab_size, ranks)
+        self.done = self.engine.read(found.path) if found else 0
+        self.broken_checkpoints = set(found.passed_over) if found else set()
+        check_state(self.engine.tensors(), f"that step {self.done} left", ranks)
+        write_settings(folder, settings)
+
+        self.first_step = self.logged = self.done
+        self.history = History()
+        self.report = Report(settings, folder, active=ranks.is_main, first_step=self.done)
+        self.report.unit = corpus.tokenizer.unit
+        self.health = Health(settings.optimizer, self.report)
+        self.tokens, self.seconds, self.mark = 0, 0.0, 0.0
+
+    def run(self, started: float) -> Result:
+        """What is left of the run: steps, with what is due between them, and how they ended.
+
+        Args:
+            started: when the process began with the run, by ``time.perf_counter``.
+        """
+        with self.report:
+            self.introduce()
+            self.stopping.steps_begin()
+            self.catch_up()
+            self.mark = time.perf_counter()
+            while self.done < self.settings.run.steps and not self.health.stops:
+                self.step()
+                saves = self.is_checkpoint_due()
+                if saves or self.is_log_due() or self.is_validation_due():
+                    self.between_steps(saves)
+            result = self.finish(started)
+            summarise(result, self.report, self.settings.run.log_every, self.health)
+            return result
+
+    def introduce(self) -> None:
+        """Say what is trained on what."""
+        settings, report, tokenizer = self.settings, self.report, self.corpus.tokenizer
+        if tokenizer.note:
+            report.line(tokenizer.note)
+        engine = engine_spec(settings.parallel.engine)
+        training, device = self.corpus.training, self.ranks.device
+        report.line(
+            f"{self.engine.parameters:,} parameters; "
+            f"{training.tokens.numel():,} {report.unit}s in "
+            f"{len(training.names)} documents, {len(self.corpus.held_out.names)} held out; "
+            f"{engine.describe(settings, self.ranks)} on {device.type}; "
+            f"{attention_name(settings, device)} attention; {self.folder}"
+        )
+
+    def catch_up(self) -> None:
+        """Validate where the run before was stopped between a checkpoint and its validation."""
+        missing = self.done > 0 and not self.report.has_validation(self.done)
+        if self.is_validation_due() and self.ranks.any(self.ranks.is_main and missing):
+            self.health.stops = self.validate() is None
+
+    def step(self) -> None:
+        """One optimizer step; the device is not waited for."""
+        batches = list(step_batches(self.settings, self.streams, self.done, self.ranks))
+        values = train_step(
+            self.engine, batches, self.settings, self.done, self.ranks, self.stopping
+        )
+        self.history.add(values)
+        self.done += 1
+        self.health.add(self.done, values)
+
+    def is_checkpoint_due(self) -> bool:
+        every = self.settings.run.checkpoint_every
+        return self.is_last_step() or bool(every and self.done % every == 0)
+
+    def is_log_due(self) -> bool:
+        return self.done % self.settings.run.log_every == 0 or self.done == self.first_step + 1
+
+    def is_validation_due(self) -> bool:
+        every = self.settings.run.validate_every
+        return bool(every and self.done % every == 0) and self.done < self.settings.run.steps
+
+    def is_last_step(self) -> bool:
+        return self.done == self.settings.run.steps or self.health.stops
+
+    def between_steps(self, saves: bool) -> None:
+        """Log the steps since the last time; save and validate if it is time to."""
+        self.log()
+        saves = saves or self.is_last_step()  # Known for this step only now.
+        if saves:
+            self.save()
+        if self.is_validation_due() and not self.health.stops and self.validate() is None:
+            # Here, and no step later: a resume does the validation of the step it starts at.
+            self.health.stops = True
+            if not saves:
+                self.save()
+        self.mark, self.logged = time.perf_counter(), self.done
+
+    def log(self) -> None:
+        """Log the steps since the last time; waits for the device."""
+        # `health.add` waited for the step before, so that the device was busy.
+        self.health.settle()
+        self.history.read()
+        elapsed, steps = time.perf_counter() - self.mark, self.done - self.logged
+        tokens = steps * self.settings.data.global_batch * self.settings.data.length
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + elapsed
+        loss, grad_norm = self.history.last[:2]
+        rate = learning_rate(self.settings.optimizer, self.done - 1, self.settings.run.steps)
+        self.report.step(
+            {
+                "step": self.done,
+                "loss": loss,
+                "mean_loss": finite_mean(self.history.latest_losses(steps)),
+                "grad_norm": grad_norm,
+                "lr": rate,
+                "tokens_per_second": tokens / elapsed,
+                "peak_memory": self.ranks.largest(peak_memory(self.ranks.device)),
+            },
+            self.history.received(),
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint, if the state is sound."""
+        check_state(self.engine.tensors(), f"after step {self.done}", self.ranks)
+        self.report.sync()
+        save_checkpoint(
+            self.engine.write,
+            self.folder,
+            self.done,
+            self.settings,
+            self.corpus.digest,
+            self.broken_checkpoints,
+        )
+
+    def validate(self) -> float | None:
+        """Validate and log it; None where a rank was asked to stop."""
+        loss = validate(self.engine, self.held_out, self.settings, self.ranks, self.stopping)
+        if loss is not None:
+            self.report.validation(self.done, loss, self.unigram)
+        return loss
+
+    def finish(self, started: float) -> Result:
+        """Validate and sample at the end, unless the run was stopped."""
+        validation, text = None, ""
+        if not self.health.stops:
+            # A run that is resumed with fewer steps is at its checkpoint's.
+            validation = self.validate()
+        if validation is not None:
+            check_validation(validation, self.done)
+            text = sample_text(
+                self.engine, self.corpus.tokenizer, self.settings, self.ranks, self.stopping
+            )
+        return Result(
+            folder=self.folder,
+            losses=tuple(self.history.losses),
+            grad_norms=tuple(self.history.grad_norms),
+            validation_loss=math.nan if validation is None else validation,
+            unigram_loss=self.unigram,
+            tokens_per_second=self.tokens / self.seconds if self.tokens else math.nan,
+            received=self.history.received(),
+            seconds=time.perf_counter() - started,
+            sample=text,
+            stopped=self.ranks.any(self.stopping.asked) or self.health.stops,
+        )
+
+
 def train(settings: Settings, ranks: Ranks, stopping: Stopping | None = None) -> Result:
-    """The whole run: data, model, steps, checkpoint, validation, sample. Collective."""
+    """The whole run: data, model, steps, checkpoints, validations, sample. Collective."""
     started = time.perf_counter()
     check_folder_options(settings.run)
     with ranks.agreed():
@@ -202,210 +345,7 @@ def train(settings: Settings, ranks: Ranks, stopping: Stopping | None = None) ->
         "data.source", corpus.digest[:16], "the same documents (and Python) on every machine work"
     )
     with run_folder(settings, ranks) as folder:
-        return run_steps(settings, ranks, corpus, folder, stopping or Stopping(), started)
-
-
-def run_steps(
-    settings: Settings,
-    ranks: Ranks,
-    corpus: Corpus,
-    folder: Path,
-    stopping: Stopping,
-    started: float,
-) -> Result:
-    """Everything after the data, in a folder that is this run's."""
-    run = settings.run
-    streams = PackedStreams(corpus.training, settings.data.length, run.seed)
-    held_out = held_out_streams(corpus, settings)
-    unigram = unigram_loss(corpus.training, held_out, corpus.tokenizer.vocab_size)
-
-    found = resume(folder, settings, corpus.digest) if run.resume else None
-    engine = make_engine(settings, corpus.tokenizer.vocab_size, ranks)
-    first_step = engine.read(found.path) if found else 0
-    broken = set(found.passed_over) if found else set()
-    check_state(engine.tensors(), f"that step {first_step} left", ranks)
-    write_settings(folder, settings)
-
-    spec = engine_spec(settings.parallel.engine)
-    history = History()
-    tokens, seconds = 0, 0.0
-    with Report(settings, folder, active=ranks.is_main, first_step=first_step) as report:
-        report.unit = corpus.tokenizer.unit
-        if corpus.tokenizer.note:
-            report.line(corpus.tokenizer.note)
-        report.line(
-            f"{engine.parameters:,} parameters; "
-            f"{corpus.training.tokens.numel():,} {report.unit}s in "
-            f"{len(corpus.training.names)} documents, {len(corpus.held_out.names)} held out; "
-            f"{spec.describe(settings, ranks)} on {ranks.device.type}; "
-            f"{attention_name(settings, ranks.device)} attention; {folder}"
-        )
-        health = Health(settings.optimizer, report)
-
-        def save(done: int) -> None:
-            check_state(engine.tensors(), f"after step {done}", ranks)
-            report.sync()
-            save_checkpoint(engine.write, folder, done, settings, corpus.digest, broken)
-
-        def log_validation(done: int) -> float | None:
-            loss = validate(engine, held_out, settings, ranks, stopping)
-            if loss is not None:
-                report.validation(done, loss, unigram)
-            return loss
-
-        def validates_after(done: int) -> bool:
-            return bool(run.validate_every) and done % run.validate_every == 0 and done < run.steps
-
-        stopping.steps_begin()
-        # A run may have been stopped after a checkpoint and before the validation of its step.
-        missing = first_step > 0 and not report.has_validation(first_step)
-        if validates_after(first_step) and ranks.any(ranks.is_main and missing):
-            health.stops = log_validation(first_step) is None
-        done = logged = first_step
-        mark = time.perf_counter()
-        while done < run.steps and not health.stops:
-            batches = list(step_batches(settings, streams, done, ranks))
-            values = train_step(engine, batches, settings, done, ranks, stopping)
-            history.add(values)
-            done += 1
-            health.add(done, values)
-            saves = bool(run.checkpoint_every) and done % run.checkpoint_every == 0
-            ends = done == run.steps or health.stops
-            logs = done % run.log_every == 0 or done == first_step + 1
-            if not (logs or saves or ends or validates_after(done)):
-                continue
-            # Waits for this step; `health.add` waited for the one before, and the device was busy.
-            health.settle()
-            history.read()
-            elapsed = time.perf_counter() - mark
-            new_tokens = (done - logged) * settings.data.global_batch * settings.data.length
-            tokens, seconds = tokens + new_tokens, seconds + elapsed
-            loss, grad_norm, _, *received = history.last
-            report.step(
-                {
-                    "step": done,
-                    "loss": loss,
-                    "mean_loss": finite_mean(history.latest_losses(done - logged)),
-                    "grad_norm": grad_norm,
-                    "lr": learning_rate(settings.optimizer, done - 1, run.steps),
-                    "tokens_per_second": new_tokens / elapsed,
-                    "peak_memory": ranks.largest(peak_memory(ranks.device)),
-                },
-                by_kind(received),
-            )
-            saves = saves or done == run.steps or health.stops
-            if saves:
-                save(done)
-            if validates_after(done) and not health.stops and log_validation(done) is None:
-                # Here, and no step later: a resume does the validation of the step it starts at.
-                health.stops = True
-                if not saves:
-                    save(done)
-            mark, logged = time.perf_counter(), done
-
-        validation, text = None, ""
-        if not health.stops:
-            # A run that is resumed with fewer steps is at its checkpoint's.
-            validation = log_validation(done)
-        if validation is not None:
-            check_validation(validation, done)
-            text = sample_text(engine, corpus.tokenizer, settings, ranks, stopping)
-        result = Result(
-            folder=folder,
-            losses=tuple(history.losses),
-            grad_norms=tuple(history.grad_norms),
-            validation_loss=math.nan if validation is None else validation,
-            unigram_loss=unigram,
-            tokens_per_second=tokens / seconds if tokens else math.nan,
-            received=by_kind(history.last[3:]) if history.last else {},
-            seconds=time.perf_counter() - started,
-            sample=text,
-            stopped=ranks.any(stopping.asked) or health.stops,
-        )
-        summarise(result, report, run.log_every, health)
-    return result
-
-
-def attention_name(settings: Settings, device: torch.device) -> str:
-    """The attention of the run, with the backend that computes it."""
-    if settings.model.attention != "nsa":
-        return settings.model.attention
-    every = settings.model.dense_every
-    hybrid = f", one layer in {every} dense" if every else ""
-    return f"nsa ({get_backend(settings.model.backend, device).name} backend{hybrid})"
-
-
-def by_kind(received: Sequence[float]) -> dict[str, int]:
-    """Bytes that stand in the order of ``COMMUNICATION_KINDS``, by name."""
-    return dict(zip(COMMUNICATION_KINDS, map(int, received), strict=True))
-
-
-def check_prompt(settings: Settings, tokenizer: Tokenizer) -> None:
-    """Refuse a prompt that the sample at the end could not continue."""
-    prompt = settings.run.prompt
-    if settings.run.sample_tokens:
-        tokens = tokenizer.encode(prompt.encode(), "run.prompt")
-        works = "text of at least one token works, or run.sample_tokens = 0"
-        check(tokens.numel() > 0, "run.prompt", prompt, works)
-
-
-def sample_text(
-    engine: Engine, tokenizer: Tokenizer, settings: Settings, ranks: Ranks, stopping: Stopping
-) -> str:
-    """The prompt and what the model makes of it; collective, the same on every rank."""
-    run = settings.run
-    if not run.sample_tokens:
-        return ""
-    continuation = sample(
-        engine.sampler,
-        tokenizer.encode(run.prompt.encode(), "run.prompt").tolist(),
-        run.sample_tokens,
-        ranks,
-        layout=settings.parallel.layout,
-        temperature=run.temperature,
-        seed=mix_seed(run.seed, "sample"),
-        window=settings.data.length,
-        pad_to=math.lcm(PAD_TO, 2 * ranks.cp * ranks.tp),
-        stopping=stopping,
-    )
-    return run.prompt + tokenizer.decode(continuation)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Bytes: on GPUs the most that tensors took, on CPUs the process's largest resident set."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    # Linux counts in KiB, macOS in bytes.
-    scale = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
-
-
-def summarise(result: Result, report: Report, recent: int, health: Health) -> None:
-    """Print how the run ended; its last training loss is a mean over ``recent`` steps."""
-    if result.sample:
-        # Escape sequences of a model's making do not reach the terminal.
-        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in result.sample)
-        report.line(f"--- sample\n{shown}\n---")
-    unit, rows = report.unit, {}
-    if result.losses:
-        last = result.losses[-recent:]
-        mean = finite_mean(last)
-        rows["training loss"] = f"{result.losses[0]:.4f} -> {mean:.4f} (last {len(last)} steps)"
-    if not math.isnan(result.validation_loss):
-        rows["validation loss"] = f"{result.validation_loss:.4f} nats/{unit}"
-        rows["unigram loss"] = f"{result.unigram_loss:.4f} nats/{unit}, same held-out text"
-    if result.losses:
-        moved = [f"{kind} {show_bytes(size)}" for kind, size in result.received.items() if size]
-        rows["speed"] = f"{result.tokens_per_second:,.0f} {unit}s/s"
-        rows["bytes moved per step"] = ", ".join(moved) or "none"
-    if health.skipped:
-        which = ", also in the last step" if health.in_a_row else ""
-        rows["skipped updates"] = f"{health.skipped}{which}"
-    rows["seconds"] = f"{result.seconds:.1f}"
-    rows["folder"] = str(result.folder)
-    if result.stopped:
-        rows["stopped"] = "by a signal; all steps are saved, run.resume = true goes on from there"
-    report.summary(rows)
+        return Run(settings, ranks, corpus, folder, stopping or Stopping()).run(started)
 
 
 def start() -> tuple[Ranks, Settings]:

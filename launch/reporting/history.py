@@ -8,6 +8,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+COMMUNICATION_KINDS = (
+    *("plan", "halo", "gather", "request", "fetch"),
+    *("halo_grad", "gather_grad", "fetch_grad", "ring", "ring_grad"),
+)
+"""What layers count, in the order in which a step's vector has it."""
 KEPT = 100_000
 """Steps whose loss and norm are kept, the latest ones: 3 MB at most."""
 UNREAD = 1000
@@ -47,3 +52,7 @@ class History:
     def latest_losses(self, count: int) -> list[float]:
         """Losses of the last ``count`` steps read, or of as many as are kept."""
         return list(islice(self.losses, max(0, len(self.losses) - count), None))
+
+    def received(self) -> dict[str, int]:
+        """Bytes that all layers on all ranks received in the last step read, by kind."""
+        return dict(zip(COMMUNICATION_KINDS, map(int, self.last[3:]), strict=bool(self.last)))

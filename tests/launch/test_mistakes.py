@@ -73,7 +73,7 @@ def test_what_is_switched_off_of_a_tokenizer_is_told_once(root: Path, tmp_path: 
 
 def test_a_prompt_of_no_token_is_refused_before_the_run(root: Path, tmp_path: Path) -> None:
     from launch.data.tokenizer import make_tokenizer
-    from launch.train import check_prompt
+    from launch.sampling import check_prompt
 
     tokenizer = make_tokenizer(saved(words(red=1), tmp_path, "tokenizers"))
     settings = tiny(root, run={"prompt": " \n", "sample_tokens": 4})
