@@ -24,9 +24,10 @@ import torch
 import torch.distributed as dist
 
 from launch.engines import fsdp2, megatron_checkpoint
-from launch.settings import Settings, check
+from launch.settings import Settings
 from launch.storage.checkpoint import SETTINGS, checkpoint_path, open_checkpoint, save_checkpoint
 from launch.storage.manifest import CheckpointError
+from nsa_dist.checks import check
 
 
 def convert(source: Path, folder: Path) -> Path:
@@ -44,13 +45,13 @@ def convert(source: Path, folder: Path) -> Path:
             other engine cannot run the settings, or a file holds more than data.
         CheckpointError: if the new one cannot be written.
     """
-    works = "a folder RUN/checkpoints/step_N of engine 'fsdp2' or 'megatron' works"
-    check((source / SETTINGS).exists(), "SOURCE", str(source), works)
+    must = "a folder RUN/checkpoints/step_N of engine 'fsdp2' or 'megatron'"
+    check((source / SETTINGS).exists(), "SOURCE", str(source), must)
     found = open_checkpoint(source, "SOURCE")
     target = checkpoint_path(folder, found.step)
     engine = found.settings.parallel.engine
-    check(engine in ("fsdp2", "megatron"), "SOURCE", str(source), works)
-    check(not target.exists(), "OTHER_RUN", str(folder), f"one without {target.name} works")
+    check(engine in ("fsdp2", "megatron"), "SOURCE", str(source), must)
+    check(not target.exists(), "OTHER_RUN", str(folder), f"a run without {target.name}")
     if engine == "fsdp2":
         settings = for_megatron(found.settings)  # Refuses what Megatron cannot run.
         state, write_whole = fsdp2.read_whole(found), megatron_checkpoint.write_whole

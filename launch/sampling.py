@@ -13,8 +13,9 @@ from launch.engines.base import Engine
 from launch.processes.ranks import Ranks
 from launch.processes.stopping import Stopping
 from launch.seeds import mix_seed
-from launch.settings import Settings, check
+from launch.settings import Settings
 from nsa_dist import shard_batch
+from nsa_dist.checks import check
 
 PAD_TO = 64
 """By default lengths grow in these steps, so that few distinct plans are made."""
@@ -76,8 +77,8 @@ def check_prompt(settings: Settings, tokenizer: Tokenizer) -> None:
     prompt = settings.run.prompt
     if settings.run.sample_tokens:
         tokens = tokenizer.encode(prompt.encode(), "run.prompt")
-        works = "text of at least one token works, or run.sample_tokens = 0"
-        check(tokens.numel() > 0, "run.prompt", prompt, works)
+        must = "text of at least one token, unless run.sample_tokens = 0"
+        check(tokens.numel() > 0, "run.prompt", prompt, must)
 
 
 def sample_text(

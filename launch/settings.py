@@ -1,4 +1,4 @@
-"""A run as frozen values: one dataclass a TOML section, checked once, on every rank alike.
+"""The settings of a run: a frozen dataclass for each TOML section, checked when it is built.
 
 ``[attention]`` and ``[rotary]`` are nsa_dist's own ``NSAConfig`` and ``RotaryConfig``, so every
 option of the layer is an option of a run. The comment beside a field is its help text.
@@ -22,40 +22,36 @@ import tyro
 from launch.engines.registry import ENGINES, all_specs, engine_spec
 from launch.processes.mistakes import read_once
 from nsa_dist import NSAConfig, RotaryConfig
+from nsa_dist.checks import as_choice, check
 
 FORMAT = 1
-"""Of the files of a checkpoint and its settings; those from before formats have none."""
+"""Format number of a checkpoint's settings and manifest. The oldest files have no number."""
 
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 
-def check(ok: bool, option: str, value: Any, works: str) -> None:
-    """Refuse a setting: ValueError that names the option, the value found and what works."""
-    if not ok:
-        try:
-            found = repr(value)
-        except ValueError:  # Python prints no integer of thousands of digits.
-            found = f"a {type(value).__name__} that is too long to print"
-        raise ValueError(f"{option}: found {found}; {works}")
-
-
 def _check_values(section: str, options: Any) -> None:
-    """Refuse values of a section that its settings.toml could not hold, or that are no number."""
+    """Refuse values that settings.toml could not hold, and numbers that are not finite."""
     for option in dataclasses.fields(options):
         name, value = f"{section}.{option.name}", getattr(options, option.name)
         if isinstance(value, str):
-            works = "text in UTF-8 works"
-            check(not any("\ud800" <= c <= "\udfff" for c in value), name, value, works)
-            # In a prompt it is text; everything else names something.
+            is_utf8 = not any("\ud800" <= c <= "\udfff" for c in value)
+            check(is_utf8, name, value, "text in UTF-8")
+            # Only a prompt is text; all others are names and paths.
             fits = "\0" not in value or name == "run.prompt"
-            check(fits, name, value, "text without NUL works")
+            check(fits, name, value, "text without NUL")
         elif isinstance(value, float):
-            # No limit is a limit.
+            # An infinite clip is no clipping.
             fits = math.isfinite(value) or (name == "optimizer.clip" and value == math.inf)
-            check(fits, name, value, "a finite number works")
+            check(fits, name, value, "a finite number")
         elif isinstance(value, int):
             fits = -(1 << 63) <= value < 1 << 63
-            check(fits, name, value, "an integer of 64 bits works")
+            check(fits, name, value, "an integer of 64 bits")
+
+
+def _check_minimum(section: str, options: Any, name: str, minimum: int) -> None:
+    value = getattr(options, name)
+    check(value >= minimum, f"{section}.{name}", value, f"at least {minimum}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class ModelSettings:
     """The decoder around the attention."""
 
     attention: Literal["nsa", "dense"] = "nsa"  # dense: causal softmax over the whole document
-    dense_every: int = 0  # of nsa: every so-many-th layer is dense (4: the 4th, 8th, ...); 0: none
+    dense_every: int = 0  # with nsa: 4 makes the 4th, 8th, ... layer dense; 0: none
     layers: int = 4  # transformer blocks
     hidden_size: int = 128  # width of the residual stream
     mlp_hidden: int = 384  # hidden width of SwiGLU
@@ -72,7 +68,7 @@ class ModelSettings:
     bias: bool = False  # biases in the attention's projections
     qk_norm: bool = False  # RMSNorm over each head of queries and keys
     dropout: float = 0.0  # on the attention's output
-    backend: str = "auto"  # of nsa: auto (triton on NVIDIA GPUs, else pytorch), pytorch, triton
+    backend: str = "auto"  # with nsa: auto (triton on NVIDIA GPUs, else pytorch), pytorch, triton
     recompute: bool = False  # recompute activations in backward
     # what is recomputed: block (the whole block), or attention (between the projections; megatron)
     recompute_part: Literal["block", "attention"] = "block"
@@ -80,12 +76,12 @@ class ModelSettings:
     def __post_init__(self) -> None:
         _check_values("model", self)
         for option in ("layers", "hidden_size", "mlp_hidden"):
-            check(getattr(self, option) >= 1, f"model.{option}", getattr(self, option), "1 or more")
-        check(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 <= dropout < 1 works")
-        check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "a positive number works")
-        works = f"0, or with attention 'nsa' 2 to layers = {self.layers}, works"
+            _check_minimum("model", self, option, 1)
+        check(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and below 1")
+        check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "a positive number")
+        must = f"0, or 2 to model.layers = {self.layers} with model.attention = 'nsa'"
         some = self.attention == "nsa" and 2 <= self.dense_every <= self.layers
-        check(some or self.dense_every == 0, "model.dense_every", self.dense_every, works)
+        check(some or self.dense_every == 0, "model.dense_every", self.dense_every, must)
 
     def is_dense(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has dense attention."""
@@ -116,20 +112,20 @@ class DataSettings:
     def __post_init__(self) -> None:
         _check_values("data", self)
         for option in ("global_batch", "micro_batch"):
-            check(getattr(self, option) >= 1, f"data.{option}", getattr(self, option), "1 or more")
+            _check_minimum("data", self, option, 1)
         # A stream of one token has no target.
-        check(self.length >= 2, "data.length", self.length, "2 or more")
+        check(self.length >= 2, "data.length", self.length, "at least 2")
         most = ((1 << 31) - 1) // self.micro_batch
-        works = f"at most {most} works with data.micro_batch = {self.micro_batch}"
-        check(self.length <= most, "data.length", self.length, f"{works}: positions have 32 bits")
-        check(0 < self.held_out < 1, "data.held_out", self.held_out, "0 < held_out < 1 works")
+        must = f"at most {most} with data.micro_batch = {self.micro_batch} (positions have 32 bits)"
+        check(self.length <= most, "data.length", self.length, must)
+        check(0 < self.held_out < 1, "data.held_out", self.held_out, "above 0 and below 1")
         if self.source == "stdlib":
-            check(not self.path, "data.path", self.path, "source 'stdlib' takes no path")
+            check(not self.path, "data.path", self.path, "empty with data.source = 'stdlib'")
         else:
-            # Whether it is there shows when it is read: settings of a run whose data has moved
-            # must be readable.
-            works = f"source {self.source!r} works with an existing path"
-            check(bool(self.path), "data.path", self.path, works)
+            # That it exists is checked when it is read: settings of a run whose data has moved
+            # must stay readable.
+            must = f"an existing path with data.source = {self.source!r}"
+            check(bool(self.path), "data.path", self.path, must)
 
 
 @dataclass(frozen=True)
@@ -144,24 +140,23 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only
     clip: float = 1.0  # largest global gradient norm; 0 or inf: no clipping
-    # skipped steps in a row, whose gradients are not finite, that end a run; 0: the first does
+    # this many skipped steps in a row (gradients not finite) end the run; 0: the first one does
     max_skipped: int = 3
 
     def __post_init__(self) -> None:
         _check_values("optimizer", self)
-        check(self.lr > 0, "optimizer.lr", self.lr, "a positive number works")
-        check(0 <= self.min_lr <= 1, "optimizer.min_lr", self.min_lr, "0 <= min_lr <= 1 works")
+        check(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
+        check(0 <= self.min_lr <= 1, "optimizer.min_lr", self.min_lr, "between 0 and 1")
         for option in ("warmup_steps", "weight_decay", "clip", "max_skipped"):
-            value = getattr(self, option)
-            check(value >= 0, f"optimizer.{option}", value, "0 or more works")
+            _check_minimum("optimizer", self, option, 0)
         for option in ("beta1", "beta2"):
             value = getattr(self, option)
-            check(0 <= value < 1, f"optimizer.{option}", value, f"0 <= {option} < 1 works")
-        check(self.eps > 0, "optimizer.eps", self.eps, "a positive number works")
+            check(0 <= value < 1, f"optimizer.{option}", value, "at least 0 and below 1")
+        check(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
 
     @property
     def largest_norm(self) -> float:
-        """``clip`` as libraries take it: 0 for no clipping."""
+        """``clip`` as libraries expect it: 0 means no clipping."""
         return 0.0 if self.clip == math.inf else self.clip
 
 
@@ -184,16 +179,15 @@ class ParallelSettings:
 
     def __post_init__(self) -> None:
         _check_values("parallel", self)
-        check(self.engine in ENGINES, "parallel.engine", self.engine, f"{tuple(ENGINES)} work")
+        as_choice("parallel.engine", self.engine, tuple(ENGINES))
         for option in ("cp", "tp", "pp"):
-            value = getattr(self, option)
-            check(value >= 1, f"parallel.{option}", value, "1 or more works")
-        check(self.dp >= 1 or self.dp == -1, "parallel.dp", self.dp, "1 or more, or -1, works")
+            _check_minimum("parallel", self, option, 1)
+        check(self.dp >= 1 or self.dp == -1, "parallel.dp", self.dp, "at least 1, or -1")
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How long, on what, and what is kept of it."""
+    """How long a run is, where it runs, and what it logs, saves and samples."""
 
     name: str = "run"
     folder: str = ""  # where everything is written; empty: runs/NAME-TIME
@@ -217,16 +211,16 @@ class RunSettings:
     def __post_init__(self) -> None:
         _check_values("run", self)
         for option in ("steps", "log_every", "validation_streams"):
-            check(getattr(self, option) >= 1, f"run.{option}", getattr(self, option), "1 or more")
+            _check_minimum("run", self, option, 1)
         for option in ("validate_every", "checkpoint_every", "keep_checkpoints", "sample_tokens"):
-            check(getattr(self, option) >= 0, f"run.{option}", getattr(self, option), "0 or more")
-        works = "less than 10^8 work: the names of checkpoints have eight digits"
-        check(self.steps < 10**8, "run.steps", self.steps, works)
-        works = "a number of seconds above 0 and up to a million works"
-        check(0 < self.timeout <= 1e6, "run.timeout", self.timeout, works)
-        works = "a positive number works"
-        check(self.temperature > 0, "run.temperature", self.temperature, works)
-        check(bool(self.prompt) or not self.sample_tokens, "run.prompt", self.prompt, "some text")
+            _check_minimum("run", self, option, 0)
+        must = "below 10^8 (names of checkpoints have eight digits)"
+        check(self.steps < 10**8, "run.steps", self.steps, must)
+        must = "a number of seconds above 0 and up to a million"
+        check(0 < self.timeout <= 1e6, "run.timeout", self.timeout, must)
+        check(self.temperature > 0, "run.temperature", self.temperature, "a positive number")
+        must = "some text, unless run.sample_tokens = 0"
+        check(bool(self.prompt) or not self.sample_tokens, "run.prompt", self.prompt, must)
 
 
 @dataclass(frozen=True)
@@ -246,38 +240,38 @@ class Settings:
             self.data.global_batch % self.data.micro_batch == 0,
             "data.micro_batch",
             self.data.micro_batch,
-            f"a divisor of data.global_batch = {self.data.global_batch} works",
+            f"a divisor of data.global_batch = {self.data.global_batch}",
         )
         _check_engine(self)
         _check_dense(self)
 
 
 def _check_engine(settings: Settings) -> None:
-    """Refuse what the engine cannot run: options of other engines, and what it refuses itself."""
+    """Refuse options of other engines, and what the run's own engine cannot do."""
     engine = engine_spec(settings.parallel.engine)
     for other in all_specs():
         for option in sorted(set(other.options) - set(engine.options)):
             section, name = option.split(".")
             options = getattr(settings, section)
             default = next(f.default for f in dataclasses.fields(options) if f.name == name)
-            works = f"{default!r} works with parallel.engine = {engine.name!r}"
-            works = f"{works}: others are of engine {other.name!r}"
-            found = getattr(options, name)
-            check(found == default, option, found, works)
+            must = f"{default!r} with parallel.engine = {engine.name!r}"
+            must = f"{must} (only {other.name!r} has other values)"
+            value = getattr(options, name)
+            check(value == default, option, value, must)
     engine.check_settings(settings)
 
 
 def _check_dense(settings: Settings) -> None:
-    """Refuse splits of packed streams that dense layers have no algorithm for."""
+    """Refuse the ways to split a sequence that dense layers have no algorithm for."""
     cp, layout, dtype = settings.parallel.cp, settings.parallel.layout, settings.run.dtype
     if cp == 1 or not settings.model.has_dense:
         return
-    why = f"with dense layers (model.attention, model.dense_every) and parallel.cp = {cp}"
-    works = f"'zigzag_per_document' in bfloat16 and 'contiguous' in every run.dtype work {why}"
-    check(layout != "zigzag", "parallel.layout", layout, works)
-    works = f"'bfloat16', or parallel.layout = 'contiguous', works {why}"
+    case = f"with dense layers (model.attention, model.dense_every) and parallel.cp = {cp}"
+    must = f"'contiguous', or 'zigzag_per_document' in bfloat16, {case}"
+    check(layout != "zigzag", "parallel.layout", layout, must)
+    must = f"'bfloat16', unless parallel.layout = 'contiguous', {case}"
     right = layout == "contiguous" or dtype in ("auto", "bfloat16")
-    check(right, "run.dtype", dtype, works)
+    check(right, "run.dtype", dtype, must)
 
 
 T = TypeVar("T")
@@ -294,20 +288,18 @@ def _convert(value: Any, hint: Any, option: str) -> Any:
     if origin is Literal:
         # True equals 1 but is another value.
         known = any(type(value) is type(a) and value == a for a in arguments)
-        check(known, option, value, f"{arguments} work")
+        check(known, option, value, f"one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
-        check(isinstance(value, list), option, value, "a list works")
+        check(isinstance(value, list), option, value, "a list")
         inner_hints = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
-        check(len(value) == len(inner_hints), option, value, f"{len(inner_hints)} values work")
+        check(len(value) == len(inner_hints), option, value, f"{len(inner_hints)} values")
         pairs = enumerate(zip(value, inner_hints, strict=True))
         return tuple(_convert(v, h, f"{option}[{i}]") for i, (v, h) in pairs)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        check(
-            abs(value) < 1 << 63, option, value, "a number of at most 64 bits or a fraction works"
-        )
+        check(abs(value) < 1 << 63, option, value, "an integer of at most 64 bits, or a fraction")
         return float(value)
-    check(type(value) is hint, option, value, f"a value of type {hint.__name__} works")
+    check(type(value) is hint, option, value, f"of type {hint.__name__}")
     return value
 
 
@@ -315,15 +307,16 @@ def from_table(cls: type[T], table: Any, section: str = "") -> T:
     """``cls`` from a TOML table.
 
     Raises:
-        ValueError: for a table that is none, an unknown or missing key, or a value that does not
-            fit; names the key, the value found and what works.
+        ValueError: for anything but a table, an unknown or missing key, or a value that the key
+            cannot have; names the key, what it must be and the value.
     """
-    check(isinstance(table, dict), section, table, "a table works")
+    check(isinstance(table, dict), section, table, "a table")
     hints, prefix = get_type_hints(cls), section and f"{section}."
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key, value in table.items():
-        where = f"keys of [{section}]" if section else "sections"
-        check(key in fields, f"{prefix}{key}", value, f"{where}: {', '.join(fields)}")
+    for key in table:
+        if key not in fields:
+            what = f"a key of [{section}]" if section else "a section"
+            raise ValueError(f"{what} must be one of {', '.join(fields)}, got {prefix}{key}")
     missing = [
         f"{prefix}{name}"
         for name, f in fields.items()
@@ -332,7 +325,7 @@ def from_table(cls: type[T], table: Any, section: str = "") -> T:
         and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{', '.join(missing)}: not set; a value is required")
+        raise ValueError(f"{', '.join(missing)} must be set, got no value")
     values = {key: _convert(v, hints[key], f"{prefix}{key}") for key, v in table.items()}
     if cls in (NSAConfig, RotaryConfig):
         # The layer's own errors do not know the section that they come from.
@@ -347,13 +340,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """What a TOML file says.
 
     Raises:
-        ValueError: if the file is missing or is no TOML.
+        ValueError: if the file is missing or is not TOML.
     """
     try:
         table: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        # ValueErrors are no TOML, no UTF-8, and integers of thousands of digits.
-        raise ValueError(f"config: found {str(path)!r}; a TOML file works ({error})") from None
+        # ValueError: not TOML, not UTF-8, or an integer of thousands of digits.
+        raise ValueError(f"config must be a TOML file, got {str(path)!r} ({error})") from None
     return table
 
 
@@ -367,17 +360,18 @@ def from_toml(path: str | Path) -> Settings:
 
 
 def _from_document(table: dict[str, Any]) -> Settings:
-    """Settings of a whole TOML document, which may say its format."""
+    """Settings of a whole TOML document, which may have a format number."""
     number = table.get("format", FORMAT)
-    works = f"1 to {FORMAT} work; later ones are of later versions of this program"
-    check(type(number) is int and 1 <= number <= FORMAT, "format", number, works)
+    must = f"1 to {FORMAT} (later versions of this program write later ones)"
+    check(type(number) is int and 1 <= number <= FORMAT, "format", number, must)
     return from_table(Settings, {key: table[key] for key in table if key != "format"})
 
 
 def from_command_line(arguments: Sequence[str]) -> Settings:
-    """Settings of ``CONFIG.toml [--section.option value ...]``; the command line goes first.
+    """Settings of ``CONFIG.toml [--section.option value ...]``; options override the file.
 
-    A bad option on the command line ends the program with tyro's message, told once, and status 2.
+    A bad option on the command line ends the program with tyro's message, printed by one process,
+    and status 2.
 
     Raises:
         ValueError: as ``from_toml``, and if ``to_toml`` could not write the settings.
@@ -386,7 +380,7 @@ def from_command_line(arguments: Sequence[str]) -> Settings:
         bool(arguments) and not arguments[0].startswith("-"),
         "config",
         arguments[0] if arguments else None,
-        "train.py CONFIG.toml [--section.option value ...] works",
+        "the first argument: train.py CONFIG.toml [--section.option value ...]",
     )
     default = from_toml(arguments[0])
     shown = arguments[0].encode("utf-8", "backslashreplace").decode()
@@ -399,17 +393,17 @@ def from_command_line(arguments: Sequence[str]) -> Settings:
             config=(tyro.conf.FlagConversionOff,),
         )
     )
-    to_toml(settings)  # What no run could be resumed from is told before it starts.
+    to_toml(settings)  # Refuses here, before the run starts, what could not be resumed from.
     return settings
 
 
 def to_toml(settings: Settings) -> str:
     """The TOML text that ``from_toml`` reads back as equal settings.
 
-    TOML has no null: an option that is None is left out, which reads back as its default.
+    TOML has no null: options that are None are left out, and read back as their default, None.
 
     Raises:
-        ValueError: if that text would read back otherwise.
+        ValueError: if that text would read back as other settings.
     """
     lines = [f"format = {FORMAT}", ""]
     for section in dataclasses.fields(settings):
@@ -421,14 +415,13 @@ def to_toml(settings: Settings) -> str:
     text = "\n".join(lines)
     read = _from_document(tomllib.loads(text))
     for section in dataclasses.fields(settings):
-        written, found = getattr(settings, section.name), getattr(read, section.name)
-        works = f"options that settings.toml gives back work; it gives {found!r}"
-        check(written == found, section.name, written, works)
+        written, back = getattr(settings, section.name), getattr(read, section.name)
+        check(written == back, section.name, written, f"what settings.toml reads back, {back!r}")
     return text
 
 
 def _toml(value: Any) -> str:
     if value in (math.inf, -math.inf):
         return "inf" if value > 0 else "-inf"
-    # JSON's strings, numbers, booleans and arrays are TOML's, but for one character.
+    # JSON writes strings, numbers, booleans and arrays as TOML does, except for one character.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

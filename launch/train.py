@@ -341,9 +341,8 @@ def train(settings: Settings, ranks: Ranks, stopping: Stopping | None = None) ->
     with ranks.agreed():
         corpus = load_corpus(settings.data)
         check_prompt(settings, corpus.tokenizer)
-    ranks.check_equal(
-        "data.source", corpus.digest[:16], "the same documents (and Python) on every machine work"
-    )
+    must = "the same documents (and Python) on every machine"
+    ranks.check_equal("data.source", corpus.digest[:16], must)
     with run_folder(settings, ranks) as folder:
         return Run(settings, ranks, corpus, folder, stopping or Stopping()).run(started)
 

@@ -18,7 +18,11 @@ LARGEST_INT = (1 << 31) - 1
 def check(ok: bool, option: str, value: Any, must: str) -> None:
     """Raise ValueError unless ``ok``. ``must`` says what the value must be: "an even number"."""
     if not ok:
-        raise ValueError(f"{option} must be {must}, got {value!r}")
+        try:
+            got = repr(value)
+        except ValueError:  # Python prints no integer of thousands of digits.
+            got = f"a {type(value).__name__} that is too long to print"
+        raise ValueError(f"{option} must be {must}, got {got}")
 
 
 def as_int(option: str, value: Any, minimum: int) -> int:

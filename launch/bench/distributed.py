@@ -218,8 +218,9 @@ def contests(stream: Stream, layout: str, context: ContextGroup) -> list[Callabl
     sharding = make_sharding(length, cu_seqlens=bounds, layout=layout, group=context)
     if sharding.padded_length != length:
         cut = make_layout(layout, context.size)
-        works = f"multiples of {cut.multiple * (options.documents if cut.per_document else 1)} work"
-        raise ValueError(f"lengths: found {length}; {works} with layout {layout!r} on these ranks")
+        multiple = cut.multiple * (options.documents if cut.per_document else 1)
+        must = f"multiples of {multiple} with layout {layout!r} on these ranks"
+        raise ValueError(f"lengths must be {must}, got {length}")
     batch: dict[str, Any] = {
         "batch": 1,
         "local_length": length // context.size,
@@ -401,12 +402,12 @@ def join_ranks() -> ContextGroup:
     """
     gpus = torch.cuda.device_count()
     if "RANK" not in os.environ:
-        raise ValueError("ranks: found none; torchrun --nproc-per-node=GPUS works")
+        raise ValueError("ranks must be started by torchrun --nproc-per-node=GPUS, got none")
     if not gpus:
-        raise ValueError("found no CUDA device; machines with NVIDIA GPUs work")
+        raise ValueError("machines must have NVIDIA GPUs, got no CUDA device")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if here > gpus:
-        raise ValueError(f"ranks: found {here} on {gpus} GPUs; one a GPU works")
+        raise ValueError(f"ranks must be one a GPU, got {here} on {gpus} GPUs")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -255,7 +255,7 @@ def commit() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=arguments)
     if not torch.cuda.is_available():
-        sys.exit("operators.py: found no CUDA device; a machine with an NVIDIA GPU works")
+        sys.exit("operators.py: the machine must have an NVIDIA GPU, got no CUDA device")
     try:
         rows, wrong = bench(options, Meter(options.repeats_ms))
     except ValueError as error:

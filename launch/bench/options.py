@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.settings import check
 from nsa_dist import NSAConfig
+from nsa_dist.checks import as_choice, check
 from nsa_kernels.backend import BACKENDS
 
 OPERATORS = (
@@ -54,7 +54,7 @@ class Sizes:
         csv: file to write the table to.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: naming the option, what it must be and its value.
     """
 
     lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)
@@ -74,14 +74,14 @@ class Sizes:
     csv: Path | None = None
 
     def __post_init__(self) -> None:
-        check(self.documents >= 1, "documents", self.documents, "1 or more works")
-        check(bool(self.lengths), "lengths", self.lengths, "one or more works")
+        check(self.documents >= 1, "documents", self.documents, "at least 1")
+        check(bool(self.lengths), "lengths", self.lengths, "one length or more")
         for length in self.lengths:
-            works = f"positive multiples of documents = {self.documents} work"
-            check(length > 0 and length % self.documents == 0, "lengths", length, works)
-        check(self.dtype in DTYPES, "dtype", self.dtype, f"{', '.join(DTYPES)} work")
-        check(self.backend in BACKENDS, "backend", self.backend, f"{', '.join(BACKENDS)} work")
-        check(self.repeats_ms > 0, "repeats_ms", self.repeats_ms, "1 or more works")
+            must = f"positive multiples of documents = {self.documents}"
+            check(length > 0 and length % self.documents == 0, "lengths", length, must)
+        as_choice("dtype", self.dtype, tuple(DTYPES))
+        as_choice("backend", self.backend, tuple(BACKENDS))
+        check(self.repeats_ms > 0, "repeats_ms", self.repeats_ms, "at least 1")
         check_folder("csv", self.csv)
         _ = self.config
 
@@ -112,7 +112,7 @@ class Options(Sizes):
         plot: file to draw time against length to.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: naming the option, what it must be and its value.
     """
 
     only: tuple[str, ...] = ()
@@ -124,24 +124,22 @@ class Options(Sizes):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.only:
-            check(name in OPERATORS, "only", name, f"{', '.join(OPERATORS)} work")
+            as_choice("only", name, OPERATORS)
         if self.choices is None:
-            check(not self.layers, "layers", self.layers, "layers of a file of --choices work")
+            check(not self.layers, "layers", self.layers, "empty without --choices")
         else:
-            check(self.choices.is_file(), "choices", str(self.choices), "an existing file works")
-            works = "1 works with --choices, whose blocks are counted in one document"
-            check(self.documents == 1, "documents", self.documents, works)
+            check(self.choices.is_file(), "choices", str(self.choices), "an existing file")
+            must = "1 with --choices, whose blocks are counted in one document"
+            check(self.documents == 1, "documents", self.documents, must)
         check_folder("plot", self.plot)
-        works = (
-            "it needs matplotlib, not installed here; pip install matplotlib, or no --plot, works"
-        )
-        check(not self.plot or find_spec("matplotlib") is not None, "plot", str(self.plot), works)
+        must = "left out where matplotlib is not installed (pip install matplotlib)"
+        check(not self.plot or find_spec("matplotlib") is not None, "plot", str(self.plot), must)
 
 
 def check_folder(option: str, path: Path | None) -> None:
     """Refuse a file to write whose folder is not there."""
-    works = "a file in an existing folder works"
-    check(path is None or path.parent.is_dir(), option, str(path), works)
+    there = path is None or path.parent.is_dir()
+    check(there, option, str(path), "a file in an existing folder")
 
 
 def random_choices(
@@ -177,35 +175,37 @@ def recorded_choices(options: Options, length: int) -> dict[int, Tensor]:
     assert options.choices is not None
     path, config = options.choices, options.config
     arrays = _read_npz(path)
-    works = "an array selected [layer, group, token, n] of integers works"
-    check("selected" in arrays, "choices", sorted(arrays), f"{works} in {path}")
+    must = f"integers selected [layer, group, token, n] in {path}"
+    check("selected" in arrays, "choices", sorted(arrays), must)
     selected = arrays["selected"]
     found = f"{selected.dtype} {list(selected.shape)}"
-    check(selected.ndim == 4 and selected.dtype.kind == "i", "choices", found, f"{works} in {path}")
+    check(selected.ndim == 4 and selected.dtype.kind == "i", "choices", found, must)
     expected = [config.num_kv_heads, length, config.num_selected]
     if list(selected.shape[1:]) != expected:
         raise ValueError(
-            f"choices: found [group, token, n] = {list(selected.shape[1:])} in {path}; {expected} "
-            "(--kv-heads, --lengths and --num-selected of the run) works"
+            f"choices must be [group, token, n] = {expected} (--kv-heads, --lengths and "
+            f"--num-selected of the run), got {list(selected.shape[1:])} in {path}"
         )
     if "select_block" in arrays:
-        block, works = int(arrays["select_block"]), f"--select-block {config.select_block}, works"
-        check(block == config.select_block, "choices", block, f"{path} made with the run's {works}")
+        block = int(arrays["select_block"])
+        must = f"made with --select-block {config.select_block} of the run, in {path}"
+        check(block == config.select_block, "choices", block, must)
     layers = options.layers or tuple(range(selected.shape[0]))
     choices = {}
     for layer in layers:
-        works = f"0 to {selected.shape[0] - 1} work with {path}"
-        check(0 <= layer < selected.shape[0], "layers", layer, works)
+        must = f"0 to {selected.shape[0] - 1} with {path}"
+        check(0 <= layer < selected.shape[0], "layers", layer, must)
         chosen = torch.from_numpy(selected[layer].astype("int32")).transpose(0, 1).contiguous()
         bad = first_bad_choice(chosen, config)
         if bad is not None:
             token, group = bad
-            raise ValueError(
-                f"choices: found {chosen[token, group].tolist()} for token {token} of layer "
-                f"{layer}, group {group} in {path}; ascending blocks up to the token's own, that "
-                f"one among them, as many as there are but at most {config.num_selected}, then -1 "
-                f"work (with --select-block {config.select_block})"
+            must = (
+                f"ascending blocks up to the token's own, with that one, as many as there are but "
+                f"at most {config.num_selected}, then -1 (with --select-block "
+                f"{config.select_block})"
             )
+            got = f"{chosen[token, group].tolist()} for token {token} of layer {layer}"
+            raise ValueError(f"choices must be {must}, got {got}, group {group} in {path}")
         choices[layer] = chosen
     return choices
 
@@ -215,13 +215,13 @@ def _read_npz(path: Path) -> dict[str, Any]:
         numpy = importlib.import_module("numpy")
     except ImportError:
         raise ValueError(
-            f"choices: found {path}, which needs numpy, not installed here; pip install numpy works"
+            f"choices must be left out where numpy is not installed (pip install numpy), got {path}"
         ) from None
     try:
         with numpy.load(path) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"choices: found {path}; an npz file works ({error})") from None
+        raise ValueError(f"choices must be an npz file, got {path} ({error})") from None
 
 
 def first_bad_choice(chosen: Tensor, config: NSAConfig) -> tuple[int, int] | None:

@@ -36,9 +36,10 @@ from launch.engines.fsdp2 import load_weights
 from launch.model import Decoder, build_model
 from launch.processes.mistakes import end, read_once
 from launch.processes.ranks import Ranks, start_ranks
-from launch.settings import Settings, check, from_toml
+from launch.settings import Settings, from_toml
 from launch.storage.checkpoint import checkpoints, open_checkpoint
 from nsa_dist import NativeSparseAttention, shard_batch
+from nsa_dist.checks import check
 
 LAYOUT: Literal["zigzag_per_document"] = "zigzag_per_document"
 """Of one document it is zigzag; dense layers of hybrid models work with it too."""
@@ -51,7 +52,7 @@ class RecordOptions:
     Args:
         folder: a run's folder, with checkpoints.
         text: files that make the document, end to end.
-        length: tokens to read; all when None. More than the model was trained on work too.
+        length: tokens to read; all when None. May be more than the model was trained on.
         step: the checkpoint's step; the newest when None.
         out: npz file to write.
         device: auto takes cuda where there is a GPU.
@@ -87,15 +88,15 @@ def find_checkpoint(options: RecordOptions) -> tuple[Path, Settings]:
         ValueError: if there is no such checkpoint, or its model chooses no blocks.
     """
     found = {int(path.name.removeprefix("step_")): path for path in checkpoints(options.folder)}
-    works = "a run's folder with a complete checkpoint works"
-    check(bool(found), "folder", str(options.folder), works)
+    check(bool(found), "folder", str(options.folder), "a run's folder with a whole checkpoint")
     step = max(found) if options.step is None else options.step
-    check(step in found, "step", step, f"{', '.join(map(str, sorted(found)))} work")
+    check(step in found, "step", step, f"one of {', '.join(map(str, sorted(found)))}")
     settings = from_toml(found[step] / "settings.toml")
     kind, branches = settings.model.attention, settings.attention.branches
-    check(kind == "nsa", "folder", f"model.attention = {kind!r}", "a run with 'nsa' works")
-    works = "a run with the selected branch works"
-    check("selected" in branches, "folder", f"attention.branches = {branches}", works)
+    must = "of a run with model.attention = 'nsa'"
+    check(kind == "nsa", "folder", kind, must)
+    must = "of a run with 'selected' in attention.branches"
+    check("selected" in branches, "folder", branches, must)
     return found[step], settings
 
 
@@ -106,13 +107,13 @@ def read_tokens(options: RecordOptions, settings: Settings) -> Tensor:
         ValueError: if a file cannot be read, or the texts have fewer tokens.
     """
     for path in options.text:
-        check(path.is_file(), "text", str(path), "existing files work")
+        check(path.is_file(), "text", str(path), "existing files")
     text = b"".join(read_file(path, "text") for path in options.text)
     tokens = make_tokenizer(settings.data.tokenizer).encode(text, str(options.text[0]))
     most = tokens.numel()
     length = most if options.length is None else options.length
-    check(most > 0, "text", ", ".join(map(str, options.text)), "files with some text work")
-    check(0 < length <= most, "length", length, f"1 to {most}, the tokens of the text, work")
+    check(most > 0, "text", ", ".join(map(str, options.text)), "files with some text")
+    check(0 < length <= most, "length", length, f"1 to {most}, the tokens of the text")
     return tokens[:length].to(torch.int64)[None]
 
 
@@ -171,7 +172,7 @@ def run(options: RecordOptions) -> Recording:
     """Load, read, record and write; collective, the same on every rank.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: naming the option, what it must be and its value.
     """
     path, settings = find_checkpoint(options)
     tokens = read_tokens(options, settings)
@@ -185,7 +186,7 @@ def run(options: RecordOptions) -> Recording:
         run=replace(settings.run, device=options.device, dtype=options.dtype),
     )
     ranks = start_ranks(settings)
-    ranks.check_equal("step", path.name, "a checkpoint that every process sees works")
+    ranks.check_equal("step", path.name, "a checkpoint that every process sees")
     open_checkpoint(path, "folder")
     tokenizer = make_tokenizer(settings.data.tokenizer)
     if ranks.is_main and tokenizer.note:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import tyro
 
 from launch.bench.options import OPERATORS
-from launch.settings import check
+from nsa_dist.checks import check
 
 DENSE = {"cudnn": "cuDNN", "flash": "FlashAttention"}
 """torch's kernels of dense attention; their rows are called dense_cudnn and dense_flash."""
@@ -223,7 +223,7 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
     Raises:
         ValueError: if the file is missing or has other columns.
     """
-    check(path.is_file(), "csv", str(path), "an existing file works")
+    check(path.is_file(), "csv", str(path), "an existing file")
     rows, number = [], 1
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -235,8 +235,8 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
     except (KeyError, TypeError, ValueError, OSError, csv.Error) as error:
         # ValueErrors are fields that are no numbers and bytes that are no UTF-8.
         raise ValueError(
-            f"csv: found {path} line {number} ({type(error).__name__}: {error}); a file of "
-            "launch/bench/operators.py --csv works"
+            f"csv must be a file of launch/bench/operators.py --csv, got {path} line {number} "
+            f"({type(error).__name__}: {error})"
         ) from None
     return rows
 
@@ -430,7 +430,8 @@ def with_numbers(document: str, numbers: str, name: str) -> str:
     head, found, rest = document.partition(begin)
     _, ended, tail = rest.partition(END)
     if not found or not ended:
-        raise ValueError(f"docs: found a document without {begin!r} and then {END!r}; one works")
+        must = f"a document with {begin!r} and then {END!r}"
+        raise ValueError(f"docs must be {must}, got one without")
     return f"{head}{begin}\n\n{numbers}\n{END}{tail}"
 
 
@@ -461,7 +462,7 @@ class TableOptions:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(TableOptions, args=arguments)
     try:
-        check(bool(options.csv), "csv", options.csv, "one file or more works")
+        check(bool(options.csv), "csv", options.csv, "one file or more")
         rows = with_ratios([row for path in options.csv for row in read_csv(path)])
         if options.merged is not None:
             write_csv(options.merged, rows)

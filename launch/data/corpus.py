@@ -17,7 +17,8 @@ from torch import Tensor
 from launch.data.sources import read_documents
 from launch.data.tokenizer import Tokenizer, make_tokenizer
 from launch.seeds import mix_seed
-from launch.settings import DataSettings, check
+from launch.settings import DataSettings
+from nsa_dist.checks import check
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ def load_corpus(settings: DataSettings) -> Corpus:
     """Read and tokenise every document; all of them stay in memory.
 
     Raises:
-        ValueError: if either split ends up empty, or the source or the tokenizer do not work.
+        ValueError: if either split ends up empty, or the source or the tokenizer cannot be read.
     """
     tokenizer = make_tokenizer(settings.tokenizer)
     digest = hashlib.sha256(f"vocabulary {tokenizer.vocab_size}\0".encode())
@@ -71,15 +72,15 @@ def load_corpus(settings: DataSettings) -> Corpus:
             _add_document(digest, name, tokens)
             splits[is_held_out(name, settings.held_out)].append((name, tokens))
     where = settings.path or settings.source
-    check(any(splits.values()), "data.path", where, "documents with some text work")
+    check(any(splits.values()), "data.path", where, "documents with some text")
     counts = f"{len(splits[False])} documents to train on and {len(splits[True])} held out"
     for split in splits.values():
-        works = f"{where} gives {counts}; a fraction and a source that give some of both work"
-        check(bool(split), "data.held_out", settings.held_out, works)
+        must = f"a fraction that leaves some documents in both splits ({where} gives {counts})"
+        check(bool(split), "data.held_out", settings.held_out, must)
         # A document's first token is no target.
         targets = any(tokens.numel() > 1 for _, tokens in split)
-        works = "documents of two tokens or more, held out ones too, work"
-        check(targets, "data.path", where, works)
+        must = "documents of two tokens or more in both splits"
+        check(targets, "data.path", where, must)
     training, held_out = (
         Documents(
             tokens=torch.cat([tokens for _, tokens in split]),
@@ -134,8 +135,8 @@ class PackedStreams:
     def __init__(self, documents: Documents, length: int, seed: int | None) -> None:
         self.documents, self.length, self.seed = documents, length, seed
         self.per_epoch = documents.tokens.numel() // length
-        works = f"at most the {documents.tokens.numel()} tokens of the split work"
-        check(self.per_epoch > 0, "data.length", length, works)
+        must = f"at most the {documents.tokens.numel()} tokens of the split"
+        check(self.per_epoch > 0, "data.length", length, must)
         self._epoch = -1
 
     def _start_epoch(self, epoch: int) -> None:

@@ -16,7 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from launch.settings import DataSettings, check
+from launch.settings import DataSettings
+from nsa_dist.checks import check
 
 # Not programs that people wrote to be read: tests and their data, generated tables, one huge
 # string of help text, and packages that only happen to be installed there.
@@ -59,10 +60,11 @@ def read_documents(settings: DataSettings) -> Iterator[tuple[str, bytes]]:
         }
     else:
         root = Path(settings.path)
-        check(root.is_dir(), "data.path", settings.path, "source 'folder' works with a folder")
+        must = "a folder with data.source = 'folder'"
+        check(root.is_dir(), "data.path", settings.path, must)
         files = find_files(root, settings.pattern)
-        works = f"a pattern that files of {settings.path} match works"
-        check(bool(files), "data.pattern", settings.pattern, works)
+        must = f"a pattern that files of {settings.path} match"
+        check(bool(files), "data.pattern", settings.pattern, must)
     is_text = settings.tokenizer != "bytes"
     for name, path in sorted(files.items()):
         text = read_file(path, "data.path")
@@ -88,8 +90,8 @@ def find_files(root: Path, pattern: str, skipped: frozenset[str] = frozenset()) 
         skipped: names of folders that ``**`` does not enter.
 
     Raises:
-        ValueError: for such a folder, a pattern that is none, and a match that is a broken link,
-            no regular file, or has a name that is no UTF-8.
+        ValueError: for such a folder, an invalid pattern, and a match that is a broken link,
+            not a regular file, or has a name that is not UTF-8.
     """
     parts = _split_pattern(pattern)
     found: dict[str, Path] = {}
@@ -132,10 +134,10 @@ def find_files(root: Path, pattern: str, skipped: frozenset[str] = frozenset()) 
 def _split_pattern(pattern: str) -> list[str]:
     parts = [part for part in pattern.split("/") if part not in ("", ".")]
     stays = not pattern.startswith("/") and ".." not in parts
-    works = "a pattern of files in data.path, such as '**/*.txt', works"
-    check(bool(parts) and stays and "\0" not in pattern, "data.pattern", pattern, works)
-    works = "'**' as a whole part, such as '**/*.txt', works"
-    check(all("**" not in part or part == "**" for part in parts), "data.pattern", pattern, works)
+    must = "a pattern of files in data.path, such as '**/*.txt'"
+    check(bool(parts) and stays and "\0" not in pattern, "data.pattern", pattern, must)
+    must = "a pattern with '**' as a whole part, such as '**/*.txt'"
+    check(all("**" not in part or part == "**" for part in parts), "data.pattern", pattern, must)
     return [part for i, part in enumerate(parts) if part != "**" or parts[i + 1 : i + 2] != ["**"]]
 
 
@@ -143,10 +145,10 @@ def _is_document(path: Path) -> bool:
     """Whether it is a file, rather than a folder; ValueError for what is neither."""
     with _named(path):
         if path.is_symlink() and not path.exists():
-            raise ValueError(f"data.path: {_shown(path)} is a broken link; a file works")
+            raise ValueError(f"data.path must hold files, got a broken link: {_shown(path)}")
         mode = path.stat().st_mode
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-        raise ValueError(f"data.path: {_shown(path)} is a pipe, socket or device; a file works")
+        raise ValueError(f"data.path must hold files, got a pipe, socket or device: {_shown(path)}")
     return stat.S_ISREG(mode)
 
 
@@ -154,10 +156,8 @@ def _check_name(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        works = "a file with another name, or a data.pattern that leaves it out, works"
-        raise ValueError(
-            f"data.path: {_shown(path)} has a name that is no UTF-8; {works}"
-        ) from None
+        must = "hold files with names in UTF-8, unless data.pattern leaves them out"
+        raise ValueError(f"data.path must {must}, got {_shown(path)}") from None
 
 
 def _check_utf8(path: Path, text: bytes) -> None:
@@ -165,25 +165,25 @@ def _check_utf8(path: Path, text: bytes) -> None:
         text.decode("utf-8")
     except UnicodeDecodeError as error:
         line = 1 + text.count(b"\n", 0, error.start)
-        works = "text in UTF-8, or data.tokenizer = 'bytes', works"
-        found = f"byte 0x{text[error.start]:02x}{_beginning(text)}"
-        raise ValueError(
-            f"data.path: {_shown(path)} line {line} is no UTF-8 ({found}); {works}"
-        ) from None
+        got = f"byte 0x{text[error.start]:02x} in {_shown(path)} line {line}{_beginning(text)}"
+        must = "hold text in UTF-8 unless data.tokenizer = 'bytes'"
+        raise ValueError(f"data.path must {must}, got {got}") from None
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
     with _named(path):
-        folder = ", 'folder' with a folder" if path.is_dir() else ""
-        check(path.is_file(), "data.path", str(path), f"source 'jsonl' works with a file{folder}")
+        must = "a file with data.source = 'jsonl'"
+        if path.is_dir():
+            must += " ('folder' reads a folder)"
+        check(path.is_file(), "data.path", str(path), must)
         file = path.open("rb")
     with file:
         with _named(path):
             head = file.peek(16)
         what = _beginning(head)
         if what:
-            raise ValueError(f"data.path: {_shown(path)} line 1 is no JSON{what}")
-        # A byte that is no UTF-8 must not end the reading before its line is known.
+            raise ValueError(f"data.path must hold JSON, got {_shown(path)}{what}")
+        # A byte that is not UTF-8 must not end the reading before its line is known.
         lines = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape")
         number = 0
         while True:
@@ -195,39 +195,42 @@ def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
             if number == 1:
                 line = line.removeprefix("\ufeff")  # A byte order mark.
             if line.strip():
-                where = f"data.path: {_shown(path)} line {number}"
+                where = f"{_shown(path)} line {number}"
                 yield f"{path.name}:{number}", _text_of(line, field, where)
 
 
 def _text_of(line: str, field: str, where: str) -> bytes:
-    """One field of a JSON object, in UTF-8; ``where`` begins the errors."""
+    """One field of a JSON object, in UTF-8; errors say ``where`` it is."""
     try:
         line.encode()
     except UnicodeEncodeError as error:
-        found = f"byte 0x{ord(line[error.start]) & 0xFF:02x} at column {error.start + 1}"
-        raise ValueError(f"{where} is no UTF-8 ({found}); JSON in UTF-8 works") from None
+        got = f"byte 0x{ord(line[error.start]) & 0xFF:02x} in {where} column {error.start + 1}"
+        raise ValueError(f"data.path must hold JSON in UTF-8, got {got}") from None
     try:
         # Numbers are not looked at: as floats they may have any number of digits.
         record: Any = json.loads(line, parse_int=float)
     except json.JSONDecodeError as error:
-        found = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-        raise ValueError(f"{where} is no JSON ({found})") from None
+        got = f"{where} column {error.colno} ({error.msg.removesuffix(' at')})"
+        raise ValueError(f"data.path must hold JSON, got {got}") from None
     except RecursionError:
-        raise ValueError(f"{where} is JSON nested too deep; a flat object works") from None
+        raise ValueError(f"data.path must hold flat objects, got deep nesting in {where}") from None
     if not isinstance(record, dict):
         kind = _KINDS[type(record)]
-        raise ValueError(f"{where} is {kind}; an object with the field {field!r} works")
+        must = f"hold objects with the field {field!r}"
+        raise ValueError(f"data.path must {must}, got {kind} in {where}")
     if field not in record:
         has = _listed(sorted(record))
-        raise ValueError(f"data.field: found {field!r}; {where} has {has}; a text field works")
+        raise ValueError(f"data.field must be a field of {where}, {has}, got {field!r}")
     text = record[field]
     if not isinstance(text, str):
-        raise ValueError(f"{where}: field {field!r} is {_KINDS[type(text)]}; text works")
+        got = f"{_KINDS[type(text)]} in {where}"
+        raise ValueError(f"data.path must hold text in the field {field!r}, got {got}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        found = f"a lone surrogate, \\u{ord(text[error.start]):04x}, at character {error.start + 1}"
-        raise ValueError(f"{where}: field {field!r} has {found}; Unicode text works") from None
+        got = f"a lone surrogate, \\u{ord(text[error.start]):04x}, at character {error.start + 1}"
+        must = f"hold Unicode text in the field {field!r}"
+        raise ValueError(f"data.path must {must}, got {got} in {where}") from None
 
 
 _KINDS = {
@@ -246,7 +249,7 @@ def _listed(names: list[str], most: int = 10) -> str:
 
 
 def _beginning(head: bytes) -> str:
-    """What a file that is no text looks like, as the end of a sentence; empty when unknown."""
+    """What a file that is not text looks like, as the end of a sentence; empty if unknown."""
     for beginning, what in _BEGINNINGS.items():
         if head.startswith(beginning):
             return f"; it looks like {what}"
@@ -261,7 +264,7 @@ def _named(path: Path, option: str = "data.path") -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(
-            f"{option}: {_shown(path)} cannot be read ({reason}); a file works"
+            f"{option} must be a file that can be read, got {_shown(path)} ({reason})"
         ) from None
 
 

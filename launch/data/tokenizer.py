@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from launch.settings import check
+from nsa_dist.checks import check
 
 # Tokens are kept as int32 at most.
 _MOST_TOKENS = torch.iinfo(torch.int32).max
@@ -64,7 +64,7 @@ class HuggingFaceTokenizer:
     off: they would cut every document or fill it up.
 
     Raises:
-        ValueError: if it cannot be loaded, or its ids are no indices of an embedding.
+        ValueError: if it cannot be loaded, or its ids cannot be indices of an embedding.
     """
 
     unit = "token"
@@ -76,11 +76,11 @@ class HuggingFaceTokenizer:
             library: Any = importlib.import_module(package)
         except ImportError:
             raise ValueError(
-                f"data.tokenizer: found {name!r}, which needs the package {package}, not installed "
-                f"here; pip install {package}, or 'bytes', works"
+                f"data.tokenizer must be 'bytes' where {package} is not installed "
+                f"(pip install {package}), got {name!r}"
             ) from None
         if package == "tokenizers":
-            check(Path(name).is_file(), "data.tokenizer", name, "an existing file works")
+            check(Path(name).is_file(), "data.tokenizer", name, "an existing file")
             load = library.Tokenizer.from_file
             # What transformers' option of this name does not switch on.
             self._options: dict[str, Any] = {}
@@ -91,17 +91,20 @@ class HuggingFaceTokenizer:
             self._options = {"verbose": False}
         try:
             self._inner: Any = load(name)
-        except Exception as error:  # What these packages raise for a bad file is of every type.
-            works = f"a tokenizer that {package} loads, or 'bytes', works ({_words(error)})"
-            raise ValueError(f"data.tokenizer: found {name!r}; {works}") from None
+        except Exception as error:  # These packages raise errors of any type.
+            must = f"'bytes' or a tokenizer that {package} loads"
+            got = f"{name!r} ({_words(error)})"
+            raise ValueError(f"data.tokenizer must be {must}, got {got}") from None
         self.note = self._switch_off()
 
         ids = self._inner.get_vocab().values()
         least, largest = min(ids, default=0), max(ids, default=-1)
-        works = f"ids from 0 to {_MOST_TOKENS - 1} work"
-        check(bool(ids), "data.tokenizer", name, "one with tokens works")
-        fits = least >= 0 and largest < _MOST_TOKENS
-        check(fits, "data.tokenizer", name, f"it has ids from {least} to {largest}; {works}")
+        check(bool(ids), "data.tokenizer", name, "one with tokens")
+        if least < 0 or largest >= _MOST_TOKENS:
+            raise ValueError(
+                f"data.tokenizer must be one with ids from 0 to {_MOST_TOKENS - 1}, "
+                f"got {name!r} with ids from {least} to {largest}"
+            )
         self.vocab_size = largest + 1
         self._dtype = _smallest_dtype(self.vocab_size)
 
@@ -124,18 +127,20 @@ class HuggingFaceTokenizer:
             decoded = text.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"data.tokenizer: document {name!r} is not UTF-8 ({error}); 'bytes' works with it"
+                f"data.tokenizer must be 'bytes' for a document that is not UTF-8, "
+                f"got {self._name!r} for {name!r} ({error})"
             ) from None
         try:
             encoded = self._inner.encode(decoded, add_special_tokens=False, **self._options)
-        except Exception as error:  # As above: of every type.
-            works = f"one that knows all of document {name!r} works ({_words(error)})"
-            raise ValueError(f"data.tokenizer: found {self._name!r}; {works}") from None
+        except Exception as error:  # As above: of any type.
+            must = f"one that can encode document {name!r}"
+            got = f"{self._name!r} ({_words(error)})"
+            raise ValueError(f"data.tokenizer must be {must}, got {got}") from None
         ids = torch.tensor(getattr(encoded, "ids", encoded), dtype=torch.int64)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            found = f"token {int(ids.max())} or {int(ids.min())} in document {name!r}"
-            works = f"one whose tokens are in its vocabulary, 0 to {self.vocab_size - 1}, works"
-            raise ValueError(f"data.tokenizer: found {self._name!r} with {found}; {works}")
+            must = f"one whose tokens are in its vocabulary, 0 to {self.vocab_size - 1}"
+            got = f"token {int(ids.max())} or {int(ids.min())} in document {name!r}"
+            raise ValueError(f"data.tokenizer must be {must}, got {self._name!r} with {got}")
         return ids.to(self._dtype)
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from launch.engines.base import Engine, EngineSpec, grid
 from launch.processes.ranks import Ranks
-from launch.settings import Settings, check
+from launch.settings import Settings
+from nsa_dist.checks import check
 
 COMPANION = "_universal"
 """What DeepSpeed's script, which makes the universal form, is told to add to the name."""
@@ -19,16 +20,15 @@ COMPANION = "_universal"
 
 def check_settings(settings: Settings) -> None:
     """Refuse what DeepSpeed cannot do."""
-    works = "'auto', 'bfloat16' and 'float32' work with parallel.engine = 'deepspeed'"
-    check(settings.run.dtype != "float64", "run.dtype", settings.run.dtype, works)
+    must = "'auto', 'bfloat16' or 'float32' with parallel.engine = 'deepspeed'"
+    check(settings.run.dtype != "float64", "run.dtype", settings.run.dtype, must)
 
 
 def check_machine(settings: Settings, device: str) -> None:
     """Refuse a machine without DeepSpeed."""
-    works = "pip install nsa-dist[deepspeed], or 'fsdp2', works"
     there = importlib.util.find_spec("deepspeed") is not None
-    engine = settings.parallel.engine
-    check(there, "parallel.engine", engine, f"deepspeed is not installed here; {works}")
+    must = "'fsdp2' where deepspeed is not installed (pip install nsa-dist[deepspeed])"
+    check(there, "parallel.engine", settings.parallel.engine, must)
 
 
 def describe(settings: Settings, ranks: Ranks) -> str:
@@ -80,6 +80,7 @@ def has_universal(path: Path) -> bool:
     whole = whole and all(
         copy.is_file() and filecmp.cmp(copy, path / copy.name, shallow=False) for copy in copies
     )
-    works = f"not the whole universal form of {path.name}; none, or one converted again, works"
-    check(whole, "run.resume", str(form), works)
+    if not whole:
+        must = f"find the whole universal form of {path.name}, or none"
+        raise ValueError(f"run.resume must {must}, got {str(form)!r}; convert it again")
     return True

@@ -39,10 +39,11 @@ from launch.engines.deepspeed import has_universal, universal_of
 from launch.model import Decoder, compute_dtype
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
-from launch.settings import Settings, check
+from launch.settings import Settings
 from launch.storage.manifest import CheckpointError, on_main
 from nsa_dist import ShardedBatch
 from nsa_dist.adapters.deepspeed import load_checkpoint, make_mpu, scale_loss
+from nsa_dist.checks import check
 
 LARGEST_BUCKET = 500_000_000
 """Elements that are reduced together at most; DeepSpeed's default."""
@@ -181,8 +182,8 @@ class DeepSpeedEngine:
 def _prepare(ranks: Ranks) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     device = get_accelerator().device_name()
-    works = f"DeepSpeed's device is {device}; DS_ACCELERATOR=cpu in the environment changes that"
-    check(device == ranks.device.type, "run.device", ranks.device.type, works)
+    must = f"{device!r}, DeepSpeed's device (DS_ACCELERATOR=cpu in the environment changes it)"
+    check(device == ranks.device.type, "run.device", ranks.device.type, must)
     # DeepSpeed asks for it, also without a launcher.
     os.environ.setdefault("LOCAL_RANK", str(ranks.device.index or 0))
     if device == "cpu":

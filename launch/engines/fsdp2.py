@@ -38,12 +38,13 @@ from launch.engines.base import (
 from launch.model import Decoder, build_model
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
-from launch.settings import OptimizerSettings, Settings, check, from_toml
+from launch.settings import OptimizerSettings, Settings, from_toml
 from launch.storage.checkpoint import SETTINGS, Checkpoint
 from launch.storage.manifest import shared_failure
 from nsa_dist import ShardedBatch
 from nsa_dist.checkpoints.dcp_metadata import read_metadata
 from nsa_dist.checkpoints.safe_load import check_dcp, load
+from nsa_dist.checks import check
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -178,9 +179,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         ValueError: if another engine wrote it.
     """
-    works = "a checkpoint of engine 'fsdp2' works; launch/convert.py makes one of Megatron's"
+    must = "one of engine 'fsdp2' (launch/convert.py makes one of Megatron's)"
     engine = from_toml(path / SETTINGS).parallel.engine
-    check(engine == SPEC.name, "checkpoint", str(path), works)
+    check(engine == SPEC.name, "checkpoint", str(path), must)
     state = {"model": get_model_state_dict(model)}
     load(state, path)
     set_model_state_dict(model, state["model"])

@@ -12,7 +12,8 @@ import torch
 
 from launch.engines.base import Engine, EngineSpec, grid
 from launch.processes.ranks import Ranks
-from launch.settings import Settings, check
+from launch.settings import Settings
+from nsa_dist.checks import check
 
 # The one value of an option that Megatron can run here, and why.
 _ONLY: tuple[tuple[str, Any, str], ...] = (
@@ -31,44 +32,36 @@ def check_settings(settings: Settings) -> None:
     """Refuse what Megatron cannot do."""
     for option, value, why in _ONLY:
         section, name = option.split(".")
-        found = getattr(getattr(settings, section), name)
-        works = f"{value!r} works with parallel.engine = 'megatron': {why}"
-        check(found == value, option, found, works)
+        given = getattr(getattr(settings, section), name)
+        check(given == value, option, given, f"{value!r} with parallel.engine = 'megatron' ({why})")
     attention, model, parallel = settings.attention, settings.model, settings.parallel
     width, value_width = attention.head_dim, attention.value_dim
-    works = f"{width}, as head_dim, works with parallel.engine = 'megatron'"
-    check(value_width == width, "attention.v_head_dim", value_width, works)
-    works = "'auto', 'bfloat16' and 'float32' work with parallel.engine = 'megatron'"
-    check(settings.run.dtype != "float64", "run.dtype", settings.run.dtype, works)
+    must = f"{width}, as attention.head_dim, with parallel.engine = 'megatron'"
+    check(value_width == width, "attention.v_head_dim", value_width, must)
+    must = "'auto', 'bfloat16' or 'float32' with parallel.engine = 'megatron'"
+    check(settings.run.dtype != "float64", "run.dtype", settings.run.dtype, must)
     for name, size in (
         ("attention.num_kv_heads", attention.num_kv_heads),
         ("model.mlp_hidden", model.mlp_hidden),
     ):
-        works = f"a divisor of {name} = {size} works"
-        check(size % parallel.tp == 0, "parallel.tp", parallel.tp, works)
-    works = f"a divisor of model.layers = {model.layers} works"
-    check(model.layers % parallel.pp == 0, "parallel.pp", parallel.pp, works)
-    works = "False works with parallel.tp = 1"
-    sequence_parallel = parallel.sequence_parallel
-    check(parallel.tp > 1 or not sequence_parallel, "parallel.sequence_parallel", True, works)
+        check(size % parallel.tp == 0, "parallel.tp", parallel.tp, f"a divisor of {name} = {size}")
+    must = f"a divisor of model.layers = {model.layers}"
+    check(model.layers % parallel.pp == 0, "parallel.pp", parallel.pp, must)
+    works = parallel.tp > 1 or not parallel.sequence_parallel
+    check(works, "parallel.sequence_parallel", True, "False with parallel.tp = 1")
 
 
 def check_machine(settings: Settings, device: str) -> None:
     """Refuse a machine without Megatron or without the GPU that it needs."""
-    works = "pip install nsa-dist[megatron], or 'fsdp2', works"
     there = importlib.util.find_spec("megatron") is not None
-    check(
-        there,
-        "parallel.engine",
-        settings.parallel.engine,
-        f"megatron-core is not installed here; {works}",
-    )
-    works = "Megatron's device is cuda; parallel.engine = 'fsdp2' works on the CPU"
+    must = "'fsdp2' where megatron-core is not installed (pip install nsa-dist[megatron])"
+    check(there, "parallel.engine", settings.parallel.engine, must)
+    must = "'cuda' with parallel.engine = 'megatron' ('fsdp2' runs on the CPU)"
     try:
         current = torch.device(torch.cuda.current_device())
     except (AssertionError, RuntimeError):
         current = None
-    check(current is not None and current.type == device, "run.device", device, works)
+    check(current is not None and current.type == device, "run.device", device, must)
 
 
 def describe(settings: Settings, ranks: Ranks) -> str:

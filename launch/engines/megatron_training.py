@@ -49,10 +49,11 @@ from launch.engines.base import Step, count_targets, is_decayed, optimizer_tenso
 from launch.engines.megatron_names import block_to_megatron, own_part, rest_to_megatron
 from launch.model import Decoder, compute_dtype
 from launch.processes.ranks import Ranks
-from launch.settings import OptimizerSettings, Settings, check
+from launch.settings import OptimizerSettings, Settings
 from launch.storage.manifest import shared_failure
 from nsa_dist import ShardedBatch
 from nsa_dist.checkpoints.safe_load import check_dcp, weights_only
+from nsa_dist.checks import check
 
 
 def start_megatron(settings: Settings, ranks: Ranks) -> None:
@@ -197,8 +198,8 @@ class MegatronEngine:
     """
 
     def __init__(self, settings: Settings, vocab_size: int, ranks: Ranks) -> None:
-        works = f"a divisor of the vocabulary's {vocab_size} tokens works"
-        check(vocab_size % ranks.tp == 0, "parallel.tp", ranks.tp, works)
+        must = f"a divisor of the vocabulary's {vocab_size} tokens"
+        check(vocab_size % ranks.tp == 0, "parallel.tp", ranks.tp, must)
         start_megatron(settings, ranks)
         self.settings, self.ranks = settings, ranks
         config = self.config = transformer_config(settings, ranks)

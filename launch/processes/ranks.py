@@ -22,7 +22,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from launch.engines.registry import engine_spec
 from launch.processes.startup import compare_in_group, describe, join_store, judge, show_values
-from launch.settings import Settings, check
+from launch.settings import Settings
+from nsa_dist.checks import check
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +100,12 @@ class Ranks:
         if verdict:
             raise ValueError(verdict) from own
 
-    def check_equal(self, option: str, value: str, works: str) -> None:
-        """Refuse, on every rank, a value that is not the same on all of them."""
+    def check_equal(self, option: str, value: str, must: str) -> None:
+        """Refuse, on every rank, a value that differs between ranks."""
         found: list[str] = [""] * self.size
         dist.all_gather_object(found, value)
         if len(set(found)) > 1:
-            raise ValueError(f"{option}: differs between ranks ({show_values(found)}); {works}")
+            raise ValueError(f"{option} must be {must}, got {show_values(found)}")
 
 
 def start_ranks(settings: Settings) -> Ranks:
@@ -171,13 +172,13 @@ def check_place(settings: Settings) -> tuple[str, torch.device, int]:
     """
     cuda = torch.cuda.is_available()
     kind = settings.run.device if settings.run.device != "auto" else ("cuda" if cuda else "cpu")
-    check(kind != "cuda" or cuda, "run.device", kind, "no GPU is usable here; 'cpu' works")
+    check(kind != "cuda" or cuda, "run.device", kind, "'cpu' where no GPU is usable")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(kind)
     if kind == "cuda":
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        works = f"{processes} processes here share {gpus} GPUs; one process a GPU, or 'cpu', works"
-        check(processes <= gpus, "run.device", kind, works)
+        must = f"'cpu' with {processes} processes on {gpus} GPUs (each needs a GPU of its own)"
+        check(processes <= gpus, "run.device", kind, must)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -188,16 +189,16 @@ def check_place(settings: Settings) -> tuple[str, torch.device, int]:
     cp, dp, tp, pp = parallel.cp, parallel.dp, parallel.tp, parallel.pp
     engine_spec(parallel.engine).check_machine(settings, kind)
     replica = tp * pp * cp
-    works = f"a divisor of the {size} processes works"
+    must = f"a divisor of the {size} processes"
     if replica == cp:
-        check(size % cp == 0, "parallel.cp", cp, works)
-    check(size % replica == 0, "parallel.tp x pp x cp", f"{tp} x {pp} x {cp}", works)
-    works = f"-1 or the {size} processes // (tp x pp x cp) = {size // replica} works"
-    check(dp in (-1, size // replica), "parallel.dp", dp, works)
+        check(size % cp == 0, "parallel.cp", cp, must)
+    check(size % replica == 0, "parallel.tp x pp x cp", f"{tp} x {pp} x {cp}", must)
+    must = f"-1 or {size} // (tp x pp x cp) = {size // replica}"
+    check(dp in (-1, size // replica), "parallel.dp", dp, must)
     dp = size // replica
     batch, micro = settings.data.global_batch, settings.data.micro_batch
-    works = f"a multiple of dp x micro_batch = {dp * micro} works"
-    check(batch % (dp * micro) == 0, "data.global_batch", batch, works)
+    must = f"a multiple of dp x data.micro_batch = {dp * micro}"
+    check(batch % (dp * micro) == 0, "data.global_batch", batch, must)
     return kind, device, dp
 
 
@@ -206,10 +207,10 @@ def check_dense(settings: Settings, kind: str) -> None:
     if not settings.model.has_dense or settings.parallel.cp == 1:
         return
     there = importlib.util.find_spec("ring_flash_attn") is not None
-    works = "ring-flash-attn is not installed here; pip install nsa-dist[ring], or 1, works"
-    check(there, "parallel.cp", settings.parallel.cp, f"dense layers: {works}")
+    must = "1 with dense layers where ring-flash-attn is not installed (pip install nsa-dist[ring])"
+    check(there, "parallel.cp", settings.parallel.cp, must)
     # "auto" is known only now.
     wrong = (kind, settings.run.dtype) == ("cpu", "auto")
-    works = "on the CPU it is float32; 'bfloat16', or parallel.layout = 'contiguous', works"
+    must = "'bfloat16' with dense layers on the CPU, unless parallel.layout = 'contiguous'"
     right = not wrong or settings.parallel.layout == "contiguous"
-    check(right, "run.dtype", settings.run.dtype, f"dense layers: {works}")
+    check(right, "run.dtype", settings.run.dtype, must)

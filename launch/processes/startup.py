@@ -107,9 +107,9 @@ def judge(tables: Sequence[Mapping[str, str]]) -> str:
         )
     differing = [name for name in tables[0] if len({table[name] for table in tables}) > 1]
     return "; ".join(
-        f"{name}: differs between ranks ({show_values([table[name] for table in tables])})"
+        f"{name} must be the same on every rank, got {show_values([t[name] for t in tables])}"
         for name in differing
-    ) + ("; the same on every rank works" if differing else "")
+    )
 
 
 def show_values(values: Sequence[str]) -> str:

@@ -83,8 +83,8 @@ class Health:
             self._tell_huge(step, norm)
             if wrong:
                 raise FloatingPointError(
-                    f"step {step}: {wrong}, and its gradients are finite: the update was made; "
-                    "an earlier checkpoint works"
+                    f"step {step}: {wrong} although its gradients are finite, and the update was "
+                    "made; resume from an earlier checkpoint"
                 )
             return
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
@@ -92,9 +92,9 @@ class Health:
         if self.in_a_row >= max(self._most, 1):
             which = f"{step - self.in_a_row + 1} to {step}" if self.in_a_row > 1 else f"{step}"
             raise FloatingPointError(
-                f"optimizer.max_skipped: found {self._most}, and the update was skipped in steps "
-                f"{which}: {wrong} in the last; a smaller optimizer.lr or other data from the "
-                "latest checkpoint, or a larger number, works"
+                f"optimizer.max_skipped must be above {self.in_a_row} to go on, got {self._most}: "
+                f"the update was skipped in steps {which}, {wrong} in the last; a smaller "
+                "optimizer.lr or other data may help from the latest checkpoint on"
             )
 
     def _tell_huge(self, step: int, norm: float) -> None:
@@ -132,8 +132,8 @@ def check_validation(loss: float, step: int) -> None:
     """
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the validation loss after step {step} is {loss} though all weights are finite; a "
-            "smaller optimizer.lr from an earlier checkpoint works"
+            f"the validation loss after step {step} is {loss} although all weights are finite; "
+            "resume from an earlier checkpoint with a smaller optimizer.lr"
         )
 
 
@@ -163,5 +163,5 @@ def check_state(tensors: Iterable[tuple[str, Tensor]], when: str, ranks: Ranks) 
     dist.all_gather_object(found, mine[:3])
     which = "; ".join(f"rank {rank}: {', '.join(n)}" for rank, n in enumerate(found) if n)
     raise FloatingPointError(
-        f"the state {when} is not finite ({which}); an earlier checkpoint works"
+        f"the state {when} is not finite ({which}); resume from an earlier checkpoint"
     )

@@ -134,8 +134,8 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError(
-                "run.tensorboard: found True, but the package tensorboard is not installed here; "
-                "pip install tensorboard, or False, works"
+                "run.tensorboard must be False where tensorboard is not installed "
+                "(pip install tensorboard), got True"
             ) from None
         self._folder, self._warn = folder, warn
         self._writer: Any = None

@@ -38,6 +38,7 @@ from launch.storage.manifest import (
     write_manifest,
     write_text,
 )
+from nsa_dist.checks import check
 
 SETTINGS = "settings.toml"
 _NAME = re.compile(r"step_([0-9]{8})")
@@ -162,8 +163,10 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
             warnings.warn(f"{path} is passed over: {passed_over[path.name]}", stacklevel=2)
     if passed_over:
         each = "; ".join(f"{name}: {text}" for name, text in passed_over.items())
-        works = "move these away to start anew"
-        raise ValueError(f"run.resume: no checkpoint of {folder} is whole ({each}); {works}")
+        raise ValueError(
+            f"run.resume must find a whole checkpoint in {folder}, got {each}; move these away to "
+            "start anew"
+        )
     return None
 
 
@@ -179,7 +182,7 @@ def open_checkpoint(path: Path, option: str) -> Checkpoint:
     found, problems = _open(path)
     if found is None:
         raise ValueError(
-            f"{option}: found {str(path)!r}, which is not whole: {_shortened(problems)}"
+            f"{option} must be a whole checkpoint, got {str(path)!r}: {_shortened(problems)}"
         )
     return found
 
@@ -359,7 +362,7 @@ def check_same_run(found: Checkpoint, now: Settings, data: str) -> None:
     """Refuse to continue a checkpoint with settings or tokens that would make it another run.
 
     Raises:
-        ValueError: naming the option, the value found and the checkpoint's.
+        ValueError: naming the option, the checkpoint's value and the new one.
     """
     saved = found.settings
     # Another engine reads what launch/convert.py makes.
@@ -374,13 +377,11 @@ def check_same_run(found: Checkpoint, now: Settings, data: str) -> None:
     for option in options:
         section, name = option.split(".")
         old, new = (getattr(getattr(settings, section), name) for settings in (saved, now))
-        if old != new:
-            raise ValueError(f"{option}: found {new!r}; {old!r}, the checkpoint's, works")
+        check(old == new, option, new, f"{old!r}, the checkpoint's value")
     if found.data not in ("", data):
         option = "tokenizer" if saved.data.tokenizer != now.data.tokenizer else "path"
         value = getattr(now.data, option) or now.data.source
         raise ValueError(
-            f"data.{option}: found {value!r}, whose tokens (digest {data[:16]}) are not the "
-            f"checkpoint's ({found.data[:16]}); the same documents and tokenizer, wherever they "
-            "are, work"
+            f"data.{option} must give the checkpoint's tokens (digest {found.data[:16]}), got "
+            f"{value!r} with digest {data[:16]}; the same documents and tokenizer may lie elsewhere"
         )

@@ -17,10 +17,11 @@ import torch.distributed as dist
 
 from launch.processes.ranks import Ranks
 from launch.processes.startup import show_ranks
-from launch.settings import RunSettings, Settings, check, to_toml
+from launch.settings import RunSettings, Settings, to_toml
 from launch.storage.checkpoint import found_steps
 from launch.storage.lock import NAME, STALE_SECONDS, FolderLock, Owner
 from launch.storage.manifest import on_main
+from nsa_dist.checks import check
 
 SHARED_SECONDS = 5.0
 """So long a file of another node may take to be seen: caches of network file systems."""
@@ -29,17 +30,17 @@ T = TypeVar("T")
 
 
 def check_folder_options(run: RunSettings) -> None:
-    """Refuse what no folder can be chosen by.
+    """Refuse options that name no folder.
 
     Raises:
         ValueError: naming the option.
     """
-    works = "without run.folder; a folder to continue in, by run.folder, or False works"
-    check(bool(run.folder) or not run.resume, "run.resume", run.resume, works)
+    must = "False without run.folder, the folder to continue in"
+    check(bool(run.folder) or not run.resume, "run.resume", run.resume, must)
     plain = run.name.isprintable() and not set(run.name) & set("/\\")
     plain = plain and run.name not in (".", "..")
-    works = "a name without slashes works; run.folder takes a path"
-    check(plain or bool(run.folder), "run.name", run.name, works)
+    must = "a name without slashes (run.folder takes a path)"
+    check(plain or bool(run.folder), "run.name", run.name, must)
 
 
 @contextmanager
@@ -56,9 +57,8 @@ def run_folder(settings: Settings, ranks: Ranks) -> Iterator[Path]:
         _check_shared(folder, ranks)
         _take(lock, ranks)
         held = _on_main(lambda: bool(found_steps(folder)))
-        works = "another folder works, or run.resume = true to continue from them"
-        found = f"it holds checkpoints; {works}"
-        check(settings.run.resume or not held, "run.folder", str(folder), found)
+        must = "a folder without checkpoints, unless run.resume = true continues from them"
+        check(settings.run.resume or not held, "run.folder", str(folder), must)
         yield folder
     finally:
         lock.release()
@@ -71,7 +71,7 @@ def _on_main(act: Callable[[], T]) -> T:
         try:
             return act()
         except OSError as error:
-            raise ValueError(f"run.folder: {error}; a folder that can be written works") from None
+            raise ValueError(f"run.folder must be a folder to write in, got {error}") from None
 
     return on_main(told)
 
@@ -106,11 +106,9 @@ def _check_shared(folder: Path, ranks: Ranks) -> None:
             path.unlink(missing_ok=True)
     blind = [rank for rank, (_, sees) in enumerate(seen) if not sees]
     hosts = ", ".join(dict.fromkeys(seen[rank][0] for rank in blind))
-    works = (
-        f"{show_ranks(blind)} (on {hosts}) cannot see what rank 0 (on {seen[0][0]}) writes there"
-    )
-    works = f"{works}; a folder that all nodes share, by its whole path, works"
-    check(not blind, "run.folder", str(folder), works)
+    why = f"{show_ranks(blind)} (on {hosts}) cannot see what rank 0 (on {seen[0][0]}) writes there"
+    must = f"a folder that all nodes share, by its whole path ({why})"
+    check(not blind, "run.folder", str(folder), must)
 
 
 def _reads(path: Path, token: str) -> bool:
@@ -145,8 +143,8 @@ def _take(lock: FolderLock, ranks: Ranks) -> None:
         waited = owner.token in known
         beats = known.setdefault(owner.token, found["heard"]) != found["heard"]
         lives = False not in seen and (True in seen or beats)
-        works = f"{owner} trains there; another folder works, or this one when that has ended"
-        check(not lives, "run.folder", str(lock.path.parent), works)
+        must = f"a folder in which no other run trains ({owner} does)"
+        check(not lives, "run.folder", str(lock.path.parent), must)
         if False in seen or found["age"] >= STALE_SECONDS:
             _on_main(partial(lock.remove, owner))
             continue

@@ -171,8 +171,8 @@ def read_manifest(path: Path) -> Manifest:
     if number < 1:
         raise ValueError(f"{MANIFEST} has the format number {number}, which is none")
     if number > FORMAT:
-        works = f"this version of the program reads up to {FORMAT}"
-        raise NewerFormatError(f"{file}: found format {number}; {works}")
+        must = f"at most {FORMAT} (a later version of this program wrote it)"
+        raise NewerFormatError(f"format of {file} must be {must}, got {number}")
     checksum = table.pop("sha256", None)
     if checksum != _checksum(table):
         raise ValueError(f"{MANIFEST} is not what was written: its own checksum differs")

@@ -124,16 +124,36 @@ def test_choices_that_do_not_match_the_run_are_refused_by_name(tmp_path: Path) -
     late = good.copy()
     late[0, 1, 40, 2] = 5
     cases: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
-        ({}, {"lengths": (96,)}, r"\[2, 90, 4\] in .*; \[2, 96, 4\] \(--kv-heads, --lengths and"),
-        ({}, {"kv_heads": 4}, r"\[2, 90, 4\] in .*; \[4, 90, 4\]"),
-        ({}, {"num_selected": 5}, r"\[2, 90, 4\] in .*; \[2, 90, 5\]"),
-        ({}, {"layers": (1,)}, r"layers: found 1; 0 to 0 work"),
-        ({"select_block": 32}, {}, r"choices: found 32; .*--select-block 16, works"),
-        ({"selected": good[0]}, {}, r"choices: found 'int16 \[2, 90, 4\]'; an array selected"),
-        ({"selected": good.astype("float32")}, {}, r"choices: found 'float32"),
-        ({"selected": None, "other": good}, {}, r"choices: found \['other'\]; an array selected"),
-        ({"selected": late}, {}, r"choices: found \[.*5.*\] for token 40 of layer 0, group 1"),
-        ({}, {"select_block": 32}, r"token 16 of layer 0, group 0 .*--select-block 32"),
+        (
+            {},
+            {"lengths": (96,)},
+            r"\[2, 96, 4\] \(--kv-heads, --lengths and .*, got \[2, 90, 4\] in",
+        ),
+        ({}, {"kv_heads": 4}, r"\[4, 90, 4\] .*, got \[2, 90, 4\] in "),
+        ({}, {"num_selected": 5}, r"\[2, 90, 5\] .*, got \[2, 90, 4\] in "),
+        ({}, {"layers": (1,)}, r"layers must be 0 to 0 .*, got 1"),
+        ({"select_block": 32}, {}, r"choices must be made with --select-block 16 .*, got 32"),
+        (
+            {"selected": good[0]},
+            {},
+            r"choices must be integers selected .*, got 'int16 \[2, 90, 4\]'",
+        ),
+        (
+            {"selected": good.astype("float32")},
+            {},
+            r"choices must be integers selected .*, got 'float32",
+        ),
+        (
+            {"selected": None, "other": good},
+            {},
+            r"choices must be integers selected .*, got \['other'\]",
+        ),
+        (
+            {"selected": late},
+            {},
+            r"choices must be ascending .*, got \[.*5.*\] for token 40 of layer 0, group 1",
+        ),
+        ({}, {"select_block": 32}, r"--select-block 32\), got .* for token 16 of layer 0, group 0"),
     )
     for arrays, change, message in cases:
         path = chosen_file(tmp_path, SMALL, **{"selected": good, **arrays})
@@ -141,7 +161,7 @@ def test_choices_that_do_not_match_the_run_are_refused_by_name(tmp_path: Path) -
         with pytest.raises(ValueError, match=message):
             recorded_choices(options, options.lengths[0])
     path.write_text("no npz")
-    with pytest.raises(ValueError, match=r"choices: found .*trained\.npz; an npz file works"):
+    with pytest.raises(ValueError, match=r"choices must be an npz file, got .*trained\.npz"):
         recorded_choices(replace(SMALL, choices=path), 90)
 
 
@@ -367,17 +387,20 @@ def command_line(options: Options, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--only", "softmax"], "only: found 'softmax'; compression, compressed_attention"),
-        (["--lengths", "0"], "lengths: found 0; positive multiples of documents = 1"),
-        (["--documents", "7"], "lengths: found 90; positive multiples of documents = 7"),
-        (["--documents", "0"], "documents: found 0; 1 or more works"),
-        (["--dtype", "int8"], "dtype: found 'int8'; bfloat16, float16, float32 work"),
-        (["--backend", "cuda"], "backend: found 'cuda'; auto, pytorch, triton work"),
-        (["--choices", "none.npz"], "choices: found 'none.npz'; an existing file works"),
-        (["--layers", "1"], "layers: found (1,); layers of a file of --choices work"),
-        (["--csv", "none/here.csv"], "csv: found 'none/here.csv'; a file in an existing folder"),
+        (["--only", "softmax"], "only must be one of 'compression', 'compressed_attention'"),
+        (["--lengths", "0"], "lengths must be positive multiples of documents = 1, got 0"),
+        (["--documents", "7"], "lengths must be positive multiples of documents = 7, got 90"),
+        (["--documents", "0"], "documents must be at least 1, got 0"),
+        (["--dtype", "int8"], "dtype must be one of 'bfloat16', 'float16', 'float32', got 'int8'"),
+        (["--backend", "cuda"], "backend must be one of 'auto', 'pytorch', 'triton', got 'cuda'"),
+        (["--choices", "none.npz"], "choices must be an existing file, got 'none.npz'"),
+        (["--layers", "1"], "layers must be empty without --choices, got (1,)"),
+        (
+            ["--csv", "none/here.csv"],
+            "csv must be a file in an existing folder, got 'none/here.csv'",
+        ),
         (["--kv-heads", "3"], "num_kv_heads must be a divisor of num_heads = 4"),
-        (["--repeats-ms", "0"], "repeats_ms: found 0; 1 or more works"),
+        (["--repeats-ms", "0"], "repeats_ms must be at least 1, got 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -395,7 +418,7 @@ def test_bad_options_are_refused_by_name(
 
 def test_packed_documents_take_no_recorded_choices(tmp_path: Path) -> None:
     path = chosen_file(tmp_path, SMALL)
-    with pytest.raises(ValueError, match="documents: found 3; 1 works with --choices"):
+    with pytest.raises(ValueError, match=r"documents must be 1 with --choices.*, got 3"):
         replace(PACKED, choices=path)
 
 
@@ -403,7 +426,7 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
         operators.main(["--lengths", "64"])
-    assert str(error.value.code).startswith("operators.py: found no CUDA device;")
+    assert str(error.value.code).startswith("operators.py: the machine must have an NVIDIA GPU")
 
 
 def test_a_file_that_does_not_match_ends_the_program_before_anything_is_timed(
@@ -415,7 +438,7 @@ def test_a_file_that_does_not_match_ends_the_program_before_anything_is_timed(
     arguments = command_line(replace(SMALL, lengths=(90, 96)), "--choices", str(path))
     with pytest.raises(SystemExit) as error:
         operators.main(arguments)
-    assert "[group, token, n] = [2, 90, 4]" in str(error.value.code)
+    assert "got [2, 90, 4] in" in str(error.value.code)
     assert "[2, 96, 4] (--kv-heads, --lengths and --num-selected" in str(error.value.code)
     assert capsys.readouterr().out == ""
 

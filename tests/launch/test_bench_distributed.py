@@ -169,10 +169,10 @@ def refusal(options: DistributedOptions) -> str:
 
 def test_what_does_not_fit_the_ranks_is_refused_by_name(ranks_of: RanksOf) -> None:
     for options, message in (
-        (replace(SMALL, lengths=(97,)), "lengths: found 97; multiples of 2 work"),
+        (replace(SMALL, lengths=(97,)), "lengths must be multiples of 2 with layout"),
         (
             replace(SMALL, lengths=(100,), documents=2, layout="zigzag_per_document"),
-            "lengths: found 100; multiples of 8 work",
+            "lengths must be multiples of 8 with layout",
         ),
         (replace(SMALL, layout="auto"), "layout must be 'contiguous'"),
     ):
@@ -194,12 +194,14 @@ def test_a_start_without_ranks_or_gpus_is_told_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as error:
         distributed.main(["--lengths", "64"])
-    assert "ranks: found none; torchrun --nproc-per-node=GPUS works" in str(error.value.code)
+    assert "ranks must be started by torchrun --nproc-per-node=GPUS, got none" in str(
+        error.value.code
+    )
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit) as error:
         distributed.main(["--lengths", "64"])
-    assert "found no CUDA device" in str(error.value.code)
+    assert "machines must have NVIDIA GPUs, got no CUDA device" in str(error.value.code)
 
 
 def timed_on_gpus(options: DistributedOptions) -> tuple[list[DistributedRow], list[str]]:

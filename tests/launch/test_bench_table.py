@@ -127,21 +127,23 @@ def test_files_that_are_no_table_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "table.csv"
-    with pytest.raises(ValueError, match=r"csv: found .*table\.csv'; an existing file works"):
+    with pytest.raises(ValueError, match=r"csv must be an existing file, got .*table\.csv'"):
         read_csv(path)
     path.write_text("operator,length\nwhole,8192\n")
-    with pytest.raises(ValueError, match=r"csv: found .* line 2 \(KeyError"):
+    with pytest.raises(ValueError, match=r"csv must be a file of .*, got .* line 2 \(KeyError"):
         read_csv(path)
     write_csv(path, measured(8192, 40.0, 100.0))
     good = path.read_bytes()
     for odd, kind in ((b"\xff", "UnicodeDecodeError"), (b'"' + b"9" * 200_000 + b'"', "Error")):
         path.write_bytes(good.replace(b",8192,", b"," + odd + b","))
-        with pytest.raises(ValueError, match=rf"csv: found .* line \d+ \({kind}: "):
+        with pytest.raises(
+            ValueError, match=rf"csv must be a file of .*, got .* line \d+ \({kind}: "
+        ):
             read_csv(path)
     path.write_text(good.decode().replace(",8192,", ",many,"))
     with pytest.raises(SystemExit) as error:
         main([str(path)])
-    assert str(error.value).startswith("table.py: csv: found ")
+    assert str(error.value).startswith("table.py: csv must be a file of ")
 
 
 def test_the_tables_show_what_was_measured() -> None:
@@ -193,7 +195,7 @@ def test_a_document_has_its_numbers_replaced(tmp_path: Path) -> None:
     assert text.endswith("\n\n<!-- end of numbers -->\n\nafter\n")
     assert "old" not in text and "| 16,384 |" in text
     assert len(read_csv(Path(merged))) == 4
-    with pytest.raises(ValueError, match="docs: found a document without"):
+    with pytest.raises(ValueError, match=r"docs must be a document with .*, got one without"):
         with_numbers("no marks", "numbers", "table.csv")
 
 
@@ -224,7 +226,9 @@ def test_a_plot_without_matplotlib_is_refused_with_what_to_install(
     monkeypatch.setattr(
         "launch.bench.options.find_spec", lambda name: None if name == "matplotlib" else found(name)
     )
-    with pytest.raises(ValueError, match=r"plot: found .*pip install matplotlib, or no --plot"):
+    with pytest.raises(
+        ValueError, match=r"plot must be left out where .*pip install matplotlib\), got "
+    ):
         Options(plot=tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     write_csv(tmp_path / "a.csv", measured(8192, 20.0, 10.0))

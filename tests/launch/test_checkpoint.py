@@ -113,7 +113,7 @@ def test_without_a_whole_checkpoint_a_run_does_not_start_anew(
         assert not ok
         for step in (1, 2, 3):
             assert f"step_0000000{step}: __0_0.distcp is missing" in text
-        assert "ValueError: run.resume: no checkpoint of" in text
+        assert "ValueError: run.resume must find a whole checkpoint in" in text
     assert ranks_of(2).run(find, tmp_path / "nothing") == [(None, [])] * 2
     # What cannot be listed may hold some.
     (tmp_path / "file").mkdir()
@@ -133,11 +133,11 @@ def test_a_later_format_is_refused(
     shutil.copytree(three[0].run.folder, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step_00000003"
     reseal(newest, lambda table: table.update(format=FORMAT + 1))
-    with pytest.raises(RankError, match=r"manifest\.json: found format 2; .* reads up to 1"):
+    with pytest.raises(RankError, match=r"format of .*manifest\.json must be at most 1 .*, got 2"):
         ranks_of(2).run(find, tmp_path / "run")
     text = to_toml(three[0]).replace("format = 1", "format = 2")
     (tmp_path / "later.toml").write_text(text)
-    with pytest.raises(ValueError, match=r"format: found 2; 1 to 1 work"):
+    with pytest.raises(ValueError, match=r"format must be 1 to 1 .*, got 2"):
         from_toml(tmp_path / "later.toml")
 
 
@@ -179,15 +179,19 @@ def test_the_same_documents_elsewhere_go_on_and_others_do_not(
 
     shutil.rmtree(folder / "checkpoints" / "step_00000003")
     (documents / "07.txt").write_text((documents / "08.txt").read_text())
-    message = rf"data\.path: found '{documents}', whose tokens .* are not the checkpoint's"
+    message = rf"data\.path must give the checkpoint's tokens .*, got '{documents}' with digest"
     with pytest.raises(RankError, match=message):
         ranks.run(run_training, settings)
     other = replaced(settings, "data", tokenizer="another.json")
-    with pytest.raises(RankError, match=r"data\.tokenizer: found 'another\.json', whose tokens"):
+    with pytest.raises(
+        RankError, match=r"data\.tokenizer must give .*, got 'another\.json' with digest"
+    ):
         ranks.run(try_resume, folder, other, "another digest")
     # Before there were digests, only the path could tell.
     make_old(folder / "checkpoints" / "step_00000002")
-    with pytest.raises(RankError, match=r"data\.path: found .*moved'; .*, the checkpoint's, works"):
+    with pytest.raises(
+        RankError, match=r"data\.path must be .*, the checkpoint's value, got .*moved'"
+    ):
         ranks.run(try_resume, folder, settings, "any digest")
 
 
@@ -293,5 +297,5 @@ def test_a_full_disk_of_one_rank_is_told_on_every_rank(
 
 
 def test_steps_beyond_eight_digits_are_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"run\.steps: found 100000000; less than 10\^8 work"):
+    with pytest.raises(ValueError, match=r"run\.steps must be below 10\^8 .*, got 100000000"):
         tiny(root, run={"steps": 10**8})

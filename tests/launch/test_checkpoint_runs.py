@@ -92,7 +92,7 @@ def test_a_command_without_a_whole_one_says_so_once_and_ends(
     settings = replaced(settings, "run", folder=str(tmp_path / "run"), resume=True)
     with started([*torchrun(2), str(config(settings, tmp_path))], tmp_path) as process:
         assert process.wait() == 1
-    assert process.text.count("train.py: run.resume: no checkpoint of") == 1
+    assert process.text.count("train.py: run.resume must find a whole checkpoint in") == 1
     # torchrun has a traceback of its own.
     assert f'File "{Path(TRAIN).parent}' not in process.text
 
@@ -209,6 +209,8 @@ def test_a_universal_form_that_is_not_whole_is_refused(
     if what in ("whole", "none"):
         assert ranks.run(universal_is_whole, path) == [what == "whole"]
         return
-    message: Any = r"run\.resume: found .*step_00000001_universal'; not the whole universal form"
+    message: Any = (
+        r"run\.resume must find the whole universal form of .*, got .*step_00000001_universal'"
+    )
     with pytest.raises(RankError, match=message):
         ranks.run(universal_is_whole, path)

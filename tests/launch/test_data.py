@@ -123,14 +123,17 @@ def test_joined_streams_keep_their_documents() -> None:
 
 
 def test_a_length_beyond_the_data_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.length: found 512; at most the 96 tokens"):
+    with pytest.raises(
+        ValueError, match=r"data\.length must be at most the 96 tokens of the split, got 512"
+    ):
         PackedStreams(documents([30, 50, 16]), 512, 0)
 
 
 def test_a_source_without_both_splits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("alone")
     with pytest.raises(
-        ValueError, match=r"data\.held_out: found 0\.05.*0 documents to train on and 1 held"
+        ValueError,
+        match=r"data\.held_out must be .*0 documents to train on and 1 held.*, got 0\.05",
     ):
         load_corpus(DataSettings(source="folder", path=str(tmp_path)))
 
@@ -225,7 +228,9 @@ def test_ids_with_holes_are_within_the_vocabulary(tmp_path: Path) -> None:
 
 def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match=r"data\.path: found .*empty\.jsonl'; documents with some"):
+    with pytest.raises(
+        ValueError, match=r"data\.path must be documents with some text, got .*empty\.jsonl'"
+    ):
         load_corpus(DataSettings(source="jsonl", path=str(tmp_path / "empty.jsonl")))
 
 

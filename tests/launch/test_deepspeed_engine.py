@@ -226,10 +226,12 @@ def test_another_stage_or_engine_is_refused(
     unbroken: Callable[[int], tuple[Settings, Result]],
 ) -> None:
     settings = broken_off(unbroken(2)[0], root, "refused-deepspeed", LAST)
-    with pytest.raises(RankError, match=r"parallel\.zero_stage: found 3; 2, the checkpoint's"):
+    with pytest.raises(
+        RankError, match=r"parallel\.zero_stage must be 2, the checkpoint's value, got 3"
+    ):
         deepspeed_ranks(2).run(run_deepspeed, replaced(settings, "parallel", zero_stage=3))
     fsdp2 = replaced(settings, "parallel", engine="fsdp2", cp=1, zero_stage=3)
-    message = r"parallel\.engine: found 'fsdp2'; 'deepspeed', the checkpoint's, works"
+    message = r"parallel\.engine must be 'deepspeed', the checkpoint's value, got 'fsdp2'"
     with pytest.raises(RankError, match=message):
         ranks_of(1).run(run_training, fsdp2)
 
@@ -237,17 +239,17 @@ def test_another_stage_or_engine_is_refused(
 @pytest.mark.parametrize(
     "section, option, value, message",
     [
-        ("parallel", "tp", 2, "parallel.tp: found 2; 1 works with parallel.engine = 'deepspeed'"),
-        ("parallel", "pp", 2, "parallel.pp: found 2; 1 works with parallel.engine = 'deepspeed'"),
-        ("parallel", "sequence_parallel", True, "parallel.sequence_parallel: found True; False"),
-        ("parallel", "reshard_after_forward", False, "parallel.reshard_after_forward: found False"),
+        ("parallel", "tp", 2, "parallel.tp must be 1 with parallel.engine = 'deepspeed'"),
+        ("parallel", "pp", 2, "parallel.pp must be 1 with parallel.engine = 'deepspeed'"),
+        ("parallel", "sequence_parallel", True, "parallel.sequence_parallel must be False"),
+        ("parallel", "reshard_after_forward", False, "parallel.reshard_after_forward must be True"),
         (
             "model",
             "recompute_part",
             "attention",
-            "model.recompute_part: found 'attention'; 'block'",
+            "model.recompute_part must be 'block'",
         ),
-        ("run", "dtype", "float64", "run.dtype: found 'float64'; 'auto', 'bfloat16' and"),
+        ("run", "dtype", "float64", "run.dtype must be 'auto', 'bfloat16' or 'float32' with"),
     ],
 )
 def test_what_deepspeed_cannot_do_is_refused_by_name(
@@ -260,21 +262,23 @@ def test_what_deepspeed_cannot_do_is_refused_by_name(
 
 
 def test_a_stage_is_refused_with_other_engines(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"parallel\.zero_stage: found 2; 3 works with.*fsdp2"):
+    with pytest.raises(ValueError, match=r"parallel\.zero_stage must be 3 with.*fsdp2.*, got 2"):
         replaced(tiny(root), "parallel", zero_stage=2)
 
 
 @needs_deepspeed
 def test_sizes_that_do_not_fit_are_refused(deepspeed_ranks: RanksOf, root: Path) -> None:
     settings = by_deepspeed(root, "independent", {"cp": 3})
-    with pytest.raises(RankError, match=r"parallel\.cp: found 3; a divisor of the 2 processes"):
+    with pytest.raises(
+        RankError, match=r"parallel\.cp must be a divisor of the 2 processes, got 3"
+    ):
         deepspeed_ranks(2).run(run_deepspeed, settings)
 
 
 def test_without_deepspeed_its_extra_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     message = (
-        r"parallel\.engine: found 'deepspeed'; .* pip install nsa-dist\[deepspeed\], or 'fsdp2'"
+        r"parallel\.engine must be 'fsdp2' .*pip install nsa-dist\[deepspeed\]\), got 'deepspeed'"
     )
     with pytest.raises(ValueError, match=message):
         SPEC.check_machine(by_deepspeed(root, "independent", {}), "cpu")

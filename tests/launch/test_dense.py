@@ -154,12 +154,16 @@ def test_what_is_known_only_where_it_runs_is_refused_by_name(
 ) -> None:
     ring = {"cp": 2, "layout": "zigzag_per_document"}
     settings = tiny(root, model=KINDS["dense"], parallel=ring, run={"dtype": "auto"})
-    with pytest.raises(RankError, match=r"run\.dtype: found 'auto'; .*on the CPU it is float32"):
+    with pytest.raises(
+        RankError, match=r"run\.dtype must be 'bfloat16' .*on the CPU.*, got 'auto'"
+    ):
         ranks_of(2).run(run_training, settings)
     check_dense(settings, "cuda")
     contiguous = replaced(settings, "parallel", layout="contiguous")
     check_dense(contiguous, "cpu")
     monkeypatch.setattr("launch.processes.ranks.importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"parallel\.cp: found 2; .*pip install nsa-dist\[ring\]"):
+    with pytest.raises(
+        ValueError, match=r"parallel\.cp must be 1 .*pip install nsa-dist\[ring\]\), got 2"
+    ):
         check_dense(contiguous, "cpu")
     check_dense(replaced(contiguous, "parallel", cp=1), "cpu")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,11 +29,12 @@ from launch.engines.registry import ENGINES
 from launch.model import Decoder, compute_dtype
 from launch.processes.ranks import Ranks, start_ranks
 from launch.seeds import mix_seed
-from launch.settings import Settings, check
+from launch.settings import Settings
 from launch.storage.checkpoint import find_checkpoint
 from launch.storage.manifest import on_main
 from launch.train import Result, train
 from nsa_dist import ShardedBatch
+from nsa_dist.checks import check
 from tests.distributed.ranks import Ranks as Pool
 from tests.launch.checkpoints import find
 from tests.launch.common import replaced, run_training, tiny
@@ -104,12 +107,12 @@ class ReplicatedEngine:
 
 
 def check_settings(settings: Settings) -> None:
-    works = "False works with parallel.engine = 'replicated'"
-    check(not settings.model.tie_embeddings, "model.tie_embeddings", True, works)
+    must = "False with parallel.engine = 'replicated'"
+    check(not settings.model.tie_embeddings, "model.tie_embeddings", True, must)
 
 
 def check_machine(settings: Settings, device: str) -> None:
-    check(device == "cpu", "run.device", device, "'cpu' works")
+    check(device == "cpu", "run.device", device, "'cpu'")
 
 
 SPEC = EngineSpec(
@@ -133,9 +136,10 @@ def row() -> Iterator[None]:
         yield
 
 
-def run_replicated(settings: Settings) -> Result:
-    with registered():
-        return train(settings, start_ranks(settings))
+def run_replicated(settings: Settings) -> tuple[Result, str]:
+    """A whole run, and what it prints."""
+    with registered(), redirect_stdout(io.StringIO()) as printed:
+        return train(settings, start_ranks(settings)), printed.getvalue()
 
 
 def find_replicated(folder: Path) -> tuple[str | None, list[str]]:
@@ -152,27 +156,25 @@ def parallel_of(folder: Path) -> str:
 
 
 @pytest.mark.usefixtures("row")
-def test_it_trains_saves_and_resumes(
-    ranks_of: RanksOf, root: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_it_trains_saves_and_resumes(ranks_of: RanksOf, root: Path) -> None:
     run = {"steps": 6, "checkpoint_every": 3, "keep_checkpoints": 0, "sample_tokens": 4}
     cp, folder = {"cp": 2}, root / "replicated"
     settings = tiny(root, parallel=cp, run={**run, "folder": str(root / "beside-replicated")})
     expected, *_ = ranks_of(2).run(run_training, settings)
     run["folder"] = str(folder)
     settings = tiny(root, parallel={**cp, "engine": "replicated"}, run=run)
-    found, *_ = ranks_of(2).run(run_replicated, settings)
+    (found, printed), *_ = ranks_of(2).run(run_replicated, settings)
     for ours, fsdp2 in zip(found.losses, expected.losses, strict=True):
         assert math.isclose(ours, fsdp2, rel_tol=1e-10)
     assert found.received == expected.received
-    assert "replicated over 2 on cpu" in capfd.readouterr().out
+    assert "replicated over 2 on cpu" in printed
     assert set(ranks_of(2).run(parallel_of, folder)) == {"replicated"}
 
     half = root / "replicated-half"
     shutil.copytree(folder, half)
     shutil.rmtree(half / "checkpoints" / "step_00000006")
     resumed = replaced(settings, "run", folder=str(half), resume=True)
-    again, *_ = ranks_of(2).run(run_replicated, resumed)
+    (again, _), *_ = ranks_of(2).run(run_replicated, resumed)
     assert again.losses == found.losses[3:]
     assert again.validation_loss == found.validation_loss
 
@@ -188,9 +190,17 @@ def test_it_trains_saves_and_resumes(
 @pytest.mark.parametrize(
     "section, options, message",
     [
-        ("model", {"tie_embeddings": True}, r"model\.tie_embeddings: found True; False works"),
-        ("parallel", {"tp": 2}, r"parallel\.tp: found 2; 1 works with .*'replicated'"),
-        ("parallel", {"zero_stage": 1}, r"parallel\.zero_stage: found 1; 3 works"),
+        (
+            "model",
+            {"tie_embeddings": True},
+            r"model\.tie_embeddings must be False with .*, got True",
+        ),
+        (
+            "parallel",
+            {"tp": 2},
+            r"parallel\.tp must be 1 with .*'replicated' \(only 'megatron' has .*, got 2",
+        ),
+        ("parallel", {"zero_stage": 1}, r"parallel\.zero_stage must be 3 with .*, got 1"),
     ],
     ids=["its own check", "an option of Megatron", "an option of DeepSpeed"],
 )
@@ -204,10 +214,12 @@ def test_what_it_cannot_do_is_refused(
 
 @pytest.mark.usefixtures("row")
 def test_a_machine_that_it_cannot_run_on_is_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"run\.device: found 'cuda'; 'cpu' works"):
+    with pytest.raises(ValueError, match=r"run\.device must be 'cpu', got 'cuda'"):
         SPEC.check_machine(tiny(root, parallel={"engine": "replicated"}), "cuda")
 
 
 def test_an_engine_without_a_row_is_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"parallel\.engine: found 'replicated'; .*'deepspeed'"):
+    with pytest.raises(
+        ValueError, match=r"parallel\.engine must be one of .*'deepspeed', got 'replicated'"
+    ):
         tiny(root, parallel={"engine": "replicated"})

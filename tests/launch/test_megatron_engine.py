@@ -265,7 +265,7 @@ def test_the_other_engines_checkpoint_is_refused(
     settings = broken_off(unbroken[0], root, "refused")
     parallel = {"engine": "fsdp2", "tp": 1, "sequence_parallel": False}
     settings = replaced(settings, "parallel", **parallel)
-    message = r"parallel\.engine: found 'fsdp2'; 'megatron', the checkpoint's, works"
+    message = r"parallel\.engine must be 'megatron', the checkpoint's value, got 'fsdp2'"
     with pytest.raises(RankError, match=message):
         ranks_of(1).run(run_training, settings)
 
@@ -273,19 +273,19 @@ def test_the_other_engines_checkpoint_is_refused(
 @pytest.mark.parametrize(
     "section, option, value, message",
     [
-        ("model", "attention", "dense", "model.attention: found 'dense'; 'nsa' works"),
-        ("model", "bias", True, "model.bias: found True; False works"),
-        ("model", "dropout", 0.1, "model.dropout: found 0.1; 0.0 works"),
-        ("rotary", "dim", 4, "rotary.dim: found 4; None works"),
-        ("rotary", "scaling", "yarn", "rotary.scaling: found 'yarn'; 'none' works"),
-        ("attention", "compress_pre_rope", True, "attention.compress_pre_rope: found True; False"),
-        ("attention", "v_head_dim", 16, "attention.v_head_dim: found 16; 8, as head_dim, works"),
-        ("parallel", "layout", "zigzag", "parallel.layout: found 'zigzag'; 'zigzag_per_document'"),
-        ("parallel", "reshard_after_forward", False, "parallel.reshard_after_forward: found False"),
-        ("parallel", "tp", 4, "parallel.tp: found 4; a divisor of attention.num_kv_heads = 2"),
-        ("parallel", "pp", 3, "parallel.pp: found 3; a divisor of model.layers = 2"),
-        ("parallel", "sequence_parallel", True, "parallel.sequence_parallel: found True; False"),
-        ("run", "dtype", "float64", "run.dtype: found 'float64'; 'auto', 'bfloat16' and"),
+        ("model", "attention", "dense", "model.attention must be 'nsa' with"),
+        ("model", "bias", True, "model.bias must be False with"),
+        ("model", "dropout", 0.1, "model.dropout must be 0.0 with"),
+        ("rotary", "dim", 4, "rotary.dim must be None with"),
+        ("rotary", "scaling", "yarn", "rotary.scaling must be 'none' with"),
+        ("attention", "compress_pre_rope", True, "attention.compress_pre_rope must be False"),
+        ("attention", "v_head_dim", 16, "attention.v_head_dim must be 8, as attention.head_dim"),
+        ("parallel", "layout", "zigzag", "parallel.layout must be 'zigzag_per_document' with"),
+        ("parallel", "reshard_after_forward", False, "parallel.reshard_after_forward must be True"),
+        ("parallel", "tp", 4, "parallel.tp must be a divisor of attention.num_kv_heads = 2, got 4"),
+        ("parallel", "pp", 3, "parallel.pp must be a divisor of model.layers = 2, got 3"),
+        ("parallel", "sequence_parallel", True, "parallel.sequence_parallel must be False"),
+        ("run", "dtype", "float64", "run.dtype must be 'auto', 'bfloat16' or 'float32' with"),
     ],
 )
 def test_what_megatron_cannot_do_is_refused_by_name(
@@ -309,7 +309,9 @@ def test_what_megatron_cannot_do_is_refused_by_name(
 def test_what_is_megatrons_is_refused_with_fsdp2(
     root: Path, section: str, option: str, value: Any
 ) -> None:
-    with pytest.raises(ValueError, match=rf"{section}\.{option}: found .*'fsdp2'.*'megatron'"):
+    with pytest.raises(
+        ValueError, match=rf"{section}\.{option} must be .*'fsdp2'.*'megatron'.*, got"
+    ):
         replaced(tiny(root), section, **{option: value})
 
 
@@ -318,15 +320,20 @@ def test_ranks_and_vocabularies_that_do_not_fit_are_refused_by_name(
     megatron_ranks: RanksOf, ranks_of: RanksOf, root: Path
 ) -> None:
     for parallel, message in (
-        ({"tp": 2, "pp": 2}, r"parallel\.tp x pp x cp: found '2 x 2 x 1'; a divisor of the 2"),
-        ({"dp": 2, "cp": 2}, r"parallel\.dp: found 2; -1 or 2 // \(tp x pp x cp\) = 1"),
+        (
+            {"tp": 2, "pp": 2},
+            r"parallel\.tp x pp x cp must be a divisor of the 2 .*, got '2 x 2 x 1'",
+        ),
+        ({"dp": 2, "cp": 2}, r"parallel\.dp must be -1 or 2 // \(tp x pp x cp\) = 1, got 2"),
     ):
         settings = by_megatron(root, "independent", parallel)
         with pytest.raises(RankError, match=message):
             megatron_ranks(2).run(run_megatron, settings)
-    message = r"parallel\.tp: found 2; a divisor of the vocabulary's 255 tokens works"
+    message = r"parallel\.tp must be a divisor of the vocabulary's 255 tokens, got 2"
     with pytest.raises(RankError, match=message):
         megatron_ranks(2).run(start_engine, by_megatron(root, "independent", TP2), 255)
     # Not in a process that answers for Megatron's GPUs.
-    with pytest.raises(RankError, match=r"run\.device: found 'cpu'; Megatron's device is cuda"):
+    with pytest.raises(
+        RankError, match=r"run\.device must be 'cuda' with .*'megatron'.*, got 'cpu'"
+    ):
         ranks_of(1).run(run_training, by_megatron(root, "independent", {}))

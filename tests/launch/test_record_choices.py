@@ -112,12 +112,15 @@ def test_what_does_not_work_is_refused_by_name(
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     cases = (
-        ({"folder": tmp_path}, f"folder: found '{tmp_path}'; a run's folder"),
-        ({"step": 3}, "step: found 3; 2, 4 work"),
-        ({"text": (tmp_path / "none",)}, f"text: found '{tmp_path / 'none'}'; existing files"),
-        ({"text": (empty,)}, f"text: found '{empty}'; files with some text"),
-        ({"length": 433}, "length: found 433; 1 to 432, the tokens of the text"),
-        ({"length": 0}, "length: found 0; 1 to 432"),
+        (
+            {"folder": tmp_path},
+            f"folder must be a run's folder with a whole checkpoint, got '{tmp_path}'",
+        ),
+        ({"step": 3}, "step must be one of 2, 4, got 3"),
+        ({"text": (tmp_path / "none",)}, f"text must be existing files, got '{tmp_path / 'none'}'"),
+        ({"text": (empty,)}, f"text must be files with some text, got '{empty}'"),
+        ({"length": 433}, "length must be 1 to 432, the tokens of the text, got 433"),
+        ({"length": 0}, "length must be 1 to 432, the tokens of the text, got 0"),
     )
     for change, message in cases:
         text = refused(replace(options, **change), capsys)
@@ -132,8 +135,12 @@ def test_models_that_choose_nothing_are_refused(options: RecordOptions, tmp_path
     (copy / ".metadata").touch()
     settings = (step / "settings.toml").read_text()
     changes = (
-        ('attention = "nsa"', 'attention = "dense"', "model.attention = 'dense'"),
-        ('["compressed", "selected", "window"]', '["window"]', "attention.branches"),
+        ('attention = "nsa"', 'attention = "dense"', "model.attention = 'nsa', got 'dense'"),
+        (
+            '["compressed", "selected", "window"]',
+            '["window"]',
+            "'selected' in attention.branches, got ",
+        ),
     )
     for old, new, message in changes:
         assert old in settings
@@ -141,7 +148,7 @@ def test_models_that_choose_nothing_are_refused(options: RecordOptions, tmp_path
         changed = settings.replace("format = 1", "").replace("cp = 2", "cp = 1")
         changed = changed.replace(old, new)
         (copy / "settings.toml").write_text(changed)
-        with pytest.raises(ValueError, match=f"folder: found \"?'?{message}"):
+        with pytest.raises(ValueError, match=f"folder must be of a run with {message}"):
             find_checkpoint(replace(options, folder=tmp_path / "run"))
 
 

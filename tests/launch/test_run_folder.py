@@ -69,7 +69,8 @@ def test_a_live_owner_keeps_the_folder(starting_ranks: RanksOf, root: Path, tmp_
     owner = write_lock(tmp_path, age=1000)
     for ok, text in starting_ranks(2).try_run(hold_folder, in_folder(root, tmp_path)):
         assert not ok
-        assert f"run.folder: found '{tmp_path}'; {owner} trains there" in text
+        must = f"a folder in which no other run trains ({owner} does)"
+        assert f"run.folder must be {must}, got '{tmp_path}'" in text
     assert FolderLock(tmp_path).holder() == owner
 
 
@@ -116,7 +117,10 @@ def test_what_is_no_lock_in_its_place_is_told(
     make.get(kind, lambda: path.symlink_to("nowhere"))()
     for ok, text in starting_ranks(2).try_run(hold_folder, in_folder(root, tmp_path)):
         assert not ok
-        assert f"run.folder: [Errno 22] No regular file: '{path}'" in text
+        assert (
+            f"run.folder must be a folder to write in, got [Errno 22] No regular file: '{path}'"
+            in text
+        )
     assert [file.name for file in tmp_path.iterdir()] == [locks.NAME]
 
 
@@ -255,13 +259,15 @@ def wait(done: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("name", ["a/b", "..", "a\\b", "a\nb", "../../x"])
 def test_a_name_that_would_leave_its_folder_is_refused(root: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"run\.name: found .*without slashes"):
+    with pytest.raises(ValueError, match=r"run\.name must be a name without slashes"):
         folders.check_folder_options(tiny(root, run={"name": name}).run)
     folders.check_folder_options(tiny(root, run={"name": name, "folder": "f"}).run)
 
 
 def test_a_resume_without_a_folder_is_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"run\.resume: found True; without run\.folder"):
+    with pytest.raises(
+        ValueError, match=r"run\.resume must be False without run\.folder.*, got True"
+    ):
         folders.check_folder_options(tiny(root, run={"resume": True}).run)
 
 
@@ -286,7 +292,10 @@ def test_a_folder_that_is_not_shared_is_refused_on_every_rank(
     each = [str(tmp_path / str(rank)) for rank in range(2)]
     for ok, text in starting_ranks(2).try_run(hold_folders, in_folder(root, Path("run")), each):
         assert not ok
-        assert "run.folder: found 'run'; rank 1 (on " in text
+        assert (
+            "run.folder must be a folder that all nodes share, by its whole path (rank 1 (on "
+            in text
+        )
         assert "cannot see what rank 0" in text
     # No lock, no token file is left.
     assert list((tmp_path / "0" / "run").iterdir()) == []
@@ -302,8 +311,8 @@ def test_a_folder_that_cannot_be_made_is_refused_on_every_rank(
     path = tmp_path / "file" if kind == "file" else tmp_path / "file" / "below"
     for ok, text in starting_ranks(2).try_run(hold_folder, in_folder(root, path)):
         assert not ok
-        assert "ValueError: run.folder: " in text
-        assert "a folder that can be written works" in text
+        assert "ValueError: run.folder must be a folder to write in, got " in text
+        assert "run.folder must be a folder to write in, got " in text
 
 
 def test_settings_that_cannot_be_written_are_told_on_every_rank(
@@ -312,7 +321,7 @@ def test_settings_that_cannot_be_written_are_told_on_every_rank(
     (tmp_path / "settings.toml").mkdir()
     for ok, text in starting_ranks(2).try_run(put_settings, in_folder(root, tmp_path)):
         assert not ok
-        assert "ValueError: run.folder: " in text
+        assert "ValueError: run.folder must be a folder to write in, got " in text
         assert "settings.toml" in text
     assert [path.name for path in tmp_path.iterdir()] == ["settings.toml"]
 
@@ -323,7 +332,10 @@ def test_a_full_disk_leaves_the_settings_that_were_there(
     (tmp_path / "settings.toml").write_text("before")
     for ok, text in starting_ranks(2).try_run(put_settings, in_folder(root, tmp_path), 100):
         assert not ok
-        assert "ValueError: run.folder: [Errno 27] File too large: " in text
+        assert (
+            "ValueError: run.folder must be a folder to write in, got [Errno 27] File too large: "
+            in text
+        )
         assert "settings.toml" in text
     assert (tmp_path / "settings.toml").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["settings.toml"]
@@ -342,7 +354,7 @@ def test_of_two_runs_started_at_once_one_goes_on(root: Path, tmp_path: Path) -> 
         codes = [process.wait() for process in (a, b)]
         assert sorted(codes) == [0, 1]
         loser = (a, b)[codes.index(1)]
-        assert "trains there; another folder works" in loser.text
+        assert "run.folder must be a folder in which no other run trains" in loser.text
 
 
 @pytest.mark.slow
@@ -356,4 +368,7 @@ def test_processes_in_unshared_folders_end_with_status_1(root: Path, tmp_path: P
     with started_ranks(lines, [tmp_path / "0", tmp_path / "1"]) as ranks:
         for rank in ranks:
             assert rank.wait() == 1
-            assert "run.folder: found 'run'; rank 1" in rank.text
+            assert (
+                "run.folder must be a folder that all nodes share, by its whole path (rank 1"
+                in rank.text
+            )

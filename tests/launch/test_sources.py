@@ -41,34 +41,42 @@ def test_jsonl_gives_one_field_of_each_line(tmp_path: Path) -> None:
     settings = DataSettings(source="jsonl", path=str(path), field="body")
     found = list(read_documents(settings))
     assert found == [("texts.jsonl:1", "één".encode()), ("texts.jsonl:3", b"two")]
-    with pytest.raises(ValueError, match=r"data\.field: found 'text'.*line 1 has \['body'\]"):
+    with pytest.raises(
+        ValueError, match=r"data\.field must be a field of .*line 1, \['body'\], got 'text'"
+    ):
         list(read_documents(DataSettings(source="jsonl", path=str(path))))
     path.write_text("{\n")
-    with pytest.raises(ValueError, match=r"data\.path: .*line 1 is no JSON"):
+    with pytest.raises(ValueError, match=r"data\.path must hold JSON, got .*line 1 "):
         list(read_documents(settings))
 
 
 GOOD = b'{"text": "good"}\n'
 BAD_LINES = {
-    "lone surrogate": (rb'{"text": "a\ud800b"}', r"'text' has a lone surrogate, \\ud800, at .* 2"),
-    "byte that is no UTF-8": (b'{"text": "a\xffb"}', "is no UTF-8 (byte 0xff at column 12)"),
-    "surrogate in UTF-8's form": (b'{"text": "\xed\xa0\x80"}', "is no UTF-8 (byte 0xed at column"),
-    "Latin-1 in another field": (b'{"text": "a", "by": "\xe9"}', "is no UTF-8 (byte 0xe9 at"),
-    "null": (b'{"text": null}', "field 'text' is null; text works"),
-    "number": (b'{"text": 3}', "field 'text' is a number; text works"),
-    "truth value": (b'{"text": true}', "field 'text' is a truth value; text works"),
-    "list": (b'{"text": ["a"]}', "field 'text' is a list; text works"),
-    "object": (b'{"text": {"text": "a"}}', "field 'text' is an object; text works"),
-    "line of text": (b'"text"', "is text; an object with the field 'text' works"),
-    "line of null": (b"null", "is null; an object with the field 'text' works"),
-    "array around all": (b'[{"text": "a"}]', "is a list; an object with the field 'text' works"),
-    "deep nesting": (b'{"text": "a", "more": ' + b"[" * 100_000, "is JSON nested too deep"),
-    "cut line": (b'{"text": "a', "is no JSON (Invalid control character at column 12)"),
-    "zeros of a hole in the file": (b"\0" * 40, "is no JSON (Expecting value at column 1)"),
-    "mark in the middle": (b'\xef\xbb\xbf{"text": "a"}', "is no JSON (Unexpected UTF-8 BOM"),
+    "lone surrogate": (rb'{"text": "a\ud800b"}', r"'text', got a lone surrogate, \\ud800, at .* 2"),
+    "byte that is not UTF-8": (
+        b'{"text": "a\xffb"}',
+        r"JSON in UTF-8, got byte 0xff in .* column 12$",
+    ),
+    "surrogate in UTF-8's form": (b'{"text": "\xed\xa0\x80"}', "JSON in UTF-8, got byte 0xed in"),
+    "Latin-1 in another field": (b'{"text": "a", "by": "\xe9"}', "JSON in UTF-8, got byte 0xe9 in"),
+    "null": (b'{"text": null}', "text in the field 'text', got null in"),
+    "number": (b'{"text": 3}', "text in the field 'text', got a number in"),
+    "truth value": (b'{"text": true}', "text in the field 'text', got a truth value in"),
+    "list": (b'{"text": ["a"]}', "text in the field 'text', got a list in"),
+    "object": (b'{"text": {"text": "a"}}', "text in the field 'text', got an object in"),
+    "line of text": (b'"text"', "objects with the field 'text', got text in"),
+    "line of null": (b"null", "objects with the field 'text', got null in"),
+    "array around all": (b'[{"text": "a"}]', "objects with the field 'text', got a list in"),
+    "deep nesting": (
+        b'{"text": "a", "more": ' + b"[" * 100_000,
+        "flat objects, got deep nesting in",
+    ),
+    "cut line": (b'{"text": "a', r"JSON, got .* column 12 \(Invalid control character\)$"),
+    "zeros of a hole in the file": (b"\0" * 40, r"JSON, got .* column 1 \(Expecting value\)$"),
+    "mark in the middle": (b'\xef\xbb\xbf{"text": "a"}', r"JSON, got .* \(Unexpected UTF-8 BOM"),
     "control character": (
         b'{"text": "a\x01"}',
-        "is no JSON (Invalid control character at column 12",
+        r"JSON, got .* column 12 \(Invalid control character",
     ),
 }
 
@@ -80,7 +88,7 @@ def test_a_bad_line_is_named_with_its_file(tmp_path: Path, line: bytes, found: s
     with pytest.raises(ValueError) as error:
         read_lines(path)
     words = str(error.value)
-    assert words.startswith(f"data.path: {path} line 4")
+    assert words.startswith("data.path must hold ") and f"{path} line 4" in words
     assert found in words or re.search(found, words)
     assert "\n" not in words
     words.encode()
@@ -89,7 +97,7 @@ def test_a_bad_line_is_named_with_its_file(tmp_path: Path, line: bytes, found: s
 def test_of_many_fields_some_are_named(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text(json.dumps({f"key{i:04}": i for i in range(5000)}))
-    with pytest.raises(ValueError, match=r"'key0009'\] and 4990 more; a text field works"):
+    with pytest.raises(ValueError, match=r"'key0009'\] and 4990 more, got "):
         read_lines(path)
 
 
@@ -97,7 +105,7 @@ def test_documents_without_a_target_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "a"}\n' * 50)
     settings = DataSettings(source="jsonl", path=str(path), held_out=0.2)
-    with pytest.raises(ValueError, match=r"data\.path: .*; documents of two tokens or more"):
+    with pytest.raises(ValueError, match=r"data\.path must be documents of two tokens or more"):
         load_corpus(settings)
 
 
@@ -138,7 +146,9 @@ BINARY = {
 def test_a_file_that_is_no_text_is_told_with_its_kind(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "texts.txt"
     path.write_bytes(BINARY[kind])
-    with pytest.raises(ValueError, match=rf"data\.path: .*texts\.txt line 1 .*looks like {kind}; "):
+    with pytest.raises(
+        ValueError, match=rf"data\.path must hold .*, got .*texts\.txt.*looks like {kind}; "
+    ):
         read_lines(path)
 
 
@@ -146,10 +156,12 @@ def test_text_for_a_tokenizer_is_utf8(tmp_path: Path) -> None:
     """Bytes are any; other tokenizers read text."""
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xffee\n")
     assert read_folder(tmp_path) == ["a.txt"]
-    with pytest.raises(ValueError, match=r"data\.path: .*a\.txt line 3 is no UTF-8 \(byte 0xff\)"):
+    with pytest.raises(
+        ValueError, match=r"data\.path must hold text in UTF-8 .*, got byte 0xff in .*a\.txt line 3"
+    ):
         read_folder(tmp_path, tokenizer="words.json")
     (tmp_path / "a.txt").write_bytes(gzip.compress(b"one"))
-    with pytest.raises(ValueError, match=r"a\.txt line 1 is no UTF-8 .*looks like gzip"):
+    with pytest.raises(ValueError, match=r"UTF-8 .*, got .*a\.txt line 1; it looks like gzip"):
         read_folder(tmp_path, tokenizer="words.json")
 
 
@@ -169,10 +181,10 @@ def listening_socket(path: Path) -> None:
 @pytest.mark.parametrize(
     "make, found",
     [
-        (link_to_nothing, "is a broken link; a file works"),
-        (link_to_itself, "is a broken link; a file works"),
-        (os.mkfifo, "is a pipe, socket or device; a file works"),
-        (listening_socket, "is a pipe, socket or device; a file works"),
+        (link_to_nothing, "must hold files, got a broken link"),
+        (link_to_itself, "must hold files, got a broken link"),
+        (os.mkfifo, "must hold files, got a pipe, socket or device"),
+        (listening_socket, "must hold files, got a pipe, socket or device"),
     ],
 )
 def test_what_is_no_file_is_refused_in_a_folder(
@@ -181,12 +193,12 @@ def test_what_is_no_file_is_refused_in_a_folder(
     monkeypatch.chdir(tmp_path)  # The path of a socket is short.
     Path("a.txt").write_text("one")
     make(Path("b.txt"))
-    with pytest.raises(ValueError, match=r"data\.path: b\.txt ") as error:
+    with pytest.raises(ValueError, match=r"data\.path must hold files, got .*: b\.txt") as error:
         read_folder(Path("."))
     assert found in str(error.value)
     # What the pattern leaves out does not matter.
     assert read_folder(Path("."), "a*") == ["a.txt"]
-    with pytest.raises(ValueError, match=r"data\.path: "):
+    with pytest.raises(ValueError, match=r"data\.path must "):
         read_lines(Path("b.txt"))
 
 
@@ -195,7 +207,7 @@ def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
     with open(os.fsencode(tmp_path) + b"/b\xff.txt", "wb") as file:
         file.write(b"two")
     with pytest.raises(
-        ValueError, match=r"data\.path: .*b\\udcff\.txt' has a name that is no UTF-8"
+        ValueError, match=r"data\.path must hold files with names in UTF-8.*, got .*b\\udcff\.txt'"
     ):
         read_folder(tmp_path)
     assert read_folder(tmp_path, "a*") == ["a.txt"]
@@ -204,7 +216,7 @@ def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
 def test_a_line_break_in_a_name_does_not_break_the_error(tmp_path: Path) -> None:
     (tmp_path / "a\nb.txt").write_bytes(b"\xff")
     assert read_folder(tmp_path) == ["a\nb.txt"]
-    with pytest.raises(ValueError, match=r"a\\nb\.txt' line 1 is no UTF-8"):
+    with pytest.raises(ValueError, match=r"UTF-8 .*, got .*a\\nb\.txt' line 1"):
         read_folder(tmp_path, tokenizer="words.json")
 
 
@@ -229,13 +241,13 @@ def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "scandir", guarded_scandir)
     with pytest.raises(
-        ValueError, match=r"data\.path: .*closed cannot be read \(Permission denied"
+        ValueError, match=r"data\.path must be .*, got .*closed \(Permission denied"
     ):
         read_folder(tmp_path)
     assert read_folder(tmp_path, "*.txt") == ["b.txt"]
     monkeypatch.setattr(Path, "read_bytes", guarded_read)
     with pytest.raises(
-        ValueError, match=r"data\.path: .*b\.txt cannot be read \(Permission denied"
+        ValueError, match=r"data\.path must be .*, got .*b\.txt \(Permission denied"
     ):
         read_folder(tmp_path, "*.txt")
 
@@ -251,7 +263,7 @@ def test_patterns_that_are_none_or_leave_the_folder_are_refused(
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "a.txt").write_text("one")
     (tmp_path / "outside.txt").write_text("two")
-    with pytest.raises(ValueError, match=r"data\.pattern: "):
+    with pytest.raises(ValueError, match=r"data\.pattern must be (a pattern|text without NUL)"):
         read_folder(tmp_path / "inside", pattern)
 
 
@@ -267,7 +279,9 @@ def test_patterns_match_what_they_say(tmp_path: Path) -> None:
     assert len(read_folder(tmp_path, "**")) == 7
     assert read_folder(tmp_path, "**/**/*.txt") == read_folder(tmp_path, "**/*.txt")
     assert read_folder(tmp_path, "b/[[]x].txt") == ["b/[x].txt"]
-    with pytest.raises(ValueError, match=r"data\.pattern: found '\*\.csv'; a pattern that files"):
+    with pytest.raises(
+        ValueError, match=r"data\.pattern must be a pattern that files of .*, got '\*\.csv'"
+    ):
         read_folder(tmp_path, "*.csv")
 
 
@@ -300,5 +314,5 @@ def test_a_path_that_is_not_there_or_of_another_kind_is_refused(
     other = tmp_path if source == "jsonl" else tmp_path / "file"
     for path in (tmp_path / "none", other, Path("/dev/null")):
         settings = DataSettings(source=source, path=str(path))  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=rf"data\.path: found '{path}'; source '{source}'"):
+        with pytest.raises(ValueError, match=rf"data\.path must be a .*'{source}'.*, got '{path}'"):
             list(read_documents(settings))

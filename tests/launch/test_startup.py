@@ -36,14 +36,14 @@ def test_an_option_that_differs_is_named_on_every_rank(
     for ok, text in starting_ranks(2).try_run(start_each, each):
         assert not ok
         both = f"rank 0: {values[0]!r}, rank 1: {values[1]!r}"
-        assert f"{section}.{option}: differs between ranks ({both}); the same on" in text
+        assert f"{section}.{option} must be the same on every rank, got {both}" in text
 
 
 def test_a_problem_of_one_rank_is_told_on_every_rank(starting_ranks: RanksOf, root: Path) -> None:
     each = [tiny(root), tiny(root, run={"device": "cuda"})]
     for ok, text in starting_ranks(2).try_run(start_each, each):
         assert not ok
-        assert "run.device: found 'cuda'; no GPU is usable here" in text
+        assert "run.device must be 'cpu' where no GPU is usable, got 'cuda'" in text
         assert "(on rank 1)" in text
 
 
@@ -58,7 +58,9 @@ def test_ranks_meet_by_the_store_and_compare(starting_ranks: RanksOf, size: int)
         if ok:
             assert found == (rank, size)
         else:
-            assert "ValueError: b: differs between ranks (ranks 0-2: 0, rank 3: 1)" in found
+            assert (
+                "ValueError: b must be the same on every rank, got ranks 0-2: 0, rank 3: 1" in found
+            )
 
 
 def test_a_restart_reads_nothing_of_the_attempt_before(starting_ranks: RanksOf) -> None:
@@ -67,7 +69,7 @@ def test_a_restart_reads_nothing_of_the_attempt_before(starting_ranks: RanksOf) 
     same, other = [{"a": "1"}] * 2, [{"a": "1"}, {"a": "2"}]
     for found in starting_ranks(2).run(meet_again, [same, other, same], store.port):
         assert found[0] == found[2] == ""
-        assert found[1].startswith("a: differs between ranks (rank 0: 1, rank 1: 2)")
+        assert found[1].startswith("a must be the same on every rank, got rank 0: 1, rank 1: 2")
 
 
 @pytest.mark.slow
@@ -79,7 +81,10 @@ def test_processes_with_another_option_end_with_its_name(root: Path, tmp_path: P
     with started_ranks(lines, [tmp_path, tmp_path]) as ranks:
         for rank in ranks:
             assert rank.wait() == 1
-            assert "optimizer.lr: differs between ranks (rank 0: 0.003, rank 1: 0.5)" in rank.text
+            assert (
+                "optimizer.lr must be the same on every rank, got rank 0: 0.003, rank 1: 0.5"
+                in rank.text
+            )
             assert "Traceback" not in rank.text
     assert not (tmp_path / "runs").exists()
 
@@ -92,7 +97,7 @@ def test_a_rank_without_its_config_ends_them_all(root: Path, tmp_path: Path) -> 
     with started_ranks(lines, [tmp_path] * 3) as ranks:
         for rank in ranks:
             assert rank.wait() == 1
-            assert "config: found 'missing.toml'; a TOML file works" in rank.text
+            assert "config must be a TOML file, got 'missing.toml'" in rank.text
             assert "(on rank 2)" in rank.text
 
 
@@ -104,10 +109,13 @@ def test_code_and_the_device_found_are_compared(root: Path) -> None:
     ours = table(tiny(root))
     assert judge([ours, dict(ours)]) == ""
     theirs = {**ours, "code version": "nsa-dist 0"}
-    assert judge([ours, ours, theirs]).startswith("code version: differs between ranks (ranks 0-1")
+    assert judge([ours, ours, theirs]).startswith(
+        "code version must be the same on every rank, got ranks 0-1"
+    )
     there = {**ours, "run.device, as found": "cuda"}
-    assert "run.device, as found: differs between ranks (rank 0: cpu, rank 1: cuda)" in judge(
-        [ours, there]
+    assert (
+        "run.device, as found must be the same on every rank, got rank 0: cpu, rank 1: cuda"
+        in judge([ours, there])
     )
 
 

@@ -40,7 +40,7 @@ def test_a_tokenizer_without_its_package_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, name: str, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"data\.tokenizer: found '{name}'.*{package}"):
+    with pytest.raises(ValueError, match=rf"data\.tokenizer must be .*{package}.*, got '{name}'"):
         make_tokenizer(name)
 
 
@@ -53,7 +53,9 @@ def test_a_tokenizer_file_is_used(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(str(tmp_path / "words.json"))
     assert tokenizer.vocab_size == 3
     assert tokenizer.encode(b"green red blue", "x").tolist() == [2, 1, 0]
-    with pytest.raises(ValueError, match=r"data\.tokenizer: document 'x' is not UTF-8"):
+    with pytest.raises(
+        ValueError, match=r"data\.tokenizer must be 'bytes' for .* not UTF-8, got .* for 'x'"
+    ):
         tokenizer.encode(b"\xff", "x")
 
 
@@ -119,7 +121,7 @@ def test_ids_that_no_embedding_has_are_refused(tmp_path: Path) -> None:
     text = Path(name).read_text()
     assert '"green": 2' in text
     Path(name).write_text(text.replace('"green": 2', f'"green": {2**31}'))
-    with pytest.raises(ValueError, match=r"data\.tokenizer: found .*from 0 to 2147483648; .*work"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer must be .*, got .*from 0 to 2147483648"):
         make_tokenizer(name)
 
 
@@ -128,7 +130,7 @@ def test_a_document_that_a_tokenizer_cannot_encode_is_named(tmp_path: Path) -> N
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"red": 0}, "[UNK]"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = make_tokenizer(saved(inner, tmp_path, "tokenizers"))
-    with pytest.raises(ValueError, match=r"data\.tokenizer: found .*document 't\.txt'.*UNK"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer must be .*document 't\.txt', got .*UNK"):
         tokenizer.encode(b"red blue", "t.txt")
 
 
@@ -136,13 +138,15 @@ def test_a_document_that_a_tokenizer_cannot_encode_is_named(tmp_path: Path) -> N
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, text: str) -> None:
     pytest.importorskip("tokenizers")
     (tmp_path / "words.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"data\.tokenizer: found .*words\.json'; a tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"data\.tokenizer must be 'bytes' or a tokenizer .*, got .*words\.json'"
+    ):
         make_tokenizer(str(tmp_path / "words.json"))
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match=r"data\.tokenizer: found .*; a tokenizer that transf"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer must be .*a tokenizer that transf"):
         make_tokenizer(str(tmp_path))
 
 
@@ -158,6 +162,6 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     monkeypatch.setattr("builtins.input", lambda _: "y")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
-    with pytest.raises(ValueError, match=r"data\.tokenizer: found .*contains custom code"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer must be .*, got .*contains custom code"):
         make_tokenizer(str(tmp_path))
     assert not marker.exists()

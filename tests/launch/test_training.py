@@ -241,7 +241,9 @@ def test_a_resume_with_other_settings_is_refused_by_name(
 ) -> None:
     settings, _ = unbroken
     again = replaced(settings, "run", resume=False)
-    with pytest.raises(RankError, match=r"run\.folder: found .*unbroken.*run\.resume = true"):
+    with pytest.raises(
+        RankError, match=r"run\.folder must be .*run\.resume = true.*, got .*unbroken"
+    ):
         ranks_of(2).run(run_training, again)
     resumed = replaced(settings, "run", resume=True)
     for section, option, value in (
@@ -250,7 +252,9 @@ def test_a_resume_with_other_settings_is_refused_by_name(
         ("run", "seed", 1),
     ):
         other = replaced(resumed, section, **{option: value})
-        with pytest.raises(RankError, match=rf"{section}\.{option}: found {value}; .*checkpoint"):
+        with pytest.raises(
+            RankError, match=rf"{section}\.{option} must be .*, the checkpoint's value, got {value}"
+        ):
             ranks_of(2).run(run_training, other)
 
 
@@ -289,9 +293,12 @@ def test_dense_attention_trains_alone_and_over_replicas(ranks_of: RanksOf, root:
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"parallel": {"cp": 3}}, r"parallel\.cp: found 3; a divisor of the 2 processes"),
-        ({"parallel": {"dp": 2, "cp": 2}}, r"parallel\.dp: found 2; -1 or 2 // cp = 1"),
-        ({"data": {"global_batch": 3}}, r"data\.global_batch: found 3; a multiple of .* = 2"),
+        ({"parallel": {"cp": 3}}, r"parallel\.cp must be a divisor of the 2 processes, got 3"),
+        (
+            {"parallel": {"dp": 2, "cp": 2}},
+            r"parallel\.dp must be -1 or 2 // \(tp x pp x cp\) = 1, got 2",
+        ),
+        ({"data": {"global_batch": 3}}, r"data\.global_batch must be a multiple of .* = 2, got 3"),
     ],
     ids=["cp", "dp", "global_batch"],
 )
