@@ -1,10 +1,10 @@
-"""Puts the bugs of ``mutations.py`` and the files beside it in, to see each trap's test fail.
+"""Puts the bugs that stand at tests (``mutation.py``) in, to see each test fail.
 
-    python -m tests.traps.run_mutations [--only TEXT] [--quick] [--jobs N] [--json FILE]
+    python -m tests.traps.run_mutations [--only TEXT] [--jobs N] [--json FILE]
 
-For every mutation the source tree is copied, the one piece of text is replaced, and the trap's test
-runs there in a process of its own. It must fail; on the tree as it is all of them must pass.
-Processes are forked from one that has imported torch, which is most of the time that a test takes.
+For every mutation the source tree is copied, the function is changed, and the test runs there in a
+process of its own. It must fail; on the tree as it is all of them must pass. Processes are forked
+from one that has imported torch, which is most of the time that a test takes.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ import sys
 import tempfile
 import traceback
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.traps.adapter_mutations import ADAPTER_MUTATIONS, is_installed
-from tests.traps.kernel_mutations import KERNEL_MUTATIONS
-from tests.traps.mutations import MUTATIONS, Mutation
+from tests.traps.mutation import ROOT, MisfitError, Mutation, all_mutations
 
-ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("nsa_dist", "kernels", "tests", "launch", "pyproject.toml")
 TREE_AS_IT_IS = "the tree as it is"
+MISFIT = 71
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def run_tests(tree: Path, nodes: list[str]) -> int:
     return int(pytest.main([*options, "-c", str(tree / "pyproject.toml"), *nodes]))
 
 
-def fork(tree: Path, nodes: list[str], log: Path) -> int:
-    """Start ``run_tests`` in a process of its own, output to ``log``; its id."""
+def fork(run: Callable[[], int], log: Path) -> int:
+    """Start ``run`` in a process of its own, output to ``log``; its id."""
     sys.stdout.flush()
     process = os.fork()
     if process:
@@ -65,7 +64,7 @@ def fork(tree: Path, nodes: list[str], log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        code = run_tests(tree, nodes)
+        code = run()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -86,52 +85,80 @@ def copy_tree(target: Path) -> None:
             shutil.copy(source, target / name)
 
 
-def run_all(mutations: list[Mutation], jobs: int) -> dict[str, Outcome]:
+def can_run(mutation: Mutation) -> bool:
+    """On a GPU a wrong kernel may take the device down; the interpreter only fails."""
+    return not (mutation.of_kernel and torch.cuda.is_available())
+
+
+def write_trees(work: Path, only: str) -> int:
+    """A folder of ``work`` for each mutation whose row has ``only``: its row, node and tree.
+
+    Imports the modules of all tests with mutations: call it in a process of its own.
+    """
+    import tests.conftest  # noqa: F401  (what kernels need before they are imported)
+
+    mutations, _ = all_mutations()
+    for number, mutation in enumerate(m for m in mutations if only in m.row and can_run(m)):
+        folder = work / str(number)
+        folder.mkdir()
+        about = {"row": mutation.row, "node": mutation.node}
+        try:
+            file, text = mutation.change.text(ROOT)
+        except MisfitError as error:
+            about["misfit"] = str(error)
+        else:
+            copy_tree(folder / "tree")
+            (folder / "tree" / file.relative_to(ROOT)).write_text(text, encoding="utf-8")
+        (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    return 0
+
+
+def run_all(only: str, jobs: int) -> dict[str, Outcome]:
     """Outcomes by the row of a mutation, and of all its tests on the tree as it is."""
     torch.set_num_threads(1)  # before the forks, which cannot share threads
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        waiting: list[tuple[str, Path, list[str]]] = []
-        as_it_is = work / "as-it-is"
-        copy_tree(as_it_is)
-        nodes = list(dict.fromkeys(m.node for m in mutations))
-        waiting.append((TREE_AS_IT_IS, as_it_is, nodes))
-        for number, mutation in enumerate(mutations):
-            tree = work / f"mutation-{number}"
-            copy_tree(tree)
-            (tree / mutation.file).write_text(mutation.mutated(ROOT), encoding="utf-8")
-            waiting.append((mutation.row, tree, [mutation.node]))
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        log = work / "trees.log"
+        _, status = os.waitpid(fork(lambda: write_trees(work, only), log), 0)
+        if status:
+            raise RuntimeError(log.read_text(encoding="utf-8"))
         outcomes: dict[str, Outcome] = {}
+        nodes: dict[str, None] = {}
+        waiting: list[tuple[str, Path, list[str]]] = []
+        for file in sorted(work.glob("*/about.json"), key=lambda x: int(x.parent.name)):
+            about = json.loads(file.read_text(encoding="utf-8"))
+            nodes[about["node"]] = None
+            if "misfit" in about:
+                outcomes[about["row"]] = Outcome(MISFIT, about["misfit"])
+            else:
+                waiting.append((about["row"], file.parent / "tree", [about["node"]]))
+        if nodes:
+            copy_tree(work / "as-it-is")
+            waiting.insert(0, (TREE_AS_IT_IS, work / "as-it-is", list(nodes)))
         running: dict[int, tuple[str, Path]] = {}
         while waiting or running:
             while waiting and len(running) < jobs:
-                name, tree, tests = waiting.pop(0)
+                row, tree, tests = waiting.pop(0)
                 log = tree.with_suffix(".log")
-                running[fork(tree, tests, log)] = (name, log)
+                process = fork(lambda tree=tree, tests=tests: run_tests(tree, tests), log)
+                running[process] = (row, log)
             process, status = os.wait()
             if process in running:
-                name, log = running.pop(process)
+                row, log = running.pop(process)
                 code = os.waitstatus_to_exitcode(status)
-                outcomes[name] = Outcome(code, log.read_text(encoding="utf-8", errors="replace"))
+                outcomes[row] = Outcome(code, log.read_text(encoding="utf-8", errors="replace"))
     return outcomes
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="mutations whose row contains this text")
-    parser.add_argument("--quick", action="store_true", help="only those that every run puts in")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="write outcomes to this file")
     options = parser.parse_args()
-    # On a GPU a wrong kernel may take the device down; the interpreter only fails.
-    kernels = () if torch.cuda.is_available() else KERNEL_MUTATIONS
-    adapters = filter(is_installed, ADAPTER_MUTATIONS)
-    chosen = [m for m in (*MUTATIONS, *kernels, *adapters) if options.only in m.row]
-    if options.quick:
-        chosen = [m for m in chosen if m.quick]
-    if not chosen:
-        parser.error(f"--only: found {options.only!r}; a part of a row of tests/README.md works")
-    outcomes = run_all(chosen, options.jobs)
+    outcomes = run_all(options.only, options.jobs)
+    if not outcomes:
+        parser.error(f"--only must be part of a row of tests/README.md, got {options.only!r}")
     if options.json:
         table = {name: [o.code, o.output] for name, o in outcomes.items()}
         options.json.write_text(json.dumps(table), encoding="utf-8")
@@ -140,8 +167,10 @@ def main() -> int:
         good = outcome.code == (0 if name == TREE_AS_IT_IS else 1)
         wrong += not good
         reasons = [line for line in outcome.output.splitlines() if line.startswith("E  ")]
+        if outcome.code == MISFIT:
+            reasons = [outcome.output]
         print(f"{'ok   ' if good else 'WRONG'} {name}\n      {reasons[:1] or ['no failure']}")
-    print(f"{len(outcomes) - 1} mutations, {wrong} wrong")
+    print(f"{len(outcomes) - (TREE_AS_IT_IS in outcomes)} mutations, {wrong} wrong")
     return min(wrong, 1)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsa_dist import NativeSparseAttention
-from nsa_kernels import QuerySegments
+from nsa_kernels import QuerySegments, Segment
 from nsa_kernels.reference import ReferenceOptions, RotaryOptions, layer_reference
+from tests.traps.mutation import Replaced, Rewritten, catches
 from tests.traps.seam import (
     BLOCK,
     SMALL,
@@ -26,6 +28,15 @@ def blocks_up_to(positions: Tensor, count: int) -> Tensor:
     return torch.arange(count) * STRIDE + BLOCK - 1 <= positions[:, None]
 
 
+def inverted(hidden_blocks: Any, *args: Any) -> Tensor:
+    return ~hidden_blocks(*args)
+
+
+@catches(
+    "inverted compression mask",
+    "completed blocks are hidden, the others shown",
+    Replaced("nsa_kernels.pytorch:hidden_blocks", inverted),
+)
 def test_trap_inverted_compression_mask() -> None:
     """Read the wrong way round, the mask shows the answer instead of the past, and the training
     loss falls to 0: gradients reach future tokens and not the earlier ones."""
@@ -45,6 +56,24 @@ def test_trap_inverted_compression_mask() -> None:
         assert torch.equal(reached, expected)
 
 
+def of_the_token_after(hidden_blocks: Any, segment: Segment, *rest: Any) -> Tensor:
+    return hidden_blocks(segment._replace(position=segment.position + 1), *rest)
+
+
+def counted_a_token_early(num_visible: Any, position: int, *rest: Any) -> int:
+    return num_visible(position + 1, *rest)
+
+
+@catches(
+    "block visible one token early",
+    "a block counts from its last token but one on",
+    Replaced("nsa_kernels.pytorch:hidden_blocks", of_the_token_after),
+)
+@catches(
+    "block visible one token early",
+    "the number of blocks that all queries of a tile see is one token early",
+    Replaced("nsa_kernels.pytorch:num_visible", counted_a_token_early),
+)
 def test_trap_block_visible_one_token_early() -> None:
     """A block counts from its last token on, wherever runs of queries begin and end."""
     lengths, runs = (21, 30), ((0, 21), (0, 3), (3, 4), (7, 1), (8, 22))
@@ -68,6 +97,15 @@ def test_trap_block_visible_one_token_early() -> None:
     assert torch.equal(lse > -torch.inf, visible.any(-1, keepdim=True).expand(-1, 4))
 
 
+@catches(
+    "rows or ranks fully masked",
+    "queries before the first block's end get a softmax over nothing",
+    Rewritten(
+        "nsa_kernels.pytorch:compressed_attention",
+        "min(max(0, block - 1 - $SEGMENT.position), $SEGMENT.length)",
+        "0",
+    ),
+)
 def test_trap_row_fully_masked() -> None:
     """The first l-1 queries of a document see no block: 0 out, -inf, no gradient, never NaN."""
     q, k, v = (torch.randn(n, 2, 8, requires_grad=True) for n in (21, 9, 9))
@@ -81,6 +119,11 @@ def test_trap_row_fully_masked() -> None:
     assert not q.grad[blind].any()
 
 
+@catches(
+    "zero compression windows",
+    "the number of blocks of a document shorter than one falls below 0",
+    Rewritten("nsa_dist.plan:build_plan", "$COUNT.clamp(min=0)", "$COUNT"),
+)
 def test_trap_zero_compression_windows() -> None:
     """Documents shorter than a block have no compressed token, and a stream may hold no other."""
     layer = NativeSparseAttention(24, SMALL, dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from nsa_dist import (
     shard_batch,
 )
 from nsa_dist.comm.group import ContextGroup
+from nsa_dist.plan import Plan
+from nsa_kernels import QuerySegments, Segment
+from tests.traps.mutation import Replaced, Rewritten, catches
 from tests.traps.seam import BLOCK, SELECT, SMALL, STRIDE
 
 LAYOUTS = ("contiguous", "zigzag", "zigzag_per_document")
@@ -50,6 +54,16 @@ def one_by_one(layer: NativeSparseAttention, x: Tensor, lengths: tuple[int, ...]
     return [out, grad_x, *grads]
 
 
+@catches(
+    "zero-length documents",
+    "documents are numbered as if the empty ones were not there",
+    Rewritten(
+        "nsa_dist.plan:cut_stream",
+        "torch.searchsorted($BOUNDARIES, $STARTS, right=True)",
+        "torch.searchsorted($BOUNDARIES.unique_consecutive(), $STARTS, right=True)",
+        given=("$BOUNDARIES = cu_seqlens.long()",),
+    ),
+)
 def test_trap_zero_length_documents() -> None:
     """Empty documents, at any place and several in a row, take part in nothing."""
     layer = NativeSparseAttention(24, SMALL, dtype=torch.float64)
@@ -70,6 +84,24 @@ def test_trap_zero_length_documents() -> None:
             assert torch.equal(getattr(with_empty, name), getattr(without, name))
 
 
+@catches(
+    "slack rows past cu_seqlens[-1]",
+    "only too few rows are refused",
+    Rewritten(
+        "nsa_dist.plan:check_lengths",
+        "int(cu_seqlens[-1]) != length",
+        "int(cu_seqlens[-1]) > length",
+    ),
+)
+@catches(
+    "slack rows past cu_seqlens[-1]",
+    "sharding leaves its padding out of the boundaries",
+    Rewritten(
+        "nsa_dist:make_sharding",
+        "torch.cat((cu_seqlens, cu_seqlens.new_tensor([$LENGTH])))",
+        "cu_seqlens.clone()",
+    ),
+)
 def test_trap_slack_rows_past_the_last_document() -> None:
     """Rows behind cu_seqlens[-1] belong to no document: refused, and never made by sharding."""
     layer = NativeSparseAttention(24, SMALL)
@@ -90,6 +122,22 @@ def test_trap_slack_rows_past_the_last_document() -> None:
         assert int(batch.cu_seqlens[-1]) == 4 * batch.tokens.shape[1]
 
 
+@catches(
+    "tail padding that drops keys",
+    "a document's short last selection block is left out",
+    Rewritten(
+        "nsa_dist.plan:build_plan", "($LENGTH + $SELECT - 1) // $SELECT", "$LENGTH // $SELECT"
+    ),
+)
+@catches(
+    "tail padding that drops keys",
+    "a short last selection block counts as empty",
+    Rewritten(
+        "nsa_dist.plan:_own_blocks",
+        "$LENGTH.clamp(max=$BLOCK)",
+        "$LENGTH.clamp(max=$BLOCK) // $BLOCK * $BLOCK",
+    ),
+)
 def test_trap_tail_padding_that_drops_keys() -> None:
     """The last tokens of a document that fills no whole block are keys like the others."""
     config = NSAConfig(
@@ -130,6 +178,42 @@ def test_trap_tail_padding_that_drops_keys() -> None:
         assert whole[whole >= 0].sort().values.tolist() == tokens[0].tolist()
 
 
+def with_base_0(plan: Plan, column: str) -> Plan:
+    table = plan.segments.table.clone()
+    table[:, Segment._fields.index(column)] = 0
+    return replace(plan, segments=QuerySegments.from_table(table))
+
+
+def from_compressed_base_0(build_plan: Any, *args: Any) -> Plan:
+    return with_base_0(build_plan(*args), "compressed_base")
+
+
+def from_selected_base_0(build_plan: Any, *args: Any) -> Plan:
+    return with_base_0(build_plan(*args), "selected_base")
+
+
+def from_window_base_0(build_plan: Any, *args: Any) -> Plan:
+    return with_base_0(build_plan(*args), "window_base")
+
+
+@catches(
+    "KV base pointer wrong with batches",
+    "compressed keys are read from the first row's base",
+    Replaced("nsa_dist.plan:build_plan", from_compressed_base_0),
+    case="compressed",
+)
+@catches(
+    "KV base pointer wrong with batches",
+    "selection blocks are read from the first row's base",
+    Replaced("nsa_dist.plan:build_plan", from_selected_base_0),
+    case="selected",
+)
+@catches(
+    "KV base pointer wrong with batches",
+    "windows are read from the first row's base",
+    Replaced("nsa_dist.plan:build_plan", from_window_base_0),
+    case="window",
+)
 @pytest.mark.parametrize("branch", ["compressed", "selected", "window"])
 def test_trap_kv_base_pointer_wrong_with_batches(branch: str) -> None:
     """Two rows at once are each row alone: blocks and windows start at the row's own base."""
@@ -141,6 +225,24 @@ def test_trap_kv_base_pointer_wrong_with_batches(branch: str) -> None:
     assert_same(run(layer, x, None), expected)
 
 
+def whatever_the_documents(same_documents: Any, *args: Any) -> bool:
+    return True
+
+
+@catches(
+    "plan cached by shape and used for other documents",
+    "the boundaries are no part of the key",
+    Replaced("nsa_dist.attention:_same_documents", whatever_the_documents),
+)
+@catches(
+    "plan cached by shape and used for other documents",
+    "the key holds the caller's tensor, which then changes in place",
+    Rewritten(
+        "nsa_dist.attention:find_plan",
+        "None if cu_seqlens is None else cu_seqlens.clone()",
+        "cu_seqlens",
+    ),
+)
 def test_trap_plan_cached_by_shape_and_used_for_other_documents() -> None:
     """Streams of one length with as many documents, boundaries elsewhere: each gets its own plan,
     also when the boundaries are changed in place and when an old stream comes back."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nsa_dist import NativeSparseAttention
 from nsa_kernels import QuerySegments
+from tests.traps.mutation import Rewritten, catches
 from tests.traps.seam import (
     BACKEND,
     SELECT,
@@ -27,6 +28,24 @@ from tests.traps.seam import (
 from tests.traps.test_compression import blocks_up_to
 
 
+@catches(
+    "finite mask value that leaks future blocks",
+    "-1e9 for the hidden keys of the compressed and window branches",
+    Rewritten(
+        "nsa_kernels.pytorch:Tile.logits",
+        "$X.masked_fill($HIDDEN, -math.inf)",
+        "$X.masked_fill($HIDDEN, -1e9)",
+    ),
+)
+@catches(
+    "finite mask value that leaks future blocks",
+    "-1e9 for the hidden keys of the selected branch",
+    Rewritten(
+        "nsa_kernels.pytorch:_Pool.attend",
+        "$X = $X.masked_fill($HIDDEN, -math.inf)",
+        "$X = $X.masked_fill($HIDDEN, -1e9)",
+    ),
+)
 def test_trap_finite_mask_value_that_leaks_future_blocks() -> None:
     """However low the logits of the keys that are seen, a masked one weighs nothing beside them."""
     length = 45
@@ -54,6 +73,11 @@ def with_unseen_rows(x: Tensor, value: float, before: int = 3, after: int = 5) -
     return torch.cat([rows[0], x.detach(), rows[1]]).requires_grad_()
 
 
+@catches(
+    "NaN left behind in a masked tile",
+    "keys and values that are not finite are multiplied by 0",
+    Rewritten("nsa_kernels.pytorch:FiniteRows.of", "not $BAD.any()", "True"),
+)
 def test_trap_nan_left_behind_in_a_masked_tile() -> None:
     """NaN in keys or values that a query does not see reaches neither output nor gradient."""
     length, seen = 45, 21
@@ -107,6 +131,16 @@ def test_trap_nan_of_another_document() -> None:
     assert torch.equal(found[0, :37], out[0, :37]) and torch.equal(found[0, 58:], out[0, 58:])
 
 
+@catches(
+    "unmasked dK/dV store",
+    "a short block's gradients are stored as those of a whole one",
+    Rewritten(
+        "nsa_kernels.pytorch:_Pool.__init__",
+        "$ROWS.where($INSIDE, $END)",
+        "$ROWS.clamp(max=$END)",
+        given=("$END = own[0].shape[0] + fetched[0].shape[0]",),
+    ),
+)
 def test_trap_unmasked_dk_dv_store_past_a_short_block() -> None:
     """The gradient of a document's short last block ends where the block ends.
 
@@ -147,6 +181,13 @@ def test_trap_unmasked_dk_dv_store_past_a_short_block() -> None:
         assert torch.equal(found, expected)
 
 
+@catches(
+    "unmasked dK/dV store",
+    "gradients start as memory that was never written",
+    Rewritten(
+        "nsa_kernels.pytorch:TreeSum.__init__", "torch.zeros_like($LIKE)", "torch.empty_like($LIKE)"
+    ),
+)
 def test_trap_unmasked_dk_dv_store_to_rows_that_nobody_sees() -> None:
     """Their gradient is written, as 0, whatever they hold."""
     length = 21

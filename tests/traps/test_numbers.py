@@ -18,6 +18,7 @@ from nsa_kernels import QuerySegments
 from nsa_kernels.reference import masked_softmax, weighted_values
 from tests.distributed.layer_case import LayerCase, run_built_layer, variants
 from tests.ops.accuracy import assert_2x
+from tests.traps.mutation import Replaced, Rewritten, catches
 from tests.traps.seam import (
     SELECT,
     SMALL,
@@ -44,6 +45,31 @@ def tensors(value: Any, name: str = "plan") -> Iterator[tuple[str, Tensor]]:
             yield from tensors(getattr(value, f.name), f"{name}.{f.name}")
 
 
+def narrow(rows: Any, *args: Any) -> Tensor:
+    return rows(*args).int()
+
+
+@catches(
+    "int32 offsets",
+    "the table of segments is int32",
+    Rewritten(
+        "nsa_kernels:QuerySegments.from_rows",
+        "torch.tensor($ROWS, dtype=torch.int64)",
+        "torch.tensor($ROWS).to(torch.int32)",
+    ),
+)
+@catches(
+    "int32 offsets",
+    "rows of a batch start at int32 offsets",
+    Rewritten(
+        "nsa_dist.plan:chunk_starts",
+        "torch.arange(batch) * length",
+        "torch.arange(batch, dtype=torch.int32) * length",
+    ),
+)
+@catches(
+    "int32 offsets", "a plan's rows are int32", Replaced("nsa_dist.plan:HaloBuilder.rows", narrow)
+)
 def test_trap_int32_offsets() -> None:
     """Rows and positions past 2^31 are told apart; what holds them is int64 throughout."""
     rows = [(0, 2, FAR, FAR, FAR, -FAR), (2, 5, FAR + 7, 2 * FAR, 3 * FAR, FAR)]
@@ -75,6 +101,15 @@ def test_trap_int32_offsets() -> None:
         assert {name for name, x in found.items() if x.dtype != torch.int64} == set()
 
 
+@catches(
+    "fp16 dq",
+    "dq is added up over blocks in float16",
+    Rewritten(
+        "nsa_kernels.pytorch:_backward_of_head",
+        "$PAIRS.by_query($GRAD).sum(dim=1).mul_(scale)",
+        "sum($PAIRS.by_query($GRAD).half().unbind(1)).mul_(scale)",
+    ),
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_trap_fp16_dq(dtype: torch.dtype) -> None:
     """dq is summed wider than 16 bits: after a large first block, small ones still count.
@@ -110,6 +145,16 @@ def test_trap_fp16_dq(dtype: torch.dtype) -> None:
         assert_2x(ours, rough, true, dtype, name)
 
 
+def in_any_order(add_rows_: Any, target: Tensor, index: Tensor, source: Tensor) -> Tensor:
+    order = torch.randperm(len(index))
+    return add_rows_(target, index[order], source[order])
+
+
+@catches(
+    "float32 atomics not repeatable",
+    "overlapping blocks add to a row in any order",
+    Replaced("nsa_kernels.pytorch:add_rows_", in_any_order),
+)
 def test_trap_float32_atomics_not_repeatable() -> None:
     """Rows that many queries or blocks add to get the same bits in every run."""
     length = 96

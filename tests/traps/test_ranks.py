@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nsa_dist import NSABlock, make_sharding, shard_batch
 from nsa_dist.comm.group import ContextGroup
+from nsa_dist.sharding import IGNORED_LABEL, ShardedBatch
 from tests.distributed.layer_case import (
     LayerCase,
     LayerResult,
@@ -22,6 +23,7 @@ from tests.distributed.layer_case import (
     run_layer,
 )
 from tests.distributed.ranks import Ranks
+from tests.traps.mutation import Replaced, Rewritten, catches
 from tests.traps.seam import SMALL
 
 VOCABULARY, HIDDEN = 11, 24
@@ -116,6 +118,17 @@ def assert_same_step(found: Step, expected: Step) -> None:
         assert (grad - reference).abs().max() <= TOLERANCE * reference.abs().max(), name
 
 
+def mean_over_the_own_labels(shard_batch: Any, *args: Any, **options: Any) -> ShardedBatch:
+    batch = shard_batch(*args, **options)
+    own = max(1, int((batch.labels != IGNORED_LABEL).sum()))
+    return replace(batch, num_targets=batch.sharding.context.size * own)
+
+
+@catches(
+    "global grad norm different at cp=1 and cp=4 only with packed documents",
+    "the mean is over each rank's own labels, then over ranks",
+    Replaced("nsa_dist:shard_batch", mean_over_the_own_labels),
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_trap_global_grad_norm_differs_with_packed_documents(
     layout: str, ranks_of: Callable[[int], Ranks]
@@ -132,6 +145,16 @@ def test_trap_global_grad_norm_differs_with_packed_documents(
         assert max(found.labels) > 2 * min(found.labels)
 
 
+def divided_by_the_own_labels(shard_batch: Any, *args: Any, **options: Any) -> ShardedBatch:
+    batch = shard_batch(*args, **options)
+    return replace(batch, num_targets=int((batch.labels != IGNORED_LABEL).sum()))
+
+
+@catches(
+    "one valid label in the whole batch",
+    "a rank without labels divides 0 by 0",
+    Replaced("nsa_dist:shard_batch", divided_by_the_own_labels),
+)
 @pytest.mark.parametrize("label", [1, 64, 119])
 def test_trap_one_valid_label_in_the_whole_batch(
     label: int, ranks_of: Callable[[int], Ranks]
@@ -145,6 +168,19 @@ def test_trap_one_valid_label_in_the_whole_batch(
         assert_same_step(step, expected)
 
 
+def shifted_after_the_cut(
+    shard_batch: Any, tokens: Tensor, *, labels: Tensor | None = None, **options: Any
+) -> ShardedBatch:
+    batch = shard_batch(tokens, labels=labels, **options)
+    whole = tokens if labels is None else labels
+    return replace(batch, labels=batch.sharding.shard(whole, IGNORED_LABEL).roll(-1, 1))
+
+
+@catches(
+    "labels rolled after sharding",
+    "each rank shifts the labels of its own tokens",
+    Replaced("nsa_dist:shard_batch", shifted_after_the_cut),
+)
 def test_trap_labels_rolled_after_sharding() -> None:
     """Each token's label is the next of its document, also where the next is another rank's."""
     lengths = (50, 0, 1, 13, 23)
@@ -184,6 +220,11 @@ def two_groups_result(cases: list[LayerCase], members: list[list[int]]) -> Layer
     return run_built_layer(layer, cases[mine], groups[mine])
 
 
+@catches(
+    "global rank used inside a subgroup",
+    "a group's rank is the process's rank",
+    Rewritten("nsa_dist.comm:context_group", "dist.get_rank($GROUP)", "dist.get_rank()"),
+)
 def test_trap_global_rank_used_inside_a_subgroup(ranks_of: Callable[[int], Ranks]) -> None:
     """Ranks 1 and 3 are ranks 0 and 1 of their group; two groups at once do not meet."""
     cases = [LayerCase(lengths=(61, 9, 40)), LayerCase(length=83, layout="contiguous", seed=5)]
@@ -199,6 +240,17 @@ def test_trap_global_rank_used_inside_a_subgroup(ranks_of: Callable[[int], Ranks
         assert_results_close(x, expected[rank % 2], 1e-12)
 
 
+def skipped_without_blocks(
+    apply_compressor: Any, compressor: Any, x: Tensor, block_rows: Tensor, *rest: Any
+) -> Tensor:
+    return apply_compressor(compressor, x, block_rows, *rest) if len(block_rows) else x[:0]
+
+
+@catches(
+    "rows or ranks fully masked",
+    "a rank without a compression block skips the key compressor",
+    Replaced("nsa_dist:apply_compressor", skipped_without_blocks),
+)
 def test_trap_rank_fully_masked(ranks_of: Callable[[int], Ranks]) -> None:
     """Ranks that hold no compressed block, and whose queries see none, finish with the others."""
     for lengths in ((3, 3, 3, 2, 1, 3, 3, 2, 44), (*[2] * 10, 20, *[1] * 20), (*[3] * 20,)):
@@ -239,6 +291,16 @@ def repeated_on_rank(case: LayerCase) -> list[bool]:
     ]
 
 
+@catches(
+    "float32 atomics not repeatable",
+    "ranks' shares of a gradient are added in any order",
+    Rewritten(
+        "nsa_dist.comm:GatherCompressed.backward",
+        "$PARTS[1:]",
+        "$PARTS[1:][torch.randperm(len($PARTS) - 1)]",
+        given=("$SUM = $PARTS[0].to($...ARGS, copy=True)",),
+    ),
+)
 def test_trap_float32_sums_over_ranks_not_repeatable(ranks_of: Callable[[int], Ranks]) -> None:
     """Gradients that come from several ranks are added in rank order."""
     config = replace(SMALL, window=60)  # many ranks need the same tokens

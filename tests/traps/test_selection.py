@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_dist import NativeSparseAttention, NSAConfig
 from nsa_kernels.reference import ReferenceOptions, RotaryOptions, layer_reference
+from tests.traps.mutation import Replaced, Rewritten, catches
 from tests.traps.seam import (
     BLOCK,
     SELECT,
@@ -45,6 +48,32 @@ def choose_at(logits: list[dict[int, float]], position: int, dtype: torch.dtype,
     return found
 
 
+def sum_of_later_keys(
+    block_scores: Any, probs: Tensor, num_blocks: int, per_block: int, overlap: int
+) -> Tensor:
+    """p[m j + a + b]: the sum over +m-k of probabilities that stand overlap - 1 places on."""
+    moved = F.pad(probs[..., overlap - 1 :], (0, overlap - 1))
+    return block_scores(moved, num_blocks, per_block, overlap)
+
+
+def sum_of_earlier_keys(
+    block_scores: Any, probs: Tensor, num_blocks: int, per_block: int, overlap: int
+) -> Tensor:
+    """p[m j - a - b]: the sum over +m-k of probabilities that stand m - 1 places back."""
+    moved = F.pad(probs, (per_block - 1, 0))[..., : per_block * num_blocks]
+    return block_scores(moved, num_blocks, per_block, overlap)
+
+
+@catches(
+    "Eq. 9's sign",
+    "+m+k in the place of +m-k",
+    Replaced("nsa_kernels.pytorch:_block_scores", sum_of_later_keys),
+)
+@catches(
+    "Eq. 9's sign",
+    "-m-k, as printed, in the place of +m-k",
+    Replaced("nsa_kernels.pytorch:_block_scores", sum_of_earlier_keys),
+)
 def test_trap_eq_9_sign() -> None:
     """Compression blocks 4j-1 .. 4j+3 touch selection block j, with weights 1, 2, 2, 2, 1.
 
@@ -59,6 +88,18 @@ def test_trap_eq_9_sign() -> None:
     assert choose_at([{3: 9.0, 7: 9.0, 17: more}], 63, torch.float64, n=2, init=0) == [[4, 7]]
 
 
+@catches(
+    "k larger than the blocks there are",
+    "the best n of fewer than n blocks are asked for",
+    Rewritten("nsa_kernels.pytorch:select_blocks", "$BLOCKS <= num_selected", "$BLOCKS < 0"),
+)
+@catches(
+    "k larger than the blocks there are",
+    "places without an eligible block keep a future one",
+    Rewritten(
+        "nsa_kernels.pytorch:select_blocks", "$BEST.masked_fill($BEST > $OWN, -1)", "$BEST.clone()"
+    ),
+)
 def test_trap_k_larger_than_the_blocks_there_are() -> None:
     """A query with fewer eligible blocks than n gets them all, then -1, and no future block."""
     q = torch.randn(100, 4, 8, dtype=torch.float64)
@@ -85,6 +126,15 @@ def test_trap_k_larger_than_the_blocks_there_are() -> None:
     torch.testing.assert_close(layer(x, cu_seqlens=cu_seqlens)[0], expected, rtol=0, atol=1e-12)
 
 
+def ties_to_the_higher(best: Any, scores: Tensor, num_selected: int) -> Tensor:
+    return (scores.shape[-1] - 1 - best(scores.flip(-1), num_selected)).flip(-1)
+
+
+@catches(
+    "ties",
+    "equal scores go to the higher index",
+    Replaced("nsa_kernels.pytorch:_best", ties_to_the_higher),
+)
 def test_trap_ties() -> None:
     """Equal scores go to the lower index, whatever their place, number and dtype."""
     for dtype in (torch.float16, torch.float32, torch.float64):
@@ -95,6 +145,15 @@ def test_trap_ties() -> None:
         assert choose_at([peaks], 255, dtype, n=5) == [[0, 3, 5, 9, 31]]
 
 
+@catches(
+    "ties",
+    "float64 scores are compared as they are",
+    Rewritten(
+        "nsa_kernels.pytorch:select_blocks",
+        "$SCORES.float().nan_to_num(nan=0.0)",
+        "$SCORES.nan_to_num(nan=0.0)",
+    ),
+)
 def test_trap_ties_below_float32() -> None:
     """Scores are compared as float32, also in float64: what differs less is a tie."""
     peaks = {4 * 5 + 1: 3.0, 4 * 12 + 1: 3.0 + 1e-12}
@@ -103,6 +162,15 @@ def test_trap_ties_below_float32() -> None:
     assert choose_at([peaks], 255, torch.float64, n=3) == [[0, 12, 31]]
 
 
+def in_the_order_of_scores(best: Any, scores: Tensor, num_selected: int) -> Tensor:
+    return scores.topk(num_selected, dim=-1).indices
+
+
+@catches(
+    "index order changing bits",
+    "indices stand in the order of scores",
+    Replaced("nsa_kernels.pytorch:_best", in_the_order_of_scores),
+)
 def test_trap_index_order_changing_bits() -> None:
     """The same blocks chosen in any order of scores are one list, ascending, and one output."""
     position = 127

@@ -23,6 +23,7 @@ import torch
 from tests.adapters.deepspeed.small_model import Case, Run, plain_step, stepped
 from tests.distributed.ranks import Ranks
 from tests.ops.accuracy import assert_2x
+from tests.traps.mutation import Replaced, Rewritten, catches
 
 pytest.importorskip("deepspeed")
 
@@ -88,6 +89,26 @@ def assert_a_step_of_one_process(ranks: Ranks, case: Case) -> None:
             assert_2x(weights[name], plain[name], x64, case.dtype, name)
 
 
+def counted_on_each_rank(count_targets: Any, batches: Any, mpu: Any) -> int:
+    return count_targets(batches, mpu) * mpu.get_sequence_parallel_world_size()
+
+
+@catches(
+    "gradients divided by ranks that share a sequence",
+    "ZeRO 3 is taken to divide by the replicas alone, as the other stages do",
+    Rewritten(
+        "nsa_dist.adapters.deepspeed:_divisor",
+        "dist.get_world_size($MPU.get_sequence_data_parallel_group())",
+        "$MPU.get_data_parallel_world_size()",
+    ),
+    case="ZeRO3-dp1-cp2-bfloat16",
+)
+@catches(
+    "targets counted once for each rank that shares them",
+    "the sum over ranks is not divided by those of a sequence",
+    Replaced("nsa_dist.adapters.deepspeed:count_targets", counted_on_each_rank),
+    case="ZeRO1-dp1-cp2-float32",
+)
 @pytest.mark.parametrize("row", PAIRWISE, ids=name_of)
 def test_one_step_is_that_of_one_process(
     deepspeed_ranks: GetRanks, row: tuple[int, int, int, torch.dtype]
@@ -145,6 +166,16 @@ def test_one_step_is_that_of_one_process_with_options(deepspeed_ranks: GetRanks,
     assert_a_step_of_one_process(deepspeed_ranks(case.size), case)
 
 
+def no_group(get_model_parallel_group: Any, mpu: Any) -> None:
+    return None
+
+
+@catches(
+    "a gradient norm added over ranks that hold the same",
+    "DeepSpeed is told of no model parallel group, and takes all ranks",
+    Replaced("nsa_dist.adapters.deepspeed:SequenceParallelMPU.get_model_parallel_group", no_group),
+    case="0",
+)
 @pytest.mark.parametrize("stage", range(4))
 def test_clipping_takes_the_norm_of_one_process(deepspeed_ranks: GetRanks, stage: int) -> None:
     """DeepSpeed adds squared norms over the model parallel group, too."""

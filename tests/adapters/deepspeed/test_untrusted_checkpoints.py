@@ -18,6 +18,7 @@ import torch
 from tests.adapters.deepspeed.small_model import Run
 from tests.adapters.deepspeed.test_checkpoints import SAVED, TAG, refused
 from tests.distributed.ranks import Ranks
+from tests.traps.mutation import Replaced, catches
 from tests.unit.crafted import mkdir
 
 pytest.importorskip("deepspeed")
@@ -77,6 +78,16 @@ def test_a_class_of_the_user_is_refused_allowed_or_trusted(
     assert ranks.run(loaded_note, folder, [], {"trusted": True}) == ["seven"] * 2
 
 
+def unchecked(load_checkpoint: Any, *args: Any, **options: Any) -> Any:
+    return load_checkpoint(*args, **{**options, "trusted": True})
+
+
+@catches(
+    "a checkpoint that runs code when it is loaded",
+    "files are left to DeepSpeed, unchecked",
+    Replaced("nsa_dist.adapters.deepspeed:load_checkpoint", unchecked),
+    case="mp_rank_00_model_states.pt",
+)
 @pytest.mark.parametrize(
     "name",
     [

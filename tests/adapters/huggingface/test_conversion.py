@@ -30,6 +30,7 @@ from tests.adapters.huggingface.small_models import (
 )
 from tests.distributed.layer_case import largest
 from tests.ops.accuracy import assert_2x
+from tests.traps.mutation import Rewritten, catches
 
 CASES: dict[str, tuple[str, NSAConfig, dict[str, Any]]] = {
     "llama-llama3-tied": ("llama", SMALL, {"rope": "llama3", "tie_word_embeddings": True}),
@@ -61,6 +62,16 @@ def _logits(model: Any, tokens: Tensor, **options: Any) -> Tensor:
         return model(tokens, **options).logits
 
 
+@catches(
+    "a conversion that does not start as the dense model",
+    "the compressed branch's gate starts open",
+    Rewritten(
+        "nsa_dist.adapters.huggingface:GATE_INIT",
+        "GATE_INIT = $VALUE",
+        "GATE_INIT = (0.0, 0.0, 0.0)",
+    ),
+    case="qwen3-yarn-tied",
+)
 @pytest.mark.parametrize("case", CASES)
 def test_starts_as_the_dense_model(case: str) -> None:
     family, config, options = CASES[case]

@@ -22,6 +22,7 @@ from tests.adapters.huggingface.small_models import (
     sparse_model,
 )
 from tests.distributed.layer_case import largest
+from tests.traps.mutation import Rewritten, catches
 
 NEW = 64
 LENGTHS = range(1, 2 * SMALL.select_block + 1)
@@ -69,6 +70,16 @@ def _recomputed(model: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, torch.stack(logits)
 
 
+@catches(
+    "compressed keys not kept up to date",
+    "those of earlier steps are forgotten",
+    Rewritten(
+        "nsa_dist.adapters.huggingface:NSAAttention._compress",
+        "$WHOLE[:, : $OLD.shape[1]] = $OLD",
+        "pass",
+    ),
+    case="qwen3-shared-9",
+)
 @pytest.mark.parametrize(
     ("name", "length"),
     [
@@ -93,6 +104,16 @@ def test_greedy_over_the_cache_is_full_recomputation(name: str, length: int) -> 
     assert largest(torch.stack(found.logits) - logits) <= rounding
 
 
+@catches(
+    "left padding counted as tokens",
+    "a row's blocks start at its first column, not at its first token",
+    Rewritten(
+        "nsa_dist.adapters.huggingface:cache_tables",
+        "tuple($START for $START, $END in ranges)",
+        "tuple(0 for $START, $END in ranges)",
+    ),
+    case="qwen3-shared",
+)
 @pytest.mark.parametrize(
     ("name", "lengths"),
     [

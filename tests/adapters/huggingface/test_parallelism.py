@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ pytest.importorskip("transformers")
 
 from tests.adapters.huggingface.small_models import stated_splits_on_rank
 from tests.distributed.ranks import Ranks
+from tests.traps.mutation import Replaced, catches
 
 HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -59,6 +61,15 @@ except ValueError as error:
 """
 
 
+def not_looked_at(accelerate: Any) -> None:
+    return None
+
+
+@catches(
+    "a part of a sequence taken for a whole one",
+    "sizes that accelerate states are not looked at",
+    Replaced("nsa_dist.adapters.huggingface:_accelerate", not_looked_at),
+)
 @pytest.mark.skipif(not HAS_ACCELERATE, reason="needs accelerate")
 def test_sizes_that_others_state(ranks_of: Callable[[int], Ranks]) -> None:
     for answer in ranks_of(2).run(stated_splits_on_rank):

@@ -35,6 +35,7 @@ from tests.adapters.huggingface.small_models import (
     some_tokens,
     sparse_model,
 )
+from tests.traps.mutation import Rewritten, catches
 
 # Windows and choices that hold the whole of a row: the converted model starts as the dense one.
 WHOLE = replace(SMALL, window=64, num_selected=8)
@@ -98,6 +99,15 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     _assert_same_weights(model, from_pretrained(best))
 
 
+@catches(
+    "smoothed labels that are not shifted",
+    "the Trainer does not know the model's class by name",
+    Rewritten(
+        "nsa_dist.adapters.huggingface:register",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[$NAME] = $MODEL.__name__",
+        "pass",
+    ),
+)
 def test_smoothed_labels_are_shifted(tmp_path: Path) -> None:
     """As the dense model's, over steps of two batches; the Trainer goes by the class's name."""
     models = dense_model("qwen3"), convert_to_nsa(dense_model("qwen3"), WHOLE)

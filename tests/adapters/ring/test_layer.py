@@ -28,6 +28,7 @@ from tests.distributed.bad_call import Outcome, attempt, is_bad_rank
 from tests.distributed.layer_case import assert_results_close
 from tests.distributed.ranks import Ranks
 from tests.ops.accuracy import assert_2x
+from tests.traps.mutation import Rewritten, catches
 
 RanksOf = Callable[[int], Ranks]
 CASES = {
@@ -191,6 +192,14 @@ def refused(layout: str, packed: bool, dtype: torch.dtype) -> Outcome:
     return attempt(lambda: dense_attention(q, k, v, cu_seqlens=bounds, **options))
 
 
+@catches(
+    "a ring's gradients in float32",
+    "the zigzag rings take every dtype",
+    Rewritten(
+        "nsa_dist.adapters.ring:_layout_problem", "dtype not in FLASH_DTYPES", "dtype is None"
+    ),
+    case="zigzag-float32",
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_layout_without_algorithm_is_refused_on_every_rank(ranks_of: RanksOf, name: str) -> None:
     layout, packed, dtype, message = REFUSED[name]
@@ -256,6 +265,15 @@ def stale_on_one_rank() -> Outcome:
     return attempt(lambda: layer(x, cu_seqlens=older if is_bad_rank() else newer))
 
 
+@catches(
+    "a ring over ranks with unlike documents",
+    "ranks agree on new plans alone",
+    Rewritten(
+        "nsa_dist.adapters.ring:dense_attention",
+        "$CONTEXT.size > 1 or $PROBLEM is not None",
+        "$PROBLEM is not None",
+    ),
+)
 def test_a_rank_with_another_batch_is_an_error_on_every_rank(ranks_of: RanksOf) -> None:
     message = "cu_seqlens must be equal on all ranks, got rank 0: [0, 5, 16], rank 1: [0, 3, 16]"
     for outcome in ranks_of(2).run(stale_on_one_rank):

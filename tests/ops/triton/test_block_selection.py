@@ -21,6 +21,7 @@ from nsa_kernels.reference import (
 from nsa_kernels.triton.selection import operator
 from nsa_kernels.triton.shared.shapes import ScoreTile
 from tests.ops.op_cases import CASES, Case, Layout, case_id, fill, random
+from tests.traps.mutation import Rewritten, catches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly.
@@ -113,6 +114,14 @@ def assert_highest(
         assert (best_left - worst_chosen <= tau).all()
 
 
+@catches(
+    "inverted compression mask",
+    "scores are those of blocks that end later",
+    Rewritten(
+        "nsa_kernels.triton:_score_tiles", "$J * STRIDE + OFFSET <= $T", "$J * STRIDE + OFFSET > $T"
+    ),
+    case="one_document-float32",
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_chosen_scores_are_the_highest(case: Case, dtype: torch.dtype) -> None:
@@ -141,6 +150,17 @@ OPTIONS = [
 ]
 
 
+@catches(
+    "index order changing bits",
+    "indices come in descending order",
+    Rewritten(
+        "nsa_kernels.triton:top_keys",
+        "tl.where($N == $I, $FIRST[:, None], $COLUMN)",
+        "tl.where($N == $COUNT[:, None] - 1 - $I, $FIRST[:, None], $COLUMN)",
+        given=("return $COLUMN, $COUNT",),
+    ),
+    case="chosen_5",
+)
 @pytest.mark.parametrize("case", OPTIONS, ids=case_id)
 def test_options(case: Case) -> None:
     layout = Layout(case)
@@ -215,6 +235,12 @@ def test_equals_the_oracle_where_scores_are_exact(
     assert torch.equal(selected, expected)
 
 
+@catches(
+    "ties",
+    "equal scores go to the higher index",
+    Rewritten("nsa_kernels.triton:top_keys", "W - $COLUMN[None, :, :]", "$COLUMN[None, :, :] + 1"),
+    case="0.0",
+)
 @pytest.mark.usefixtures("_same_bits_in_any_row")
 @pytest.mark.parametrize("gain", [0.0, 0.3])  # 0.3: probabilities that no float holds
 def test_trap_ties(gain: float) -> None:
@@ -229,6 +255,15 @@ def test_trap_ties(gain: float) -> None:
     assert torch.equal(selected[16 * 6, 0], torch.tensor([0, 1, 2, 5, 6], dtype=torch.int32))
 
 
+@catches(
+    "k larger than the blocks there are",
+    "places without an eligible block keep a future one",
+    Rewritten(
+        "nsa_kernels.triton:_choose_kernel",
+        "tl.where($LOCAL < $BLOCKS[:, None], $LOCAL, -1)",
+        "$LOCAL",
+    ),
+)
 def test_trap_k_larger_than_the_blocks_there_are() -> None:
     case = Case("one", (70,), num_selected=9)
     q, k = make_inputs(case, torch.float32)
@@ -238,6 +273,15 @@ def test_trap_k_larger_than_the_blocks_there_are() -> None:
     assert torch.equal(selected, block.where(block <= eligible, -1).expand(-1, 2, -1))
 
 
+@catches(
+    "Eq. 9's sign",
+    "a key counts for the block before the one it begins in",
+    Rewritten(
+        "nsa_kernels.triton:_score_tiles",
+        "tl.store($P + 3, $PASSED, mask=$M & ($B + 1 < $PITCH))",
+        "tl.store($P - 1, $PASSED, mask=$M & ($B > 0))",
+    ),
+)
 @pytest.mark.parametrize(("shining", "expected"), [(7, [0, 3, 9]), (8, [0, 4, 9])])
 def test_trap_eq_9_sign(shining: int, expected: list[int]) -> None:
     """Block j is touched by compression blocks 2j-1, 2j, 2j+1 (l = l' = 8, d = 4): the one before

@@ -12,6 +12,7 @@ from tests.ops.op_cases import case_id, random, same_bits
 from tests.ops.test_combine import dense
 from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED, natively_all
 from tests.ops.triton.guard import far_apart
+from tests.traps.mutation import Rewritten, catches
 
 NAMES = ["o", "d output 0", "d output 1", "d output 2"]
 
@@ -112,6 +113,14 @@ def test_a_gate_of_zero_silences_its_branch() -> None:
     assert torch.equal(combine(outputs, gates), outputs[0])
 
 
+@catches(
+    "int32 offsets",
+    "rows are int32 where branches are combined",
+    Rewritten(
+        "nsa_kernels.triton.combine:_tile", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"
+    ),
+    case="rows",
+)
 @pytest.mark.skipif(not INTERPRETED, reason="what overflows shows in the interpreter")
 @pytest.mark.parametrize("strides", [(1 << 28, 48, 1), (48, 1 << 30, 1)], ids=["rows", "heads"])
 def test_offsets_past_two_to_the_31(strides: tuple[int, int, int]) -> None:

@@ -24,11 +24,42 @@ from tests.ops.triton.banded import (
 )
 from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED, natively_all
 from tests.ops.triton.guard import far_apart
+from tests.traps.mutation import Rewritten, catches
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 BITS = Case("bits", (150,), heads=6, groups=2, value_width=16, block=4, stride=2)
 
 
+@catches(
+    "zero-length documents",
+    "tiles are numbered as if empty documents were not there",
+    Rewritten(
+        "nsa_kernels.triton:numbered",
+        "torch.repeat_interleave($COUNT)",
+        "torch.repeat_interleave($COUNT[$COUNT > 0])",
+    ),
+    case="packed-float32",
+)
+@catches(
+    "tail padding that drops keys",
+    "the last tile of keys is walked only when it is full",
+    Rewritten(
+        "nsa_kernels.triton.banded:_forward_kernel",
+        "_forward_tiles($...HEAD, $LIMIT, $FIRST, $LIMIT, $...TAIL)",
+        "_forward_tiles($...HEAD, $LIMIT // BN * BN, $FIRST, $LIMIT, $...TAIL)",
+    ),
+    case="one_document-float32",
+)
+@catches(
+    "unmasked dK/dV store",
+    "a short tile's gradients are stored as those of a whole one",
+    Rewritten(
+        "nsa_kernels.triton:_add_parts_kernel",
+        "(($J >= $FIRST) & ($J < $END))[:, None]",
+        "($J >= 0)[:, None]",
+    ),
+    case="packed-float32",
+)
 @every_dtype
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_against_the_oracle(case: Case, dtype: torch.dtype) -> None:
@@ -83,6 +114,14 @@ def test_grad_mode() -> None:
     check_grad_mode("compressed")
 
 
+@catches(
+    "int32 offsets",
+    "rows of keys are int32 in the compressed and window branches",
+    Rewritten(
+        "nsa_kernels.triton:_forward_tiles", "$BASE + $J.to(tl.int64)", "($BASE + $J).to(tl.int32)"
+    ),
+    case="rows",
+)
 @pytest.mark.skipif(not INTERPRETED, reason="what overflows shows in the interpreter")
 @pytest.mark.parametrize("strides", [(1 << 28, 16, 1), (16, 1 << 30, 1)], ids=["rows", "heads"])
 def test_offsets_past_two_to_the_31(strides: tuple[int, int, int]) -> None:
@@ -95,6 +134,13 @@ def test_offsets_past_two_to_the_31(strides: tuple[int, int, int]) -> None:
     assert_same(branch.results(apart, far_apart(grad_o, *strides)), expected)  # type: ignore[arg-type]
 
 
+@catches(
+    "block visible one token early",
+    "a block counts from its last token but one on",
+    Rewritten(
+        "nsa_kernels.triton:sees", "$J * STRIDE + OFFSET <= $T", "$J * STRIDE + OFFSET <= $T + 1"
+    ),
+)
 def test_trap_block_visible_one_token_early() -> None:
     """Values are an identity: the output shows who sees which block."""
     case = Case("one", (60,), heads=1, groups=1, value_width=16)
@@ -107,6 +153,12 @@ def test_trap_block_visible_one_token_early() -> None:
     assert torch.equal(o[:, 0, :14].cpu() > 0, last_token <= torch.arange(60)[:, None])
 
 
+@catches(
+    "inverted compression mask",
+    "completed blocks are hidden, the others shown",
+    Rewritten("nsa_kernels.triton:sees", "$J * STRIDE + OFFSET <= $T", "$J * STRIDE + OFFSET > $T"),
+    case="8",
+)
 @pytest.mark.parametrize("position", [0, 6, 7, 8, 40])
 def test_trap_inverted_compression_mask(position: int) -> None:
     """Gradients of one query reach the blocks that ended before it, and no other."""
@@ -119,6 +171,13 @@ def test_trap_inverted_compression_mask(position: int) -> None:
     assert bool(lse.isinf().all()) == (position < 7)
 
 
+@catches(
+    "rows or ranks fully masked",
+    "a tile of which a row sees nothing makes its maximum -inf - -inf",
+    Rewritten(
+        "nsa_kernels.triton:_forward_tiles", "tl.where($NEW == -float('inf'), 0.0, $NEW)", "$NEW"
+    ),
+)
 def test_trap_fully_masked_rows() -> None:
     """The first l - 1 queries see no block: 0, -inf, no gradient, and the others as ever."""
     branch = Branch("compressed", Case("one", (30,), value_width=16))
@@ -133,6 +192,16 @@ def test_trap_fully_masked_rows() -> None:
     assert lse[blind:].isfinite().all()
 
 
+@catches(
+    "zero compression windows",
+    "a sum of nothing is divided by 0",
+    Rewritten(
+        "nsa_kernels.triton.banded:_forward_kernel",
+        "tl.where($SUM == 0.0, 1.0, $SUM)",
+        "$SUM",
+    ),
+    case="(3, 7, 2)",
+)
 @pytest.mark.parametrize("documents", [(5,), (3, 7, 2), (0,)], ids=str)
 def test_trap_zero_compression_windows(documents: tuple[int, ...]) -> None:
     """Documents shorter than a block: no compressed key anywhere, gradients of zeros."""
@@ -145,6 +214,15 @@ def test_trap_zero_compression_windows(documents: tuple[int, ...]) -> None:
     assert not any(x.any() for x in grads)
 
 
+@catches(
+    "finite mask value that leaks future blocks",
+    "-1e9 for the hidden keys of the compressed and window branches",
+    Rewritten(
+        "nsa_kernels.triton:_forward_tiles",
+        "tl.where(sees($...ARGS), $S, -float('inf'))",
+        "tl.where(sees($...ARGS), $S, -1e9)",
+    ),
+)
 def test_trap_finite_mask_value_leaks_future() -> None:
     """Logits of seen blocks far below any mask value: the future must still weigh nothing."""
     q = torch.ones(40, 1, 16, device=DEVICE)
@@ -176,6 +254,15 @@ def test_future_and_other_documents_change_no_bit(t: int, dtype: torch.dtype) ->
     assert_unchanged_bits(lambda: branch.attend(q, k, v), disturb, slice(0, t + 1))
 
 
+@catches(
+    "KV base pointer wrong with batches",
+    "every document reads the keys of the first",
+    Rewritten(
+        "nsa_kernels.triton.banded:_forward_kernel",
+        "tl.load(tiles + $TILE * 4 + 3)",
+        "tl.load(tiles + 3)",
+    ),
+)
 def test_trap_kv_base_with_batches() -> None:
     """Two documents in one call are each document alone."""
     both = Branch("compressed", Case("two", (50, 50), value_width=16))

@@ -27,6 +27,7 @@ from tests.ops.op_cases import (
     same_bits,
 )
 from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED, natively_all
+from tests.traps.mutation import Rewritten, catches
 
 # Every R, l' and padded width, with key and value widths that differ.
 CASES = [
@@ -154,12 +155,68 @@ def check_against_the_oracle(case: Case, dtype: torch.dtype) -> None:
     assert_attention(case, ours, masks(case, "selected", choice), case.bounds, inputs, grad_o)
 
 
+@catches(
+    "tail padding that drops keys",
+    "a short last selection block counts as empty",
+    Rewritten(
+        "nsa_kernels.triton:_block_lists_kernel",
+        "tl.load(block_lengths + $BASE + $J).to(tl.int32)",
+        "tl.load(block_lengths + $BASE + $J).to(tl.int32) // BLOCK * BLOCK",
+    ),
+    case="R1-float32",
+)
+@catches(
+    "KV base pointer wrong with batches",
+    "every document reads the blocks of the first",
+    Rewritten(
+        "nsa_kernels.triton:_block_lists_kernel",
+        "block_rows + $HEAD * $STRIDE + $BASE",
+        "block_rows + $HEAD * $STRIDE",
+    ),
+    case="R2_packed-float32",
+)
+@catches(
+    "unmasked dK/dV store",
+    "a short block's gradients are stored as those of a whole one",
+    Rewritten(
+        "nsa_kernels.triton:_add_programs_kernel",
+        "($N < $LENGTH)[:, None]",
+        "($N < BLOCK)[:, None]",
+    ),
+    case="R2_packed-float32",
+)
+@catches(
+    "fp16 dq",
+    "dq is added up over blocks in float16 in the selected branch",
+    Rewritten(
+        "nsa_kernels.triton:_add_dq",
+        "add_dot($...ARGS)",
+        "add_dot($...ARGS).to(tl.float16).to(tl.float32)",
+    ),
+    case="R1-float32",
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_against_the_oracle(case: Case, dtype: torch.dtype) -> None:
     check_against_the_oracle(case, dtype)
 
 
+@catches(
+    "float32 atomics not repeatable",
+    "the programs of a selected block add its dk to one place atomically",
+    Rewritten(
+        "nsa_kernels.triton.selected:_dkv_kernel",
+        "store_tile(dk + $TILE * DK, $SUM, BN, DK, PDK)",
+        "tl.atomic_add("
+        "dk + (($BEFORE - $START).to(tl.int32) * BLOCK + $KEY + tl.arange(0, BN)[:, None]) * DK"
+        " + tl.arange(0, PDK)[None, :], $SUM, mask=(tl.arange(0, PDK) < DK)[None, :])",
+        given=(
+            "$TILE = ($PROGRAM - $START).to(tl.int32) * BLOCK + $KEY",
+            "$BEGIN = tl.load($FIRST) + ($PROGRAM - $BEFORE) * MOST",
+        ),
+    ),
+    case="one",
+)
 @pytest.mark.parametrize("launches", ["one", "many"])
 def test_lists_of_queries_cut_in_pieces(launches: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tile of queries a program, so that a block has many, over one or more launches."""
@@ -223,6 +280,16 @@ def test_bits_do_not_depend_on_the_split(dtype: torch.dtype) -> None:
         assert same_bits(lse[local], results[0][1][run])
 
 
+@catches(
+    "index order changing bits",
+    "a tile walks its blocks in the order in which its tokens name them",
+    Rewritten(
+        "nsa_kernels.triton:_block_lists_kernel",
+        "$ONCE[None, :] & ($K[None, :] < $J[:, None])",
+        "$ONCE[None, :] & ($AT_K[None, :] < $AT_J[:, None])",
+        given=("tl.where($SAME & ($AT_J[:, None] < $AT_K[None, :]), 1, 0)",),
+    ),
+)
 @pytest.mark.usefixtures("_same_bits_in_any_row")
 def test_trap_index_order_changing_bits() -> None:
     """Blocks come in one order for a query, whatever those beside it in the tile chose."""
@@ -242,6 +309,16 @@ def test_trap_index_order_changing_bits() -> None:
         assert same_bits(x[5], y[5])
 
 
+@catches(
+    "block visible one token early",
+    "a query sees the token after it in its own block",
+    Rewritten(
+        "nsa_kernels.triton.selected:_forward_kernel",
+        "$POSITION + $TOKEN + 1 - ($FIRST + $I // TILES) * BLOCK",
+        "$POSITION + $TOKEN + 2 - ($FIRST + $I // TILES) * BLOCK",
+    ),
+    case="0-float32",
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @pytest.mark.parametrize("t", [0, 16, 37])
 def test_future_others_and_their_choices_change_no_bit(dtype: torch.dtype, t: int) -> None:
@@ -269,6 +346,11 @@ def test_future_others_and_their_choices_change_no_bit(dtype: torch.dtype, t: in
     )
 
 
+@catches(
+    "NaN left behind in a masked tile",
+    "keys and values behind the last query are multiplied by 0",
+    Rewritten("nsa_kernels.triton:load_block", "$FIRST + $N < $LIMIT", "$FIRST + $N >= 0"),
+)
 def test_trap_nan_behind_the_last_query() -> None:
     """Keys of a chosen block that no query of the call may see: no bit of anything changes."""
     case = Case("one", (64,), value_width=16, select_block=32, num_selected=3)
@@ -287,6 +369,15 @@ def test_trap_nan_behind_the_last_query() -> None:
         assert not grad[41:].any()
 
 
+@catches(
+    "finite mask value that leaks future blocks",
+    "-1e9 for the hidden keys of the selected branch",
+    Rewritten(
+        "nsa_kernels.triton.selected:_attend",
+        "tl.where($SEEN, $S, -float('inf'))",
+        "tl.where($SEEN, $S, -1e9)",
+    ),
+)
 def test_trap_finite_mask_value_leaks_future() -> None:
     """Logits of seen keys far below any mask value: later keys must still weigh nothing."""
     case = Case("one", (32,), heads=1, groups=1, value_width=32)
@@ -301,6 +392,15 @@ def test_trap_finite_mask_value_leaks_future() -> None:
         torch.testing.assert_close(o[first - 1, 0].cpu(), seen)
 
 
+@catches(
+    "rows or ranks fully masked",
+    "a query that chose no block of a tile makes its maximum -inf - -inf",
+    Rewritten(
+        "nsa_kernels.triton.selected:_attend",
+        "tl.where($NEW == -float('inf'), 0.0, $NEW)",
+        "$NEW",
+    ),
+)
 def test_trap_fully_masked_rows() -> None:
     """A query without any block: 0, -inf, no gradient; its neighbours as ever."""
     case = Case("one", (35,), value_width=16)
@@ -352,6 +452,27 @@ def test_views_of_a_fused_projection(dtype: torch.dtype) -> None:
     assert same_bits(torch.autograd.grad(view_o, fused, grad_o)[0], torch.cat(grads, dim=1))
 
 
+@catches(
+    "int32 offsets",
+    "rows of queries are int32 in the gradients of selected blocks",
+    Rewritten(
+        "nsa_kernels.triton.selected:_dkv_kernel",
+        "tl.load($ROWS + tl.minimum($PLACE, $LAST)).to(tl.int64)",
+        "tl.load($ROWS + tl.minimum($PLACE, $LAST))",
+        count=2,
+    ),
+    case="rows",
+)
+@catches(
+    "int32 offsets",
+    "heads are int32 in the selected branch",
+    Rewritten(
+        "nsa_kernels.triton.selected:_forward_kernel",
+        "tl.program_id(1).to(tl.int64)",
+        "tl.program_id(1)",
+    ),
+    case="heads",
+)
 @pytest.mark.skipif(not INTERPRETED, reason="memory that is only addresses is the host's")
 @pytest.mark.parametrize("far", ["rows", "heads"])
 def test_offsets_past_two_to_the_31st(far: str) -> None:

@@ -28,6 +28,7 @@ from tests.ops.triton.test_block_selection import (
     one,
     small,
 )
+from tests.traps.mutation import Rewritten, catches
 
 
 @pytest.fixture
@@ -151,6 +152,16 @@ def test_a_tile_that_a_chunk_cuts_leaves_other_rows_alone(monkeypatch: pytest.Mo
     assert torch.equal(choose(case, segments, q[1000:], k), expected)
 
 
+@catches(
+    "int32 offsets",
+    "heads are int32 in the scores",
+    Rewritten(
+        "nsa_kernels.triton:_score_kernel",
+        "tl.program_id(1).to(tl.int64)",
+        "tl.program_id(1).to(tl.int32)",
+    ),
+    case="heads",
+)
 @pytest.mark.skipif(DEVICE == "cuda", reason="memory that is only addresses is the host's")
 @pytest.mark.parametrize("far", [(1 << 28, 1 << 24, 1), (16, 1 << 30, 1)], ids=["rows", "heads"])
 def test_offsets_past_two_to_the_31st(far: tuple[int, ...]) -> None:

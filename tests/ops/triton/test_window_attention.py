@@ -24,11 +24,40 @@ from tests.ops.triton.banded import (
 )
 from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED, natively_all
 from tests.ops.triton.guard import far_apart
+from tests.traps.mutation import Rewritten, catches
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 BITS = Case("bits", (150,), heads=6, groups=2, key_width=16, value_width=16, window=41)
 
 
+@catches(
+    "KV base pointer wrong with batches",
+    "every KV head reads the keys of the first",
+    Rewritten(
+        "nsa_kernels.triton.banded:_forward_kernel",
+        "k + $HEAD.to(tl.int64) * $STRIDE",
+        "k",
+    ),
+    case="one_document-float32",
+)
+@catches(
+    "fp16 dq",
+    "dq is added up over tiles in float16 in the compressed and window branches",
+    Rewritten(
+        "nsa_kernels.triton:_dq_tiles",
+        "add_dot($...ARGS)",
+        "add_dot($...ARGS).to(tl.float16).to(tl.float32)",
+    ),
+    case="one_document-float32",
+)
+@catches(
+    "NaN left behind in a masked tile",
+    "masked rows of keys and values hold whatever was there",
+    Rewritten(
+        "nsa_kernels.triton:load_rows", "tl.load($P, mask=$M, other=0.0)", "tl.load($P, mask=$M)"
+    ),
+    case="one_document-float32",
+)
 @every_dtype
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_against_the_oracle(case: Case, dtype: torch.dtype) -> None:
@@ -84,6 +113,16 @@ def test_grad_mode() -> None:
     check_grad_mode("window")
 
 
+@catches(
+    "int32 offsets",
+    "KV heads are int32 in the compressed and window branches",
+    Rewritten(
+        "nsa_kernels.triton.banded:_forward_kernel",
+        "k + $HEAD.to(tl.int64) * $STRIDE",
+        "k + $HEAD * $STRIDE",
+    ),
+    case="heads",
+)
 @pytest.mark.skipif(not INTERPRETED, reason="what overflows shows in the interpreter")
 @pytest.mark.parametrize("strides", [(1 << 28, 16, 1), (16, 1 << 30, 1)], ids=["rows", "heads"])
 def test_offsets_past_two_to_the_31(strides: tuple[int, int, int]) -> None:
