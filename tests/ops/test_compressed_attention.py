@@ -3,60 +3,64 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
 
-from nsa_kernels import QuerySegments, get_backend
-from tests.ops.op_cases import (
-    CASES,
-    DTYPES,
-    Case,
-    Layout,
-    assert_attention,
-    assert_unchanged_bits,
-    case_id,
-    collect,
-    fill,
-    largest,
-    masks,
-    random,
+from nsa_kernels import QuerySegments
+from tests.ops.backends import DTYPES as KERNEL_DTYPES
+from tests.ops.backends import PYTORCH, BackendOnDevice, over
+from tests.ops.banded import KERNEL_CASES, Branch, check_against_the_oracle
+from tests.ops.op_cases import CASES, DTYPES, Case, assert_unchanged_bits, case_id, largest
+from tests.traps.mutation import Rewritten, catches
+
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@catches(
+    "zero-length documents",
+    "tiles are numbered as if empty documents were not there",
+    Rewritten(
+        "nsa_kernels.triton:numbered",
+        "torch.repeat_interleave($COUNT)",
+        "torch.repeat_interleave($COUNT[$COUNT > 0])",
+    ),
+    case="triton-packed-float32",
 )
+@catches(
+    "tail padding that drops keys",
+    "the last tile of keys is walked only when it is full",
+    Rewritten(
+        "nsa_kernels.triton.banded:_forward_kernel",
+        "_forward_tiles($...HEAD, $LIMIT, $FIRST, $LIMIT, $...TAIL)",
+        "_forward_tiles($...HEAD, $LIMIT // BN * BN, $FIRST, $LIMIT, $...TAIL)",
+    ),
+    case="triton-one_document-float32",
+)
+@catches(
+    "unmasked dK/dV store",
+    "a short tile's gradients are stored as those of a whole one",
+    Rewritten(
+        "nsa_kernels.triton:_add_parts_kernel",
+        "(($J >= $FIRST) & ($J < $END))[:, None]",
+        "($J >= 0)[:, None]",
+    ),
+    case="triton-packed-float32",
+)
+@over(
+    "case, dtype",
+    pytorch=product(CASES, DTYPES),
+    triton=product(KERNEL_CASES, KERNEL_DTYPES),
+)
+def test_against_the_oracle(backend: BackendOnDevice, case: Case, dtype: torch.dtype) -> None:
+    check_against_the_oracle(backend, "compressed", case, dtype)
 
-BACKEND = get_backend("pytorch")
 
-
-def make_inputs(case: Case, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """q of the stream, compressed k, v of its documents, the gradient of the local outputs."""
-    count = case.compressed_bounds[-1]
-    q = random(sum(case.documents), case.heads, case.key_width, dtype=dtype)
-    k = random(count, case.groups, case.key_width, dtype=dtype)
-    v = random(count, case.groups, case.value_width, dtype=dtype)
-    grad_o = random(case.run_bounds[-1], case.heads, case.value_width, dtype=dtype)
-    return (q, k, v), grad_o
-
-
-def attend(case: Case, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return BACKEND.compressed_attention(
-        q, k, v, layout.segments, block=case.block, stride=case.stride, scale=case.scale
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_against_the_oracle(case: Case, dtype: torch.dtype) -> None:
-    layout = Layout(case)
-    inputs, grad_o = make_inputs(case, dtype)
-    q = inputs[0][case.local_rows].requires_grad_()
-    k, v = (fill(x, layout.compressed_index).requires_grad_() for x in inputs[1:])
-    o, lse = attend(case, layout, q, k, v)
-    dq, dk, dv = torch.autograd.grad(o, (q, k, v), grad_o)
-    assert (dq.dtype, dk.dtype, dv.dtype) == (dtype, dtype, dtype)
-    dk, dv = (collect(x, layout.compressed_index, inputs[1].shape[0]) for x in (dk, dv))
-    ours = {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    seen = masks(case, "compressed")
-    assert_attention(case, ours, seen, case.compressed_bounds, inputs, grad_o)
+@over("block, stride", triton=[(4, 2), (4, 4), (8, 2), (32, 16), (64, 32), (64, 2)])
+def test_blocks(backend: BackendOnDevice, block: int, stride: int) -> None:
+    case = Case("blocks", (130, 67), heads=3, groups=1, value_width=16, block=block, stride=stride)
+    check_against_the_oracle(backend, "compressed", case, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=case_id)
@@ -65,104 +69,168 @@ def test_more_tiles_than_are_added_in_a_row(
 ) -> None:
     """One query a tile: 383 tiles, 6 pieces in pairs of pairs."""
     monkeypatch.setattr("nsa_kernels.pytorch._common.TILE_ELEMENTS", 1)
-    test_against_the_oracle(Case("long", (390,), heads=2, groups=1), dtype)
+    case = Case("long", (390,), heads=2, groups=1)
+    check_against_the_oracle(PYTORCH, "compressed", case, dtype)
 
 
-def test_trap_block_visible_one_token_early() -> None:
+@catches(
+    "block visible one token early",
+    "a block counts from its last token but one on",
+    Rewritten(
+        "nsa_kernels.triton:sees", "$J * STRIDE + OFFSET <= $T", "$J * STRIDE + OFFSET <= $T + 1"
+    ),
+    case="triton-16-16",
+)
+@over("key_width, value_width", pytorch=[(4, 14)], triton=[(16, 16)])
+def test_trap_block_visible_one_token_early(
+    backend: BackendOnDevice, key_width: int, value_width: int
+) -> None:
     """Values are an identity: the output shows who sees which block."""
-    case = Case("one", (60,), heads=1, groups=1, key_width=4, value_width=14)
+    case = Case("one", (60,), heads=1, groups=1, key_width=key_width, value_width=value_width)
     assert case.compressed_bounds == [0, 14]
-    layout = Layout(case)
-    q, k = torch.randn(60, 1, 4), torch.randn(14, 1, 4)
-    v = torch.eye(14)[:, None]
-    k, v = fill(k, layout.compressed_index), fill(v, layout.compressed_index)
-    o, _ = attend(case, layout, q, k, v)
+    branch = Branch(backend, "compressed", case)
+    q, k = torch.randn(60, 1, key_width), torch.randn(14, 1, key_width)
+    v = torch.eye(14, value_width)[:, None]
+    o, _ = branch.attend(*branch.buffers((q, k, v)))
     last_token = torch.arange(14) * 4 + 7
-    assert torch.equal(o[:, 0] > 0, last_token <= torch.arange(60)[:, None])
+    assert torch.equal(o[:, 0, :14].cpu() > 0, last_token <= torch.arange(60)[:, None])
 
 
-@pytest.mark.parametrize("position", [0, 5, 6, 7, 8, 40])
-def test_trap_inverted_compression_mask(position: int) -> None:
+@catches(
+    "inverted compression mask",
+    "completed blocks are hidden, the others shown",
+    Rewritten("nsa_kernels.triton:sees", "$J * STRIDE + OFFSET <= $T", "$J * STRIDE + OFFSET > $T"),
+    case="triton-16-float32-8",
+)
+@over(
+    "value_width, dtype, position",
+    pytorch=product([12], [torch.float64], [0, 5, 6, 7, 8, 40]),
+    triton=product([16], [torch.float32], [0, 6, 7, 8, 40]),
+)
+def test_trap_inverted_compression_mask(
+    backend: BackendOnDevice, value_width: int, dtype: torch.dtype, position: int
+) -> None:
     """Gradients of one query reach the blocks that ended before it, and no other."""
-    case = Case("one", (60,), ((0, position, 1),), heads=2)
-    layout = Layout(case)
-    (q, k, v), grad_o = make_inputs(case, torch.float64)
-    k, v = (fill(x, layout.compressed_index).requires_grad_() for x in (k, v))
-    o, lse = attend(case, layout, q[position : position + 1], k, v)
-    dv = torch.autograd.grad(o, v, grad_o)[0]
-    reached = dv.abs().sum(dim=(1, 2)) > 0
-    block = layout.compressed_index
-    assert torch.equal(reached, (block >= 0) & (block * 4 + 7 <= position))
+    case = Case("one", (60,), ((0, position, 1),), heads=2, value_width=value_width)
+    branch = Branch(backend, "compressed", case)
+    inputs, grad_o = branch.inputs(dtype)
+    _, lse, _, _, dv = branch.results(branch.buffers(inputs), grad_o)
+    reached = dv.abs().sum(dim=(1, 2)).cpu() > 0
+    assert torch.equal(reached, (branch.index >= 0) & (branch.index * 4 + 7 <= position))
     assert bool(lse.isinf().all()) == (position < 7)
 
 
-def test_trap_fully_masked_rows() -> None:
+@catches(
+    "rows or ranks fully masked",
+    "a tile of which a row sees nothing makes its maximum -inf - -inf",
+    Rewritten(
+        "nsa_kernels.triton:_forward_tiles", "tl.where($NEW == -float('inf'), 0.0, $NEW)", "$NEW"
+    ),
+    case="triton-16",
+)
+@over("value_width", pytorch=[12], triton=[16])
+def test_trap_fully_masked_rows(backend: BackendOnDevice, value_width: int) -> None:
     """The first l - 1 queries see no block: 0, -inf, no gradient, and the others as ever."""
-    case = Case("one", (30,))
-    layout = Layout(case)
-    (q, k, v), grad_o = make_inputs(case, torch.float32)
-    q = q.requires_grad_()
-    k, v = fill(k, layout.compressed_index), fill(v, layout.compressed_index)
-    o, lse = attend(case, layout, q, k, v)
-    dq = torch.autograd.grad(o, q, grad_o)[0]
-    blind = case.block - 1
+    branch = Branch(backend, "compressed", Case("one", (30,), value_width=value_width))
+    inputs, grad_o = branch.inputs(torch.float32)
+    o, lse, dq, _, _ = branch.results(branch.buffers(inputs), grad_o)
+    blind = branch.case.block - 1
     assert not o[:blind].any()
     assert not dq[:blind].any()
     assert o[blind:].all()
-    assert dq[blind + case.stride :].all()  # those between see one block: o is its value
-    assert torch.equal(lse[:blind], torch.full((blind, case.heads), -math.inf))
+    assert dq[blind + branch.case.stride :].all()  # those between see one block: o is its value
+    assert torch.equal(lse[:blind], torch.full_like(lse[:blind], -math.inf))
     assert lse[blind:].isfinite().all()
 
 
-@pytest.mark.parametrize("documents", [(5,), (3, 7, 2), (0,)], ids=str)
-def test_trap_zero_compression_windows(documents: tuple[int, ...]) -> None:
+@catches(
+    "zero compression windows",
+    "a sum of nothing is divided by 0",
+    Rewritten(
+        "nsa_kernels.triton.banded:_forward_kernel",
+        "tl.where($SUM == 0.0, 1.0, $SUM)",
+        "$SUM",
+    ),
+    case="triton-(3, 7, 2)-16",
+)
+@over(
+    "documents, value_width",
+    pytorch=product([(5,), (3, 7, 2), (0,)], [12]),
+    triton=product([(5,), (3, 7, 2), (0,)], [16]),
+)
+def test_trap_zero_compression_windows(
+    backend: BackendOnDevice, documents: tuple[int, ...], value_width: int
+) -> None:
     """Documents shorter than a block: no compressed key anywhere, gradients of zeros."""
-    case = Case("short", documents)
-    (q, k, v), grad_o = make_inputs(case, torch.float32)
-    assert k.shape[0] == 0
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    o, lse = attend(case, Layout(case), *leaves)
+    branch = Branch(backend, "compressed", Case("short", documents, value_width=value_width))
+    inputs, grad_o = branch.inputs(torch.float32)
+    assert inputs[1].shape[0] == 0
+    buffers = branch.buffers(inputs)
+    o, lse, *grads = branch.results(buffers, grad_o)
     assert not o.any()
     assert torch.equal(lse, torch.full_like(lse, -math.inf))
-    for x, grad in zip(leaves, torch.autograd.grad(o, leaves, grad_o), strict=True):
+    for x, grad in zip(buffers, grads, strict=True):
         assert grad.shape == x.shape
         assert not grad.any()
 
 
-def test_trap_finite_mask_value_leaks_future() -> None:
+@catches(
+    "finite mask value that leaks future blocks",
+    "-1e9 for the hidden keys of the compressed and window branches",
+    Rewritten(
+        "nsa_kernels.triton:_forward_tiles",
+        "tl.where(sees($...ARGS), $S, -float('inf'))",
+        "tl.where(sees($...ARGS), $S, -1e9)",
+    ),
+    case="triton-16-16",
+)
+@over("width, values", pytorch=[(2, 9)], triton=[(16, 16)])
+def test_trap_finite_mask_value_leaks_future(
+    backend: BackendOnDevice, width: int, values: int
+) -> None:
     """Logits of seen blocks far below any mask value: the future must still weigh nothing."""
-    q = torch.ones(40, 1, 2)
-    k, v = torch.full((9, 1, 2), -1e30), torch.eye(9)[:, None]
+    q = torch.ones(40, 1, width, device=backend.device)
+    k, v = torch.full((9, 1, width), -1e30), torch.eye(9, values)[:, None]
     k[5:] = 1e30
-    o, lse = BACKEND.compressed_attention(
-        q, k, v, QuerySegments.from_rows([(0, 40, 0, 0, 0, 0)]), block=8, stride=4, scale=1.0
+    segments = QuerySegments.from_rows([(0, 40, 0, 0, 0, 0)], backend.device)
+    o, lse = backend.ops.compressed_attention(
+        q, k.to(backend.device), v.to(backend.device), segments, block=8, stride=4, scale=1.0
     )
     for t in range(7, 27):
         seen = (t - 7) // 4 + 1
-        torch.testing.assert_close(o[t, 0], (torch.arange(9) < seen) / seen)
-    assert torch.equal(lse[7:27], torch.full((20, 1), -2e30))
+        torch.testing.assert_close(o[t, 0].cpu(), (torch.arange(values) < seen) / seen)
+    if backend is PYTORCH:
+        assert torch.equal(lse[7:27], torch.full((20, 1), -2e30))
 
 
-@pytest.mark.parametrize("t", [6, 7, 10, 11, 63, 149])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=case_id)
-@pytest.mark.parametrize("value", ["huge", "inf", "nan"])
+@pytest.mark.usefixtures("small_tiles")
+@over(
+    "value, dtype, t",
+    pytorch=product(["huge", "inf", "nan"], NARROW, [6, 7, 10, 11, 63, 149]),
+    triton=product(["huge"], KERNEL_DTYPES, [6, 7, 63]),
+)
 def test_future_and_other_documents_change_no_bit(
-    value: str, dtype: torch.dtype, t: int, small_tiles: None
+    backend: BackendOnDevice, value: str, dtype: torch.dtype, t: int
 ) -> None:
-    """A token that overflows in the compressor makes its compressed token inf or NaN."""
-    case = Case("two", (150, 40))
-    layout = Layout(case)
-    (q, k, v), _ = make_inputs(case, dtype)
-    k, v = fill(k, layout.compressed_index), fill(v, layout.compressed_index)
+    """A token that overflows in the compressor makes its compressed token inf or NaN.
+
+    The others' tokens are infinite and NaN in kernels, whatever the later ones are.
+    """
+    width = 12 if backend is PYTORCH else 16
+    branch = Branch(backend, "compressed", Case("two", (150, 40), value_width=width))
+    q, k, v = (x.detach() for x in branch.buffers(branch.inputs(dtype)[0]))
     bad = {"huge": largest(dtype), "inf": math.inf, "nan": math.nan}[value]
+    other = (branch.index >= branch.key_bounds[1]).to(backend.device)
 
     def disturb() -> None:
-        later = layout.compressed_index * case.stride + case.block - 1 > t
-        k[later] *= -bad
-        v[later] = bad
+        later = branch.index * branch.case.stride + branch.case.block - 1 > t
+        k[later.to(backend.device)] *= -bad
+        v[later.to(backend.device)] = bad
+        if backend is not PYTORCH:
+            k[other], v[other] = math.inf, math.nan
         q[t + 1 :] *= -3
 
-    assert_unchanged_bits(lambda: attend(case, layout, q, k, v), disturb, slice(0, t + 1))
+    assert_unchanged_bits(lambda: branch.attend(q, k, v), disturb, slice(0, t + 1))
 
 
 @pytest.mark.parametrize("where", ["keys", "values"])
@@ -170,17 +238,13 @@ def test_future_and_other_documents_change_no_bit(
 def test_trap_nan_left_behind_in_a_masked_tile(value: float, where: str) -> None:
     """NaN in a block that some queries of a tile see: the outputs and gradients of the others are
     what they are without that block."""
-    case = Case("one", (40,))
-    layout = Layout(case)
-    (q, k, v), grad_o = make_inputs(case, torch.float32)
+    branch = Branch(PYTORCH, "compressed", Case("one", (40,)))
+    (q, k, v), grad_o = branch.inputs(torch.float32)
     grad_o[20:] = 0
-    q = q.requires_grad_()
     results = []
     for bad in (0.5, value):
         (k if where == "keys" else v)[4:] = bad  # seen from 4*4 + 7 = 23 on
-        keys, values = fill(k, layout.compressed_index), fill(v, layout.compressed_index)
-        o, lse = attend(case, layout, q, keys, values)
-        dq = torch.autograd.grad(o, q, grad_o)[0]
+        o, lse, dq, _, _ = branch.results(branch.buffers((q, k, v)), grad_o)
         results.append((o[:23], lse[:23], dq[:23]))
     if not math.isfinite(value):
         assert o[23:].isnan().all()
@@ -190,19 +254,31 @@ def test_trap_nan_left_behind_in_a_masked_tile(value: float, where: str) -> None
         assert torch.equal(x, y)
 
 
-def test_trap_kv_base_with_batches() -> None:
+@catches(
+    "KV base pointer wrong with batches",
+    "every document reads the keys of the first",
+    Rewritten(
+        "nsa_kernels.triton.banded:_forward_kernel",
+        "tl.load(tiles + $TILE * 4 + 3)",
+        "tl.load(tiles + 3)",
+    ),
+    case="triton-16-float32",
+)
+@over("value_width, dtype", pytorch=[(12, torch.float64)], triton=[(16, torch.float32)])
+def test_trap_kv_base_with_batches(
+    backend: BackendOnDevice, value_width: int, dtype: torch.dtype
+) -> None:
     """Two documents in one call are each document alone."""
-    case = Case("two", (50, 50))
-    layout = Layout(case)
-    (q, k, v), _ = make_inputs(case, torch.float64)
-    keys, values = fill(k, layout.compressed_index), fill(v, layout.compressed_index)
-    o, lse = attend(case, layout, q, keys, values)
-    alone = Case("one", (50,))
+    both = Branch(backend, "compressed", Case("two", (50, 50), value_width=value_width))
+    (q, k, v), _ = both.inputs(dtype)
+    o, lse = both.attend(*both.buffers((q, k, v)))
     for document in (0, 1):
+        alone = Branch(backend, "compressed", Case("one", (50,), value_width=value_width))
         tokens = slice(50 * document, 50 * document + 50)
         blocks = slice(11 * document, 11 * document + 11)
-        alone_layout = Layout(alone)
-        some_k, some_v = (fill(x[blocks], alone_layout.compressed_index) for x in (k, v))
-        alone_o, alone_lse = attend(alone, alone_layout, q[tokens], some_k, some_v)
-        assert torch.equal(o[tokens], alone_o)
-        assert torch.equal(lse[tokens], alone_lse)
+        found = alone.attend(*alone.buffers((q[tokens], k[blocks], v[blocks])))
+        for x, y in zip(found, (o[tokens], lse[tokens]), strict=True):
+            if backend is PYTORCH:
+                assert torch.equal(x, y)
+            else:
+                torch.testing.assert_close(x, y)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
-from nsa_kernels import get_backend
 from nsa_kernels.reference import compress_blocks, num_compressed
 from tests.ops.accuracy import assert_2x, plain_dtype
+from tests.ops.backends import DTYPES as KERNEL_DTYPES
+from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_both
 from tests.ops.op_cases import (
     DTYPES,
     assert_unchanged_bits,
@@ -22,11 +24,13 @@ from tests.ops.op_cases import (
     random,
 )
 
-BACKEND = get_backend("pytorch")
 KINDS = ["mlp", "linear", "conv1d", "attention_pool", "mean"]
 BLOCKS = [(8, 4), (8, 8), (6, 2), (4, 1)]
 DOCUMENTS = (41, 3, 0, 8, 19)
 GROUPS, WIDTH = 2, 6
+KERNEL_WIDTH = 16
+every_kind = pytest.mark.parametrize("kind", KINDS)
+over_widths = over("width", pytorch=[WIDTH], triton=[KERNEL_WIDTH])
 
 
 def make_params(
@@ -79,21 +83,40 @@ class Blocks:
         return {"out": out, **dict(zip(["x", *params], grads, strict=True))}
 
 
+def run(
+    backend: BackendOnDevice,
+    x: Tensor,
+    rows: Tensor,
+    block: int,
+    kind: str,
+    params: dict[str, Tensor],
+    grad: Tensor,
+) -> dict[str, Tensor]:
+    """Compressed tokens and the gradients of x and all weights, on the host."""
+    device = backend.device
+    x = x.detach().to(device).requires_grad_()
+    leaves = {name: p.detach().to(device).requires_grad_() for name, p in params.items()}
+    out = backend.ops.compress(x, rows.to(device), block, kind, leaves)
+    grads = torch.autograd.grad(out, [x, *leaves.values()], grad.to(device))
+    found = dict(zip(["x", *leaves], grads, strict=True))
+    return {name: value.detach().cpu() for name, value in {"out": out, **found}.items()}
+
+
 def assert_compresses(
-    blocks: Blocks, kind: str, dtype: torch.dtype, params_dtype: torch.dtype, per_head: bool
+    backend: BackendOnDevice,
+    blocks: Blocks,
+    kind: str,
+    dtype: torch.dtype,
+    params: dict[str, Tensor],
+    width: int,
 ) -> None:
-    x = random(blocks.num_tokens, GROUPS, WIDTH, dtype=dtype)
-    grad = random(blocks.rows.shape[0], GROUPS, WIDTH, dtype=dtype)
-    params = make_params(kind, blocks.block, params_dtype, per_head)
-    buffer = fill(x, blocks.index).requires_grad_()
-    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-    out = BACKEND.compress(buffer, blocks.rows, blocks.block, kind, leaves)
-    assert out.dtype == dtype
-    grad_x, *grads = torch.autograd.grad(out, [buffer, *leaves.values()], grad)
-    assert grad_x.dtype == dtype
-    assert all(g.dtype == params_dtype for g in grads)
-    ours = {"out": out, "x": collect(grad_x, blocks.index, blocks.num_tokens)}
-    ours.update(zip(leaves, grads, strict=True))
+    x = random(blocks.num_tokens, GROUPS, width, dtype=dtype)
+    grad = random(blocks.rows.shape[0], GROUPS, width, dtype=dtype)
+    buffer = fill(x, blocks.index)
+    ours = run(backend, buffer, blocks.rows, blocks.block, kind, params, grad)
+    assert ours["out"].dtype == ours["x"].dtype == dtype
+    assert all(ours[name].dtype == p.dtype for name, p in params.items())
+    ours["x"] = collect(ours["x"], blocks.index, blocks.num_tokens)
     exact = blocks.dense(x, kind, params, grad, torch.float64)
     plain = blocks.dense(x, kind, params, grad, plain_dtype(dtype))
     for name, value in ours.items():
@@ -101,56 +124,68 @@ def assert_compresses(
         assert_2x(value, plain[name], exact[name], dtype, f"{kind} {name}", heads=heads)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@over("dtype", pytorch=DTYPES, triton=KERNEL_DTYPES)
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_against_the_oracle(kind: str, per_head: bool, dtype: torch.dtype) -> None:
-    for block, stride in BLOCKS:
-        assert_compresses(Blocks(block, stride), kind, dtype, dtype, per_head)
+@every_kind
+def test_against_the_oracle(
+    backend: BackendOnDevice, kind: str, per_head: bool, dtype: torch.dtype
+) -> None:
+    width = WIDTH if backend is PYTORCH else KERNEL_WIDTH
+    for block, stride in BLOCKS if backend is PYTORCH else BLOCKS[:1]:
+        params = make_params(kind, block, dtype, per_head, width)
+        assert_compresses(backend, Blocks(block, stride), kind, dtype, params, width)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_weights_in_float32(kind: str, dtype: torch.dtype) -> None:
-    assert_compresses(Blocks(8, 4), kind, dtype, torch.float32, False)
+    params = make_params(kind, 8, torch.float32)
+    assert_compresses(PYTORCH, Blocks(8, 4), kind, dtype, params, WIDTH)
 
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_more_tiles_than_are_added_in_a_row(
     kind: str, per_head: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One block a tile: 147 tiles."""
     monkeypatch.setattr("nsa_kernels.pytorch._common.TILE_ELEMENTS", 1)
-    assert_compresses(Blocks(8, 2, (300,)), kind, torch.float32, torch.float32, per_head)
+    params = make_params(kind, 8, torch.float32, per_head)
+    assert_compresses(PYTORCH, Blocks(8, 2, (300,)), kind, torch.float32, params, WIDTH)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@over_widths
+@every_kind
 @pytest.mark.parametrize("rows", [0, 5])
-def test_trap_zero_compression_windows(rows: int, kind: str) -> None:
+def test_trap_zero_compression_windows(
+    backend: BackendOnDevice, width: int, rows: int, kind: str
+) -> None:
     """No block at all: no compressed token, and gradients of zeros, not None, for every weight."""
-    x = torch.zeros(rows, GROUPS, WIDTH, requires_grad=True)
-    params = {name: p.requires_grad_() for name, p in make_params(kind, 8, torch.float32).items()}
-    out = BACKEND.compress(x, torch.zeros(0, dtype=torch.int64), 8, kind, params)
-    assert out.shape == (0, GROUPS, WIDTH)
-    out.sum().backward()
-    for leaf in (x, *params.values()):
-        assert leaf.grad is not None
-        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+    x = torch.zeros(rows, GROUPS, width)
+    params = make_params(kind, 8, torch.float32, width=width)
+    none = torch.zeros(0, dtype=torch.int64)
+    found = run(backend, x, none, 8, kind, params, torch.zeros(0, GROUPS, width))
+    assert found["out"].shape == (0, GROUPS, width)
+    for name, leaf in {"x": x, **params}.items():
+        assert torch.equal(found[name], torch.zeros_like(leaf))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@over_widths
+@every_kind
 @pytest.mark.parametrize("value", [largest(torch.float32), math.nan], ids=["huge", "nan"])
-def test_tokens_of_later_blocks_change_no_bit(value: float, kind: str) -> None:
-    x = torch.randn(64, GROUPS, WIDTH)
-    params = make_params(kind, 8, torch.float32)
-    rows = torch.arange(0, 57, 4)
+def test_tokens_of_later_blocks_change_no_bit(
+    backend: BackendOnDevice, width: int, value: float, kind: str
+) -> None:
+    x = torch.randn(64, GROUPS, width).to(backend.device)
+    params = make_params(kind, 8, torch.float32, width=width)
+    params = {name: p.to(backend.device) for name, p in params.items()}
+    rows = torch.arange(0, 57, 4, device=backend.device)
 
     def disturb() -> None:
         x[33:] = value
 
     def run() -> tuple[Tensor]:
-        return (BACKEND.compress(x, rows, 8, kind, params),)
+        return (backend.ops.compress(x, rows, 8, kind, params),)
 
     assert_unchanged_bits(run, disturb, slice(0, 7))  # block 6 is tokens 24..31
 
@@ -160,43 +195,55 @@ def test_weights_of_a_head_are_its_own() -> None:
     x = torch.randn(20, GROUPS, WIDTH, dtype=torch.float64)
     rows = torch.arange(0, 13, 4)
     params = make_params("mlp", 8, torch.float64, per_head=True)
-    out = BACKEND.compress(x, rows, 8, "mlp", params)
+    out = PYTORCH.ops.compress(x, rows, 8, "mlp", params)
     for g in range(GROUPS):
-        alone = BACKEND.compress(
+        alone = PYTORCH.ops.compress(
             x[:, g : g + 1], rows, 8, "mlp", {name: p[g] for name, p in params.items()}
         )
         torch.testing.assert_close(out[:, g : g + 1], alone, rtol=1e-14, atol=1e-14)
 
 
-def test_kind_that_does_not_exist() -> None:
+@over_both
+def test_kind_that_does_not_exist(backend: BackendOnDevice) -> None:
     rows = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"compress: found 'max'; 'mlp', .*'mean' work"):
-        BACKEND.compress(torch.zeros(8, 1, 4), rows, 8, "max", {})
+        backend.ops.compress(torch.zeros(8, 1, 16), rows, 8, "max", {})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-def test_gathered_blocks(dtype: torch.dtype) -> None:
-    blocks = Blocks(8, 4)
-    x = random(blocks.num_tokens, GROUPS, WIDTH, dtype=dtype)
-    buffer = fill(x, blocks.index).requires_grad_()
-    out = BACKEND.gather_blocks(buffer, blocks.rows, 8)
-    tokens = blocks.index[blocks.rows[:, None] + torch.arange(8)]
-    assert torch.equal(out, x[tokens].transpose(1, 2))
+@over(
+    "block, stride, width, dtype",
+    pytorch=product([8], [4], [WIDTH], DTYPES),
+    triton=(
+        (*grid, KERNEL_WIDTH, dtype)
+        for grid, dtype in product([(8, 4), (4, 4), (16, 2)], KERNEL_DTYPES)
+    ),
+)
+def test_gathered_blocks(
+    backend: BackendOnDevice, block: int, stride: int, width: int, dtype: torch.dtype
+) -> None:
+    blocks = Blocks(block, stride)
+    x = random(blocks.num_tokens, GROUPS, width, dtype=dtype)
+    buffer = fill(x, blocks.index).to(backend.device).requires_grad_()
+    out = backend.ops.gather_blocks(buffer, blocks.rows.to(backend.device), block)
+    tokens = blocks.index[blocks.rows[:, None] + torch.arange(block)]
+    assert torch.equal(out.cpu(), x[tokens].transpose(1, 2))
     grad = random(*out.shape, dtype=dtype)
-    ours = torch.autograd.grad(out, buffer, grad)[0]
+    ours = torch.autograd.grad(out, buffer, grad.to(backend.device))[0]
     assert ours.dtype == dtype
 
     def scatter(dtype: torch.dtype) -> Tensor:
         y = x.to(dtype).requires_grad_()
         return torch.autograd.grad(y[tokens].transpose(1, 2), y, grad.to(dtype))[0]
 
-    ours = collect(ours, blocks.index, blocks.num_tokens)
-    assert_2x(ours, scatter(plain_dtype(dtype)), scatter(torch.float64), dtype, "x", heads=True)
+    found = collect(ours.cpu(), blocks.index, blocks.num_tokens)
+    assert_2x(found, scatter(plain_dtype(dtype)), scatter(torch.float64), dtype, "x", heads=True)
 
 
-def test_no_gathered_blocks() -> None:
-    x = torch.zeros(0, GROUPS, WIDTH, requires_grad=True)
-    out = BACKEND.gather_blocks(x, torch.zeros(0, dtype=torch.int64), 8)
-    assert out.shape == (0, GROUPS, 8, WIDTH)
+@over_widths
+def test_no_gathered_blocks(backend: BackendOnDevice, width: int) -> None:
+    x = torch.zeros(0, GROUPS, width, device=backend.device, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64, device=backend.device)
+    out = backend.ops.gather_blocks(x, none, 8)
+    assert out.shape == (0, GROUPS, 8, width)
     out.sum().backward()
     assert x.grad is not None

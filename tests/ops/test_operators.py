@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nsa_kernels import QuerySegments, Segment, get_backend
+from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_both
 from tests.ops.op_cases import CASES, Layout, same_bits
 
-BACKEND = get_backend("pytorch")
-DEVICE = "cpu"  # with BACKEND and OPERATORS, what other backends' tests replace
 T, H, G, D, BLOCK, STRIDE, SELECT = 200, 4, 2, 16, 8, 4, 16
 
 
@@ -46,32 +46,33 @@ def _layout(device: str) -> dict[str, Any]:
     }
 
 
-def _operators(device: str) -> dict[str, Operator]:
-    at = _layout(device)
+@functools.cache
+def operators(backend: BackendOnDevice) -> dict[str, Operator]:
+    at, ops = _layout(backend.device), backend.ops
     count = at["rows"].shape[0]
     tail = {"block": BLOCK, "stride": STRIDE, "scale": 0.3}
 
     def compress(x: Tensor, position: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
         params = {"position": position, "up": up, "down": down}
-        return (BACKEND.compress(x, at["rows"], BLOCK, "mlp", params),)
+        return (ops.compress(x, at["rows"], BLOCK, "mlp", params),)
 
     def gather(x: Tensor) -> tuple[Tensor, ...]:
-        return (BACKEND.gather_blocks(x, at["rows"], BLOCK),)
+        return (ops.gather_blocks(x, at["rows"], BLOCK),)
 
     def compressed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return BACKEND.compressed_attention(q, k, v, at["segments"], **tail)
+        return ops.compressed_attention(q, k, v, at["segments"], **tail)
 
     def selected(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return BACKEND.selected_attention(
+        return ops.selected_attention(
             q, k, v, k[:0], v[:0], at["choice"], *at["table"], at["segments"],
             select_block=SELECT, scale=0.3,
         )  # fmt: skip
 
     def window(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return BACKEND.window_attention(q, k, v, at["segments"], window=30, scale=0.3)
+        return ops.window_attention(q, k, v, at["segments"], window=30, scale=0.3)
 
     def combine(a: Tensor, b: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
-        return (BACKEND.combine([a, b], gates),)
+        return (ops.combine([a, b], gates),)
 
     attention = ((T, H, D), (T, G, D), (T, G, D))
     return {
@@ -84,13 +85,13 @@ def _operators(device: str) -> dict[str, Operator]:
     }
 
 
-OPERATORS = _operators("cpu")
-every_operator = pytest.mark.parametrize("name", OPERATORS)
+every_operator = pytest.mark.parametrize("name", operators(PYTORCH))
 
 
-def inputs(name: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    shapes = OPERATORS[name].shapes
-    return [torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_() for shape in shapes]
+def inputs(backend: BackendOnDevice, name: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = operators(backend)[name].shapes
+    device = backend.device
+    return [torch.randn(shape, dtype=dtype, device=device).requires_grad_() for shape in shapes]
 
 
 def some_gradient(out: Tensor) -> Tensor:
@@ -98,13 +99,10 @@ def some_gradient(out: Tensor) -> Tensor:
 
 
 def results(
-    name: str,
-    leaves: list[Tensor],
-    grad: Tensor | None = None,
-    operators: dict[str, Operator] | None = None,
+    backend: BackendOnDevice, name: str, leaves: list[Tensor], grad: Tensor | None = None
 ) -> list[Tensor]:
     """Everything the operator returns, and the gradients of all inputs."""
-    out = (operators or OPERATORS)[name].run(*leaves)
+    out = operators(backend)[name].run(*leaves)
     grad = some_gradient(out[0]) if grad is None else grad
     return [*out, *torch.autograd.grad(out[0], leaves, grad)]
 
@@ -115,33 +113,36 @@ def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
 
 @every_operator
 def test_the_same_bits_in_every_run(name: str) -> None:
-    leaves = inputs(name)
-    assert_same_bits(results(name, leaves), results(name, leaves))
+    leaves = inputs(PYTORCH, name)
+    assert_same_bits(results(PYTORCH, name, leaves), results(PYTORCH, name, leaves))
 
 
 @every_operator
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bits_are_computed_in_float32_and_rounded_once(name: str, dtype: torch.dtype) -> None:
-    narrow = inputs(name, dtype)
+    narrow = inputs(PYTORCH, name, dtype)
     wide = [x.detach().float().requires_grad_() for x in narrow]
-    grad = some_gradient(OPERATORS[name].run(*narrow)[0])
-    found, expected = results(name, narrow, grad), results(name, wide, grad.float())
+    grad = some_gradient(operators(PYTORCH)[name].run(*narrow)[0])
+    found, expected = (
+        results(PYTORCH, name, narrow, grad),
+        results(PYTORCH, name, wide, grad.float()),
+    )
     assert found[0].dtype == dtype
     assert_same_bits(found, [y.to(x.dtype) for x, y in zip(found, expected, strict=True)])
 
 
 @every_operator
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
-    leaves = inputs(name, dtype)
-    expected = results(name, leaves)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = results(name, leaves)
+@over("dtype", pytorch=[torch.float32, torch.float64], triton=[torch.float32])
+def test_autocast_changes_nothing(backend: BackendOnDevice, name: str, dtype: torch.dtype) -> None:
+    leaves = inputs(backend, name, dtype)
+    expected = results(backend, name, leaves)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        found = results(backend, name, leaves)
     assert_same_bits(found, expected)
 
 
 @contextmanager
-def _reduced_precision() -> Iterator[None]:
+def reduced_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision("medium")
     try:
         yield
@@ -152,45 +153,48 @@ def _reduced_precision() -> Iterator[None]:
 @every_operator
 def test_float32_products_stay_ieee(name: str) -> None:
     """TF32 on a GPU, bfloat16 products on some CPUs; and the setting is left as it was."""
-    leaves = inputs(name)
-    expected = results(name, leaves)
-    with _reduced_precision():
-        found = results(name, leaves)
+    leaves = inputs(PYTORCH, name)
+    expected = results(PYTORCH, name, leaves)
+    with reduced_precision():
+        found = results(PYTORCH, name, leaves)
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.backends.cuda.matmul.allow_tf32
     assert_same_bits(found, expected)
 
 
+@over_both
 @every_operator
-def test_forward_bits_do_not_depend_on_grad_mode(name: str) -> None:
-    leaves = inputs(name)
-    with_graph = OPERATORS[name].run(*leaves)
+def test_forward_bits_do_not_depend_on_grad_mode(backend: BackendOnDevice, name: str) -> None:
+    leaves = inputs(backend, name)
+    with_graph = operators(backend)[name].run(*leaves)
     with torch.no_grad():
-        without = OPERATORS[name].run(*leaves)
-    detached = OPERATORS[name].run(*(x.detach() for x in leaves))
+        without = operators(backend)[name].run(*leaves)
+    detached = operators(backend)[name].run(*(x.detach() for x in leaves))
     for found in (without, detached):
         assert_same_bits(list(found), list(with_graph))
         assert not any(x.requires_grad for x in found)
 
 
+@over_both
 @every_operator
-def test_several_forwards_before_their_backwards(name: str) -> None:
-    first, second = inputs(name), inputs(name)
-    expected = [results(name, first), results(name, second)]
-    outs = [OPERATORS[name].run(*leaves)[0] for leaves in (first, second)]
+def test_several_forwards_before_their_backwards(backend: BackendOnDevice, name: str) -> None:
+    first, second = inputs(backend, name), inputs(backend, name)
+    expected = [results(backend, name, first), results(backend, name, second)]
+    outs = [operators(backend)[name].run(*leaves)[0] for leaves in (first, second)]
     for number in (0, 1):
         out, leaves = outs[number], (first, second)[number]
         found = torch.autograd.grad(out, leaves, some_gradient(out))
         assert_same_bits(list(found), expected[number][-len(leaves) :])
 
 
+@over_both
 @every_operator
-def test_recomputation_gives_the_same_bits(name: str) -> None:
-    leaves = inputs(name)
-    expected = results(name, leaves)
+def test_recomputation_gives_the_same_bits(backend: BackendOnDevice, name: str) -> None:
+    leaves = inputs(backend, name)
+    expected = results(backend, name, leaves)
 
     def first(*leaves: Tensor) -> Tensor:
-        return OPERATORS[name].run(*leaves)[0]
+        return operators(backend)[name].run(*leaves)[0]
 
     out = checkpoint(first, *leaves, use_reentrant=False)
     found = [out, *torch.autograd.grad(out, leaves, some_gradient(out))]
@@ -200,38 +204,39 @@ def test_recomputation_gives_the_same_bits(name: str) -> None:
 @every_operator
 def test_views_of_any_strides(name: str) -> None:
     """Heads of a fused projection, transposed storage, an expanded gradient."""
-    leaves = inputs(name)
+    leaves = inputs(PYTORCH, name)
     views = []
     for x in leaves:
-        fused = torch.full((*x.shape[:-1], 3 * x.shape[-1]), torch.nan, device=DEVICE)
+        fused = torch.full((*x.shape[:-1], 3 * x.shape[-1]), torch.nan, device=PYTORCH.device)
         view = fused[..., 1 : 1 + x.shape[-1]]
         views.append(view.copy_(x.detach()).requires_grad_())
     swapped = [
         x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in leaves
     ]
-    shape = OPERATORS[name].run(*leaves)[0].shape
-    grad = torch.randn(shape[1:], device=DEVICE).expand(shape)
-    expected = results(name, leaves, grad.contiguous())
-    for found in (results(name, views, grad), results(name, swapped, grad)):
+    shape = operators(PYTORCH)[name].run(*leaves)[0].shape
+    grad = torch.randn(shape[1:], device=PYTORCH.device).expand(shape)
+    expected = results(PYTORCH, name, leaves, grad.contiguous())
+    for found in (results(PYTORCH, name, views, grad), results(PYTORCH, name, swapped, grad)):
         assert_same_bits(found, expected)
 
 
 @every_operator
 def test_lse_has_no_gradient_and_results_are_not_inputs(name: str) -> None:
-    out = OPERATORS[name].run(*inputs(name))
+    out = operators(PYTORCH)[name].run(*inputs(PYTORCH, name))
     assert out[0].requires_grad
     assert not any(x.requires_grad for x in out[1:])
 
 
+@over_both
 @every_operator
-def test_an_input_without_gradient_costs_nothing_else(name: str) -> None:
-    leaves = inputs(name)
-    expected = results(name, leaves)
+def test_an_input_without_gradient_costs_nothing_else(backend: BackendOnDevice, name: str) -> None:
+    leaves = inputs(backend, name)
+    expected = results(backend, name, leaves)
     leaves[0].requires_grad_(False)
     if len(leaves) == 1:
-        assert not OPERATORS[name].run(*leaves)[0].requires_grad
+        assert not operators(backend)[name].run(*leaves)[0].requires_grad
         return
-    out = OPERATORS[name].run(*leaves)[0]
+    out = operators(backend)[name].run(*leaves)[0]
     found = torch.autograd.grad(out, leaves[1:], some_gradient(out))
     assert_same_bits(list(found), expected[-len(found) :])
 
@@ -240,12 +245,12 @@ def test_an_input_without_gradient_costs_nothing_else(name: str) -> None:
 @every_operator
 def test_on_a_gpu(name: str) -> None:
     """float64 on both devices, and the same bits in every run."""
-    leaves = inputs(name, torch.float64)
-    expected = results(name, leaves)
-    operators = _operators("cuda")
+    leaves = inputs(PYTORCH, name, torch.float64)
+    expected = results(PYTORCH, name, leaves)
+    there = BackendOnDevice("pytorch", "cuda")
     on_gpu = [x.detach().cuda().requires_grad_() for x in leaves]
-    found = results(name, on_gpu, operators=operators)
-    assert_same_bits(found, results(name, on_gpu, operators=operators))
+    found = results(there, name, on_gpu)
+    assert_same_bits(found, results(there, name, on_gpu))
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x.cpu(), y, rtol=1e-10, atol=1e-10)
 

@@ -22,7 +22,7 @@ FULL = (
     "--ignore=tests/ops/test_processors.py",
     "--ignore=tests/ops/triton",
     "-k",
-    "ops or float32 or one_step",
+    "(ops or float32 or one_step) and not triton",
     "tests/ops",
     "tests/distributed/test_layer_behaviour.py",
     "tests/adapters/deepspeed/test_training.py",

@@ -3,99 +3,138 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
 
-from nsa_kernels import QuerySegments, get_backend
+from nsa_kernels import QuerySegments
 from tests.ops.accuracy import assert_2x
+from tests.ops.backends import DTYPES as KERNEL_DTYPES
+from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_both
 from tests.ops.op_cases import (
     CASES,
     DTYPES,
-    BlockTable,
     Case,
     Layout,
-    assert_attention,
     assert_unchanged_bits,
     case_id,
     largest,
-    masks,
-    random,
     random_choice,
+    same_bits,
 )
+from tests.ops.selected import (
+    attend,
+    check_against_the_oracle,
+    make_inputs,
+    plain_table,
+    pool,
+)
+from tests.traps.mutation import Rewritten, catches
 
-BACKEND = get_backend("pytorch")
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
+# Every R, l' and padded width of the kernels, with key and value widths that differ.
+KERNEL_CASES = [
+    Case("R1", (50,), heads=2, groups=2, key_width=64, value_width=64),
+    Case("R2_packed", (1, 37, 0, 7, 21), key_width=16, value_width=32),
+    Case("R3", (50,), heads=3, groups=1, key_width=80, value_width=64, num_selected=3),
+    Case("R4", (75,), heads=8, groups=2, key_width=48, value_width=16, select_block=32),
+    Case(
+        "R8_pieces",
+        (40, 200, 90),
+        ((1, 37, 21), (1, 150, 20), (2, 0, 13), (2, 60, 1)),
+        heads=8,
+        groups=1,
+        key_width=64,
+        value_width=96,
+        select_block=16,
+        num_selected=5,
+    ),
+    Case("R12", (40,), heads=12, groups=1, key_width=96, value_width=80, num_selected=3),
+    Case(
+        "R16_end",
+        (21, 290),
+        ((1, 250, 40), (0, 0, 21)),
+        heads=16,
+        groups=1,
+        key_width=64,
+        value_width=64,
+        select_block=64,
+    ),
+    Case("R32", (33,), heads=32, groups=1, key_width=32, value_width=128, num_selected=4),
+    # So many keys a query that the tiles of a block are summed by themselves first.
+    Case(
+        "many_keys",
+        (280,),
+        ((0, 100, 17), (0, 240, 17)),
+        heads=8,
+        groups=1,
+        value_width=16,
+        select_block=128,
+        num_selected=40,
+    ),
+]
 
 
-def make_inputs(case: Case, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """q, k, v of the whole stream and the gradient of the local outputs."""
-    tokens = sum(case.documents)
-    q = random(tokens, case.heads, case.key_width, dtype=dtype)
-    k = random(tokens, case.groups, case.key_width, dtype=dtype)
-    v = random(tokens, case.groups, case.value_width, dtype=dtype)
-    grad_o = random(case.run_bounds[-1], case.heads, case.value_width, dtype=dtype)
-    return (q, k, v), grad_o
-
-
-def attend(
-    case: Case,
-    layout: Layout,
-    table: BlockTable,
-    q: Tensor,
-    own: tuple[Tensor, Tensor],
-    fetched: tuple[Tensor, Tensor],
-    selected: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return BACKEND.selected_attention(
-        q,
-        *own,
-        *fetched,
-        selected,
-        table.block_rows,
-        table.block_lengths,
-        layout.segments,
-        select_block=case.select_block,
-        scale=case.scale,
-    )
-
-
-def plain_table(length: int, case: Case) -> tuple[Tensor, Tensor]:
-    """block_rows, block_lengths of one document that is all own."""
-    rows = torch.arange(0, length, case.select_block)
-    return rows.expand(case.groups, -1), (length - rows).clamp(max=case.select_block)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_against_the_oracle(case: Case, dtype: torch.dtype) -> None:
-    layout = Layout(case)
-    choice = random_choice(case)
-    selected = choice[case.local_rows]
-    table = layout.block_table(selected)
-    inputs, grad_o = make_inputs(case, dtype)
-    q = inputs[0][case.local_rows]
-    (k_own, k_fetched), (v_own, v_fetched) = (table.fill(x) for x in inputs[1:])
-    leaves = [x.requires_grad_() for x in (q, k_own, v_own, k_fetched, v_fetched)]
-    o, lse = attend(case, layout, table, q, (k_own, v_own), (k_fetched, v_fetched), selected)
-    dq, *grads = torch.autograd.grad(o, leaves, grad_o)
-    assert all(x.dtype == dtype for x in (dq, *grads))
-    tokens = inputs[1].shape[0]
-    dk = table.collect(grads[0], grads[2], tokens)
-    dv = table.collect(grads[1], grads[3], tokens)
-    ours = {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    assert_attention(case, ours, masks(case, "selected", choice), case.bounds, inputs, grad_o)
+@catches(
+    "tail padding that drops keys",
+    "a short last selection block counts as empty",
+    Rewritten(
+        "nsa_kernels.triton:_block_lists_kernel",
+        "tl.load(block_lengths + $BASE + $J).to(tl.int32)",
+        "tl.load(block_lengths + $BASE + $J).to(tl.int32) // BLOCK * BLOCK",
+    ),
+    case="triton-R1-float32",
+)
+@catches(
+    "KV base pointer wrong with batches",
+    "every document reads the blocks of the first",
+    Rewritten(
+        "nsa_kernels.triton:_block_lists_kernel",
+        "block_rows + $HEAD * $STRIDE + $BASE",
+        "block_rows + $HEAD * $STRIDE",
+    ),
+    case="triton-R2_packed-float32",
+)
+@catches(
+    "unmasked dK/dV store",
+    "a short block's gradients are stored as those of a whole one",
+    Rewritten(
+        "nsa_kernels.triton:_add_programs_kernel",
+        "($N < $LENGTH)[:, None]",
+        "($N < BLOCK)[:, None]",
+    ),
+    case="triton-R2_packed-float32",
+)
+@catches(
+    "fp16 dq",
+    "dq is added up over blocks in float16 in the selected branch",
+    Rewritten(
+        "nsa_kernels.triton:_add_dq",
+        "add_dot($...ARGS)",
+        "add_dot($...ARGS).to(tl.float16).to(tl.float32)",
+    ),
+    case="triton-R1-float32",
+)
+@over(
+    "case, dtype",
+    pytorch=product(CASES, DTYPES),
+    triton=product(KERNEL_CASES, KERNEL_DTYPES),
+)
+def test_against_the_oracle(backend: BackendOnDevice, case: Case, dtype: torch.dtype) -> None:
+    check_against_the_oracle(backend, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=case_id)
 def test_many_tiles(dtype: torch.dtype, small_tiles: None) -> None:
-    test_against_the_oracle(Case("many", (300, 41), groups=1), dtype)
+    check_against_the_oracle(PYTORCH, Case("many", (300, 41), groups=1), dtype)
 
 
 def test_more_runs_than_are_added_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """One query a tile and a run: 171 summands in the gradients of a block."""
     monkeypatch.setattr("nsa_kernels.pytorch._common.TILE_ELEMENTS", 1)
-    test_against_the_oracle(Case("more", (130, 41), groups=1), torch.float32)
+    check_against_the_oracle(PYTORCH, Case("more", (130, 41), groups=1), torch.float32)
 
 
 def test_cases_have_fetched_blocks_and_blocks_left_out() -> None:
@@ -112,65 +151,85 @@ def test_cases_have_fetched_blocks_and_blocks_left_out() -> None:
     assert torch.equal(table.block_lengths.unique(), torch.tensor([0, 2, 8]))
 
 
-def test_one_head_at_a_time() -> None:
+@over(
+    "case, dtype",
+    pytorch=[(CASES[2], torch.float32)],
+    triton=[
+        (
+            Case("pieces", (40, 60), ((1, 7, 30), (0, 0, 5)), heads=6, value_width=16),
+            torch.float16,
+        )
+    ],
+)
+def test_one_head_at_a_time(backend: BackendOnDevice, case: Case, dtype: torch.dtype) -> None:
     """A slice of the KV heads, as the flow hands them over, gives the bits of the whole call."""
-    case = CASES[2]
     layout = Layout(case)
     selected = random_choice(case)[case.local_rows]
     table = layout.block_table(selected)
-    (q, k, v), _ = make_inputs(case, torch.float32)
-    q = q[case.local_rows]
-    (k_own, k_fetched), (v_own, v_fetched) = table.fill(k), table.fill(v)
-    o, lse = attend(case, layout, table, q, (k_own, v_own), (k_fetched, v_fetched), selected)
+    inputs, _ = make_inputs(case, dtype)
+    q, (own, fetched) = inputs[0][case.local_rows], pool(table, inputs)
+    o, lse = attend(backend, case, layout.segments, table, q, own, fetched, selected)
     group = case.heads // case.groups
     for g in range(case.groups):
         heads, head = slice(g * group, (g + 1) * group), slice(g, g + 1)
-        part_o, part_lse = BACKEND.selected_attention(
-            q[:, heads],
-            k_own[:, head],
-            v_own[:, head],
-            k_fetched[:, head],
-            v_fetched[:, head],
-            selected[:, head],
-            table.block_rows[head],
-            table.block_lengths,
+        part_o, part_lse = attend(
+            backend,
+            case,
             layout.segments,
-            select_block=case.select_block,
-            scale=case.scale,
+            replace(table, block_rows=table.block_rows[head]),
+            q[:, heads],
+            (own[0][:, head], own[1][:, head]),
+            (fetched[0][:, head], fetched[1][:, head]),
+            selected[:, head],
         )
-        assert torch.equal(part_o, o[:, heads])
-        assert torch.equal(part_lse, lse[:, heads])
+        assert same_bits(part_o, o[:, heads])
+        assert same_bits(part_lse, lse[:, heads])
 
 
-@pytest.mark.parametrize("t", [0, 15, 16, 70, 149])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=case_id)
-@pytest.mark.parametrize("value", ["huge", "inf", "nan"])
+@catches(
+    "block visible one token early",
+    "a query sees the token after it in its own block",
+    Rewritten(
+        "nsa_kernels.triton.selected:_forward_kernel",
+        "$POSITION + $TOKEN + 1 - ($FIRST + $I // TILES) * BLOCK",
+        "$POSITION + $TOKEN + 2 - ($FIRST + $I // TILES) * BLOCK",
+    ),
+    case="triton-huge-float32-0",
+)
+@pytest.mark.usefixtures("small_tiles")
+@over(
+    "value, dtype, t",
+    pytorch=product(["huge", "inf", "nan"], NARROW, [0, 15, 16, 70, 149]),
+    triton=product(["huge"], KERNEL_DTYPES, [0, 16, 37]),
+)
 def test_future_others_and_their_choices_change_no_bit(
-    value: str, dtype: torch.dtype, t: int, small_tiles: None
+    backend: BackendOnDevice, value: str, dtype: torch.dtype, t: int
 ) -> None:
     case = Case("two", (150, 40))
-    layout = Layout(case)
-    selected = random_choice(case)
-    other_choice = random_choice(case, seed=1)
-    table = layout.block_table(torch.cat([selected, other_choice], dim=-1)[: sum(case.documents)])
-    (q, k, v), _ = make_inputs(case, dtype)
-    (k_own, k_fetched), (v_own, v_fetched) = table.fill(k), table.fill(v)
+    if backend is not PYTORCH:
+        case = Case("two", (50, 20), value_width=16)
     bad = {"huge": largest(dtype), "inf": math.inf, "nan": math.nan}[value]
-
-    def run() -> tuple[Tensor, Tensor]:
-        return attend(case, layout, table, q, (k_own, v_own), (k_fetched, v_fetched), selected)
+    layout = Layout(case)
+    selected, other_choice = random_choice(case), random_choice(case, seed=1)
+    table = layout.block_table(torch.cat([selected, other_choice], dim=-1))
+    inputs, _ = make_inputs(case, dtype)
+    q, (own, fetched) = inputs[0], pool(table, inputs)
 
     def disturb() -> None:
         for keys, values, index in [
-            (k_own, v_own, table.own_index),
-            *((k_fetched[:, g], v_fetched[:, g], table.fetched_index[g]) for g in (0, 1)),
+            (*own, table.own_index),
+            *((fetched[0][:, g], fetched[1][:, g], table.fetched_index[g]) for g in (0, 1)),
         ]:
             keys[index > t] *= -bad
             values[index > t] = bad
         q[t + 1 :] *= -3
         selected[t + 1 :] = other_choice[t + 1 :]
 
-    assert_unchanged_bits(run, disturb, slice(0, t + 1))
+    assert_unchanged_bits(
+        lambda: attend(backend, case, layout.segments, table, q, own, fetched, selected),
+        disturb,
+        slice(0, t + 1),
+    )
 
 
 @pytest.mark.parametrize("value", [largest(torch.float32), math.nan], ids=["huge", "nan"])
@@ -195,7 +254,16 @@ def test_blocks_not_chosen_change_no_bit(value: float) -> None:
                 values[index // 16 == j] = value
 
     assert_unchanged_bits(
-        lambda: attend(case, layout, table, q, (k_own, v_own), (k_fetched, v_fetched), selected),
+        lambda: attend(
+            PYTORCH,
+            case,
+            layout.segments,
+            table,
+            q,
+            (k_own, v_own),
+            (k_fetched, v_fetched),
+            selected,
+        ),
         disturb,
         slice(t, t + 1),
     )
@@ -218,7 +286,7 @@ def test_trap_nan_left_behind_in_a_masked_tile(value: float, where: str) -> None
     for bad in (0.5, value):
         with torch.no_grad():
             (k if where == "keys" else v)[40] = bad
-        o, lse = BACKEND.selected_attention(
+        o, lse = PYTORCH.ops.selected_attention(
             *leaves,
             *nothing,
             selected,
@@ -253,7 +321,7 @@ def test_trap_fully_masked_rows() -> None:
     results = []
     for selected, dtype in ((full, torch.float32), (cut, torch.float32), (full, torch.float64)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        o, lse = BACKEND.selected_attention(
+        o, lse = PYTORCH.ops.selected_attention(
             *leaves,
             *(x.to(dtype) for x in nothing),
             selected,
@@ -280,7 +348,7 @@ def test_trap_unmasked_store_past_a_short_block() -> None:
     (q, k, v), grad_o = make_inputs(case, torch.float64)
     k, v = (torch.cat([x, torch.full_like(x[:11], math.nan)]).requires_grad_() for x in (k, v))
     selected = random_choice(case)
-    o, _ = BACKEND.selected_attention(
+    o, _ = PYTORCH.ops.selected_attention(
         q, k, v, k.detach()[:0], v.detach()[:0], selected, *plain_table(21, case), segments,
         select_block=16, scale=0.2,
     )  # fmt: skip
@@ -297,23 +365,31 @@ def test_a_chosen_block_that_is_not_here_is_an_error() -> None:
     rows = rows.clone()
     rows[1, 2] = -1
     with pytest.raises(AssertionError, match="block 2 was chosen and is not here"):
-        BACKEND.selected_attention(
+        PYTORCH.ops.selected_attention(
             q, k, v, k[:0], v[:0], random_choice(case), rows, lengths, segments,
             select_block=16, scale=0.2,
         )  # fmt: skip
 
 
-def test_nothing_anywhere() -> None:
-    """No query, no row, no block, and still gradients of zeros for all inputs."""
-    shapes = [(0, 4, 8), (0, 2, 8), (0, 2, 6), (0, 2, 8), (0, 2, 6)]
-    leaves = [torch.zeros(shape, requires_grad=True) for shape in shapes]
-    selected = torch.zeros(0, 2, 3, dtype=torch.int32)
-    rows, lengths = torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    segments = QuerySegments.from_rows([])
-    o, lse = BACKEND.selected_attention(
-        *leaves, selected, rows, lengths, segments, select_block=16, scale=1.0
+@over_both
+@pytest.mark.parametrize("queries", [0, 5])
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_nothing_chosen(backend: BackendOnDevice, queries: int, blocks: int) -> None:
+    """No query, or queries without a block: o = 0, and gradients of zeros for all inputs."""
+    rows = 16 * blocks
+    shapes = [(queries, 4, 16), (rows, 2, 16), (rows, 2, 32), (0, 2, 16), (0, 2, 32)]
+    leaves = [torch.randn(shape, device=backend.device, requires_grad=True) for shape in shapes]
+    selected = torch.full((queries, 2, 3), -1, dtype=torch.int32)
+    block_rows = torch.arange(0, rows, 16).repeat(2, 1)
+    o, lse = backend.ops.selected_attention(
+        *leaves,
+        *(x.to(backend.device) for x in (selected, block_rows, torch.full((blocks,), 16))),
+        QuerySegments.from_rows([(0, queries, 0, 0, 0, 0)], backend.device),
+        select_block=16,
+        scale=1.0,
     )
-    assert o.shape == (0, 4, 6)
-    assert lse.shape == (0, 4)
+    assert o.shape == (queries, 4, 32)
+    assert not o.any()
+    assert torch.equal(lse, torch.full_like(lse, -math.inf))
     for leaf, grad in zip(leaves, torch.autograd.grad(o.sum(), leaves), strict=True):
-        assert grad.shape == leaf.shape
+        assert torch.equal(grad, torch.zeros_like(leaf))

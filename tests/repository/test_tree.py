@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
 import pytest
+
+from tests.in_parts import PARTS
 
 try:
     import tomllib
@@ -13,8 +16,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE = ("nsa_dist", "kernels", "launch", "tests")
-LONGEST_FILE = 500
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 PACKAGES = {"nsa_dist": ROOT / "nsa_dist", "nsa_kernels": ROOT / "kernels" / "nsa_kernels"}
 
 
@@ -30,14 +32,10 @@ def _pins() -> dict[str, list[str]]:
     return pins
 
 
-def test_files_stay_readable() -> None:
-    lines = {
-        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
-        for top in CODE
-        for path in (ROOT / top).rglob("*.py")
-    }
-    assert {name: count for name, count in lines.items() if count > LONGEST_FILE} == {}
-    assert len(lines) > 10
+def test_every_test_folder_is_in_a_part() -> None:
+    """`make test` runs the parts: a folder that is in none would run nowhere."""
+    folders = {f"tests/{x.parent.relative_to(ROOT / 'tests').parts[0]}" for x in TESTS}
+    assert sorted(itertools.chain(*PARTS)) == sorted(folders)
 
 
 def test_kernels_is_a_source_root_and_no_package() -> None:

@@ -91,7 +91,7 @@ def test_traps_pass_on_the_tree_as_it_is(outcomes: dict[str, tuple[int, str]]) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("mutation", filter(can_run, MUTATIONS), ids=lambda m: m.label)
+@pytest.mark.parametrize("mutation", list(filter(can_run, MUTATIONS)), ids=lambda m: m.label)
 def test_mutation_is_caught(mutation: Mutation, outcomes: dict[str, tuple[int, str]]) -> None:
     code, output = outcomes[mutation.row]
     assert code == 1, f"the test passes, or does not run, with the bug in\n{output}"

@@ -1,4 +1,4 @@
-"""The gated sum in Triton against the oracle's."""
+"""The kernels of the gated sum: every width, strides, places and offsets."""
 
 from __future__ import annotations
 
@@ -6,50 +6,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_kernels.triton.combine import combine
-from tests.ops.accuracy import assert_2x
-from tests.ops.op_cases import case_id, random, same_bits
-from tests.ops.test_combine import dense
-from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED, natively_all
+from tests.ops import test_combine
+from tests.ops.backends import DEVICE, DTYPES, INTERPRETED, TRITON, natively_all
+from tests.ops.op_cases import case_id, same_bits
 from tests.ops.triton.guard import far_apart
 from tests.traps.mutation import Rewritten, catches
 
-NAMES = ["o", "d output 0", "d output 1", "d output 2"]
-
 
 def run(outputs: list[Tensor], gates: Tensor, grad: Tensor) -> list[Tensor]:
-    """The sum and the gradients of outputs and gates."""
-    leaves = [x.detach().requires_grad_() for x in (*outputs, gates)]
-    o = combine(leaves[:-1], leaves[-1])
-    return [o, *torch.autograd.grad(o, leaves, grad)]
+    return test_combine.run(TRITON, outputs, gates, grad)
 
 
 def assert_combines(outputs: list[Tensor], gates: Tensor, grad: Tensor) -> None:
-    dtype = outputs[0].dtype
-    ours = run(outputs, gates, grad)
-    exact = dense(outputs, gates, grad, torch.float64)
-    plain = dense(outputs, gates, grad, dtype)
-    names = [*NAMES[: len(outputs) + 1], "d gates"]
-    plain[-1] = plain[-1].to(gates.dtype)
-    coarsest = max(dtype, gates.dtype, key=lambda x: torch.finfo(x).eps)
-    for name, x, y, z in zip(names, ours, plain, exact, strict=True):
-        assert x.dtype == y.dtype
-        assert_2x(x, y, z, coarsest if name == "d gates" else dtype, name, heads=True)
+    test_combine.assert_combines(TRITON, outputs, gates, grad)
 
 
 def make(
     queries: int, branches: int, dtype: torch.dtype, heads: int = 3, width: int = 48
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    outputs = [random(queries, heads, width, dtype=dtype).to(DEVICE) for _ in range(branches)]
-    gates = random(queries, heads, branches, dtype=dtype).sigmoid().to(DEVICE)
-    return outputs, gates, random(queries, heads, width, dtype=dtype).to(DEVICE)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("branches", [1, 2, 3])
-@pytest.mark.parametrize("queries", [0, 1, 37])
-def test_against_the_oracle(queries: int, branches: int, dtype: torch.dtype) -> None:
-    assert_combines(*make(queries, branches, dtype))
+    return test_combine.make(TRITON, queries, branches, dtype, heads, width)
 
 
 @pytest.mark.parametrize("dtype", natively_all(torch.float16), ids=case_id)
@@ -105,12 +80,6 @@ def test_a_row_does_not_depend_on_where_it_stands(dtype: torch.dtype) -> None:
     for part in (slice(0, 7), slice(7, 64), slice(64, 90)):
         found = run([x[part] for x in outputs], gates[part], grad[part])
         assert [same_bits(x, y[part]) for x, y in zip(found, whole, strict=True)] == [True] * 5
-
-
-def test_a_gate_of_zero_silences_its_branch() -> None:
-    outputs, _, _ = make(3, 2, torch.float32)
-    gates = torch.tensor([[[1.0, 0.0]]], device=DEVICE).expand(3, 3, 2)
-    assert torch.equal(combine(outputs, gates), outputs[0])
 
 
 @catches(

@@ -1,76 +1,30 @@
-"""The compressors and the gathered blocks in Triton against the oracle."""
+"""The kernels of the compressors: every width, rows in any order, strides, places and offsets."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from nsa_kernels.triton import compress, gather_blocks
+from nsa_kernels.triton import compress
 from nsa_kernels.triton.compression import pooling, projection
 from tests.ops.accuracy import assert_2x
-from tests.ops.op_cases import (
-    assert_unchanged_bits,
-    case_id,
-    collect,
-    fill,
-    largest,
-    random,
-    same_bits,
+from tests.ops.backends import DEVICE, DTYPES, INTERPRETED, TRITON, natively_all
+from tests.ops.op_cases import case_id, collect, fill, random, same_bits
+from tests.ops.test_compression import (
+    GROUPS,
+    Blocks,
+    assert_compresses,
+    every_kind,
+    make_params,
+    run,
 )
-from tests.ops.test_compression import GROUPS, KINDS, Blocks, make_params
-from tests.ops.triton.conftest import DEVICE, DTYPES, INTERPRETED, natively_all
+from tests.ops.test_compression import KERNEL_WIDTH as WIDTH
 from tests.ops.triton.guard import far_apart
-
-WIDTH = 16
-every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def run(
-    x: Tensor, rows: Tensor, block: int, kind: str, params: dict[str, Tensor], grad: Tensor
-) -> dict[str, Tensor]:
-    """Compressed tokens and the gradients of x and all weights, on the host."""
-    x = x.detach().to(DEVICE).requires_grad_()
-    leaves = {name: p.detach().to(DEVICE).requires_grad_() for name, p in params.items()}
-    out = compress(x, rows.to(DEVICE), block, kind, leaves)
-    grads = torch.autograd.grad(out, [x, *leaves.values()], grad.to(DEVICE))
-    found = dict(zip(["x", *leaves], grads, strict=True))
-    return {name: value.detach().cpu() for name, value in {"out": out, **found}.items()}
-
-
-def assert_compresses(
-    blocks: Blocks,
-    kind: str,
-    dtype: torch.dtype,
-    params: dict[str, Tensor],
-    width: int = WIDTH,
-) -> None:
-    x = random(blocks.num_tokens, GROUPS, width, dtype=dtype)
-    grad = random(blocks.rows.shape[0], GROUPS, width, dtype=dtype)
-    buffer = fill(x, blocks.index)
-    ours = run(buffer, blocks.rows, blocks.block, kind, params, grad)
-    assert ours["out"].dtype == ours["x"].dtype == dtype
-    assert all(ours[name].dtype == p.dtype for name, p in params.items())
-    ours["x"] = collect(ours["x"], blocks.index, blocks.num_tokens)
-    exact = blocks.dense(x, kind, params, grad, torch.float64)
-    plain = blocks.dense(x, kind, params, grad, dtype)
-    for name, value in ours.items():
-        heads = name in ("out", "x")
-        assert_2x(value, plain[name], exact[name], dtype, f"{kind} {name}", heads=heads)
 
 
 def assert_all_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert {name: same_bits(x, b[name]) for name, x in a.items()} == dict.fromkeys(a, True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
-@every_kind
-def test_against_the_oracle(kind: str, per_head: bool, dtype: torch.dtype) -> None:
-    params = make_params(kind, 8, dtype, per_head, WIDTH)
-    assert_compresses(Blocks(8, 4), kind, dtype, params)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +36,7 @@ def test_against_the_oracle(kind: str, per_head: bool, dtype: torch.dtype) -> No
 def test_blocks_and_widths(kind: str, block: int, stride: int, width: int) -> None:
     params = make_params(kind, block, torch.float32, width=width)
     blocks = Blocks(block, stride, (2 * block + 1, 3, 0, block, block + 9))
-    assert_compresses(blocks, kind, torch.float16, params, width)
+    assert_compresses(TRITON, blocks, kind, torch.float16, params, width)
 
 
 @every_kind
@@ -97,7 +51,7 @@ def test_more_tiles_than_are_added_in_a_row(kind: str, monkeypatch: pytest.Monke
             random(150, 512, dtype=torch.float32),
             random(32, 150, dtype=torch.float32),
         )
-    assert_compresses(Blocks(16, 4, (131, 40)), kind, torch.float32, params, 32)
+    assert_compresses(TRITON, Blocks(16, 4, (131, 40)), kind, torch.float32, params, 32)
 
 
 @pytest.mark.parametrize("hidden", [1, 16, 200])
@@ -105,7 +59,7 @@ def test_hidden_widths(hidden: int) -> None:
     params = make_params("mlp", 4, torch.float32, width=WIDTH)
     params["up"] = random(hidden, 4 * WIDTH, dtype=torch.float32)
     params["down"] = random(WIDTH, hidden, dtype=torch.float32)
-    assert_compresses(Blocks(4, 2), "mlp", torch.float32, params)
+    assert_compresses(TRITON, Blocks(4, 2), "mlp", torch.float32, params, WIDTH)
 
 
 @every_kind
@@ -116,7 +70,7 @@ def test_blocks_of_a_run_that_are_not_there(kind: str) -> None:
     x = random(90, GROUPS, WIDTH, dtype=torch.float32)
     grad = random(8, GROUPS, WIDTH, dtype=torch.float32)
     params = make_params(kind, 16, torch.float32, width=WIDTH)
-    ours = run(fill(x, blocks.index), blocks.rows, 16, kind, params, grad)
+    ours = run(TRITON, fill(x, blocks.index), blocks.rows, 16, kind, params, grad)
     whole = Blocks(16, 2, (90,))
     scattered = torch.zeros(whole.rows.shape[0], GROUPS, WIDTH)
     scattered[[0, 1, 4, 7, 8, 20, 22, 30]] = grad
@@ -134,8 +88,8 @@ def test_blocks_in_any_order(kind: str) -> None:
     buffer = fill(random(blocks.num_tokens, GROUPS, WIDTH, dtype=torch.float32), blocks.index)
     params = make_params(kind, 8, torch.float32, width=WIDTH)
     grad = random(len(order), GROUPS, WIDTH, dtype=torch.float32)
-    given = run(buffer, blocks.rows, 8, kind, params, grad)
-    found = run(buffer, blocks.rows[order], 8, kind, params, grad[order])
+    given = run(TRITON, buffer, blocks.rows, 8, kind, params, grad)
+    found = run(TRITON, buffer, blocks.rows[order], 8, kind, params, grad[order])
     torch.testing.assert_close(found["out"], given["out"][order])
     torch.testing.assert_close(found["x"], given["x"])
 
@@ -162,8 +116,8 @@ def test_gradients_repeat(kind: str, dtype: torch.dtype) -> None:
     buffer = fill(random(blocks.num_tokens, GROUPS, WIDTH, dtype=dtype), blocks.index)
     params = make_params(kind, 8, dtype, width=WIDTH)
     grad = random(blocks.rows.shape[0], GROUPS, WIDTH, dtype=dtype)
-    first = run(buffer, blocks.rows, 8, kind, params, grad)
-    assert_all_same(run(buffer, blocks.rows, 8, kind, params, grad), first)
+    first = run(TRITON, buffer, blocks.rows, 8, kind, params, grad)
+    assert_all_same(run(TRITON, buffer, blocks.rows, 8, kind, params, grad), first)
 
 
 @pytest.mark.parametrize("dtype", natively_all(torch.float32), ids=case_id)
@@ -173,7 +127,7 @@ def test_views_of_any_strides(kind: str, dtype: torch.dtype) -> None:
     x = fill(random(blocks.num_tokens, GROUPS, WIDTH, dtype=dtype), blocks.index)
     params = make_params(kind, 8, dtype, per_head=True, width=WIDTH)
     grad = random(blocks.rows.shape[0], GROUPS, WIDTH, dtype=dtype)
-    expected = run(x, blocks.rows, 8, kind, params, grad)
+    expected = run(TRITON, x, blocks.rows, 8, kind, params, grad)
     fused = torch.full((x.shape[0], GROUPS, 5 * WIDTH), torch.nan, dtype=dtype)
     aligned, shifted = fused[..., WIDTH : 2 * WIDTH], fused[..., 3 * WIDTH + 1 : 4 * WIDTH + 1]
     heads_first = x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -181,7 +135,7 @@ def test_views_of_any_strides(kind: str, dtype: torch.dtype) -> None:
     moved = {name: p.mT.contiguous().mT for name, p in params.items()}
     grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
     for given in (aligned.copy_(x), shifted.copy_(x), heads_first, channels_first):
-        assert_all_same(run(given, blocks.rows, 8, kind, moved, grad), expected)
+        assert_all_same(run(TRITON, given, blocks.rows, 8, kind, moved, grad), expected)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="what overflows shows in the interpreter")
@@ -192,73 +146,8 @@ def test_offsets_past_two_to_the_31(strides: tuple[int, int, int], kind: str) ->
     rows = torch.arange(0, 17, 4)
     params = make_params(kind, 8, torch.float16, width=WIDTH)
     grad = random(5, GROUPS, WIDTH, dtype=torch.float16)
-    expected = run(x, rows, 8, kind, params, grad)
-    assert_all_same(run(far_apart(x, *strides), rows, 8, kind, params, grad), expected)
-
-
-@every_kind
-@pytest.mark.parametrize("rows", [0, 5])
-def test_trap_zero_compression_windows(rows: int, kind: str) -> None:
-    """No block at all: no compressed token, and gradients of zeros, not None, for every weight."""
-    x = torch.zeros(rows, GROUPS, WIDTH)
-    params = make_params(kind, 8, torch.float32, width=WIDTH)
-    none = torch.zeros(0, dtype=torch.int64)
-    found = run(x, none, 8, kind, params, torch.zeros(0, GROUPS, WIDTH))
-    assert found["out"].shape == (0, GROUPS, WIDTH)
-    for name, leaf in {"x": x, **params}.items():
-        assert torch.equal(found[name], torch.zeros_like(leaf))
-
-
-@every_kind
-@pytest.mark.parametrize("value", [largest(torch.float32), math.nan], ids=["huge", "nan"])
-def test_tokens_of_later_blocks_change_no_bit(value: float, kind: str) -> None:
-    x = torch.randn(64, GROUPS, WIDTH).to(DEVICE)
-    params = make_params(kind, 8, torch.float32, width=WIDTH)
-    params = {name: p.to(DEVICE) for name, p in params.items()}
-    rows = torch.arange(0, 57, 4, device=DEVICE)
-
-    def disturb() -> None:
-        x[33:] = value
-
-    def run() -> tuple[Tensor]:
-        return (compress(x, rows, 8, kind, params),)
-
-    assert_unchanged_bits(run, disturb, slice(0, 7))  # block 6 is tokens 24..31
-
-
-def test_kind_that_does_not_exist() -> None:
-    rows = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"compress: found 'max'; 'mlp', .*'mean' work"):
-        compress(torch.zeros(8, 1, 16), rows, 8, "max", {})
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("block, stride", [(8, 4), (4, 4), (16, 2)])
-def test_gathered_blocks(block: int, stride: int, dtype: torch.dtype) -> None:
-    blocks = Blocks(block, stride)
-    x = random(blocks.num_tokens, GROUPS, WIDTH, dtype=dtype)
-    buffer = fill(x, blocks.index).to(DEVICE).requires_grad_()
-    out = gather_blocks(buffer, blocks.rows.to(DEVICE), block)
-    tokens = blocks.index[blocks.rows[:, None] + torch.arange(block)]
-    assert torch.equal(out.cpu(), x[tokens].transpose(1, 2))
-    grad = random(*out.shape, dtype=dtype)
-    ours = torch.autograd.grad(out, buffer, grad.to(DEVICE))[0]
-    assert ours.dtype == dtype
-
-    def scatter(dtype: torch.dtype) -> Tensor:
-        y = x.to(dtype).requires_grad_()
-        return torch.autograd.grad(y[tokens].transpose(1, 2), y, grad.to(dtype))[0]
-
-    found = collect(ours.cpu(), blocks.index, blocks.num_tokens)
-    assert_2x(found, scatter(dtype), scatter(torch.float64), dtype, "x", heads=True)
-
-
-def test_no_gathered_blocks() -> None:
-    x = torch.zeros(0, GROUPS, WIDTH, device=DEVICE, requires_grad=True)
-    out = gather_blocks(x, torch.zeros(0, dtype=torch.int64, device=DEVICE), 8)
-    assert out.shape == (0, GROUPS, 8, WIDTH)
-    out.sum().backward()
-    assert x.grad is not None
+    expected = run(TRITON, x, rows, 8, kind, params, grad)
+    assert_all_same(run(TRITON, far_apart(x, *strides), rows, 8, kind, params, grad), expected)
 
 
 def test_blocks_that_move_in_place_are_found_again() -> None:

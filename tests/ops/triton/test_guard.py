@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tests.ops.triton.conftest import INTERPRETED
+from tests.ops.backends import INTERPRETED
 from tests.ops.triton.guard import far_apart
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="guards the interpreter")

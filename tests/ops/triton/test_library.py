@@ -17,8 +17,8 @@ from nsa_dist import BlockCompressor, NSABlock, NSAConfig, RotaryConfig, native_
 from nsa_dist.attention.plan_cache import get_plan
 from nsa_kernels import QuerySegments
 from nsa_kernels import triton as backend
+from tests.ops.backends import DEVICE
 from tests.ops.op_cases import same_bits
-from tests.ops.triton.conftest import DEVICE
 
 H, G, D, BLOCK, STRIDE, SELECT, NUM = 4, 2, 16, 4, 2, 16, 2
 OPS = torch.ops.nsa_kernels

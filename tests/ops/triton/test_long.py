@@ -21,6 +21,9 @@ from nsa_dist import BRANCHES, BlockCompressor, NSAConfig, native_sparse_attenti
 from nsa_kernels import QuerySegments, get_backend
 from nsa_kernels.reference import compress_blocks, num_compressed
 from tests.ops.accuracy import assert_2x
+from tests.ops.backends import DEVICE, TRITON
+from tests.ops.banded import Branch
+from tests.ops.choices import assert_some_are_the_highest
 from tests.ops.op_cases import (
     Case,
     assert_attention,
@@ -30,10 +33,9 @@ from tests.ops.op_cases import (
     random_choice,
     same_bits,
 )
+from tests.ops.selected import attention_results, make_inputs
 from tests.ops.test_combine import dense
 from tests.ops.test_compression import KINDS, make_params
-from tests.ops.triton.banded import Branch
-from tests.ops.triton.conftest import DEVICE
 from tests.ops.triton.long_documents import (
     BLOCK,
     NUM_SELECTED,
@@ -48,8 +50,6 @@ from tests.ops.triton.long_documents import (
     selected_keys,
     window_keys,
 )
-from tests.ops.triton.test_block_selection import assert_some_are_the_highest
-from tests.ops.triton.test_selected_attention import attention_results, make_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900), pytest.mark.xdist_group("long")]
 
@@ -385,13 +385,13 @@ def test_some_of_many_documents_against_the_oracle(name: str, dtype: torch.dtype
     key_bounds = case.compressed_bounds if name == "compressed" else case.bounds
     choice = random_choice(case) if name == "selected" else None
     if choice is None:
-        branch = Branch(name, case)
+        branch = Branch(TRITON, name, case)
         inputs, do = branch.inputs(dtype)
         found = [x.cpu() for x in branch.results(branch.buffers(inputs), do)]
         found[3:] = [collect(x, branch.index, inputs[1].shape[0]) for x in found[3:]]
     else:
         inputs, do = make_inputs(case, dtype)
-        found = attention_results(case, inputs, do, choice)
+        found = attention_results(TRITON, case, inputs, do, choice)
     ours = dict(zip(("o", "lse", "dq", "dk", "dv"), found, strict=True))
     for i in sampled(lengths, 64, 800, 8):
         alone = replace(case, documents=(lengths[i],))

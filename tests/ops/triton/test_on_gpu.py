@@ -15,6 +15,10 @@ from torch import Tensor
 from nsa_kernels import QuerySegments
 from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
 from nsa_kernels.triton.shared.tables import query_tiles
+from tests.ops.backends import DEVICE, TRITON
+from tests.ops.banded import Branch, assert_same
+from tests.ops.choices import assert_highest, choose
+from tests.ops.choices import make_inputs as make_scored
 from tests.ops.op_cases import (
     Case,
     Layout,
@@ -25,13 +29,8 @@ from tests.ops.op_cases import (
     masks,
     random_choice,
 )
-from tests.ops.test_compression import KINDS, Blocks, make_params
-from tests.ops.triton.banded import Branch, assert_same
-from tests.ops.triton.conftest import DEVICE
-from tests.ops.triton.test_block_selection import assert_highest, choose
-from tests.ops.triton.test_block_selection import make_inputs as make_scored
-from tests.ops.triton.test_compression import assert_compresses
-from tests.ops.triton.test_selected_attention import attend, attention_results, make_inputs, pool
+from tests.ops.selected import attend, attention_results, make_inputs, pool
+from tests.ops.test_compression import KINDS, Blocks, assert_compresses, make_params
 
 pytestmark = pytest.mark.gpu
 
@@ -140,7 +139,7 @@ def judge(
 
 
 def assert_band(name: str, case: Case, dtype: torch.dtype) -> None:
-    branch = Branch(name, case)
+    branch = Branch(TRITON, name, case)
     inputs, grad_o = branch.inputs(dtype)
     buffers = branch.buffers(inputs)
     found = branch.results(buffers, grad_o)
@@ -163,10 +162,10 @@ def test_widest_window(width: int, dtype: torch.dtype) -> None:
     """Its keys are more than are summed in one piece; nor do its bits depend on the split."""
     case = Case("widest", (9000,), groups=1, key_width=width, value_width=128, window=4096)
     assert_band("window", case, dtype)
-    whole = Branch("window", case)
+    whole = Branch(TRITON, "window", case)
     inputs, _ = whole.inputs(dtype)
     expected = whole.attend(*whole.buffers(inputs))
-    part = Branch("window", replace(case, runs=((0, 6001, 1500), (0, 7501, 1499))))
+    part = Branch(TRITON, "window", replace(case, runs=((0, 6001, 1500), (0, 7501, 1499))))
     found = part.attend(*part.buffers(inputs))
     assert_same(list(found), [x[6001:] for x in expected])
 
@@ -175,8 +174,8 @@ def test_widest_window(width: int, dtype: torch.dtype) -> None:
 def test_selected_attention(case: Case, dtype: torch.dtype) -> None:
     choice = random_choice(case)
     inputs, grad_o = make_inputs(case, dtype)
-    found = attention_results(case, inputs, grad_o, choice)
-    assert_same(attention_results(case, inputs, grad_o, choice), found)
+    found = attention_results(TRITON, case, inputs, grad_o, choice)
+    assert_same(attention_results(TRITON, case, inputs, grad_o, choice), found)
     judge(case, found, masks(case, "selected", choice), case.bounds, inputs, grad_o)
 
 
@@ -189,7 +188,7 @@ def test_most_keys_of_the_selected_branch(width: int, dtype: torch.dtype) -> Non
     case = Case("most_keys", (8192,), heads=4, groups=1, **options)
     choice = random_choice(case)
     inputs, grad_o = make_inputs(case, dtype)
-    found = attention_results(case, inputs, grad_o, choice)
+    found = attention_results(TRITON, case, inputs, grad_o, choice)
     judge(case, found, masks(case, "selected", choice), case.bounds, inputs, grad_o)
 
 
@@ -198,7 +197,7 @@ def test_block_selection(case: Case, dtype: torch.dtype) -> None:
     layout = Layout(case)
     q, k = make_scored(case, dtype)
     rows = q[case.local_rows]
-    selected = choose(case, layout.segments, rows, fill(k, layout.compressed_index))
+    selected = choose(TRITON, case, layout.segments, rows, fill(k, layout.compressed_index))
     assert_highest(case, selected, q, k)
 
 
@@ -212,7 +211,7 @@ def test_compression(kind: str, width: int) -> None:
         params = make_params(kind, 32, torch.float32 if width == 128 else dtype, width=width)
         if kind == "attention_pool":  # logits as large as those of 16 channels
             params["query"] *= (16 / width) ** 0.5
-        assert_compresses(blocks, kind, dtype, params, width)
+        assert_compresses(TRITON, blocks, kind, dtype, params, width)
 
 
 def test_tables_of_one_stream_are_waited_for_on_another() -> None:
@@ -244,11 +243,11 @@ def test_bits_of_a_band_do_not_depend_on_the_split(
 ) -> None:
     if case.name == "many_keys" and name == "compressed":
         case = replace(case, documents=(18000,))
-    whole = Branch(name, case)
+    whole = Branch(TRITON, name, case)
     inputs, _ = whole.inputs(dtype)
     expected = whole.attend(*whole.buffers(inputs))
     for runs in RUNS:
-        part = Branch(name, replace(case, runs=runs))
+        part = Branch(TRITON, name, replace(case, runs=runs))
         found = part.attend(*part.buffers(inputs))
         assert_same(list(found), [x[:3000] for x in expected])
 
@@ -268,7 +267,9 @@ def test_bits_of_the_selected_branch_do_not_depend_on_the_split(
         table = layout.block_table(selected)
         own, fetched = pool(table, inputs)
         q = inputs[0][part.local_rows]
-        results.append(list(attend(part, layout.segments, table, q, own, fetched, selected)))
+        results.append(
+            list(attend(TRITON, part, layout.segments, table, q, own, fetched, selected))
+        )
     for found in results[1:]:
         assert_same(found, results[0])
 
@@ -278,8 +279,8 @@ def test_bits_of_the_selected_branch_do_not_depend_on_the_split(
 def test_choices_do_not_depend_on_the_split(case: Case, dtype: torch.dtype) -> None:
     q, k = make_scored(case, dtype)
     whole = Layout(case)
-    expected = choose(case, whole.segments, q, fill(k, whole.compressed_index))
+    expected = choose(TRITON, case, whole.segments, q, fill(k, whole.compressed_index))
     for runs in RUNS:
         layout = Layout(replace(case, runs=runs))
-        found = choose(case, layout.segments, q, fill(k, layout.compressed_index))
+        found = choose(TRITON, case, layout.segments, q, fill(k, layout.compressed_index))
         assert torch.equal(found, expected)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ops.triton.conftest import DEVICE, INTERPRETED
+from tests.ops.backends import DEVICE, INTERPRETED
 from tests.ops.triton.every_op import EVERY, Options, case_id, run
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -18,16 +18,9 @@ from nsa_kernels import QuerySegments
 from nsa_kernels.reference import num_compressed
 from nsa_kernels.triton.selection import choose as ranking
 from nsa_kernels.triton.selection import operator, scores
+from tests.ops.backends import DEVICE, DTYPES, TRITON
+from tests.ops.choices import assert_highest, choose, make_inputs, one, small
 from tests.ops.op_cases import Case, Layout, case_id, fill
-from tests.ops.triton.test_block_selection import (
-    DEVICE,
-    DTYPES,
-    assert_highest,
-    choose,
-    make_inputs,
-    one,
-    small,
-)
 from tests.traps.mutation import Rewritten, catches
 
 
@@ -45,7 +38,7 @@ def test_trap_ties_between_parts() -> None:
     case = small("ties", num_selected=4)
     q = torch.zeros(70, case.heads, case.key_width)
     k = torch.zeros(num_compressed(70, 4, 2), 1, case.key_width)
-    selected = choose(case, one(70), q, k, init=0, local=1)
+    selected = choose(TRITON, case, one(70), q, k, init=0, local=1)
     # Block 0 has one key less in front of it than the others.
     assert selected[69, 0].tolist() == [1, 2, 3, 17]
 
@@ -85,14 +78,16 @@ def test_bits_do_not_depend_on_split_chunks_or_parts(
     case = small("split", heads=8, num_selected=6)
     case = replace(case, documents=(133,), runs=())
     q, k = make_inputs(case, dtype)
-    expected, whole = captured(monkeypatch, lambda: choose(case, one(133), q, k))
+    expected, whole = captured(monkeypatch, lambda: choose(TRITON, case, one(133), q, k))
     assert_highest(case, expected, q, k)
     cut = replace(case, runs=((0, 100, 33), (0, 3, 41), (0, 64, 1), (0, 97, 2)))
     layout = Layout(cut)
     rows = cut.local_rows
     keys = fill(k, layout.compressed_index)
     request.getfixturevalue("small_workspace")
-    selected, parts = captured(monkeypatch, lambda: choose(cut, layout.segments, q[rows], keys))
+    selected, parts = captured(
+        monkeypatch, lambda: choose(TRITON, cut, layout.segments, q[rows], keys)
+    )
     assert torch.equal(selected, expected[rows])
     block = torch.arange(whole.shape[2])
     visible = (rows - case.block + case.stride).clamp(min=0) // case.stride
@@ -136,7 +131,7 @@ def test_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(operator, "torch", SimpleNamespace(**vars(torch)))
         patch.setattr(operator.torch, "empty", counted(torch.empty))
         patch.setattr(Tensor, "new_empty", counted(Tensor.new_empty))
-        selected = choose(case, segments, q, k)
+        selected = choose(TRITON, case, segments, q, k)
     assert bound // 2 < most - selected.nbytes <= bound
     assert_highest(case, selected, q, k)
 
@@ -147,9 +142,9 @@ def test_a_tile_that_a_chunk_cuts_leaves_other_rows_alone(monkeypatch: pytest.Mo
     q, k = make_inputs(case, torch.float32)
     # Tiles of 16 tokens begin at position 1000, block 64 at 1024, and chunks have 20 rows.
     segments = QuerySegments.from_rows([(0, 40, 1000, 0, 0, 0)])
-    expected = choose(case, segments, q[1000:], k)
+    expected = choose(TRITON, case, segments, q[1000:], k)
     monkeypatch.setattr(operator, "WORKSPACE_BYTES", 20 * 2048)
-    assert torch.equal(choose(case, segments, q[1000:], k), expected)
+    assert torch.equal(choose(TRITON, case, segments, q[1000:], k), expected)
 
 
 @catches(
@@ -169,8 +164,12 @@ def test_offsets_past_two_to_the_31st(far: tuple[int, ...]) -> None:
 
     case = small("far", heads=4, groups=4)
     q, k = make_inputs(case, torch.float16)
-    expected = choose(case, one(70), q[:70], k[: num_compressed(70, 4, 2)])
+    expected = choose(TRITON, case, one(70), q[:70], k[: num_compressed(70, 4, 2)])
     selected = choose(
-        case, one(70), far_apart(q[:70], *far), far_apart(k[: num_compressed(70, 4, 2)], *far)
+        TRITON,
+        case,
+        one(70),
+        far_apart(q[:70], *far),
+        far_apart(k[: num_compressed(70, 4, 2)], *far),
     )
     assert torch.equal(selected, expected)

@@ -14,7 +14,7 @@ from nsa_kernels.triton.banded.band import Band
 from nsa_kernels.triton.selection.chunks import chunks
 from nsa_kernels.triton.shared import cache
 from nsa_kernels.triton.shared.tables import query_tiles
-from tests.ops.triton.conftest import DEVICE
+from tests.ops.backends import DEVICE
 
 Rows = list[tuple[int, ...]]
 BANDS = [

@@ -1,0 +1,103 @@
+"""Runs the tests in parts, side by side: what `make test` does on a machine without a GPU.
+
+    python -m tests.in_parts [pytest's arguments] [files or folders]
+
+Many tests compute in one process, others wait for programs and ranks that they start: two parts at
+a time keep two cores busy. A part is one pytest process over a folder of tests, so that ranks are
+started once for all its tests. What a part says is printed when it ends, and at the end the
+failures of all. With files or folders among the arguments, and on a machine with a GPU, whose tests
+would share it, there is one part.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# The longest first. Together they have every folder, which `repository/test_tree.py` sees.
+PARTS = (
+    ("tests/launch",),
+    ("tests/ops",),
+    ("tests/adapters", "tests/repository"),
+    ("tests/distributed", "tests/traps", "tests/unit"),
+)
+WORKERS = 2
+NOTHING_SELECTED = int(pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+@dataclass
+class Part:
+    """A part that runs, and what it has said so far."""
+
+    folders: tuple[str, ...]
+    process: subprocess.Popen[bytes]
+    log: Path
+    started: float
+
+
+def start(folders: tuple[str, ...], options: list[str], log: Path) -> Part:
+    cache = f"cache_dir=.pytest_cache/{Path(folders[0]).name}"  # pytest's own is for one process.
+    command = [sys.executable, "-m", "pytest", "-o", cache, *options, *folders]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    return Part(folders, process, log, time.perf_counter())
+
+
+def run_parts(
+    parts: tuple[tuple[str, ...], ...], options: list[str], workers: int = WORKERS
+) -> tuple[int, list[str]]:
+    """pytest's exit status for all parts together, and the lines that name what failed."""
+    waiting, codes, failed = list(parts), [], []
+    running: list[Part] = []
+    with tempfile.TemporaryDirectory() as logs:
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    log = Path(logs) / str(len(waiting))
+                    running.append(start(waiting.pop(0), options, log))
+                time.sleep(0.2)
+                for part in [x for x in running if x.process.poll() is not None]:
+                    running.remove(part)
+                    codes.append(part.process.returncode)
+                    said = part.log.read_text(encoding="utf-8", errors="replace")
+                    seconds = time.perf_counter() - part.started
+                    print(f"== {' '.join(part.folders)}: {seconds:.0f} s\n{said}", flush=True)
+                    failed += [x for x in said.splitlines() if x.startswith(("FAILED", "ERROR"))]
+        finally:
+            for part in running:
+                part.process.terminate()
+                part.process.wait()
+    wrong = [code for code in codes if code not in (0, NOTHING_SELECTED)]
+    if wrong:
+        return max(wrong, key=abs), failed
+    return (NOTHING_SELECTED if all(codes) else 0), failed
+
+
+def main(arguments: list[str], has_gpu: Callable[[], bool]) -> int:
+    given = [x for x in arguments if not x.startswith("-") and (ROOT / x.split("::")[0]).exists()]
+    if given or has_gpu():
+        return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
+    started = time.perf_counter()
+    code, failed = run_parts(PARTS, arguments)
+    print("\n".join([f"== all parts: {time.perf_counter() - started:.0f} s", *failed]), flush=True)
+    return code
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main(sys.argv[1:], _has_gpu))

@@ -1,0 +1,89 @@
+"""The backends that the tests of an operator run over: `backend` is a parameter of the test.
+
+Triton's kernels run natively where there is a GPU, else in Triton's interpreter under a guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from nsa_kernels import get_backend
+from nsa_kernels.backend import Backend
+from tests.ops.op_cases import case_id
+
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter takes bfloat16 for integers.
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+if not INTERPRETED:
+    # Products of the plain code, which sets the tolerance, are summed in float32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+@dataclass(frozen=True)
+class BackendOnDevice:
+    """A backend, and the device that its tests run on."""
+
+    name: str
+    device: str
+
+    @property
+    def ops(self) -> Backend:
+        return get_backend(self.name)
+
+
+PYTORCH, TRITON = BackendOnDevice("pytorch", "cpu"), BackendOnDevice("triton", DEVICE)
+_MARKS = {
+    "pytorch": (),
+    "triton": (
+        pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
+        *([] if INTERPRETED else [pytest.mark.gpu]),
+    ),
+}
+
+
+def natively_all(interpreted: torch.dtype) -> list[torch.dtype]:
+    """Every dtype where there is a GPU; the interpreter is too slow for more than one each time."""
+    return [interpreted] if INTERPRETED else DTYPES
+
+
+def over(names: str = "", **values: Iterable[Any]) -> pytest.MarkDecorator:
+    """The test runs with `backend` and, for each backend, its own values of `names`.
+
+    values: of pytorch and of triton; a tuple for each run where there are several names.
+    """
+    params = []
+    for name, rows in values.items():
+        for row in rows:
+            row = row if isinstance(row, tuple) and ", " in names else (row,)
+            label = "-".join([name, *map(case_id, row)])
+            params.append(pytest.param(name, *row, id=label, marks=_MARKS[name]))
+    return pytest.mark.parametrize(f"backend, {names}", params, indirect=["backend"])
+
+
+over_both = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=marks) for name, marks in _MARKS.items()], indirect=True
+)
+
+
+@contextmanager
+def guarded_kernels() -> Iterator[None]:
+    """Out-of-bounds accesses, races between programs and int32 overflow of kernels are errors."""
+    if not INTERPRETED:
+        yield
+        return
+    from nsa_kernels.triton.selection import choose
+    from tests.ops.triton.guard import guarded
+
+    # An operation takes the interpreter as long on one line of scores as on a thousand.
+    with mock.patch.object(choose, "LINE_ELEMENTS", 1 << 13), guarded():
+        yield
