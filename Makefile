@@ -34,7 +34,7 @@ train: $(RUN_READY) ## train the small language model of CONFIG over the GPUs or
 	$(PYTHON) launch/local.py $(CONFIG) $(ARGS)
 
 test: $(RUN_READY) ## run the tests, except those marked slow
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m tests.in_parts $(ARGS)
 
 test-all: $(RUN_READY) ## run the tests, slow ones included
 	$(PYTHON) -m pytest --run-slow $(ARGS)
