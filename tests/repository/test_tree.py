@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
 
 import pytest
-
-from tests.in_parts import PARTS
 
 try:
     import tomllib
@@ -16,7 +13,6 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 PACKAGES = {"nsa_dist": ROOT / "nsa_dist", "nsa_kernels": ROOT / "kernels" / "nsa_kernels"}
 
 
@@ -30,12 +26,6 @@ def _pins() -> dict[str, list[str]]:
         assert match, f"constraints.txt: {line!r} is not a pin"
         pins.setdefault(match[1], []).append(match[2])
     return pins
-
-
-def test_every_test_folder_is_in_a_part() -> None:
-    """`make test` runs the parts: a folder that is in none would run nowhere."""
-    folders = {f"tests/{x.parent.relative_to(ROOT / 'tests').parts[0]}" for x in TESTS}
-    assert sorted(itertools.chain(*PARTS)) == sorted(folders)
 
 
 def test_kernels_is_a_source_root_and_no_package() -> None:
