@@ -29,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Many tests start processes of their own, and one thread fixes the order of every sum.
     torch.set_num_threads(config.getoption("--threads"))
+    given = os.environ.get("PYTHONWARNINGS")
+    filters = [*([given] if given else []), *config.getini("filterwarnings")]
+    os.environ["PYTHONWARNINGS"] = ",".join(filters)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

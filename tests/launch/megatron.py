@@ -127,12 +127,13 @@ def megatron_gradients(settings: Settings) -> Gradients:
     streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
     batches = list(step_batches(settings, streams, 0, ranks))
     losses = run_schedule(engine.model, batches, _forward_loss, forward_only=False)
-    # Each rank has finished its share of each bucket.
+    # Each rank has finished its share of each bucket. The name is that of torch since 2.13.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for buffer in engine.model.buffers:
         for bucket in buffer.buckets:
             own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+            gather(bucket.grad_data, own, group=group)
     mine = {name: p.main_grad.cpu() for name, p in engine.gpt.named_parameters()}
     parts: list[dict[str, torch.Tensor]] = [{}] * ranks.tp
     dist.all_gather_object(parts, mine, group=parallel_state.get_tensor_model_parallel_group())
