@@ -137,8 +137,8 @@ def beside_ulysses(rotated_here: bool) -> float:
     tables = rotary_tables(LENGTH, config.head_dim) if rotated_here else None
     ulysses = DistributedAttention(local_attention, group, scatter_idx=2, gather_idx=1)
     expected = ulysses(q, k, v, 0, tables)
-    difference = module(q, k, v, 0, tables) - expected
-    return float((difference.abs().max() / expected.abs().max()).detach())
+    error = module(q, k, v, 0, tables) - expected
+    return float((error.abs().max() / expected.abs().max()).detach())
 
 
 def with_fewer_kv_heads_than_ranks() -> tuple[str, tuple[int, ...]]:
