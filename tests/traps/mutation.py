@@ -26,7 +26,7 @@ import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -316,12 +316,7 @@ class Mutation:
         return f"| {self.trap} | {self.bug} | `{file}::{self.test}` |"
 
 
-@dataclass
-class _Registry:
-    mutations: dict[str, Mutation] = field(default_factory=dict)
-
-
-_REGISTRY = _Registry()
+_MUTATIONS: dict[str, Mutation] = {}  # by row: a module may be imported twice
 
 
 def _file_of(function: Callable[..., Any]) -> str:
@@ -349,7 +344,7 @@ def catches(
     def register(test: Function) -> Function:
         name = f"{test.__name__}[{case}]" if case else test.__name__
         mutation = Mutation(trap, bug, change, _file_of(test), name)
-        _REGISTRY.mutations[mutation.row] = mutation
+        _MUTATIONS[mutation.row] = mutation
         return test
 
     return register
@@ -379,4 +374,4 @@ def all_mutations() -> tuple[list[Mutation], set[str]]:
             importlib.import_module(module)
         except pytest.skip.Exception:
             missing.add(module.removeprefix("tests.").replace(".", "/") + ".py")
-    return list(_REGISTRY.mutations.values()), missing
+    return list(_MUTATIONS.values()), missing
