@@ -191,8 +191,8 @@ def test_one_head_at_a_time(backend: BackendOnDevice, case: Case, dtype: torch.d
     "a query sees the token after it in its own block",
     Rewritten(
         "nsa_kernels.triton.selected:_forward_kernel",
-        "$POSITION + $TOKEN + 1 - ($FIRST + $I // TILES) * BLOCK",
-        "$POSITION + $TOKEN + 2 - ($FIRST + $I // TILES) * BLOCK",
+        "$POSITION + $TOKEN + 1 - ($FIRST + $I // $TILES) * BLOCK",
+        "$POSITION + $TOKEN + 2 - ($FIRST + $I // $TILES) * BLOCK",
     ),
     case="triton-huge-float32-0",
 )

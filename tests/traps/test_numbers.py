@@ -106,8 +106,8 @@ def test_trap_int32_offsets() -> None:
     "dq is added up over blocks in float16",
     Rewritten(
         "nsa_kernels.pytorch:_backward_of_head",
-        "$PAIRS.by_query($GRAD).sum(dim=1).mul_(scale)",
-        "sum($PAIRS.by_query($GRAD).half().unbind(1)).mul_(scale)",
+        "$PAIRS.by_query($GRAD).sum(dim=1).mul_($SCALE)",
+        "sum($PAIRS.by_query($GRAD).half().unbind(1)).mul_($SCALE)",
     ),
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
