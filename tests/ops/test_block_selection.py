@@ -107,7 +107,9 @@ def test_equals_the_oracle_where_scores_are_exact(
 @catches(
     "ties",
     "equal scores go to the higher index",
-    Rewritten("nsa_kernels.triton:top_keys", "$WIDTH - $COLUMN[None, :, :]", "$COLUMN[None, :, :] + 1"),
+    Rewritten(
+        "nsa_kernels.triton:top_keys", "$WIDTH - $COLUMN[None, :, :]", "$COLUMN[None, :, :] + 1"
+    ),
     case="triton-0.0",
 )
 @pytest.mark.usefixtures("_same_bits_in_any_row")

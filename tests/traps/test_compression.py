@@ -122,7 +122,7 @@ def test_trap_row_fully_masked() -> None:
 @catches(
     "zero compression windows",
     "the number of blocks of a document shorter than one falls below 0",
-    Rewritten("nsa_dist.plan:build_plan", "$COUNT.clamp(min=0)", "$COUNT"),
+    Rewritten("nsa_dist.plan:Grid.per_document", "$COUNT.clamp(min=0)", "$COUNT"),
 )
 def test_trap_zero_compression_windows() -> None:
     """Documents shorter than a block have no compressed token, and a stream may hold no other."""

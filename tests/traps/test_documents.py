@@ -126,7 +126,9 @@ def test_trap_slack_rows_past_the_last_document() -> None:
     "tail padding that drops keys",
     "a document's short last selection block is left out",
     Rewritten(
-        "nsa_dist.plan:build_plan", "($LENGTH + $SELECT - 1) // $SELECT", "$LENGTH // $SELECT"
+        "nsa_dist.plan:Grid.per_document",
+        "($LENGTH + self.stride - 1) // self.stride",
+        "$LENGTH // self.stride",
     ),
 )
 @catches(
