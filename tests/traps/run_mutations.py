@@ -130,6 +130,7 @@ def run_all(only: str, jobs: int) -> dict[str, Outcome]:
             nodes[about["node"]] = None
             if "misfit" in about:
                 outcomes[about["row"]] = Outcome(MISFIT, about["misfit"])
+                tell(about["row"], outcomes[about["row"]])
             else:
                 waiting.append((about["row"], file.parent / "tree", [about["node"]]))
         if nodes:
@@ -147,7 +148,21 @@ def run_all(only: str, jobs: int) -> dict[str, Outcome]:
                 row, log = running.pop(process)
                 code = os.waitstatus_to_exitcode(status)
                 outcomes[row] = Outcome(code, log.read_text(encoding="utf-8", errors="replace"))
+                tell(row, outcomes[row])
     return outcomes
+
+
+def is_right(row: str, outcome: Outcome) -> bool:
+    return outcome.code == (0 if row == TREE_AS_IT_IS else 1)
+
+
+def tell(row: str, outcome: Outcome) -> None:
+    """Print one outcome, and the first line of a failure."""
+    reasons = [line for line in outcome.output.splitlines() if line.startswith("E  ")]
+    if outcome.code == MISFIT:
+        reasons = [outcome.output]
+    word = "ok   " if is_right(row, outcome) else "WRONG"
+    print(f"{word} {row}\n      {reasons[:1] or ['no failure']}", flush=True)
 
 
 def main() -> int:
@@ -162,14 +177,7 @@ def main() -> int:
     if options.json:
         table = {name: [o.code, o.output] for name, o in outcomes.items()}
         options.json.write_text(json.dumps(table), encoding="utf-8")
-    wrong = 0
-    for name, outcome in outcomes.items():
-        good = outcome.code == (0 if name == TREE_AS_IT_IS else 1)
-        wrong += not good
-        reasons = [line for line in outcome.output.splitlines() if line.startswith("E  ")]
-        if outcome.code == MISFIT:
-            reasons = [outcome.output]
-        print(f"{'ok   ' if good else 'WRONG'} {name}\n      {reasons[:1] or ['no failure']}")
+    wrong = sum(not is_right(row, outcome) for row, outcome in outcomes.items())
     print(f"{len(outcomes) - (TREE_AS_IT_IS in outcomes)} mutations, {wrong} wrong")
     return min(wrong, 1)
 
