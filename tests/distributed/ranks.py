@@ -48,7 +48,8 @@ class Ranks:
         self.size = size
         self.runs = 0
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "nsa_dist"])
+        # What a layer needs, torch's compiler included: imported once, not once a rank.
+        context.set_forkserver_preload(["torch", "nsa_dist.block", "nsa_dist.sharding"])
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
