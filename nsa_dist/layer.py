@@ -31,7 +31,7 @@ from nsa_dist.nn.dropout import drop_tokens
 from nsa_dist.nn.gates import make_gate
 from nsa_dist.nn.norm import SetNorm
 from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
-from nsa_dist.nn.tensor_parallel import WORKS, cut_problem, project
+from nsa_dist.nn.tensor_parallel import ADVICE, cut_problem, project
 from nsa_dist.plan.layout import make_layout
 from nsa_kernels import get_backend
 
@@ -41,37 +41,36 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate", "o_proj")
 class NativeSparseAttention(nn.Module):
     """Native Sparse Attention (arXiv 2502.11089, section 3) from hidden states to hidden states.
 
-    A user shards the batch once (``shard_batch``), passes ``group=``, and changes nothing else: the
-    same weights give the same function on any number of ranks. Parameter gradients are of the
-    local tokens; whoever wraps the model (FSDP2, DDP, ...) sums them over the group as over data
-    parallel ranks.
+    Shard each batch once (``shard_batch``) and pass ``group=``: the same weights then compute the
+    same function on any number of ranks. Each rank gets parameter gradients of its local tokens;
+    sum them over the group as over data parallel ranks (FSDP2, DDP, ...).
 
     Args:
         hidden_size: width of the input and output.
-        config: what is computed.
+        config: hyperparameters of the attention.
         bias: biases in the q, k, v and output projections.
-        qk_norm: RMSNorm over each query's and key's channels, before rotary.
-        norm_eps: its epsilon.
-        rotary: rotary embedding; None for none.
+        qk_norm: RMSNorm over the channels of each query and key, before rotary.
+        norm_eps: epsilon of that RMSNorm.
+        rotary: rotary embedding; None disables it.
         dropout: probability of zeroing an element of the output, in training mode. The mask depends
-            on the token, not on the split; its seed is drawn from torch's CPU generator, whose
-            state must be the same on all ranks of the group.
-        k_compressor, v_compressor: with ``config.compress == "custom"``, modules
-            [C, G, l, D] -> [C, G, D].
+            on the token, not on the split. Its seed comes from torch's CPU generator, whose state
+            must be equal on all ranks of the group.
+        k_compressor, v_compressor: modules that map [C, G, l, D] to [C, G, D], with
+            ``config.compress == "custom"``.
         layout: how the sequence is split: "contiguous", "zigzag" or "zigzag_per_document".
         group: process group or one-dimensional DeviceMesh over which it is split; None for one
             rank.
         backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a name that
-            ``nsa_kernels.get_backend`` knows. One that cannot compute the config refuses it: when
-            the layer is built where the device is given, else at the first call.
-        selector: what chooses blocks, in the place of NSA's compressed branch; a module's weights
-            become the layer's. See ``nsa_dist.attention.selectors``.
+            ``nsa_kernels.get_backend`` knows. A config that the backend cannot compute is refused
+            here if ``device`` is given, else at the first call.
+        selector: selects blocks instead of NSA's compressed branch; the weights of a module become
+            the layer's. See ``nsa_dist.attention.selectors``.
 
     Attributes:
-        communication: bytes moved by this layer, by kind, since its last ``reset``.
+        communication: bytes sent by this layer, by kind, since its last ``reset``.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: if an option has a value that is not allowed.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class NativeSparseAttention(nn.Module):
         else:
             given = {"k_compressor": k_compressor, "v_compressor": v_compressor}
             for name, module in given.items():
-                check(module is None, name, module, "None (beside a selector)")
+                check(module is None, name, module, "None with a selector")
         check_backend(backend, config, device)
         self.hidden_size, self.rotary, self.dropout = hidden_size, rotary, dropout
         self.k_compressor, self.v_compressor, self.selector = k_compressor, v_compressor, selector
@@ -141,10 +140,10 @@ class NativeSparseAttention(nn.Module):
                 self.v_compressor = BlockCompressor(config, value_width, **factory)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew from torch's generator: the same seed, the same weights.
+        """Initialise all weights again from torch's generator: the same seed, the same weights.
 
-        Materialise a layer built on the meta device with ``to_empty`` first. Custom compressors
-        are reset where they have a ``reset_parameters`` of their own.
+        Call ``to_empty`` first on a layer that was built on the meta device. Custom compressors
+        are reset if they have a method ``reset_parameters``.
         """
         for module in self.children():
             reset = getattr(module, "reset_parameters", None)
@@ -159,27 +158,26 @@ class NativeSparseAttention(nn.Module):
         position_ids: Tensor | None = None,
         return_details: bool = False,
     ) -> Tensor | tuple[Tensor, NSADetails]:
-        """Attend over this rank's tokens and, through the group, over all that they may see.
+        """Attend from this rank's tokens to all that they may see, on any rank of the group.
 
         Args:
             x: [B, L, hidden_size], this rank's part of each row.
-            cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream on every rank
-                alike, with B = 1; None for B documents.
-            position_ids: integer [B, L], positions for rotary; each token's position in its
-                document when None.
+            cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream, equal on all
+                ranks, with B = 1; None if each row is one document.
+            position_ids: integer [B, L], positions for rotary; default each token's position in
+                its document.
             return_details: also return ``NSADetails``.
 
         Returns:
             [B, L, hidden_size]; with ``return_details`` also the details.
 
         Raises:
-            ValueError: naming the option, the value found and the values that work; on every rank
-                of the group, whichever rank's input is bad.
+            ValueError: on every rank of the group, if an argument of any rank is not allowed.
         """
         call = self._call(x, cu_seqlens, position_ids)
         q, k, v = self._project(x, call.plan.positions if position_ids is None else position_ids)
         gates = project("gate", self.gate, x, self.config.num_heads, len(self.config.branches))
-        # Projections may have been replaced: what they give is looked at as a caller's would be.
+        # Check the results of projections like a caller's input: something may have replaced them.
         problem = inputs_problem(q, k, v, gates, self.config, self.setup.key_sets)
         attended = attend(call, q, k, v, gates, self._selector, problem)
         out = attended.out_NHD.flatten(1).unflatten(0, x.shape[:2])
@@ -189,7 +187,7 @@ class NativeSparseAttention(nn.Module):
         return (out, details_of(attended, gates)) if return_details else out
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, KeysOrValues, KeysOrValues]:
-        """Queries [B, L, H, Dk], keys and values [B, L, G, D] by set: normed, then rotated."""
+        """Queries [B, L, H, Dk], keys and values [B, L, G, D] by set, normalised and rotated."""
         config = self.config
         q_shape = (config.num_heads, config.head_dim)
         k_shape = (self.num_key_sets, config.num_kv_heads, config.head_dim)
@@ -203,7 +201,7 @@ class NativeSparseAttention(nn.Module):
             )
         )
         if self.q_norm is not None and self.k_norm is not None:
-            # Autocast may norm in float32; queries, keys and values share a dtype.
+            # Autocast may normalise in float32; queries, keys and values must share a dtype.
             q, k = self.q_norm(q).to(q.dtype), self.k_norm(k)
         if self.rotary is not None:
             cos, sin = rotary_cos_sin(self.rotary, config.head_dim, positions.view(x.shape[:2]))
@@ -215,15 +213,15 @@ class NativeSparseAttention(nn.Module):
         k_of = dict(zip(self.setup.key_sets, k.unbind(2), strict=True))
         return q, k_of, dict(zip(config.branches, v.unbind(2), strict=True))
 
-    @torch.compiler.disable  # The one break of a compiled layer: see find_plan.
+    @torch.compiler.disable  # The only graph break of a compiled layer: see find_plan.
     def _call(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Call:
         problem = input_problem(x, position_ids, self.hidden_size, self.q_proj)
         users = ("k_compressor", "v_compressor") if self.config.compress == "custom" else ()
         problem = problem or cut_problem(self, (*PROJECTIONS, *users))
         if problem is None and position_ids is not None and self.config.compress_pre_rope:
             problem = (
-                "position_ids must be None with compress_pre_rope=True, which rotates compressed "
-                "keys at positions counted from the document's start, got positions"
+                "position_ids must be None with compress_pre_rope=True (compressed keys are "
+                "rotated at positions from the document's start), got positions"
             )
         if problem is not None:
             dtype = {"dtype": str(x.dtype)} if is_plain(x) else {}
@@ -253,32 +251,32 @@ class NativeSparseAttention(nn.Module):
 
     @property
     def config(self) -> NSAConfig:
-        """What is computed."""
+        """The hyperparameters."""
         return self.setup.config
 
     @property
     def layout(self) -> str:
-        """How the sequence is split."""
+        """Name of the layout by which the sequence is split."""
         return self.setup.layout
 
     @property
     def context(self) -> ContextGroup:
-        """The ranks that share it."""
+        """The ranks that share the sequence."""
         return self.setup.group
 
     @property
     def communication(self) -> CommunicationCounter:
-        """Bytes moved by this layer, by kind, since its last ``reset``."""
+        """Bytes sent by this layer, by kind, since its last ``reset``."""
         return self.setup.counter
 
     @property
     def backend(self) -> str:
-        """What computes it, by name."""
+        """Name of the backend."""
         return self.setup.backend
 
     def extra_repr(self) -> str:
         config = self.config
-        # "auto" is what runs where the weights are now.
+        # "auto" depends on the device of the weights.
         backend = get_backend(self.backend, self.q_proj.weight.device).name
         return (
             f"hidden_size={self.hidden_size}, heads={config.num_heads}/{config.num_kv_heads}, "
@@ -290,10 +288,10 @@ class NativeSparseAttention(nn.Module):
 def input_problem(
     x: Tensor, position_ids: Tensor | None, hidden_size: int, projection: nn.Linear
 ) -> str | None:
-    """What keeps ``projection`` and rotary from taking the tensors of one call, or None."""
+    """The error in the input of ``projection`` and rotary, or None."""
     problem = tensor_problem("x", x)
     if problem is not None:
-        return f"{problem}; {WORKS}" if isinstance(x, DTensor) else problem
+        return f"{problem}; {ADVICE}" if isinstance(x, DTensor) else problem
     if x.ndim != 3 or x.shape[-1] != hidden_size:
         return (
             f"x must have shape [batch, local tokens, hidden_size={hidden_size}], got "
@@ -303,14 +301,14 @@ def input_problem(
         return f"x must hold data in one of {DTYPES}, got {describe(x)}"
     weight = projection.weight
     if type(projection) is nn.Linear and type(weight) is nn.Parameter:
-        # Wrappers of weights may cast or move; here only autocast does, and never float64.
+        # Wrappers may cast or move weights. For plain weights only autocast casts, not float64.
         casts = autocast_dtype(x.device.type) is not None and torch.float64 not in (
             x.dtype,
             weight.dtype,
         )
         if weight.device != x.device or (weight.dtype != x.dtype and not casts):
             return (
-                f"x must be {weight.dtype} on {weight.device} as the layer's weights are, got "
+                f"x must be {weight.dtype} on {weight.device} like the layer's weights, got "
                 f"{x.dtype} on {x.device}"
             )
     if position_ids is None:
@@ -329,14 +327,14 @@ def input_problem(
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """What linear layers compute in under autocast; None outside of it."""
+    """The dtype of linear layers under autocast; None without autocast."""
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
 
 def check_sizes(hidden_size: int, norm_eps: float, dtype: torch.dtype | None) -> tuple[int, float]:
-    """Hidden size and epsilon as an int and a float."""
+    """Check a layer's sizes and dtype; return hidden size and epsilon as an int and a float."""
     check(dtype is None or dtype in DTYPES, "dtype", dtype, f"None or one of {DTYPES}")
     return (
         as_int("hidden_size", hidden_size, 1),
@@ -345,7 +343,7 @@ def check_sizes(hidden_size: int, norm_eps: float, dtype: torch.dtype | None) ->
 
 
 def _check_options(config: NSAConfig, rotary: RotaryConfig | None, dropout: float) -> float:
-    """The probability of dropout as a float."""
+    """Check a layer's options; return the dropout probability as a float."""
     check(isinstance(config, NSAConfig), "config", config, "an NSAConfig")
     if rotary is not None:
         must = "a RotaryConfig or None"

@@ -1,1 +1,1 @@
-"""The attention as a function: what a call is, its checks, its steps."""
+"""The attention as a function: setup, calls, checks, selectors, and the flow of a pass."""

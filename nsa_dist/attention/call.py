@@ -1,4 +1,4 @@
-"""What a call of the attention is, apart from its tensors."""
+"""The setup of an attention layer, and one call of it without its tensors."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ Rotary = RotaryConfig | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What all calls of a layer have in common; built once, with the layer.
+    """Everything that the calls of a layer have in common, built once with the layer.
 
     Attributes:
-        config: what is computed.
-        layout: how the sequence is split, by name.
-        group: the ranks that share it.
-        backend: what computes it, by name; "auto" is decided by each call's device.
-        counter: where moved bytes are counted.
-        rotary: how keys that come unrotated are rotated; None where they come rotated.
-        selector_grids: the blocks that choosing reads; None for NSA's.
+        config: the hyperparameters.
+        layout: name of the layout by which the sequence is split.
+        group: the ranks that share the sequence.
+        backend: name of the backend; "auto" depends on the device of each call.
+        counter: counter of sent bytes.
+        rotary: rotary embedding of unrotated keys; None if keys are already rotated.
+        selector_grids: the blocks that the selector reads; None for NSA's own selector.
     """
 
     config: NSAConfig
@@ -50,7 +50,7 @@ class Setup:
 
     @cached_property
     def grids(self) -> Mapping[str, Grid]:
-        """Every grid of a call, the blocks to choose among included."""
+        """All grids of a call, including the blocks to select from."""
         return all_grids(self.config, self.selector_grids)
 
     @cached_property
@@ -61,26 +61,26 @@ class Setup:
     def refuse(
         self, problem: str, stated: Mapping[str, str], cause: Exception | None = None
     ) -> NoReturn:
-        """Raise ValueError, on every rank of the group, for what is wrong with this rank's call.
+        """Raise ValueError on every rank of the group for an error in this rank's call.
 
-        For what is found before there is a plan: the others meet this message in their agreement.
+        It is for errors before there is a plan; the other ranks receive it when they agree.
 
         Args:
-            stated: this rank's input, printed by name, beside which errors show the others'.
+            stated: this rank's input as text, by name; the error shows it for every rank.
         """
         refuse(problem, stated, self.group, self.counter, cause)
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call, found fit on this rank by ``make_call``.
+    """One call, checked on this rank by ``make_call``.
 
     Attributes:
-        config: what is computed.
-        backend: what computes it.
-        plan: who holds and sends what.
-        channel: for the call's messages.
-        rotary: how keys that come unrotated are rotated; None where they come rotated.
+        config: the hyperparameters.
+        backend: the backend.
+        plan: which rank holds and sends what.
+        channel: group and counter of the call's messages.
+        rotary: rotary embedding of unrotated keys; None if keys are already rotated.
     """
 
     config: NSAConfig
@@ -97,15 +97,15 @@ def refuse(
     counter: CommunicationCounter,
     cause: Exception | None = None,
 ) -> NoReturn:
-    """As ``Setup.refuse``, where there is no setup yet."""
+    """As ``Setup.refuse``, before there is a setup."""
     agree(Statement({"call": "forward", **stated}), problem, group, counter, cause)
-    raise AssertionError("ranks that have a problem agree on nothing")
+    raise AssertionError("agree() raises if a rank has a problem")
 
 
 def check_backend(backend: str, config: NSAConfig, device: torch.device | str | None) -> None:
-    """Raise ValueError unless ``backend`` computes ``config``, for a layer built on ``device``.
+    """Raise ValueError if ``backend`` cannot compute ``config`` for a layer built on ``device``.
 
-    A layer made on the host may be moved to a GPU; one made there stays.
+    A layer built on the host may be moved to a GPU later; one built on a GPU stays there.
     """
     placed = device if device is not None and torch.device(device).type == "cuda" else None
     refused = get_backend(backend, placed).refuses(None, config.kernel_options)
@@ -124,16 +124,17 @@ def make_call(
     plan: Plan | None = None,
     stated: Mapping[str, str],
 ) -> Call:
-    """One call's backend and plan. The ranks have yet to agree on it: see ``attend``.
+    """Check one call on this rank and make its plan. The ranks agree on it later, in ``attend``.
 
     Args:
-        rows: [batch, local tokens] of the input, ``device`` and ``dtype`` where it is and what of.
-        computes_in: the dtype of queries, where autocast makes it another.
-        plan: one that the caller has; it stands for the layout and ``cu_seqlens``.
-        stated: more of the call, printed by name, that must be equal on all ranks.
+        rows: [batch, local tokens] of the input.
+        device, dtype: of the input.
+        computes_in: dtype of the queries, if autocast changes it.
+        plan: an existing plan; replaces the layout and ``cu_seqlens``.
+        stated: more values, as text by name, that must be equal on all ranks.
 
     Raises:
-        ValueError: on every rank of the group, for what is wrong on this one.
+        ValueError: on every rank of the group, for an error on this rank.
     """
     config, group = setup.config, setup.group
     computes_in = computes_in or dtype

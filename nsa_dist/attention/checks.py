@@ -1,7 +1,7 @@
-"""What is wrong with the tensors of one call, told as text: the ranks must learn of it together.
+"""Checks of the tensors of one call. Each returns an error message, or None if all is well.
 
-Each function returns None where nothing is. Whoever asks passes the text on to
-``nsa_dist.comm.agreement``, which raises it on every rank.
+They do not raise: the caller passes the message to ``nsa_dist.comm.agreement``, which raises it on
+every rank at once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from nsa_dist.plan import Plan
 
 
 def tensor_problem(name: str, x: Any) -> str | None:
-    """What keeps ``x`` from being a tensor whose shape and values can be asked for."""
+    """The error if ``x`` is not a plain, dense tensor."""
     if isinstance(x, DTensor):
-        return f"{name} must be a plain tensor (as its to_local() is), got a DTensor"
-    return None if is_plain(x) else f"{name} must be a tensor, got {describe(x)}"
+        return f"{name} must be a plain tensor ({name}.to_local() gives one), got a DTensor"
+    return None if is_plain(x) else f"{name} must be a plain tensor, got {describe(x)}"
 
 
 def query_problem(q: Any, config: NSAConfig) -> str | None:
-    """What is wrong with queries by themselves."""
+    """The error in the queries."""
     problem = tensor_problem("q", q)
     if problem is not None:
         return problem
@@ -44,10 +44,10 @@ def query_problem(q: Any, config: NSAConfig) -> str | None:
 def keys_problem(
     q: Tensor, k: Any, v: Any, config: NSAConfig, key_sets: tuple[str, ...]
 ) -> str | None:
-    """What is wrong with keys and values beside queries that are fine.
+    """The error in keys and values; the queries have been checked.
 
     Args:
-        key_sets: the names that a mapping of keys must have; values have the branches'.
+        key_sets: the names in a mapping of keys; values are named after branches.
     """
     for name, given, sets, width in (
         ("k", k, key_sets, config.head_dim),
@@ -70,19 +70,19 @@ def keys_problem(
             if x.shape != shape:
                 return f"{label} must have shape {shape}, got {tuple(x.shape)}"
             if x.dtype != q.dtype or x.device != q.device:
-                return f"{label} must be {q.dtype} on {q.device} as q is, got {describe(x)}"
+                return f"{label} must be {q.dtype} on {q.device} like q, got {describe(x)}"
     return None
 
 
 def inputs_problem(
     q: Tensor, k: Any, v: Any, gates: Any, config: NSAConfig, key_sets: tuple[str, ...]
 ) -> str | None:
-    """What is wrong with keys, values and gates beside queries that are fine."""
+    """The error in keys, values and gates; the queries have been checked."""
     return keys_problem(q, k, v, config, key_sets) or gates_problem(gates, q, config)
 
 
 def gates_problem(gates: Any, q: Tensor, config: NSAConfig) -> str | None:
-    """What is wrong with gates beside queries that are fine."""
+    """The error in the gates; the queries have been checked."""
     problem = tensor_problem("gates", gates)
     if problem is not None:
         return problem
@@ -97,7 +97,7 @@ def gates_problem(gates: Any, q: Tensor, config: NSAConfig) -> str | None:
 def rotary_problem(
     rotary: Any, device: torch.device, config: NSAConfig, longest: int
 ) -> str | None:
-    """What is wrong with how unrotated keys are to be rotated.
+    """The error in the rotary embedding of unrotated keys.
 
     Args:
         longest: tokens of the longest document.
@@ -106,7 +106,7 @@ def rotary_problem(
         if rotary is None:
             return None
         return (
-            "rotary must be None with compress_pre_rope=False, where keys come rotated, got "
+            "rotary must be None with compress_pre_rope=False (keys are already rotated), got "
             f"{describe(rotary)}"
         )
     if isinstance(rotary, RotaryConfig):
@@ -136,8 +136,8 @@ def rotary_problem(
             )
     if rotary[0].shape[0] < longest:
         return (
-            f"rotary must have cos and sin of at least {longest} positions, as the longest "
-            f"document has, got {rotary[0].shape[0]}"
+            f"rotary must have cos and sin of at least {longest} positions, the length of the "
+            f"longest document, got {rotary[0].shape[0]}"
         )
     return None
 
@@ -151,15 +151,15 @@ def plan_problem(
     cu_seqlens: Any,
     grids: Collection[str],
 ) -> str | None:
-    """What tells that a plan is not of this call.
+    """The error for a plan that was not made for this call.
 
     Args:
-        grids: names of those that the call reads.
+        grids: names of the grids that the call reads.
     """
     if not isinstance(plan, Plan):
         return f"plan must be None or come from get_plan, got {describe(plan)}"
     if cu_seqlens is not None:
-        return "cu_seqlens must be None beside a plan, which has its own, got boundaries"
+        return "cu_seqlens must be None with a plan, which has its own, got boundaries"
     for what, got, must in (
         ("[batch, local tokens]", (plan.batch, plan.local_length), tuple(rows)),
         ("(rank, group size)", (plan.rank, plan.size), (group.rank, group.size)),

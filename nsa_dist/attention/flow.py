@@ -5,22 +5,22 @@
                   -> request and fetch the chosen remote blocks -> selected branch
     -> gate and add
 
-Each step is a function of the backend, the selector, or a transfer of ``nsa_dist.comm``. With one
-rank the same steps run and nothing moves. Every rank runs the same steps in the same order,
-whatever it holds: a node that one rank's graph skipped would leave the others waiting in backward.
+Each step is a function of the backend or the selector, or a transfer of ``nsa_dist.comm``. On one
+rank the same steps run and nothing is sent. Every rank runs the same steps in the same order, even
+if it has no tokens: if one rank skipped a node of the graph, the others would hang in backward.
 
 Messages, in order (``CommunicationCounter`` has the kinds):
 
-    forward     plan; a halo for each set of keys and values that is not shared; gather; request;
-                a fetch for each KV head
-    backward    plan; a fetch_grad for each KV head, the last first; gather_grad; a halo_grad for
-                each set, the last first
+    forward     plan; one halo for each separate set of keys and values; gather; request; one fetch
+                per KV head
+    backward    plan; one fetch_grad per KV head, last head first; gather_grad; one halo_grad per
+                set, last set first
 
-Every transfer is finished where it begins today. What may run between the two is decided here and
-nowhere else.
+Today every transfer is finished right after it begins. Only this file decides what runs between
+the two.
 
 Letters: N local queries, H query heads, G KV heads, D widths, b branches, E rows of a buffer with
-its halo, n chosen blocks.
+its halo, n selected blocks per query.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Extended = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Attended:
-    """What one pass gives: out [N, H, Dv]; by branch the log-sum-exp [N, H]; blocks [N, G, n]."""
+    """The results of a pass: out [N, H, Dv], log-sum-exp [N, H] by branch, blocks [N, G, n]."""
 
     out_NHD: Tensor
     lse_NH: Sets
@@ -54,10 +54,10 @@ class Attended:
 def attend_branches(
     call: Call, q_NHD: Tensor, keys_NGD: Sets, values_NGD: Sets, gates_NHb: Tensor, by: Selector
 ) -> Attended:
-    """All branches, gated and added (Eq. 5).
+    """All branches, gated and summed (Eq. 5).
 
     Args:
-        keys_NGD, values_NGD: by set; shared ones are one object.
+        keys_NGD, values_NGD: by set; a shared tensor is one object.
         by: the selector.
     """
     ops, config, plan = call.backend, call.config, call.plan
@@ -85,7 +85,7 @@ def attend_branches(
         out_NHD = ZeroGradient.apply(out_NHD, tensor)
     group, counter = call.channel.group, call.channel.counter
     if group.size > 1:
-        # Where nothing needs a gradient autograd makes no node, and its message is not sent.
+        # Without a need for gradients autograd makes no node, and its message is not sent.
         moved = {name: k.requires_grad for name, (k, _) in extended.items()}
         if chosen is not None:
             moved |= {name: x.requires_grad for name, x in chosen.gathered.items()}
@@ -95,7 +95,7 @@ def attend_branches(
 
 
 def _rotate(call: Call, keys_NGD: Sets) -> Sets:
-    """Rotate the keys that came unrotated for compression's sake, all but compression's."""
+    """Rotate the keys of all sets except ``compressed``, if they are not rotated yet."""
     if call.rotary is None:
         return keys_NGD
     cos, sin = cos_sin(call, call.plan.positions)
@@ -110,7 +110,7 @@ def _rotate(call: Call, keys_NGD: Sets) -> Sets:
 
 
 def _exchange_halos(call: Call, keys_NGD: Sets, values_NGD: Sets) -> Extended:
-    """K [E, G, Dk] and V [E, G, Dv] of each set, with its halo; what is shared moves once."""
+    """K [E, G, Dk] and V [E, G, Dv] of each set with its halo; shared sets are sent once."""
     extended: dict[str, tuple[Tensor, Tensor]] = {}
     for name, k in keys_NGD.items():
         v = values_NGD.get(name)
@@ -118,7 +118,7 @@ def _exchange_halos(call: Call, keys_NGD: Sets, values_NGD: Sets) -> Extended:
         if same:
             extended[name] = extended[same[0]]
             continue
-        if v is None:  # Keys that only choose blocks have no values.
+        if v is None:  # Keys that only select blocks have no values.
             v = k.new_zeros(*k.shape[:2], 0)
         extended[name] = begin_halo(k, v, call.plan.halos[name], call.channel).finish()
     return extended
@@ -127,7 +127,7 @@ def _exchange_halos(call: Call, keys_NGD: Sets, values_NGD: Sets) -> Extended:
 def _attend_selected(
     call: Call, q_NHD: Tensor, k_EGD: Tensor, v_EGD: Tensor, blocks_NGn: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fetch and attend, the KV heads of one transfer after another."""
+    """Fetch selected blocks and attend to them, one transfer of KV heads after another."""
     config, plan = call.config, call.plan
     fetch = begin_request(blocks_NGn, plan, call.channel).finish()
     width = fetch.heads_per_transfer
@@ -157,9 +157,9 @@ def _attend_selected(
 
 
 class ZeroGradient(torch.autograd.Function):
-    """Pass ``out`` on, and give ``unused`` a gradient of zeros instead of none.
+    """Return ``out``, and give ``unused`` a gradient of zeros instead of None.
 
-    Keeps parameters that only choose blocks, and the collectives behind them, in every backward.
+    So parameters that only select blocks, and their collectives, take part in every backward.
     """
 
     @staticmethod

@@ -22,14 +22,14 @@ from nsa_dist.plan import Plan
 
 @dataclass(frozen=True)
 class NSADetails:
-    """What one call chose and weighed, for looking inside.
+    """Internal values of one call, for inspection.
 
     Attributes:
-        selected: int32 [B, L, G, n], chosen blocks of each token's document, ascending, -1 padded;
-            None where the branch is not used.
+        selected: int32 [B, L, G, n], selected blocks of each token's document, ascending, padded
+            with -1; None if the branch is not used.
         gates: [B, L, H, nb], branches in the order of ``NSAConfig.branches``.
-        lse: natural log-sum-exp of the scaled logits of each branch in use, [B, L, H]; -inf where
-            a query sees no key.
+        lse: natural log-sum-exp of the scaled logits of each branch in use, [B, L, H]; -inf if a
+            query sees no key.
     """
 
     selected: Tensor | None
@@ -99,41 +99,37 @@ def native_sparse_attention(
     return_details: bool = False,
     selector: Selector | None = None,
 ) -> Tensor | tuple[Tensor, NSADetails]:
-    """Native Sparse Attention (arXiv 2502.11089) over a sequence split over the ranks of a group.
+    """Native Sparse Attention (arXiv 2502.11089), with the sequence split over a group of ranks.
 
     Args:
         q: [B, L, H, Dk], this rank's tokens, after rotary.
-        k: [B, L, G, Dk], after rotary; with ``independent_kv`` a mapping from each of
-            ``config.key_branches`` (or of the sets that ``selector`` reads) to such a tensor.
-        v: [B, L, G, Dv]; with ``independent_kv`` a mapping from each of ``config.branches``.
+        k: [B, L, G, Dk], after rotary; with ``independent_kv`` a mapping to such tensors from
+            ``config.key_branches`` (or from the sets that ``selector`` reads).
+        v: [B, L, G, Dv]; with ``independent_kv`` a mapping from ``config.branches``.
         gates: [B, L, H, nb], in (0, 1), branches in the order of ``config.branches``; any floating
             dtype.
         k_compressor, v_compressor: ``BlockCompressor`` modules, or with ``compress="custom"`` any
-            modules [C, G, l, D] -> [C, G, D]. Needed where the compressed or (keys) the selected
-            branch is used.
-        cu_seqlens: int32 [documents + 1] boundaries of the whole padded stream, the same on all
-            ranks, with B = 1; None for B documents.
-        rotary: with ``compress_pre_rope`` the keys come unrotated, and this says how to rotate
-            them: a RotaryConfig, or cos and sin [positions, rotary_dim/2] indexed by the position
-            in the document.
-        layout: "contiguous", "zigzag" or "zigzag_per_document": how tokens were sharded.
+            modules that map [C, G, l, D] to [C, G, D]. The compressed branch needs both, the
+            selected branch the first.
+        cu_seqlens: int32 [documents + 1] boundaries of the whole padded stream, equal on all
+            ranks, with B = 1; None if each row is one document.
+        rotary: rotary embedding of the unrotated keys of ``compress_pre_rope``: a RotaryConfig, or
+            cos and sin [positions, rotary_dim/2], indexed by position in the document.
+        layout: how tokens were sharded: "contiguous", "zigzag" or "zigzag_per_document".
         group: process group or one-dimensional DeviceMesh over which the sequence is split; None
             for one rank.
         backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a name that
-            ``nsa_kernels.get_backend`` knows. One that cannot compute the call refuses it.
-        plan: from ``get_plan``, when the caller has it already; it stands for ``cu_seqlens`` and
-            ``layout``.
-        communication: where moved bytes are counted.
-        return_details: also return the chosen blocks, gates and log-sum-exps.
-        selector: what chooses blocks, in the place of NSA's compressed branch; it takes no
-            compressors.
+            ``nsa_kernels.get_backend`` knows.
+        plan: from ``get_plan``; replaces ``cu_seqlens`` and ``layout``.
+        communication: counter of sent bytes.
+        return_details: also return the selected blocks, gates and log-sum-exps.
+        selector: selects blocks instead of NSA's compressed branch; needs no compressors.
 
     Returns:
         [B, L, H, Dv] in the dtype of ``q``; with ``return_details`` also ``NSADetails``.
 
     Raises:
-        ValueError: for input that does not fit, naming the option; on every rank of the group,
-            whichever rank's input is bad.
+        ValueError: on every rank of the group, if an argument of any rank is not allowed.
     """
     context = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
@@ -143,7 +139,7 @@ def native_sparse_attention(
     setup = Setup(config, layout, context, backend, counter, rotary, by.grids(config))
     problem = query_problem(q, config) or inputs_problem(q, k, v, gates, config, setup.key_sets)
     if selector is not None and (k_compressor is not None or v_compressor is not None):
-        problem = "k_compressor and v_compressor must be None beside a selector, got modules"
+        problem = "k_compressor and v_compressor must be None with a selector, got modules"
     if problem is not None:
         setup.refuse(problem, _stated(q, k, v, gates, rotary, by))
     rows = (q.shape[0], q.shape[1])
@@ -162,15 +158,15 @@ def attend(
     by: Selector,
     problem: str | None = None,
 ) -> Attended:
-    """The attention of a call, once all ranks agree that their inputs fit it.
+    """Compute a call's attention after all ranks have agreed on it.
 
     Args:
-        q, k, v, gates: as of ``native_sparse_attention``, and checked.
+        q, k, v, gates: as for ``native_sparse_attention``, already checked.
         by: the selector that the call was made for.
-        problem: what the caller found wrong with them, if anything.
+        problem: an error that the caller found in them, if any.
 
     Raises:
-        ValueError: on every rank of the group, whichever rank's input is bad.
+        ValueError: on every rank of the group, if the input of any rank is bad.
     """
     channel = call.channel
     problem = (
@@ -196,7 +192,7 @@ def attend(
 
 
 def details_of(attended: Attended, gates: Tensor) -> NSADetails:
-    """What a call chose and weighed, in rows [B, L] as its gates are."""
+    """The details of a call, in rows [B, L] like its gates."""
     rows, blocks = gates.shape[:2], attended.blocks_NGn
     lse = attended.lse_NH
     return NSADetails(
@@ -209,7 +205,7 @@ def details_of(attended: Attended, gates: Tensor) -> NSADetails:
 def _stated(
     q: Any, k: Any, v: Any, gates: Any, rotary: Rotary | None, by: Selector
 ) -> dict[str, str]:
-    """What all ranks must have alike, printed by name."""
+    """The input as text, by name, which must be equal on all ranks."""
     return {
         "q": describe(q),
         "k": _describe_all(k),
@@ -222,14 +218,14 @@ def _stated(
 
 
 def _by_set(x: KeysOrValues, sets: tuple[str, ...]) -> dict[str, Tensor]:
-    """Local rows [N, G, D] of each set; shared ones are one object."""
+    """Local rows [N, G, D] of each set; a shared tensor is one object."""
     if isinstance(x, Tensor):
         return dict.fromkeys(sets, x.flatten(0, 1))
     return {name: x[name].flatten(0, 1) for name in sets}
 
 
 def _describe_all(x: Any) -> str:
-    """As ``describe``, for tensors, several of them, and what is printed whole."""
+    """``describe`` for a tensor, or for several of them; other values are printed."""
     if isinstance(x, Mapping):
         return ", ".join(f"{name}: {describe(value)}" for name, value in x.items())
     if isinstance(x, tuple):

@@ -1,12 +1,11 @@
-"""From what a call is given to the plan it runs by: checked, agreed on, cached.
+"""The plan of a call: checked, and cached for the last few batches of each group.
 
-The cache holds plans of each group's last few batches by value: config, layout, sizes, dtype,
-device and the document boundaries themselves. All layers of a model that are given the same batch
-share one plan. Groups are kept apart, so that what a rank does alone or in another group drops no
-plan of this one.
+The cache compares by value: config, layout, sizes, dtype, device and document boundaries. So all
+layers of a model share the plan of a batch. Each group has its own cache: calls in another group,
+or on one rank, do not evict its plans.
 
-Making a plan sends nothing, so it does not matter whether ranks find theirs here or make them. Each
-call that moves anything agrees on its plan first: see ``nsa_dist.comm.agreement``.
+Making a plan sends nothing, so some ranks may find theirs here while others make them. Every call
+that sends data first agrees on its plan: see ``nsa_dist.comm.agreement``.
 """
 
 from __future__ import annotations
@@ -55,10 +54,10 @@ def _plans_of(group: ContextGroup) -> list[_Entry]:
 
 
 def on_host(cu_seqlens: Tensor) -> Tensor:
-    """A CPU copy of device boundaries, made once a batch however many layers ask."""
+    """A CPU copy of device boundaries, made once per batch and shared by all layers."""
     if cu_seqlens.device.type == "cpu":
         return cu_seqlens
-    if cu_seqlens.is_inference():  # Has no version to tell a change in place by.
+    if cu_seqlens.is_inference():  # It has no version that shows changes in place.
         return cu_seqlens.cpu()
     for source, version, copy in _host_copies:
         if source() is cu_seqlens and version == cu_seqlens._version:
@@ -93,16 +92,15 @@ def get_plan(
     """The plan for one call, from the cache or new. A collective.
 
     Args:
-        batch, local_length: rows, and tokens a row on this rank.
-        cu_seqlens: int32 [documents + 1] of the whole padded stream, or None for one document a
-            row.
-        inputs: more of the call, printed by name, that must be equal on all ranks.
-        problem: what the caller found wrong with its input; raised here, on every rank.
-        selector_grids: what a selector's ``grids(config)`` gives; None for NSA's.
+        batch, local_length: rows, and tokens per row on this rank.
+        cu_seqlens: int32 [documents + 1] boundaries of the whole padded stream; None if each row
+            is one document.
+        inputs: more values, as text by name, that must be equal on all ranks.
+        problem: an error in the caller's input, raised here on every rank.
+        selector_grids: a selector's ``grids(config)``; None for NSA's own selector.
 
     Raises:
-        ValueError: on every rank of the group, naming the option, when any rank's input is bad or
-            ranks disagree.
+        ValueError: on every rank of the group, if any rank's input is bad or ranks disagree.
     """
     group = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
@@ -124,9 +122,9 @@ def get_plan(
     return plan
 
 
-# Compiled code calls it as it is: what it reads is values, and a batch needs it once.
-# Selective checkpointing does not see it either: a plan is made in a forward and found in its
-# recomputation, which would be given what was saved of other operations.
+# Not compiled: it reads values of tensors, and runs once per batch.
+# Hidden from selective checkpointing: a plan is made in the forward but only looked up in its
+# recomputation, which would otherwise get saved results of other operations.
 @torch.compiler.disable
 @_disable_current_modes()
 def find_plan(
@@ -144,17 +142,16 @@ def find_plan(
     problem: str | None = None,
     grids: Mapping[str, Grid] | None = None,
 ) -> Plan:
-    """As ``get_plan``, on which the ranks have yet to agree before anything moves by it.
+    """As ``get_plan``, but the ranks must still agree on it before they send data.
 
     Args:
-        grids: every grid that the plan must have; None for NSA's.
+        grids: all grids of the plan; None for NSA's own.
 
     Raises:
-        ValueError: on every rank of the group, whose others have yet to agree, when this rank's
-            input is bad.
+        ValueError: if this rank's input is bad; the other ranks raise it when they agree.
     """
     if torch._C._are_functorch_transforms_active():
-        # Their tensors are good for one call, and would be kept in a plan.
+        # Their tensors are only valid during a call, and the plan would keep them.
         problem = problem or (
             "the attention must not run under transforms of torch.func, except functional_call "
             "(use backward() or torch.autograd.grad), got one (grad, vmap, jvp, ...)"
@@ -169,7 +166,7 @@ def find_plan(
         boundaries = "None"
     elif is_plain(cu_seqlens) and cu_seqlens.device.type != "meta":
         cu_seqlens = on_host(cu_seqlens)
-        boundaries = ""  # Printed only where a plan is made.
+        boundaries = ""  # Only formatted when a plan is made.
     else:
         boundaries = describe(cu_seqlens)
         must = "cu_seqlens must be None or an int32 tensor that is not on meta"
@@ -213,10 +210,10 @@ def find_plan(
         problem = problem or str(error)
     statement = Statement(values)
     if problem is not None:
-        agree(statement, problem, group, counter)  # Raises: there is a problem.
+        agree(statement, problem, group, counter)  # Raises the problem on every rank.
     assert cut is not None
-    # A training step may be the next to find this plan, and autograd saves no inference tensors.
-    # Whatever the default device is: plans are made on the host.
+    # Plans are made on the host, and outside of inference mode: a training step may use this plan
+    # next, and autograd cannot save inference tensors.
     with torch.inference_mode(False), torch.device("cpu"):
         own = None if cu_seqlens is None else cu_seqlens.clone()
         plan = build_plan(config, cut, group.rank, group.size, batch, length, own, grids)

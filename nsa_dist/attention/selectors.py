@@ -1,9 +1,9 @@
-"""How a query's blocks are chosen, apart from how they are fetched and attended to.
+"""Selectors: how the blocks of a query are selected, apart from how they are fetched and attended.
 
-A selector declares which blocks of which keys it reads (``grids``), sends what it must (``begin``)
-and names n blocks for each query and KV head (``select``). It may return a branch's output as well:
-what NSA chooses by is its compressed branch. The flow calls it; halos, the fetch and the kernels of
-the selected branch know nothing of it.
+A selector declares which blocks of which keys it reads (``grids``), starts its communication
+(``begin``), and returns n blocks for each query and KV head (``select``). It may also return the
+output of a branch: NSA selects by its compressed branch. Only the flow calls it; halos, the fetch
+and the kernels of the selected branch do not depend on it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from nsa_dist.plan import Grid
 from nsa_dist.plan.grid import all_grids
 from nsa_kernels import Backend, QuerySegments
 
-# What a module of the user's may raise. Checkpointing ends a recomputation by an exception that is
-# none of these.
+# Errors of a custom module. Activation checkpointing stops a recomputation by another exception.
 USERS_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RuntimeError, TypeError, ValueError),
@@ -36,16 +35,17 @@ USERS_ERRORS = (
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What a selector gives for one call's N local queries.
+    """The result of a selector for one call's N local queries.
 
     Attributes:
-        blocks: int32 [N, G, n], blocks of each query's document, ascending, then -1; None where
-            the selected branch is not used. Each query's own block and those before it only.
-        output: [N, H, Dv] of the selector's branch, and ``lse`` [N, H]; None without one.
-        gathered: by name, tensors whose gradients return to other ranks. Where none of the outputs
-            depends on one of them, it must be in ``unused``, too.
-        unused: tensors that only choose. They get a gradient of zeros, which keeps parameters and
-            collectives behind them in every backward.
+        blocks: int32 [N, G, n], blocks of each query's document up to the query's own, ascending,
+            padded with -1; None if the selected branch is not used.
+        output: [N, H, Dv], output of the selector's branch; None if it has no branch.
+        lse: [N, H], log-sum-exp of that branch.
+        gathered: by name, tensors whose gradients return to other ranks. If no output depends on
+            one of them, it must also be in ``unused``.
+        unused: tensors that only select. They get a gradient of zeros, so that their parameters
+            and collectives take part in every backward.
     """
 
     blocks: Tensor | None
@@ -56,43 +56,44 @@ class Selection:
 
 
 class Selector(Protocol):
-    """What the flow asks of whoever chooses blocks. It may be a module with weights of its own."""
+    """The interface of a selector. It may be a module with its own weights."""
 
     @property
     def name(self) -> str:
-        """Told to the other ranks, which must have the same."""
+        """A name, which must be equal on all ranks."""
 
     @property
     def branch(self) -> str | None:
         """The branch whose output ``select`` returns."""
 
     def grids(self, config: NSAConfig) -> Mapping[str, Grid]:
-        """The blocks that it reads, by name; the plan has them in ``grids`` by these names."""
+        """The blocks that it reads, by name; ``Plan.grids`` has the same names."""
 
     def stated(self) -> Mapping[str, str]:
-        """More that must be equal on all ranks, printed by name."""
+        """More values, as text by name, that must be equal on all ranks."""
 
     def problem(self, call: Call) -> str | None:
-        """What keeps it from serving a call, or None."""
+        """The error if it cannot serve a call, or None."""
 
     def begin(self, call: Call, extended: Mapping[str, tuple[Tensor, Tensor]]) -> Work[Any]:
-        """Make what it needs of this rank's keys, and begin to gather it.
+        """Compute what it needs from this rank's keys, and begin to gather it.
 
         Args:
-            extended: K [E, G, Dk] and V [E, G, Dv] by set, with the halo that ``grids`` asks for.
+            extended: K [E, G, Dk] and V [E, G, Dv] by set, with the halos that ``grids`` needs.
         """
 
     def select(self, call: Call, q_NHD: Tensor, gathered: Any) -> Selection:
-        """Choose, of what ``begin``'s work gave when it was finished. Sends nothing."""
+        """Select blocks. ``gathered`` is the result of ``begin``. Sends nothing."""
 
 
 @dataclass(frozen=True, eq=False)
 class CompressedSelector:
-    """NSA's: the probabilities of the compressed branch, summed over blocks and groups (Eq. 9-12).
+    """NSA's own selector: it sums the compressed branch's probabilities by block and group of heads
+    (Eq. 9-12).
 
     Args:
         k_compressor, v_compressor: ``BlockCompressor`` modules, or with ``compress="custom"`` any
-            modules [C, G, l, D] -> [C, G, D]. The second is for the compressed branch only.
+            modules that map [C, G, l, D] to [C, G, D]. Only the compressed branch needs the second.
     """
 
     k_compressor: nn.Module | None = None
@@ -101,15 +102,15 @@ class CompressedSelector:
     branch = "compressed"
 
     def grids(self, config: NSAConfig) -> Mapping[str, Grid]:
-        """One, ``compressed``, where the compressed or the selected branch is used."""
+        """A single grid, ``compressed``, if the compressed or the selected branch is used."""
         return {k: grid for k, grid in all_grids(config).items() if k == "compressed"}
 
     def stated(self) -> Mapping[str, str]:
-        """Nothing: compressors are weights."""
+        """Empty: compressors are weights."""
         return {}
 
     def problem(self, call: Call) -> str | None:
-        """What is wrong with the compressors."""
+        """The error in the compressors, or None."""
         return compressors_problem(self.k_compressor, self.v_compressor, call.config)
 
     def begin(
@@ -117,7 +118,7 @@ class CompressedSelector:
     ) -> Work[tuple[Tensor, Tensor]]:
         """Compress own blocks (Eq. 7) and begin to gather all ranks': K [C, G, Dk], V [C, G, Dv].
 
-        V is empty ([C, G, 0]) where only selection reads the compressed keys.
+        V is empty ([C, G, 0]) if only selection reads the compressed keys.
         """
         config, blocks = call.config, call.plan.grids["compressed"]
         k_ext, v_ext = extended["compressed"]
@@ -139,7 +140,7 @@ class CompressedSelector:
         return begin_gather(k_own, v_own, blocks, call.channel)
 
     def select(self, call: Call, q_NHD: Tensor, gathered: tuple[Tensor, Tensor]) -> Selection:
-        """The compressed branch, and the blocks that it weighs most."""
+        """The compressed branch, and the blocks with its highest probabilities."""
         k_CGD, v_CGD = gathered
         return choose_by_compressed(
             call.backend, call.config, call.plan.segments, q_NHD, k_CGD, v_CGD
@@ -154,7 +155,7 @@ def choose_by_compressed(
     k_CGD: Tensor,
     v_CGD: Tensor,
 ) -> Selection:
-    """Attend to compressed keys and choose the blocks of the highest probability."""
+    """Attend to compressed keys and select the blocks with the highest probabilities."""
     grid: dict[str, Any] = {
         "block": config.compress_block,
         "stride": config.compress_stride,
@@ -162,7 +163,7 @@ def choose_by_compressed(
     }
     in_use = "compressed" in config.branches
     q, k, v = q_NHD, k_CGD, v_CGD
-    if not in_use:  # Only the log-sum-exp is wanted; keys stand in for values.
+    if not in_use:  # Only the log-sum-exp is needed; pass keys as values.
         q, k, v = q.detach(), k.detach(), k.detach()
     output, lse = ops.compressed_attention(q, k, v, segments, **grid)
     blocks = None
@@ -189,7 +190,7 @@ def choose_by_compressed(
 
 
 def cos_sin(call: Call, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """What rotates keys that came unrotated, at ``positions`` in their documents."""
+    """cos and sin for unrotated keys at ``positions`` in their documents."""
     assert call.rotary is not None
     if isinstance(call.rotary, RotaryConfig):
         return rotary_cos_sin(call.rotary, call.config.head_dim, positions)
@@ -200,7 +201,7 @@ def cos_sin(call: Call, positions: Tensor) -> tuple[Tensor, Tensor]:
 def compressors_problem(
     k_compressor: nn.Module | None, v_compressor: nn.Module | None, config: NSAConfig
 ) -> str | None:
-    """What is wrong with the compressors given for ``config``, or None."""
+    """The error in compressors for ``config``, or None."""
     for name, compressor, needed, width in (
         ("k_compressor", k_compressor, config.uses_compression, config.head_dim),
         ("v_compressor", v_compressor, "compressed" in config.branches, config.value_dim),
@@ -231,7 +232,7 @@ def compressors_problem(
 
 
 def _agreed(compress: Callable[[], tuple[Tensor, Tensor]], call: Call) -> tuple[Tensor, Tensor]:
-    """What the user's modules return; an error of one rank's is raised on every rank."""
+    """Run custom compressors; an error on one rank is raised on every rank."""
     statement = call.plan.statement.also(call="forward of custom compressors")
     try:
         result = compress()

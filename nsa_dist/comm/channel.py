@@ -1,4 +1,4 @@
-"""Where messages go, how they are counted, and what errors say of them."""
+"""The channel of a call: the group, the byte counter, and a description for errors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from nsa_dist.comm.group import ContextGroup
 
 @dataclass(frozen=True, eq=False)
 class Channel:
-    """One call's messages between the ranks of a group.
+    """Sends one call's messages between the ranks of a group.
 
     Attributes:
-        about: printed by errors, to tell what the call was; a ``Plan`` or a ``Statement``.
+        about: describes the call in errors; a ``Plan`` or a ``Statement``.
     """
 
     group: ContextGroup

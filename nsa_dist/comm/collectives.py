@@ -1,8 +1,8 @@
-"""The attention's collectives, counted and named where they fail, and the sum of their returns.
+"""Collectives that count bytes and explain failures, and the sum of returned gradients.
 
-Neighbour exchanges are all-to-alls whose splits are zero except for the neighbours: NCCL sends
-only what is not empty, as grouped point-to-point transfers, while every rank still takes part, so
-that a rank without a neighbour can neither skip nor hang the others.
+Exchanges between neighbours are all-to-alls whose other splits are empty. NCCL then only sends to
+the neighbours, as grouped point-to-point transfers, but every rank still takes part, so a rank
+without neighbours cannot make the others hang.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup
 from nsa_dist.comm.work import Work
 
-# torch 2.13 renamed it and warns of the old name.
+# torch 2.13 renamed it and deprecated the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -37,10 +37,10 @@ def begin_all_to_all(
     Args:
         rows: [sum(send_counts), ...], run p goes to rank p.
         send_counts, recv_counts: rows for and from each rank.
-        kind: what it is counted as, and called in errors.
+        kind: name for the counter and for errors.
 
     Returns:
-        The work of [sum(recv_counts), ...], ordered by sender.
+        A ``Work`` with [sum(recv_counts), ...], ordered by sender.
     """
     group = channel.group
     if group.size == 1:
@@ -68,7 +68,7 @@ def begin_all_to_all(
 
 
 def begin_all_gather(rows: Tensor, channel: Channel, kind: str) -> Work[Tensor]:
-    """Concatenate equally many rows of every rank: the work of [M, ...] -> [P*M, ...]."""
+    """Begin to concatenate the rows [M, ...] of every rank to [P*M, ...]; M is equal on all."""
     group = channel.group
     if group.size == 1:
         return Work.done(rows)
@@ -85,7 +85,7 @@ def begin_all_gather(rows: Tensor, channel: Channel, kind: str) -> Work[Tensor]:
 def _under_way(
     handle: dist.Work, buffers: tuple[Tensor, Tensor], channel: Channel, kind: str
 ) -> Work[Tensor]:
-    """The work of a collective; ``buffers``, what is sent and received, live until it ends."""
+    """A ``Work`` for a collective, which keeps its (sent, received) ``buffers`` alive."""
 
     def wait() -> Tensor:
         with name_failures(kind, channel.group, channel.about):
@@ -98,7 +98,7 @@ def _under_way(
 def all_reduce_max(
     values: list[int], group: ContextGroup, counter: CommunicationCounter, kind: str, about: object
 ) -> list[int]:
-    """The largest of all ranks' 64-bit values, by place; counted as sent whole to every rank."""
+    """Elementwise maximum of all ranks' 64-bit values, counted as sent from each rank to all."""
     device = group.device
     on_gpu = device.type == "cuda"
     with torch.cuda.stream(_side_stream(device) if on_gpu else None):
@@ -115,18 +115,17 @@ def all_reduce_max(
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Of messages that need nothing of what is computed, so that none waits for it."""
+    """A stream for messages that do not depend on computation and should not wait for it."""
     return torch.cuda.Stream(device)
 
 
 def _wait_for_stream(group: ContextGroup) -> None:
-    """Wait for the current stream, but not for ever.
+    """Wait for the current stream until shortly before the group's timeout.
 
-    NCCL's own watchdog ends the process at the group's timeout, without a word to Python: the wait
-    gives up a little before it.
+    At the timeout NCCL's watchdog ends the process without a Python exception.
 
     Raises:
-        RuntimeError: when it gives up.
+        RuntimeError: if the wait takes too long.
     """
     assert group.process_group is not None
     timeout = group.process_group._get_backend(group.device).options._timeout.total_seconds()
@@ -142,14 +141,14 @@ def _wait_for_stream(group: ContextGroup) -> None:
 
 @contextmanager
 def name_failures(kind: str, group: ContextGroup, about: object) -> Iterator[None]:
-    """Give a collective that timed out, or lost a rank, the words to look for the reason with.
+    """Explain the failure of a collective, such as a timeout or a lost rank.
 
     Args:
-        kind: of message.
-        about: printed; what this rank was doing.
+        kind: kind of message.
+        about: describes what this rank was doing.
 
     Raises:
-        RuntimeError: or the subclass that torch.distributed raised, from it.
+        RuntimeError: or the subclass that torch.distributed raised, chained to the original.
     """
     start = time.monotonic()
     try:
@@ -171,20 +170,20 @@ def name_failures(kind: str, group: ContextGroup, about: object) -> Iterator[Non
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which gradients of several ranks are summed."""
+    """The dtype for sums of gradients from several ranks."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def add_returned_rows(own: Tensor, returned: Tensor, rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """Add gradients that came back from other ranks to this rank's own, in rank order.
+    """Add gradients from other ranks to this rank's own, in rank order.
 
-    A rank asks for a row at most once a transfer, so the rows of one run are distinct and each
-    element is added to once a run: the order of additions is that of the ranks, on every device.
+    A rank requests a row at most once per transfer, so the rows of a run are distinct, and each run
+    adds to an element at most once. The order of additions is therefore fixed on every device.
 
     Args:
-        own: [E, ...] this rank's gradient.
-        returned: [sum(counts), ...] from the ranks in order.
-        rows: int64 [sum(counts)], the row of ``own`` that each belongs to.
+        own: [E, ...], this rank's gradient.
+        returned: [sum(counts), ...], from the ranks in order.
+        rows: int64 [sum(counts)], the row of ``own`` for each returned row.
 
     Returns:
         [E, ...] in the accumulation dtype.

@@ -1,4 +1,4 @@
-"""Fetch of the remote selection blocks that local queries chose, and of nothing else."""
+"""Fetch of exactly the remote blocks that local queries selected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nsa_kernels.autograd import first_order
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """What one all-to-all of blocks moves: those of one KV head (of all heads, with one rank).
+    """One all-to-all of selected blocks, for one KV head (on one rank, for all heads).
 
     Attributes:
         first_head: the (first) KV head.
@@ -33,16 +33,16 @@ class Transfer:
 
 @dataclass(frozen=True, eq=False)
 class FetchPlan:
-    """The fetch of all KV heads.
+    """The transfers of all KV heads.
 
-    Heads want different blocks, so each has a transfer of its own, and only one head's blocks need
-    to be in memory at a time. One rank has nothing to fetch and takes all heads at once.
+    Heads select different blocks, so each head has its own transfer, and only one head's blocks
+    need to be in memory at a time. A single rank fetches nothing and takes all heads at once.
 
     Attributes:
         transfers: in the order of heads.
-        heads_per_transfer: KV heads of each.
-        block_rows: int64 [G, B], row at which each block starts, counted through the extended
-            buffer's rows and on through the fetched ones; -1 for blocks that are not here.
+        heads_per_transfer: KV heads of each transfer.
+        block_rows: int64 [G, B], start row of each block, counted through the extended buffer and
+            then the fetched rows; -1 for blocks that are not on this rank.
     """
 
     transfers: tuple[Transfer, ...]
@@ -51,13 +51,13 @@ class FetchPlan:
 
 
 def begin_request(selected_NGn: Tensor, plan: Plan, channel: Channel) -> Work[FetchPlan]:
-    """Begin to tell each rank which of its blocks this rank's queries chose, and to be told.
+    """Begin to exchange requests: which blocks of each rank this rank's queries selected.
 
-    The message is one byte a block and KV head, so its size is known without asking. Finishing is
-    the one point of a forward at which the host waits for what was computed.
+    The message has one byte per block and KV head, so all ranks know its size. Only when it is
+    finished does the host wait for the device during a forward.
 
     Args:
-        selected_NGn: int32, -1 padded.
+        selected_NGn: int32, padded with -1.
     """
     group, blocks = channel.group, plan.grids["selected"]
     num_heads = selected_NGn.shape[1]
@@ -70,7 +70,7 @@ def begin_request(selected_NGn: Tensor, plan: Plan, channel: Channel) -> Work[Fe
         return Work.done(FetchPlan((transfer,), num_heads, block_rows_GB))
     wanted_GB = _wanted_blocks(selected_NGn, blocks, group.rank)
     halo_rows = plan.halos["selected"].num_rows
-    return _begin_wishes(wanted_GB, blocks, channel).then(
+    return _begin_requests(wanted_GB, blocks, channel).then(
         lambda asked: _plan_fetch(asked, wanted_GB, block_rows_GB, blocks, group.size, halo_rows)
     )
 
@@ -83,7 +83,7 @@ def _plan_fetch(
     size: int,
     halo_rows: int,
 ) -> FetchPlan:
-    """What each transfer moves, of what the other ranks asked [G, P, own blocks] and this wants."""
+    """The transfers, from requests of other ranks [G, P, own blocks] and of this one."""
     num_heads = len(wanted_GB)
     own_lengths = blocks.lengths[blocks.own_ids]
     lengths_by_rank = blocks.lengths[blocks.by_rank]
@@ -113,7 +113,7 @@ def _plan_fetch(
 
 
 def _wanted_blocks(selected_NGn: Tensor, blocks: BlockOwnership, rank: int) -> Tensor:
-    """Remote blocks that some local query chose: bool [G, B], columns ordered by owner."""
+    """Remote blocks that some local query selected: bool [G, B], columns ordered by owner."""
     num_heads = selected_NGn.shape[1]
     nowhere = blocks.total
     ids = torch.where(selected_NGn >= 0, selected_NGn + blocks.bases[:, None, None], nowhere)
@@ -122,11 +122,11 @@ def _wanted_blocks(selected_NGn: Tensor, blocks: BlockOwnership, rank: int) -> T
     return (wanted[:, :nowhere] & (blocks.owner != rank))[:, blocks.by_rank]
 
 
-def _begin_wishes(wanted_GB: Tensor, blocks: BlockOwnership, channel: Channel) -> Work[Tensor]:
-    """Send each owner its part of ``wanted``.
+def _begin_requests(wanted_GB: Tensor, blocks: BlockOwnership, channel: Channel) -> Work[Tensor]:
+    """Begin to send each owner its part of ``wanted_GB``.
 
     Returns:
-        The work of asked, bool [G, P, own blocks]: which own blocks each rank wants.
+        A ``Work`` with bool [G, P, own blocks]: which own blocks each rank requests.
     """
     num_heads, size = wanted_GB.shape[0], channel.group.size
     parts = wanted_GB.view(torch.uint8).split(blocks.counts, dim=1)
@@ -140,7 +140,7 @@ def _begin_wishes(wanted_GB: Tensor, blocks: BlockOwnership, channel: Channel) -
 def begin_fetch(
     k_EGD: Tensor, v_EGD: Tensor, transfer: Transfer, channel: Channel
 ) -> Work[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Begin to move chosen blocks to the ranks that chose them.
+    """Begin to send selected blocks to the ranks that selected them.
 
     On each rank, for the g KV heads of a transfer (g = 1 with several ranks), with E rows of the
     extended buffer and F fetched tokens:
@@ -153,10 +153,10 @@ def begin_fetch(
                     reverse all-to-all of dfetched
 
     Returns:
-        The work of k, v, k_fetched, v_fetched. k and v are returned as well, so that their own
-        gradient and what returns from other ranks meet in ``_Send``'s backward and are added in
-        float32 (float64), rounded once. In backward ``_Receive`` begins the return of gradients,
-        ``_Send`` finishes it.
+        A ``Work`` with k, v, k_fetched, v_fetched. k and v are returned too, so that the backward
+        of ``_Send`` can add their own gradients and those from other ranks in float32 (float64)
+        and round once. In backward ``_Receive`` begins the return of gradients, ``_Send`` finishes
+        it.
     """
     if channel.group.size == 1:
         k_none, v_none = (x.new_empty(0, *x.shape[1:]) for x in (k_EGD, v_EGD))
@@ -167,7 +167,7 @@ def begin_fetch(
 
 
 class _Exchange:
-    """What the two halves of one fetch share, in forward and in backward."""
+    """State that the two halves of a fetch share, in forward and in backward."""
 
     def __init__(self, transfer: Transfer, channel: Channel, widths: tuple[int, int]) -> None:
         self.transfer, self.channel, self.widths = transfer, channel, widths
@@ -188,7 +188,7 @@ class _Send(torch.autograd.Function):
             rows, transfer.send_counts, transfer.recv_counts, exchange.channel, "fetch"
         )
         counter.fetched_per_head[transfer.first_head] += counter.received["fetch"] - before
-        # The empty one stands for what is under way: it ties the halves together in the graph.
+        # The empty tensor connects the two halves in the graph.
         return k.view_as(k), v.view_as(v), k.new_empty(0)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""All-gather of what each rank made of its own blocks; compressed keys and values, for NSA."""
+"""All-gather of what each rank computed from its own blocks: in NSA, compressed keys and values."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def begin_gather(
 ) -> Work[tuple[Tensor, Tensor]]:
     """Begin to gather a row of keys and values for each block of a grid, in stream order.
 
-    On each rank, which made C_r of the C rows:
+    On each rank, which owns C_r of the C blocks:
 
-        k [C_r, G, Dk], v [C_r, G, Dv]        of own blocks
-        k_full [C, G, Dk], v_full [C, G, Dv]  of every document's blocks, in stream order
+        k [C_r, G, Dk], v [C_r, G, Dv]        own blocks
+        k_full [C, G, Dk], v_full [C, G, Dv]  blocks of all documents, in stream order
 
         forward     all-gather of runs padded to the largest C_r, then a reordering
-        backward    all-to-all of dfull, each row's to its maker; the P partial gradients are
-                    added there in float32 (float64) in rank order. The bytes are a
-                    reduce-scatter's; its order of additions would not be fixed.
+        backward    all-to-all of dfull to the owner of each row, which sums the P partial
+                    gradients in float32 (float64), in rank order. It sends as many bytes as a
+                    reduce-scatter, whose order of additions would not be fixed.
 
     Returns:
-        The work of k_full, v_full. In backward ``_Receive`` begins the return of gradients,
+        A ``Work`` with k_full, v_full. In backward ``_Receive`` begins the return of gradients,
         ``_Send`` finishes it.
     """
     if channel.group.size == 1:
@@ -41,7 +41,7 @@ def begin_gather(
 
 
 class _Exchange:
-    """What the two halves of one gather share, in forward and in backward."""
+    """State that the two halves of a gather share, in forward and in backward."""
 
     def __init__(self, blocks: BlockOwnership, channel: Channel, widths: tuple[int, int]) -> None:
         self.blocks, self.channel, self.widths = blocks, channel, widths
@@ -57,7 +57,7 @@ class _Send(torch.autograd.Function):
         padded = own.new_zeros((max(exchange.blocks.counts), *own.shape[1:]))
         padded[: len(own)] = own
         exchange.incoming = begin_all_gather(padded, exchange.channel, "gather")
-        # Stands for what is under way: it ties the halves together in the graph.
+        # The empty tensor connects the two halves in the graph.
         return k.new_empty(0)
 
     @staticmethod

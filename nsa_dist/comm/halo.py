@@ -1,4 +1,4 @@
-"""Exchange of the tokens that stand just outside a rank's chunks."""
+"""Halo exchange: the tokens just outside of a rank's chunks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nsa_kernels.autograd import first_order
 def begin_halo(
     k_NGD: Tensor, v_NGD: Tensor, halo: Halo, channel: Channel
 ) -> Work[tuple[Tensor, Tensor]]:
-    """Begin to extend local keys and values by the tokens that other ranks hold for them.
+    """Begin to extend local keys and values by tokens of other ranks.
 
     On each rank, with N local rows and E rows of the extended buffer:
 
@@ -28,12 +28,12 @@ def begin_halo(
         backward    dlocal = dext[own_rows] + sum over ranks, in rank order, of what returns
                     through the reverse all-to-all of dext[recv_rows]
 
-    K and V travel in one message. Where no rank needs a halo (one rank among the cases) nothing is
-    sent, on any rank, and where besides the buffer is the local tensor nothing is copied.
+    K and V share one message. If no rank needs a halo (as with one rank), nothing is sent; if the
+    buffer also equals the local tensor, nothing is copied.
 
     Returns:
-        The work of k_ext, v_ext. In backward the roles change: ``_Receive`` begins the return of
-        gradients, ``_Send`` finishes it.
+        A ``Work`` with k_ext, v_ext. In backward the roles change: ``_Receive`` begins the return
+        of gradients, ``_Send`` finishes it.
     """
     if halo.is_identity:
         return Work.done((k_NGD, v_NGD))
@@ -43,7 +43,7 @@ def begin_halo(
 
 
 class _Exchange:
-    """What the two halves of one exchange share, in forward and in backward."""
+    """State that the two halves of an exchange share, in forward and in backward."""
 
     def __init__(self, halo: Halo, channel: Channel) -> None:
         self.halo, self.channel = halo, channel
@@ -64,7 +64,7 @@ class _Send(torch.autograd.Function):
             exchange.incoming = begin_all_to_all(
                 local[halo.send_rows], halo.send_counts, halo.recv_counts, exchange.channel, "halo"
             )
-        # The empty one stands for what is under way: it ties the halves together in the graph.
+        # The empty tensor connects the two halves in the graph.
         return k.view_as(k), v.view_as(v), k.new_empty(0)
 
     @staticmethod

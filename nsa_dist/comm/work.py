@@ -1,4 +1,4 @@
-"""Communication that was begun and is not finished yet."""
+"""A handle for communication that has begun and is not finished."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ U = TypeVar("U")
 
 
 class Work(Generic[T]):
-    """A transfer under way, to be finished once.
+    """A transfer in progress, which must be finished exactly once.
 
-    Between ``begin_...`` and ``finish`` the caller may compute; neither may touch what is being
-    received. Every work must be finished, on every rank and in the same order on all.
+    Between ``begin_...`` and ``finish`` the caller may compute, but must not use the buffers that
+    are being received. All ranks must finish their transfers in the same order.
 
     Args:
-        wait: waits for the transfer, and returns what came.
+        wait: waits for the transfer and returns its result.
     """
 
     def __init__(self, wait: Callable[[], T]) -> None:
@@ -24,18 +24,18 @@ class Work(Generic[T]):
 
     @classmethod
     def done(cls, result: T) -> Work[T]:
-        """A work with nothing to wait for."""
+        """A transfer that is already complete."""
         return cls(lambda: result)
 
     def then(self, unpack: Callable[[T], U]) -> Work[U]:
-        """The same transfer, whose result goes through ``unpack`` when it is finished."""
+        """This transfer with ``unpack`` applied to its result."""
         return Work(lambda: unpack(self.finish()))
 
     def finish(self) -> T:
-        """Wait, and return what came.
+        """Wait for the transfer and return its result.
 
         Raises:
-            RuntimeError: the second time.
+            RuntimeError: if called twice.
         """
         if self._wait is None:
             raise RuntimeError("a transfer must be finished once, got a second finish()")

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from nsa_dist.checks import describe
 
-WORKS = (
+ADVICE = (
     "under parallelize_module use ColwiseParallel(output_layouts=Replicate()) and "
     "RowwiseParallel(input_layouts=Replicate()); to shard weights use fully_shard, and to split "
     "heads over ranks nsa_dist.adapters.megatron"
@@ -38,12 +38,12 @@ def project(name: str, module: nn.Module, x: Tensor, *last: int) -> Tensor:
             if not is_cut(module):
                 raise
             given = f"DTensor weights for x of {describe(x)} ({error})"
-            raise ValueError(f"{name} must take plain tensors, got {given}; {WORKS}") from error
+            raise ValueError(f"{name} must take plain tensors, got {given}; {ADVICE}") from error
     if isinstance(out, DTensor) or out.shape[-len(last) :] != last:
         given = "a DTensor" if isinstance(out, DTensor) else describe(out)
         width = " x ".join(map(str, last))
         must = f"a plain tensor of width {width}"
-        raise ValueError(f"{name} must return {must}, got {given}; {WORKS}")
+        raise ValueError(f"{name} must return {must}, got {given}; {ADVICE}")
     return out
 
 
@@ -61,5 +61,5 @@ def cut_problem(layer: nn.Module, projections: Collection[str]) -> str | None:
     for name, child in layer.named_children():
         # FSDP2 gathers weights before they are used.
         if name not in projections and not isinstance(child, FSDPModule) and is_cut(child):
-            return f"{name} must have plain weights, got DTensors; {WORKS}"
+            return f"{name} must have plain weights, got DTensors; {ADVICE}"
     return None

@@ -1,4 +1,4 @@
-"""Who holds, needs and sends what: pure functions of the config, the layout and the batch."""
+"""The plan: which rank holds, needs and sends what. It only depends on config, layout and batch."""
 
 from nsa_dist.plan.build import build_plan
 from nsa_dist.plan.grid import Grid

@@ -1,8 +1,8 @@
-"""The plan, worked out on the CPU once for a batch and shared by all its layers.
+"""Build the plan of a batch on the CPU; all layers share it.
 
 It is a pure function of the block grids, the layout, the number of ranks and the document
-boundaries: no communication, no device. Every rank computes the same tables for all ranks, which
-is how a sender knows what a receiver lacks without being asked.
+boundaries, without communication or device. Every rank computes the tables of all ranks, so a
+sender knows what a receiver needs without a request.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def build_plan(
     cu_seqlens: Tensor | None,
     grids: Mapping[str, Grid] | None = None,
 ) -> Plan:
-    """Work out one rank's plan. Lengths must have passed ``layout.check_lengths``.
+    """Build one rank's plan. Lengths must have passed ``layout.check_lengths``.
 
     Args:
         length: tokens T of each whole row, over all ranks.
-        cu_seqlens: int32 [documents + 1] on the CPU, or None for one document a row.
-        grids: the blocks that are read, by name; None for NSA's.
+        cu_seqlens: int32 [documents + 1] on the CPU; None if each row is one document.
+        grids: the blocks that are read, by name; None for NSA's own.
 
     Returns:
         A plan on the CPU.
@@ -101,7 +101,7 @@ def build_plan(
 def _own_blocks(
     stream: Stream, halo: HaloBuilder, grid: Grid, per_doc: Tensor, bases: Tensor, size: int
 ) -> BlockOwnership:
-    """Number the blocks of a grid with ``per_doc`` blocks a document, and tell their owners."""
+    """Number the blocks of a grid with ``per_doc`` blocks per document, and find their owners."""
     total = int(per_doc.sum())
     doc = torch.repeat_interleave(torch.arange(len(per_doc)), per_doc, output_size=total)
     index = torch.arange(total) - (per_doc.cumsum(0) - per_doc)[doc]

@@ -1,4 +1,4 @@
-"""Which blocks of its documents something reads, declared by name; the plan works out the rest."""
+"""Grids: the blocks of a document that a part of the attention reads, declared by name."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nsa_dist.config import BRANCHES, NSAConfig
 
 @dataclass(frozen=True)
 class Grid:
-    """Blocks of every document: block i holds its tokens i*stride to i*stride + block - 1.
+    """Blocks of every document: block i holds tokens i*stride to i*stride + block - 1.
 
     Args:
-        keys: the set of keys and values that the blocks are made of; a name of ``Plan.halos``.
-        block, stride: tokens.
-        whole: leave out blocks that reach past the document's end; otherwise the last is short,
-            and ``stride`` must be ``block``.
+        keys: name of the set of keys and values with these blocks, as in ``Plan.halos``.
+        block, stride: in tokens.
+        whole: leave out blocks that reach past the document's end. Otherwise the last block may be
+            short, and ``stride`` must equal ``block``.
     """
 
     keys: str
@@ -28,15 +28,16 @@ class Grid:
     whole: bool
 
     def per_document(self, lengths: Tensor) -> Tensor:
-        """Blocks of documents of ``lengths`` tokens, int64 of the same shape."""
+        """Number of blocks of documents with ``lengths`` tokens, int64 of the same shape."""
         if self.whole:
             return ((lengths - self.block) // self.stride + 1).clamp(min=0)
         return (lengths + self.stride - 1) // self.stride
 
     def reach(self, first: Tensor, end: Tensor, length: Tensor) -> Tensor:
-        """Where the blocks end that start in runs [first, end) of documents of ``length`` tokens.
+        """The end of the last block that starts in each run [first, end) of a document.
 
-        Positions in the document; no less than ``end``.
+        All arguments are positions in a document of ``length`` tokens. The result is at least
+        ``end``.
         """
         if self.whole:
             last = torch.minimum((end - 1) // self.stride, (length - self.block) // self.stride)
@@ -49,28 +50,29 @@ class Grid:
 
 
 def compression_grid(config: NSAConfig) -> Grid:
-    """The blocks that compression makes one token of."""
+    """The blocks that are compressed to one token each."""
     return Grid("compressed", config.compress_block, config.compress_stride, whole=True)
 
 
 def selection_grid(config: NSAConfig) -> Grid:
-    """The blocks that queries choose among."""
+    """The blocks that queries select from."""
     return Grid("selected", config.select_block, config.select_block, whole=False)
 
 
 def all_grids(config: NSAConfig, of_selector: Mapping[str, Grid] | None = None) -> dict[str, Grid]:
-    """Every grid of a call, by name.
+    """All grids of a call, by name.
 
     Args:
-        of_selector: those that choosing blocks needs; None for NSA's, ``compressed``.
+        of_selector: the selector's grids; None for NSA's own, ``compressed``.
 
     Raises:
-        ValueError: if a selector's grid is called ``selected``, as the blocks to choose among are.
+        ValueError: if a selector's grid has the reserved name ``selected``.
     """
     if of_selector is None:
         of_selector = {"compressed": compression_grid(config)} if config.uses_compression else {}
     if "selected" in of_selector:
-        raise ValueError("selector grids must not be called 'selected', got one that is")
+        names = sorted(of_selector)
+        raise ValueError(f"selector grids must not use the name 'selected', got {names}")
     chosen = {"selected": selection_grid(config)} if "selected" in config.branches else {}
     return {**of_selector, **chosen}
 

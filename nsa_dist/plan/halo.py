@@ -1,4 +1,4 @@
-"""Which tokens around its own a rank needs, who sends them, and where they stand."""
+"""Halos: the tokens around its own that a rank needs, their senders, and their buffer rows."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from nsa_dist.plan.stream import Stream
 from nsa_dist.plan.tables import Halo
 
 Reach = tuple[Tensor, Tensor]
-"""Tokens that each run needs, itself included, as document positions [low, high)."""
+"""Tokens that each run needs, including its own, as document positions [low, high)."""
 
 
 def window_reach(stream: Stream, window: int) -> Reach:
-    """What queries see through a window of so many tokens, their own included."""
+    """Tokens that queries see in a window of ``window`` tokens, including their own."""
     first, end, _ = stream.run_positions()
     return (first - window + 1).clamp(min=0), end
 
 
 def grid_reach(stream: Stream, grid: Grid) -> Reach:
-    """What completes the blocks that start on a rank."""
+    """Tokens that complete the blocks that start on a rank."""
     first, end, length = stream.run_positions()
     return first, grid.reach(first, end, length)
 
@@ -39,14 +39,14 @@ def _overlaps(
 
 
 class HaloBuilder:
-    """Extended buffers of one need: intervals of the stream on every rank, rows on this one."""
+    """The extended buffer of one set of keys: its stream intervals on all ranks, its rows here."""
 
     def __init__(self, stream: Stream, reaches: Sequence[Reach], rank: int) -> None:
         base = stream.doc_start[stream.run_doc]
         low = torch.stack([lo for lo, _ in reaches]).amin(0) + base
         high = torch.stack([hi for _, hi in reaches]).amax(0) + base
-        # Runs that need common tokens share one interval, so that a token stands in one row and
-        # its gradient has one place. Offsetting by rank keeps the running maximum within a rank.
+        # Runs that need common tokens share one interval, so that each token has a single row and
+        # a single gradient. Offsets by rank keep the running maximum within a rank.
         apart = (stream.total + 1) * stream.run_rank
         reached = (high + apart).cummax(0).values
         opens = torch.ones(len(low), dtype=torch.bool)
@@ -64,7 +64,7 @@ class HaloBuilder:
         self.stream, self.rank = stream, rank
 
     def rows(self, coordinates: Tensor) -> Tensor:
-        """Rows of this rank's buffer at which tokens of the stream stand."""
+        """Rows of this rank's buffer that hold the given tokens of the stream."""
         at = torch.searchsorted(self.own_start, coordinates, right=True) - 1
         return self.own_offset[at] + coordinates - self.own_start[at]
 

@@ -1,4 +1,4 @@
-"""The whole stream cut into the pieces that ranks hold."""
+"""The whole stream, split into the pieces that ranks hold."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nsa_dist.plan.layout import Layout, chunk_starts
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The whole stream cut into pieces: maximal runs of one document and one chunk.
+    """The whole stream, split into pieces: maximal intervals within one document and one chunk.
 
-    ``piece_*`` are in stream order. ``run_*`` are pieces joined where a rank holds both sides of
-    a cut, ordered by rank, then stream; ``run_row`` is a run's first row on its rank.
+    ``piece_*`` are in stream order. ``run_*`` join adjacent pieces of one rank and document,
+    ordered by rank, then stream; ``run_row`` is a run's first row on its rank.
     """
 
     total: int

@@ -1,8 +1,8 @@
-"""What a plan says: who holds what, as tables that every rank works out alike.
+"""The tables of a plan.
 
 Letters: N local tokens, P ranks, C compressed tokens of the whole stream, B selection blocks of
 the whole stream, E rows of a halo-extended buffer. A *stream coordinate* counts the tokens of the
-whole batch, row after row. A block belongs to the rank that holds its first token.
+whole batch, row after row. The rank that holds the first token of a block owns it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Halo:
 
     Attributes:
         num_rows: E.
-        own_rows: int64 [N], row of the extended buffer at which each local token stands.
+        own_rows: int64 [N], row of each local token in the extended buffer.
         send_rows: int64 [sum(send_counts)], local tokens to send, by receiving rank.
         send_counts: tokens for each rank.
-        recv_rows: int64 [sum(recv_counts)], rows at which received tokens stand, by sending rank.
+        recv_rows: int64 [sum(recv_counts)], buffer rows of received tokens, by sending rank.
         recv_counts: tokens from each rank.
-        is_local: no rank needs any token of another.
-        is_identity: and the extended buffer is the local tensor as it stands.
+        is_local: whether no rank needs tokens of another.
+        is_identity: whether also the extended buffer equals the local tensor.
     """
 
     num_rows: int
@@ -51,15 +51,15 @@ class BlockOwnership:
     Blocks are numbered through the stream, document after document.
 
     Attributes:
-        counts: blocks of each rank.
+        counts: number of blocks of each rank.
         owner: int64 [blocks].
         by_rank: int64 [blocks], block ids ordered by owner, then id.
-        gathered_rows: int64 [blocks], where each stands in a gather of runs padded to max(counts).
+        gathered_rows: int64 [blocks], row of each block in a gather of runs padded to max(counts).
         lengths: int64 [blocks], tokens of each; a document's last selection block may be short.
         own_ids: int64 [counts[rank]].
-        own_index: int64 [counts[rank]], number of each own block within its document.
-        own_rows: int64 [counts[rank]], row of the extended buffer at which each own block starts.
-        bases: int64 [N], number of block 0 of each local token's document.
+        own_index: int64 [counts[rank]], index of each own block within its document.
+        own_rows: int64 [counts[rank]], start row of each own block in the extended buffer.
+        bases: int64 [N], id of block 0 of each local token's document.
     """
 
     counts: tuple[int, ...]
@@ -74,7 +74,7 @@ class BlockOwnership:
 
     @property
     def total(self) -> int:
-        """Blocks of the whole stream."""
+        """Number of blocks of the whole stream."""
         return sum(self.counts)
 
 
@@ -83,16 +83,16 @@ class Plan:
     """Everything that one rank's forward and backward need to know about the split.
 
     Attributes:
-        config, rank, size: what it was made for.
-        batch, local_length: rows and tokens a row that this rank holds; N is their product.
+        config, rank, size: what the plan was made for.
+        batch, local_length: rows, and tokens per row on this rank; N is their product.
         longest: tokens of the longest document.
         segments: runs of local queries at consecutive positions (see ``nsa_kernels``).
         positions: int64 [N], position of each local token in its document.
-        documents: int64 [N], number of its document.
-        halos: by set of keys and values; the same object for all where K, V is shared.
-        grids: the blocks of each grid by its name: ``selected`` where that branch is used, and what
-            the selector declares (NSA: ``compressed``).
-        statement: everything that all ranks must agree on, printed.
+        documents: int64 [N], index of its document.
+        halos: by set of keys and values; a single object for all sets if K, V is shared.
+        grids: blocks by grid name: ``selected`` if that branch is used, and the selector's grids
+            (NSA: ``compressed``).
+        statement: the values that all ranks must agree on, as text.
     """
 
     config: NSAConfig
@@ -109,7 +109,7 @@ class Plan:
     statement: Statement = field(default_factory=lambda: Statement({}))
 
     def __str__(self) -> str:
-        """The call and the batch, as errors name them."""
+        """The call and the batch, for errors."""
         return str(self.statement)
 
     def to(self, device: torch.device) -> Plan:
@@ -119,7 +119,7 @@ class Plan:
 
 
 def _move(value: Any, device: torch.device, memo: dict[int, Any]) -> Any:
-    """Move every tensor of a nested plan, once for each object that is shared."""
+    """Move every tensor of a nested plan; shared objects stay shared."""
     if id(value) in memo:
         return memo[id(value)]
     moved: Any

@@ -353,12 +353,12 @@ TOLD: dict[str, tuple[Callable[[Any], Call], str]] = {
         bad_input,
         f"x must have shape [batch, local tokens, hidden_size={HIDDEN}], got ",
     ),
-    "no-tensor": (no_tensor, "x must be a tensor, got None"),
+    "no-tensor": (no_tensor, "x must be a plain tensor, got None"),
     "sparse-tensor": (
         no_plain_tensor,
-        "x must be a tensor, got a tensor of layout torch.sparse_coo",
+        "x must be a plain tensor, got a tensor of layout torch.sparse_coo",
     ),
-    "nested-tensor": (nested_tensor, "x must be a tensor, got a nested tensor"),
+    "nested-tensor": (nested_tensor, "x must be a plain tensor, got a nested tensor"),
     "sparse-boundaries": (
         sparse_boundaries,
         "cu_seqlens must be None or an int32 tensor that is not on meta, got a tensor of layout",

@@ -125,7 +125,7 @@ def test_dtensors_beside_plain_tensors_are_refused_by_name(ranks_of: RanksOf) ->
         assert weights.error == x.error == "ValueError"
         assert "_norm must have plain weights, got DTensors" in weights.message
         assert x.message.startswith(
-            "x must be a plain tensor (as its to_local() is), got a DTensor"
+            "x must be a plain tensor (x.to_local() gives one), got a DTensor"
         )
 
 

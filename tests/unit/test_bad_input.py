@@ -344,7 +344,7 @@ FUNCTIONAL_CASES: dict[str, Case] = {
     "plan-of-other-length": (lambda: functional(plan=plan(length=64))(), "plan: (1, 64); (1, 32)"),
     "plan-beside-cu_seqlens": (
         lambda: functional(plan=plan(), cu_seqlens=cu(0, TOKENS))(),
-        "cu_seqlens: boundaries; None beside a plan",
+        "cu_seqlens: boundaries; None with a plan",
     ),
     "plan-config-none": (lambda: plan(None), "config: None; an NSAConfig"),
 }

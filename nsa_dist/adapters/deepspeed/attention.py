@@ -1,7 +1,7 @@
-"""A module in the shape of ``deepspeed.sequence.layer.DistributedAttention``.
+"""A module with the interface of ``deepspeed.sequence.layer.DistributedAttention``.
 
-Queries, keys and values come in and go out split by tokens. Ulysses exchanges tokens for heads, and
-so needs as many KV heads as ranks; here heads stay, and what a query needs comes to it.
+Input and output are split by tokens. Ulysses exchanges tokens for heads, and so needs at least as
+many KV heads as ranks. Here each rank keeps all heads and fetches the tokens that its queries need.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from nsa_dist.plan.layout import make_layout
 
 
 class NSADistributedAttention(nn.Module):
-    """Native Sparse Attention in the place of Ulysses' ``DistributedAttention``.
+    """Native Sparse Attention that replaces Ulysses' ``DistributedAttention``.
 
     Build it inside the model before ``deepspeed.initialize``, so that its parameters are in the
-    optimizer and in checkpoints. Any number of KV heads goes with any number of ranks.
+    optimizer and in checkpoints. It supports any number of KV heads on any number of ranks.
 
     Args:
-        config: what is computed, with ``independent_kv=False``. With ``gate="static"`` the module
-            owns the gates; with others each call brings them (``gates=``).
+        config: the attention, with ``independent_kv=False``. With ``gate="static"`` the module has
+            the gates as parameters; otherwise pass them with each call (``gates=``).
         sequence_process_group: process group or one-dimensional DeviceMesh of the ranks that share
             a sequence; None for one rank.
-        layout: how tokens are split: "contiguous", as Ulysses has them, "zigzag", which balances
-            the work, or "zigzag_per_document".
+        layout: how tokens are split: "contiguous" as in Ulysses, "zigzag", which balances the
+            computation, or "zigzag_per_document".
         backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a name that
             ``nsa_kernels.get_backend`` knows.
-        k_compressor, v_compressor: with ``config.compress == "custom"``, modules
-            [C, G, l, D] -> [C, G, D].
+        k_compressor, v_compressor: modules that map [C, G, l, D] to [C, G, D], with
+            ``config.compress == "custom"``.
 
     Parameters: ``k_compressor.*``, ``v_compressor.*`` of ``BlockCompressor``; ``gate.logits``
     [H, nb] with ``gate="static"``.
 
     Attributes:
-        communication: bytes moved by this module, by kind, since its last ``reset``.
+        communication: bytes sent by this module, by kind, since its last ``reset``.
 
     Raises:
-        ValueError: naming the option, the value found and the values that work.
+        ValueError: if an option has a value that is not allowed.
     """
 
     def __init__(
@@ -104,22 +104,21 @@ class NSADistributedAttention(nn.Module):
 
         Args:
             q: [b, L, H, Dk], this rank's tokens; [L, b, H, Dk] with ``batch_dim_idx=1``.
-            k, v: as q, of [G, Dk] and [G, Dv].
-            batch_dim_idx: 0 or 1, which dimension is the batch.
-            rotary_pos_emb: None for queries and keys that are rotated already; else cos and sin,
-                [T, 1 or b, 1, r] each, of every token of the whole stream, both halves of r alike:
-                channels c and c + r/2 are rotated together, those beyond r pass.
+            k, v: like q, with [G, Dk] and [G, Dv].
+            batch_dim_idx: 0 or 1, the index of the batch dimension.
+            rotary_pos_emb: None if queries and keys are already rotated; else cos and sin, each
+                [T, 1 or b, 1, r], for all tokens of the whole stream, with equal halves of r:
+                channels c and c + r/2 rotate together, channels from r on stay as they are.
             gates: [b, L, H, nb] (or [L, b, H, nb]), in (0, 1), branches in the order of
-                ``config.branches``; in the place of the static ones.
-            cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream, the same on
-                all ranks, with b = 1; None for b documents.
+                ``config.branches``; replace the static gates.
+            cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream, equal on all
+                ranks, with b = 1; None if each row is one document.
 
         Returns:
             [b, L, H, Dv] or [L, b, H, Dv] in the dtype of ``q``.
 
         Raises:
-            ValueError: naming the option, the value found and the values that work; on every rank
-                of the group, whichever rank's input is bad.
+            ValueError: on every rank of the group, if an argument of any rank is not allowed.
         """
         if isinstance(batch_dim_idx, Integral) and not isinstance(batch_dim_idx, bool):
             batch_dim_idx = int(batch_dim_idx)
@@ -135,8 +134,8 @@ class NSADistributedAttention(nn.Module):
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         if self.gate is not None:
             static = self.gate(q.new_empty(*q.shape[:2], 0))
-            # Given gates leave the static ones a gradient of zeros: a parameter without one would
-            # keep ZeRO waiting.
+            # With given gates the static ones get a gradient of zeros: ZeRO would wait forever for
+            # a parameter without a gradient.
             gates = static if gates is None else gates + 0 * static.to(gates.dtype)
         assert gates is not None
         by = CompressedSelector(self.k_compressor, self.v_compressor)
@@ -144,7 +143,7 @@ class NSADistributedAttention(nn.Module):
         return out.transpose(0, 1) if batch_dim_idx == 1 else out
 
     def _layout_problem(self, q: Any, k: Any, v: Any, batch_dim_idx: int, gates: Any) -> str | None:
-        """What keeps the tensors of one call from being laid out with the batch first, or None."""
+        """The error in the number of dimensions and the batch dimension, or None."""
         if batch_dim_idx not in (0, 1) or isinstance(batch_dim_idx, bool):
             return (
                 "batch_dim_idx must be 0 for [batch, local tokens, heads, width] or 1 for "
@@ -152,8 +151,8 @@ class NSADistributedAttention(nn.Module):
             )
         if gates is None and self.gate is None:
             return (
-                f"gates must be a tensor with gate={self.config.gate!r}, which is made of hidden "
-                "states that do not come here (or use gate='static'), got None"
+                f"gates must be a tensor with gate={self.config.gate!r}, whose hidden states this "
+                "module does not get (or use gate='static'), got None"
             )
         for name, x in (("q", q), ("k", k), ("v", v), ("gates", gates)):
             if x is None and name == "gates":
@@ -165,7 +164,7 @@ class NSADistributedAttention(nn.Module):
                 return problem
         return None
 
-    @torch.compiler.disable  # As in NativeSparseAttention: the one break of a compiled layer.
+    @torch.compiler.disable  # As in NativeSparseAttention: the only graph break of the layer.
     def _call(
         self,
         q: Tensor,
@@ -200,7 +199,7 @@ class NSADistributedAttention(nn.Module):
 
     @property
     def config(self) -> NSAConfig:
-        """What is computed."""
+        """The hyperparameters."""
         return self.setup.config
 
     @property
@@ -210,21 +209,21 @@ class NSADistributedAttention(nn.Module):
 
     @property
     def layout(self) -> str:
-        """How it is split."""
+        """Name of the layout by which the sequence is split."""
         return self.setup.layout
 
     @property
     def backend(self) -> str:
-        """What computes it, by name."""
+        """Name of the backend."""
         return self.setup.backend
 
     @property
     def communication(self) -> CommunicationCounter:
-        """Bytes moved by this module, by kind, since its last ``reset``."""
+        """Bytes sent by this module, by kind, since its last ``reset``."""
         return self.setup.counter
 
     def _local(self, x: Tensor, plan: Plan, cu_seqlens: Tensor | None) -> Tensor:
-        """[T, 1 or b, 1, r] of the whole stream -> [1 or b, L, 1, r] of this rank's tokens."""
+        """[T, 1 or b, 1, r] of the whole stream to [1 or b, L, 1, r] of this rank's tokens."""
         columns = plan.positions.view(plan.batch, -1)[0]
         if cu_seqlens is not None:
             columns = columns + cu_seqlens.to(columns)[plan.documents]
@@ -253,7 +252,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotary_problem(
     rotary_pos_emb: tuple[Tensor, Tensor] | None, q: Tensor, rows: tuple[int, int], size: int
 ) -> str | None:
-    """What is wrong with cos and sin, or None."""
+    """The error in cos and sin, or None."""
     if rotary_pos_emb is None:
         return None
     if not isinstance(rotary_pos_emb, (tuple, list)) or len(rotary_pos_emb) != 2:

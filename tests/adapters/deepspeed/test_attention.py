@@ -113,8 +113,8 @@ def test_what_cannot_be_called_is_refused_by_name() -> None:
     cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
         ((q, k, v, 2), {}, r"batch_dim_idx must be 0 for .*, got 2"),
         ((q, k, v, True), {}, r"batch_dim_idx must be 0 for .*, got True"),
-        ((None, k, v, 0), {}, "q must be a tensor, got None"),
-        ((q, None, v, 0), {}, "k must be a tensor, got None"),
+        ((None, k, v, 0), {}, "q must be a plain tensor, got None"),
+        ((q, None, v, 0), {}, "k must be a plain tensor, got None"),
         ((q[..., :3, :], k, v, 0), {}, r"q must have shape \[batch, local tokens, .*, got "),
         ((q, k.flatten(2), v, 0), {}, "k must have four dimensions"),
         ((q, k, v[:, 1:], 0), {}, "v must have shape"),

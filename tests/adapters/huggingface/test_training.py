@@ -165,4 +165,4 @@ def test_bad_calls_are_refused_on_every_rank(ranks_of: GetRanks) -> None:
         option = name.split(",")[0]
         for answer in answers:
             assert option in answer[name], (name, answer[name])
-            assert "found" in answer[name] and "work" in answer[name], (name, answer[name])
+            assert " must " in answer[name] and ", got " in answer[name], (name, answer[name])
