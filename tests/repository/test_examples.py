@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -19,7 +20,14 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "docs/**/*.md", "tests/**/*.md", "launch/**/*.md")
     for path in ROOT.glob(pattern)
 )
-OPTIONAL = {"deepspeed": "deepspeed", "huggingface": "transformers", "ring": "ring_flash_attn"}
+OPTIONAL = {
+    "deepspeed": "deepspeed",
+    "huggingface": "transformers",
+    "megatron": "megatron",
+    "ring": "ring_flash_attn",
+}
+# Megatron needs GPUs; without them its calls of torch.cuda are answered by the CPU.
+WITHOUT_GPUS = "from tests.adapters.megatron import shim\n\nshim.install()\n"
 # Compares what its examples return as well, on one and on two ranks.
 RUN_ELSEWHERE = {"docs/adapters/huggingface.md": "tests/adapters/huggingface/test_docs.py"}
 
@@ -55,9 +63,10 @@ def _skip_without_its_package(code: str) -> None:
 
 
 def test_every_document_with_examples_is_run() -> None:
-    assert {"README.md", "docs/adapters/deepspeed.md", "docs/adapters/ring.md"} <= EXAMPLES.keys()
+    adapters = {f"docs/adapters/{name}.md" for name in OPTIONAL}
+    assert {"README.md", *adapters} <= EXAMPLES.keys() | RUN_ELSEWHERE.keys()
     assert "README.md" in ONE_RANK
-    assert len(TWO_RANKS) >= 3
+    assert len(TWO_RANKS) >= 4
     for document, test in RUN_ELSEWHERE.items():
         assert len(_examples(document)) >= 3
         assert Path(document).name in (ROOT / test).read_text(encoding="utf-8")
@@ -76,7 +85,8 @@ def test_example_on_two_ranks(example: str, tmp_path: Path) -> None:
     code = TWO_RANKS[example]
     _skip_without_its_package(code)
     script = tmp_path / "two_ranks.py"
-    script.write_text(code, encoding="utf-8")
+    megatron_on_cpus = "megatron.core" in code and not torch.cuda.is_available()
+    script.write_text(WITHOUT_GPUS * megatron_on_cpus + code, encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     finished = subprocess.run(
