@@ -3,7 +3,7 @@
     python launch/convert.py RUN/checkpoints/step_00001000 OTHER_RUN
 
 writes ``OTHER_RUN/checkpoints/step_00001000`` for the other engine, from which a run with
-``--run.folder OTHER_RUN --run.resume True`` goes on. Weights, both moments and the step move, bit
+``--run.folder OTHER_RUN --run.resume True`` continues. Weights, both moments and the step move, bit
 for bit. Neither Megatron nor a GPU is needed, and the sizes (tp, cp, pp, dp) that wrote a
 checkpoint or will read it do not matter. The model is in memory once, with its moments.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+if __name__ == "__main__":  # Import from the checkout, not from this file's folder.
     folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
     others = [path for path in sys.path if Path(path).resolve() != folder]
     sys.path[:] = [str(root), str(root / "kernels"), *others]

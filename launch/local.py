@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+if __name__ == "__main__":  # Import from the checkout, not from this file's folder.
     folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
     others = [path for path in sys.path if Path(path).resolve() != folder]
     sys.path[:] = [str(root), str(root / "kernels"), *others]
@@ -25,7 +25,7 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def command(arguments: list[str], gpus: int) -> list[str]:
-    """The torchrun command line for a machine with so many GPUs."""
+    """The torchrun command line for a machine with this number of GPUs."""
     processes = min(gpus, MOST) if gpus else MOST
     config, *overrides = arguments or ["--help"]
     return [
@@ -39,16 +39,16 @@ def command(arguments: list[str], gpus: int) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with what torchrun is to do."""
-    # A thread a core over all processes; torchrun would otherwise warn and take one a process.
+    """This process's environment, with settings for torchrun."""
+    # One thread per core over all processes. Without it torchrun warns and takes one per process.
     threads = str(max(1, (os.cpu_count() or 1) // MOST))
-    # torchrun passes on signals that it is told of; of SIGUSR1 it would end without its ranks.
-    # They have five minutes to save before it kills them. Options of torchrun, by its own names.
+    # torchrun passes on only the signals named here; SIGUSR1 would end it without its ranks.
+    # Ranks have five minutes to save before torchrun kills them. These are torchrun's own names.
     waits = {"PET_SIGNALS_TO_HANDLE": SIGNALS, "PET_SHUTDOWN_TIMEOUT": "300"}
     return {"OMP_NUM_THREADS": threads, **waits, **os.environ}
 
 
 if __name__ == "__main__":
     line = command(sys.argv[1:], torch.cuda.device_count())
-    # torchrun takes this process's place: nothing stands between it and signals or a kill.
+    # torchrun replaces this process, so that signals and kills reach it.
     os.execve(line[0], line, environment())

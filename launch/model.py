@@ -30,7 +30,7 @@ class Decoder(nn.Module):
 
     Args:
         settings: ``model``, ``attention``, ``rotary`` and ``parallel.layout`` are read.
-        vocab_size: tokens that there are.
+        vocab_size: number of tokens.
         group: ranks that share the sequence, or None.
     """
 
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         loss = x.new_zeros((), dtype=torch.float64)
         rows = zip(x.flatten(0, 1).split(LOSS_ROWS), labels.flatten().split(LOSS_ROWS), strict=True)
         for x_rows, label_rows in rows:
-            # Recomputed in backward, so that no more than one piece's logits are ever kept.
+            # Recomputed in backward, so that only one piece's logits exist at a time.
             loss = loss + checkpoint(_loss_sum, x_rows, weight, label_rows, use_reentrant=False).to(
                 torch.float64
             )
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
             self.reset_part(name, part, seed)
 
     def parts(self) -> list[tuple[str, nn.Module]]:
-        """What is materialised, initialised and sharded as one piece, by name."""
+        """The parts that are materialised, initialised and sharded one at a time, by name."""
         blocks = [(f"blocks.{i}", block) for i, block in enumerate(self.blocks)]
         rest = [("embedding", self.embedding), ("norm", self.norm), ("head", self.head)]
         return blocks + [(name, part) for name, part in rest if part is not None]
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
         return received
 
     def reset_communication(self) -> None:
-        """Start counting anew."""
+        """Set the counts to zero."""
         for layer in self._attention_layers():
             layer.communication.reset()
 
@@ -180,7 +180,7 @@ def build_model(settings: Settings, vocab_size: int, ranks: Ranks) -> Decoder:
 
 
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """What the forward runs in; under bfloat16 weights and reductions stay float32."""
+    """The dtype of forward; with bfloat16, weights and reductions stay float32."""
     name = settings.run.dtype
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"

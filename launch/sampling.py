@@ -18,7 +18,7 @@ from nsa_dist import shard_batch
 from nsa_dist.checks import check
 
 PAD_TO = 64
-"""By default lengths grow in these steps, so that few distinct plans are made."""
+"""Default step in which lengths grow, so that few distinct plans are made."""
 
 
 @torch.no_grad()
@@ -37,8 +37,8 @@ def sample(
 ) -> list[int]:
     """Continue ``prompt`` by ``length`` tokens; collective, the same tokens on every rank.
 
-    No KV cache: the whole text so far runs through the sharded model for each token. What stands
-    after the last token cannot change it, so the text is padded at its end.
+    No KV cache: the whole text so far runs through the sharded model for each token. Later tokens
+    cannot change earlier ones, so the text is padded at its end.
 
     Args:
         model: maps local tokens [1, L], with ``cu_seqlens``, to local logits [1, L, vocabulary].
@@ -62,7 +62,7 @@ def sample(
         )
         logits = batch.unshard(model(batch.tokens, cu_seqlens=batch.cu_seqlens))
         last = logits[0, len(context) - 1].double()
-        # The largest is taken off first: the others may become -inf, but none becomes NaN.
+        # The largest is subtracted first: others may become -inf, but none becomes NaN.
         weights = ((last - last.max()) / temperature).softmax(-1).cpu()
         choice = torch.multinomial(weights, 1, generator=generator).to(ranks.device)
         # Replicas may differ in the last bits of a logit; one choice keeps them on one text.
@@ -73,7 +73,7 @@ def sample(
 
 
 def check_prompt(settings: Settings, tokenizer: Tokenizer) -> None:
-    """Refuse a prompt that the sample at the end could not continue."""
+    """Refuse a prompt without a token, which could not be continued."""
     prompt = settings.run.prompt
     if settings.run.sample_tokens:
         tokens = tokenizer.encode(prompt.encode(), "run.prompt")
@@ -84,7 +84,7 @@ def check_prompt(settings: Settings, tokenizer: Tokenizer) -> None:
 def sample_text(
     engine: Engine, tokenizer: Tokenizer, settings: Settings, ranks: Ranks, stopping: Stopping
 ) -> str:
-    """The prompt and what the model makes of it; collective, the same on every rank."""
+    """The prompt and its continuation by the model; collective, the same on every rank."""
     run = settings.run
     if not run.sample_tokens:
         return ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+if __name__ == "__main__":  # Import from the checkout, not from this file's folder.
     folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
     others = [path for path in sys.path if Path(path).resolve() != folder]
     sys.path[:] = [str(root), str(root / "kernels"), *others]
@@ -162,7 +162,7 @@ class Run:
     Every method is collective.
 
     Attributes:
-        done: steps so far, with those of the runs that it goes on from.
+        done: steps so far, with those of the runs that it continues.
     """
 
     def __init__(

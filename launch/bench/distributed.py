@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+if __name__ == "__main__":  # Import from the checkout, not from this file's folder.
     folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
     others = [path for path in sys.path if Path(path).resolve() != folder]
     sys.path[:] = [str(root), str(root / "kernels"), *others]
@@ -77,7 +77,7 @@ class DistributedOptions(Sizes):
 
     @property
     def layout_name(self) -> str:
-        """The layout that ``layout`` comes to."""
+        """The layout, with "auto" resolved."""
         if self.layout != "auto":
             return self.layout
         return "zigzag" if self.documents == 1 else "zigzag_per_document"
@@ -122,16 +122,16 @@ def largest(value: float, context: ContextGroup) -> float:
 
 
 def of_all(verdict: Verdict, context: ContextGroup) -> Verdict:
-    """The worst of all ranks' verdicts, so that all time a result or none; a collective."""
+    """The worst of all ranks' verdicts, so that all ranks decide alike; a collective."""
     error = math.inf if math.isnan(verdict.error) else verdict.error
     return replace(verdict, error=largest(error, context))
 
 
 class _OverRanks(torch.autograd.Function):
-    """Whole tensors, the same on every rank, to the whole result of ``attend`` on their shards.
+    """Runs ``attend`` on the shards of whole tensors and returns the whole result.
 
-    The first ``by_token`` inputs are [T, ...] and sharded, the others whole. Gradients are of the
-    whole: each rank's share is put in its place and added over ranks.
+    The first ``by_token`` inputs are [T, ...] and sharded, the others whole. Gradients are
+    whole too: each rank's part is put in its place, or added over ranks.
     """
 
     @staticmethod
@@ -166,11 +166,11 @@ def local_inputs(inputs: Sequence[Tensor], sharding: Sharding, by_token: int) ->
 
 
 @dataclass(frozen=True)
-class Contest:
-    """One attention over ranks.
+class Candidate:
+    """An attention over ranks that is checked and timed.
 
     Args:
-        problem: judges whole tensors; its ``run`` gathers what ``attend`` gives.
+        problem: checks whole tensors; its ``run`` gathers the results of ``attend``.
         attend: what is timed, on ``local``.
         local: this rank's inputs.
         counter: of the bytes that ``attend`` moves.
@@ -199,17 +199,17 @@ def over_ranks(
     sharding: Sharding,
     by_token: int,
     counter: CommunicationCounter,
-) -> Contest:
-    """``problem`` with ``attend`` on shards in the place of what it runs."""
+) -> Candidate:
+    """``problem`` that runs ``attend`` on shards."""
 
     def run(*inputs: Tensor) -> Tensor:
         return _OverRanks.apply(attend, sharding, by_token, *inputs)
 
     local = local_inputs(problem.inputs, sharding, by_token)
-    return Contest(replace(problem, run=run), attend, local, counter)
+    return Candidate(replace(problem, run=run), attend, local, counter)
 
 
-def contests(stream: Stream, layout: str, context: ContextGroup) -> list[Callable[[], Contest]]:
+def candidates(stream: Stream, layout: str, context: ContextGroup) -> list[Callable[[], Candidate]]:
     """Dense ring attention and Native Sparse Attention on the stream, built when called."""
     config, options, length = stream.config, stream.options, stream.length
     bounds = None
@@ -229,7 +229,7 @@ def contests(stream: Stream, layout: str, context: ContextGroup) -> list[Callabl
         "device": stream.device,
     }
 
-    def nsa() -> Contest:
+    def nsa() -> Candidate:
         counter = CommunicationCounter()
         (problem,) = problems(stream, torch.empty(0), {}, ("whole",))
         plan = get_plan(config, layout, context, **batch)
@@ -251,7 +251,7 @@ def contests(stream: Stream, layout: str, context: ContextGroup) -> list[Callabl
 
         return over_ranks(replace(problem, name="nsa"), attend, sharding, 8, counter)
 
-    def dense() -> Contest:
+    def dense() -> Candidate:
         counter = CommunicationCounter()
         plan = get_dense_plan(layout, context, **batch)
 
@@ -287,7 +287,7 @@ def contests(stream: Stream, layout: str, context: ContextGroup) -> list[Callabl
 def bench(
     options: DistributedOptions, context: ContextGroup, meter: Meter
 ) -> tuple[list[DistributedRow], list[str]]:
-    """All rows, printed and written by rank 0 as they come, and what was wrong and not timed.
+    """All rows, and messages on wrong results, which are not timed. Rank 0 prints and writes rows.
 
     Collective: every rank draws the same streams and judges the same whole results.
     """
@@ -306,9 +306,9 @@ def bench(
     for length in options.lengths:
         torch.manual_seed(0)
         stream = Stream(options, length, meter.device)
-        for build in contests(stream, layout, context):
-            contest = build()
-            problem = contest.problem
+        for build in candidates(stream, layout, context):
+            candidate = build()
+            problem = candidate.problem
             verdict = of_all(problem.verdict(), context)
             found = f"{problem.name} at {length}: error {verdict.error:.1e}"
             if not verdict.right:
@@ -316,7 +316,7 @@ def bench(
                 if is_main:
                     print(f"WRONG, not timed: {wrong[-1]}", flush=True)
                 continue
-            received = contest.received_mib()
+            received = candidate.received_mib()
             row = replace(
                 blank,
                 operator=problem.name,
@@ -329,13 +329,13 @@ def bench(
             share = 1 / context.size
             flops = Flops(problem.flops.forward * share, problem.flops.backward * share)
             del problem  # Whole tensors that only the judge needed.
-            rows.append(measure(row, contest.local, contest.attend, flops, peaks, meter))
+            rows.append(measure(row, candidate.local, candidate.attend, flops, peaks, meter))
             rows = with_ring_ratios(rows)
             if is_main:
                 print(line(rows[-1]), flush=True)
                 if options.csv is not None:
                     write_csv(options.csv, rows)
-            del contest
+            del candidate
             if meter.device.type == "cuda":
                 torch.cuda.empty_cache()
         del stream
@@ -343,7 +343,7 @@ def bench(
 
 
 def with_ring_ratios(rows: Sequence[DistributedRow]) -> list[DistributedRow]:
-    """The rows with the ratios of dense ring attention's time to theirs filled in."""
+    """The rows with ratios: the time of dense ring attention over theirs."""
     rings = {
         (row.length, row.shape, row.ranks, row.layout): row
         for row in rows
@@ -363,7 +363,7 @@ def with_ring_ratios(rows: Sequence[DistributedRow]) -> list[DistributedRow]:
 
 
 def line(row: DistributedRow) -> str:
-    """What is printed of a row as soon as it is measured."""
+    """The line that is printed when a row has been measured."""
     ratio = pair(row.forward_over_ring, row.both_over_ring)
     return (
         f"{row.length:>8} {row.operator:<11} {pair(row.forward_ms, row.backward_ms)} ms, "
@@ -373,7 +373,7 @@ def line(row: DistributedRow) -> str:
 
 
 def markdown(rows: Sequence[DistributedRow]) -> str:
-    """A table of each shape, number of ranks and layout."""
+    """A table for each shape, number of ranks and layout."""
     parts = []
     head = ["tokens, attention", "ms", "ratio", "MiB received", "GiB", "TFLOP/s a rank"]
     for kind in dict.fromkeys((row.shape, row.ranks, row.layout) for row in rows):
@@ -395,7 +395,7 @@ def markdown(rows: Sequence[DistributedRow]) -> str:
 
 
 def join_ranks() -> ContextGroup:
-    """All processes of torchrun, a GPU each.
+    """The group of all processes of torchrun, one per GPU.
 
     Raises:
         ValueError: without torchrun, or with more processes than GPUs.

@@ -1,4 +1,4 @@
-"""Whether what operators.py times is right.
+"""Checks of results before they are timed.
 
 Results are compared with float64 on sampled rows: outputs, and all gradients of what these rows
 give, so that a stream of any length is checked in bounded memory. Rows that were not sampled must
@@ -26,7 +26,7 @@ before they are added as a tree."""
 
 @dataclass(frozen=True)
 class Verdict:
-    """The largest error found and the largest allowed. NaN is wrong."""
+    """The largest error found and the largest one allowed. NaN is wrong."""
 
     error: float
     limit: float
@@ -48,12 +48,12 @@ def sampled_rows(count: int) -> Tensor:
 
 
 def compare_sampled(reference: Callable[..., Tensor], *, by_row: int, operators: int = 1) -> Judge:
-    """A judge by the norm of the difference over the norm of the float64 result, largest of all.
+    """A judge by relative error: the norm of the difference over that of the float64 result.
 
     Args:
         reference: sampled rows and float64 inputs -> output of these rows. Of the first ``by_row``
             inputs it gets those rows only.
-        operators: how many roundings of operators stand one after another.
+        operators: number of operators that round one after another.
     """
 
     def judge(run: Run, inputs: list[Tensor]) -> Verdict:
@@ -88,7 +88,7 @@ def compare_sampled(reference: Callable[..., Tensor], *, by_row: int, operators:
 
 
 def compare_choice(stream: Stream, q: Tensor, k: Tensor) -> Judge:
-    """A judge of chosen blocks: none that was left out scores more in float64 than one chosen.
+    """A judge of chosen blocks: no block left out may score higher in float64 than a chosen one.
 
     Allowed is 4 times the largest error of scores that plain code in the run's dtype makes.
     """
@@ -138,9 +138,10 @@ def scores(q: Tensor, k: Tensor, t: Tensor, stream: Stream) -> Tensor:
 
 
 def worst_choice(chosen: Tensor, exact: Tensor, t: Tensor, stream: Stream) -> float | None:
-    """By how much a block left out passes a chosen one in ``exact`` [m, G, B]; None: no choice.
+    """By how much a block left out exceeds a chosen one, at most; None for an invalid choice.
 
-    No choice is what is not ascending and then -1, lacks a forced block, or has too many or few.
+    ``exact`` [m, G, B] has the scores. A valid choice is ascending, then -1, with all forced blocks
+    and as many blocks as there must be.
     """
     config = stream.config
     blocks, device = exact.shape[-1], exact.device

@@ -11,7 +11,7 @@ import torch
 from launch.bench.work import Peaks
 
 CACHE_BYTES = 1 << 28
-"""More than a GPU's L2 cache holds; written before each repeat, so that none finds its inputs."""
+"""More than a GPU's L2 cache holds. Written before each repeat, so that no input is in it."""
 MOST_REPEATS = 1000
 
 
@@ -25,12 +25,12 @@ class Meter:
         self._cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device=self.device)
 
     def of_all(self, measured: float) -> float:
-        """What counts of a measurement; where several devices work together, the largest of all:
-        then they also repeat a function equally often."""
+        """The value that counts. Where several devices work together it is their largest, so that
+        all repeat a function equally often."""
         return measured
 
     def milliseconds(self, function: Callable[[], Any]) -> float:
-        """Median over repeats that take about the budget, at least three, after two others."""
+        """Median over at least three repeats, in about the budget, after two warm-up runs."""
         function()
         once = self.of_all(self._wait([self._record(function)])[0])
         repeats = int(min(MOST_REPEATS, max(3.0, self.budget_ms / max(1e-3, once))))
@@ -38,7 +38,7 @@ class Meter:
         return self.of_all(statistics.median(times))
 
     def memory_gib(self, function: Callable[[], Any]) -> float:
-        """The most that was allocated within the function over what was before."""
+        """The most memory that was allocated within the function beyond what was before."""
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()

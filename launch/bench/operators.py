@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+if __name__ == "__main__":  # Import from the checkout, not from this file's folder.
     folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
     others = [path for path in sys.path if Path(path).resolve() != folder]
     sys.path[:] = [str(root), str(root / "kernels"), *others]
@@ -113,7 +113,7 @@ def dense_rows(stream: Stream, blank: Row, peaks: Peaks, meter: Meter) -> Iterat
 
 
 def bench(options: Options, meter: Meter) -> tuple[list[Row], list[str]]:
-    """All rows, printed and written as they come, and what was wrong and not timed."""
+    """All rows, and messages on wrong results, which are not timed. Prints and writes each row."""
     # Before anything is timed, so that a file that does not match costs no time.
     recorded = {
         length: recorded_choices(options, length) if options.choices is not None else {}
@@ -150,7 +150,7 @@ def bench_length(
     meter: Meter,
     keep: Callable[[Row], None],
 ) -> list[str]:
-    """Gives ``keep`` each row of one length; returns what was wrong and not timed."""
+    """Calls ``keep`` with each row of one length; returns messages on wrong results."""
     options, length = stream.options, stream.length
     assert isinstance(options, Options)
     torch.manual_seed(0)
@@ -184,7 +184,7 @@ def bench_length(
 
 
 def line(row: Row) -> str:
-    """What is printed of a row as soon as it is measured."""
+    """The line that is printed when a row has been measured."""
 
     def pair(first: float | None, second: float | None, width: int, digits: int) -> str:
         texts = (
@@ -218,7 +218,7 @@ def _percents(row: Row) -> tuple[float | None, float | None]:
 
 
 def shape_of(options: Sizes, gpu: str) -> Shape:
-    """What makes rows comparable."""
+    """The shape of a row; rows of equal shapes are compared."""
     names = ["dtype", "heads", "kv_heads", "head_dim", "v_head_dim", "documents"]
     names += ["compress_block", "compress_stride", "select_block", "num_selected", "window"]
     return Shape(gpu=gpu, **{name: getattr(options, name) for name in names})
@@ -235,7 +235,7 @@ def where() -> dict[str, Any]:
 
 
 def triton_version() -> str:
-    """Of the installed triton, or "none": the PyTorch backend works without."""
+    """The version of triton, or "none": the PyTorch backend does not need it."""
     if find_spec("triton") is None:
         return "none"
     return str(importlib.import_module("triton").__version__)

@@ -1,8 +1,8 @@
 """What the benchmarks run on: sizes, and the blocks that the selected branch is given.
 
 Choices are int32 [S, G, n], as ``Backend.select_blocks`` gives them: drawn at random, or recorded
-from a trained model by record_choices.py. Neighbouring tokens of a trained model choose alike,
-those of random choices do not.
+from a trained model by record_choices.py. Neighbouring tokens of a trained model choose similar
+blocks; random choices do not.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Options(Sizes):
 
 
 def check_folder(option: str, path: Path | None) -> None:
-    """Refuse a file to write whose folder is not there."""
+    """Refuse an output file whose folder does not exist."""
     there = path is None or path.parent.is_dir()
     check(there, option, str(path), "a file in an existing folder")
 
@@ -170,7 +170,7 @@ def recorded_choices(options: Options, length: int) -> dict[int, Tensor]:
 
     Raises:
         ValueError: where the file cannot be read, its tokens, groups or n are not the run's, a
-            layer is not there, or a choice is none that this selection could make.
+            layer does not exist, or a choice is not one that this selection could make.
     """
     assert options.choices is not None
     path, config = options.choices, options.config
@@ -225,7 +225,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def first_bad_choice(chosen: Tensor, config: NSAConfig) -> tuple[int, int] | None:
-    """The first (token, group) of one document whose choice no selection makes, or None.
+    """The first (token, group) of one document whose choice is invalid, or None.
 
     chosen: integer [S, G, n]. Good are ascending blocks up to the token's own, with that one, as
     many as are eligible but at most n, then -1.

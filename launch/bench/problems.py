@@ -29,7 +29,7 @@ class Problem:
 
     Args:
         name: of ``OPERATORS``.
-        choices: what chose the blocks, where that matters, else "".
+        choices: the source of the chosen blocks, or "" where it does not matter.
         inputs: what gradients are taken of, in the order of ``run``'s arguments.
         run: inputs -> one tensor.
         judge: compares with float64 what ``run`` gives of ``inputs``.
@@ -53,7 +53,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class GivenChoices:
-    """A backend that chooses, at the usual cost, and then has other blocks than it chose."""
+    """A backend that chooses blocks at the usual cost and then returns given ones instead."""
 
     inner: Backend
     selected: Tensor
@@ -177,7 +177,7 @@ def _whole(stream: Stream, label: str, choices: Tensor | None) -> Problem:
     """
     config, device, ops = stream.config, stream.device, stream.ops
     bounds = torch.arange(stream.options.documents + 1, dtype=torch.int32) * stream.size
-    # Made once a batch, for all layers.
+    # Made once for a batch and all layers.
     plan = get_plan(
         *(config, "zigzag", None),
         batch=1,
@@ -231,7 +231,7 @@ def _whole(stream: Stream, label: str, choices: Tensor | None) -> Problem:
         return exact.combine(outputs, gates)
 
     def chosen() -> Tensor:
-        """The blocks of this run; whether they are right is block_selection's question."""
+        """The blocks of this run. Whether they are right is checked by block_selection."""
         if choices is not None:
             return choices
         keys, values = (dict(zip(BRANCHES, x, strict=True)) for x in (inputs[2:5], inputs[5:8]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+if __name__ == "__main__":  # Import from the checkout, not from this file's folder.
     folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
     others = [path for path in sys.path if Path(path).resolve() != folder]
     sys.path[:] = [str(root), str(root / "kernels"), *others]

@@ -15,7 +15,7 @@ from nsa_kernels import Backend, QuerySegments, get_backend
 
 
 class Stream:
-    """Packed documents of equal length, and what several operators share on them."""
+    """Packed documents of equal length, with the inputs that several operators share."""
 
     def __init__(self, options: Sizes, length: int, device: torch.device | str) -> None:
         self.options, self.length, self.device = options, length, torch.device(device)

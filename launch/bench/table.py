@@ -1,4 +1,4 @@
-"""The table that the benchmarks measure: as CSV, as Markdown, as a plot.
+"""The measurements of the benchmarks as CSV, Markdown and a plot.
 
     python launch/bench/table.py FILE.csv [FILE.csv ...] [--docs docs/benchmarks.md]
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # This file's folder makes way for the packages of its checkout.
+if __name__ == "__main__":  # Import from the checkout, not from this file's folder.
     folder, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
     others = [path for path in sys.path if Path(path).resolve() != folder]
     sys.path[:] = [str(root), str(root / "kernels"), *others]
@@ -69,8 +69,8 @@ class Row:
     Args:
         operator: of ``OPERATORS``, or dense_cudnn or dense_flash.
         length: tokens.
-        choices: what chose the blocks, where that matters, else "".
-        forward_ms, backward_ms: medians; backward None for what has none.
+        choices: the source of the chosen blocks, or "" where it does not matter.
+        forward_ms, backward_ms: medians; backward is None without a backward.
         forward_tflops, backward_tflops: useful TFLOP/s, None for what multiplies nothing.
         forward_gbs, backward_gbs: GB/s if each input and output is moved once.
         bound: what the floor of the operator is of, products or bytes.
@@ -182,7 +182,7 @@ def _ratios(rows: Sequence[Row], dense: str) -> list[tuple[int, float]]:
 
 
 def crossover_text(rows: Sequence[Row], dense: str = "cudnn") -> str:
-    """The crossover in words, "" where there is nothing to compare."""
+    """The crossover in words, or "" if there is nothing to compare."""
     ratios, tokens = _ratios(rows, dense), crossover(rows, dense)
     if not ratios:
         return ""
@@ -213,7 +213,7 @@ R = TypeVar("R", bound=Row)
 
 
 def read_csv(path: Path) -> list[Row]:
-    """As ``read_rows``, of operators.py."""
+    """``read_rows`` for rows of operators.py."""
     return read_rows(path, Row)
 
 
@@ -233,7 +233,7 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
                 shape = Shape(**_typed(Shape, line))
                 rows.append(kind(**_typed(kind, line), shape=shape))
     except (KeyError, TypeError, ValueError, OSError, csv.Error) as error:
-        # ValueErrors are fields that are no numbers and bytes that are no UTF-8.
+        # ValueError: a field is not a number, or a byte is not UTF-8.
         raise ValueError(
             f"csv must be a file of launch/bench/operators.py --csv, got {path} line {number} "
             f"({type(error).__name__}: {error})"
@@ -291,7 +291,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, never in powers of ten."""
+    """Three significant digits, without an exponent."""
     if value is None:
         return ""
     places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
@@ -421,10 +421,10 @@ def draw_plot(path: Path, rows: Sequence[Row]) -> None:
 
 
 def with_numbers(document: str, numbers: str, name: str) -> str:
-    """The document with what stands between its marks for the file ``name`` replaced.
+    """The document with new text between its marks for the file ``name``.
 
     Raises:
-        ValueError: if the marks are not there, once each.
+        ValueError: if a mark is missing.
     """
     begin = BEGIN.format(name)
     head, found, rest = document.partition(begin)

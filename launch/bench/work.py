@@ -31,7 +31,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Pairs:
-    """(query, key) pairs of one head over the whole stream, by what the keys are of."""
+    """(query, key) pairs of one head over the whole stream, by branch."""
 
     compressed: int
     selected: int
@@ -40,7 +40,7 @@ class Pairs:
 
 
 def count_pairs(options: Sizes, length: int) -> Pairs:
-    """Pairs that the definition asks for; the selected ones do not depend on which blocks are."""
+    """Pairs in the definition. Their number does not depend on which blocks are selected."""
     config, size = options.config, length // options.documents
     block, stride, select = config.compress_block, config.compress_stride, config.select_block
     compressed = selected = window = 0
@@ -54,7 +54,7 @@ def count_pairs(options: Sizes, length: int) -> Pairs:
 
 
 def attention_flops(options: Sizes, pairs: int) -> Flops:
-    """A softmax attention over so many pairs of each query head."""
+    """A softmax attention with this number of pairs for each query head."""
     dk, dv, head_pairs = options.head_dim, options.v_head_dim, float(options.heads * pairs)
     return Flops(2 * (dk + dv) * head_pairs, 2 * (3 * dk + 2 * dv) * head_pairs)
 
@@ -70,7 +70,7 @@ def compression_flops(options: Sizes, length: int, width: int) -> Flops:
 
 
 def operator_flops(options: Sizes, length: int) -> dict[str, Flops]:
-    """By operator, and of ``dense`` attention on the same stream."""
+    """Operations by operator, and those of ``dense`` attention on the same stream."""
     pairs = count_pairs(options, length)
     flops = {
         "compression": compression_flops(options, length, options.head_dim),
@@ -97,13 +97,14 @@ def fewest_bytes(inputs: Iterable[Tensor], output: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What this GPU was measured to reach: TFLOP/s of a large matrix product in the run's dtype,
+    """Measured peak rates of this GPU: TFLOP/s of a large matrix product in the run's dtype,
     and TB/s of a copy, bytes read and bytes written."""
 
     tflops: float
     tbytes: float
 
     def floor_ms(self, flops: float, size: float) -> tuple[float, str]:
-        """Milliseconds for so many operations and bytes at these rates, and which of them bind."""
+        """Milliseconds for these operations and bytes at these rates, and which of the two takes
+        longer: "products" or "bytes"."""
         products, moved = flops / self.tflops / 1e9, size / self.tbytes / 1e9
         return (products, "products") if products >= moved else (moved, "bytes")

@@ -41,8 +41,8 @@ class Corpus:
     """Training and held-out documents.
 
     Args:
-        digest: of the vocabulary's size and of every document's name and tokens, in hexadecimal:
-            the same wherever the documents and the tokenizer lie, another for other ones.
+        digest: hexadecimal hash of the vocabulary's size and of every document's name and tokens.
+            It does not depend on where the documents and the tokenizer lie.
     """
 
     training: Documents
@@ -52,7 +52,7 @@ class Corpus:
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    """By a hash of the name: adding or removing other documents moves none between the splits."""
+    """Decided by a hash of the name, so that adding or removing other documents moves none."""
     head = hashlib.sha256(name.encode()).digest()[:8]
     return int.from_bytes(head, "big") < fraction * 2**64
 
@@ -77,7 +77,7 @@ def load_corpus(settings: DataSettings) -> Corpus:
     for split in splits.values():
         must = f"a fraction that leaves some documents in both splits ({where} gives {counts})"
         check(bool(split), "data.held_out", settings.held_out, must)
-        # A document's first token is no target.
+        # A document's first token is not a target.
         targets = any(tokens.numel() > 1 for _, tokens in split)
         must = "documents of two tokens or more in both splits"
         check(targets, "data.path", where, must)

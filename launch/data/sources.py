@@ -1,6 +1,6 @@
 """Where documents come from: this Python's library, a folder's files, the lines of a JSONL file.
 
-What cannot be read is an error that names the file and the line; nothing is left out silently.
+What cannot be read raises an error that names the file and the line; nothing is skipped.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 from launch.settings import DataSettings
 from nsa_dist.checks import check
 
-# Not programs that people wrote to be read: tests and their data, generated tables, one huge
-# string of help text, and packages that only happen to be installed there.
+# Skipped because they are not typical programs: tests and their data, generated tables, help text,
+# and installed packages.
 _SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data")
 )
 
-# How files begin that are often taken for text.
+# First bytes of files that are often mistaken for text.
 _BEGINNINGS = {
     b"\x1f\x8b": "gzip; decompress it",
     b"\x28\xb5\x2f\xfd": "zstd; decompress it",
@@ -74,7 +74,7 @@ def read_documents(settings: DataSettings) -> Iterator[tuple[str, bytes]]:
 
 
 def read_file(path: Path, option: str) -> bytes:
-    """What is in a file; ValueError that names it and the option where it cannot be read."""
+    """The content of a file; ValueError that names file and option if it cannot be read."""
     with _named(path, option):
         return path.read_bytes()
 
@@ -95,7 +95,7 @@ def find_files(root: Path, pattern: str, skipped: frozenset[str] = frozenset()) 
     """
     parts = _split_pattern(pattern)
     found: dict[str, Path] = {}
-    # Folders to look at, by their path in ``root``, and the number of parts that are matched.
+    # Folders to search, by their path in ``root``, with the number of parts already matched.
     waiting, seen = [("", 0)], set()
     while waiting:
         place = waiting.pop()
@@ -142,7 +142,7 @@ def _split_pattern(pattern: str) -> list[str]:
 
 
 def _is_document(path: Path) -> bool:
-    """Whether it is a file, rather than a folder; ValueError for what is neither."""
+    """True for a file, False for a folder; ValueError for anything else."""
     with _named(path):
         if path.is_symlink() and not path.exists():
             raise ValueError(f"data.path must hold files, got a broken link: {_shown(path)}")
@@ -207,7 +207,7 @@ def _text_of(line: str, field: str, where: str) -> bytes:
         got = f"byte 0x{ord(line[error.start]) & 0xFF:02x} in {where} column {error.start + 1}"
         raise ValueError(f"data.path must hold JSON in UTF-8, got {got}") from None
     try:
-        # Numbers are not looked at: as floats they may have any number of digits.
+        # Numbers are not used; as floats they may have any number of digits.
         record: Any = json.loads(line, parse_int=float)
     except json.JSONDecodeError as error:
         got = f"{where} column {error.colno} ({error.msg.removesuffix(' at')})"
@@ -269,5 +269,5 @@ def _named(path: Path, option: str = "data.path") -> Iterator[None]:
 
 
 def _shown(path: Path) -> str:
-    """A path in an error: as it is where it can be printed in a line."""
+    """A path for an error message: quoted if it cannot be printed in a line."""
     return str(path) if str(path).isprintable() else repr(str(path))

@@ -21,9 +21,9 @@ class Tokenizer(Protocol):
     """Text to tokens and back.
 
     Attributes:
-        vocab_size: the largest token + 1; not all below need to be in use.
+        vocab_size: the largest token + 1; some smaller ones may be unused.
         unit: what a token is called.
-        note: what the user is told at the start of a run, in a line; empty when there is nothing.
+        note: a line that is printed at the start of a run; may be empty.
     """
 
     vocab_size: int
@@ -109,7 +109,7 @@ class HuggingFaceTokenizer:
         self._dtype = _smallest_dtype(self.vocab_size)
 
     def _switch_off(self) -> str:
-        """Switch truncation and padding off; what there is to tell about it."""
+        """Switch truncation and padding off; returns a note about it, which may be empty."""
         inner = getattr(self._inner, "backend_tokenizer", self._inner)
         found = []
         if getattr(inner, "truncation", None) is not None:

@@ -45,7 +45,8 @@ class EngineSpec:
             run anywhere.
         check_machine: the same for settings and a device, "cuda" or "cpu", that it cannot run here.
         describe: settings, ranks -> how it uses the ranks, in a few words.
-        options: options that only this engine has. With every other one they keep their defaults.
+        options: options that not every engine has, but this one. Engines without them refuse all
+            values except the default.
         fixed_options: those of them that a resumed run cannot change.
         file_suffixes: ends of the names of files that it reads in a checkpoint. A file with such a
             name that is not in the manifest makes the checkpoint invalid.
@@ -71,7 +72,7 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Step:
-    """One update; none, where ``grad_norm`` is not finite: weights and optimizer state stay.
+    """The result of one step. If ``grad_norm`` is not finite, weights and optimizer state stayed.
 
     Args:
         loss_sum: float64 scalar, nats; the sum over all ranks is that of all targets, before the
@@ -98,7 +99,7 @@ class Engine(Protocol):
     sampler: nn.Module
 
     def step(self, batches: Sequence[ShardedBatch], learning_rate: float, seed: int) -> Step:
-        """One update from this replica's micro-batches, or none, as ``Step`` says."""
+        """One step from this replica's micro-batches."""
         ...
 
     def loss(self, batch: ShardedBatch) -> Tensor:
@@ -110,11 +111,11 @@ class Engine(Protocol):
         ...
 
     def reset_communication(self) -> None:
-        """Start counting anew."""
+        """Set the counts to zero."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's part of weights and optimizer state, by names to tell; not copied."""
+        """This rank's part of weights and optimizer state, by names for messages; not copied."""
         ...
 
     def write(self, path: Path, step: int) -> None:
@@ -127,7 +128,11 @@ class Engine(Protocol):
         ...
 
     def read(self, path: Path) -> int:
-        """Restore the state of a checkpoint that ``checkpoint.resume`` found; the steps done."""
+        """Restore the state of a checkpoint that ``checkpoint.resume`` found.
+
+        Returns:
+            The number of steps done.
+        """
         ...
 
 
@@ -140,7 +145,7 @@ class WholeState:
         weights: what the optimizer steps.
         moments: by ``MOMENTS``, then as the weights.
         updates: of the optimizer; fewer than ``step`` where some were skipped.
-        dtype: what the weights are rounded to in forward, as far as the checkpoint says.
+        dtype: what the weights are rounded to in forward, if the checkpoint says so.
     """
 
     weights: dict[str, Tensor]
@@ -151,8 +156,8 @@ class WholeState:
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether AdamW decays a parameter, by our name or Megatron's: matrices, and not gains, biases,
-    positions, logits or queries, be it one set of them or one a head."""
+    """Whether AdamW decays a parameter, by our name or Megatron's. It decays matrices, but not
+    gains, biases, positions, logits and queries, which are matrices if each head has its own."""
     vector = name.endswith((".position", ".logits", ".query")) or "norm" in name
     return parameter.ndim >= 2 and not vector
 
@@ -178,16 +183,16 @@ def make_adamw(
 
 
 def spoil_gradients(loss: Tensor) -> Tensor:
-    """The same loss; where it is not finite, its gradients are not either.
+    """The same loss, whose gradients are not finite if the loss is not.
 
-    So one number, the norm of all gradients, tells every rank of both. Some losses would hide: that
-    of a probability of 0 is inf, its gradient finite.
+    So the norm of all gradients shows both to every rank. A loss can be inf with finite gradients:
+    that of a probability of 0.
     """
     return loss * (1 + 0 * loss.detach())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Local tensors of an optimizer: what it steps and its state, by names to tell."""
+    """Local tensors of an optimizer: what it steps and its state, by names for messages."""
     # DeepSpeed takes parameters out of their groups between the steps.
     stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(dict.fromkeys([*stepped, *optimizer.state])):

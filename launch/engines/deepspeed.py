@@ -15,7 +15,7 @@ from launch.settings import Settings
 from nsa_dist.checks import check
 
 COMPANION = "_universal"
-"""What DeepSpeed's script, which makes the universal form, is told to add to the name."""
+"""End of the name of a checkpoint's universal form, which a script of DeepSpeed writes."""
 
 
 def check_settings(settings: Settings) -> None:
@@ -74,7 +74,7 @@ def has_universal(path: Path) -> bool:
     form = universal_of(path)
     if not form.is_dir():
         return False
-    # The script copies these files last, and leaves its folder tmp until then.
+    # The script copies these files last. Its folder tmp exists until then.
     copies = [form / file.name for file in path.glob("*model_states.pt")]
     whole = is_universal(form) and not (form / "tmp").exists()
     whole = whole and all(

@@ -110,7 +110,7 @@ def from_saved(saved: Mapping[str, Tensor], config: NSAConfig) -> dict[str, Tens
 
 
 def rest_to_megatron(part: str) -> str:
-    """The name in Megatron's model of the weight of a ``Decoder.parts()`` that is no block."""
+    """The name in Megatron's model of the weight of a ``Decoder.parts()`` that is not a block."""
     return _renamed(f"{part}.weight", _REST)
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # A dozen of what is not installed beside it.
+    warnings.simplefilter("ignore")  # A dozen warnings about packages that are not installed.
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -275,7 +275,7 @@ class MegatronEngine:
         """The sum of what this rank adds to the losses: of equal ones, one rank's count."""
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         if self.ranks.tp_rank == 0:
-            for loss in losses:  # None but on the last stage.
+            for loss in losses:  # Empty on all stages except the last.
                 total += loss
         return total
 
@@ -382,14 +382,14 @@ def run_schedule(
     """Run Megatron's schedule over micro-batches: forward, backward, reduced gradients.
 
     Returns:
-        What ``forward``'s second value reports of each micro-batch; empty but on the last stage.
+        What ``forward``'s second value reports of each micro-batch; empty except on the last stage.
     """
     return get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=iter(batches),
         model=model,
         num_microbatches=len(batches),
-        # Not read: lengths differ, and stages tell each other.
+        # Not read: lengths differ, and stages send them to each other.
         seq_length=1,
         micro_batch_size=1,
         forward_only=forward_only,

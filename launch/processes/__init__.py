@@ -1,1 +1,1 @@
-"""The processes of a run: how they start, agree, tell a mistake once and stop."""
+"""The processes of a run: how they start, agree, report an error once and stop."""

@@ -1,8 +1,7 @@
-"""A user's mistake, told once however many processes see it.
+"""Errors that a user made, printed once however many processes find them.
 
-Under torchrun each rank finds the same wrong option or broken file, or one rank alone does. Whoever
-is first tells it; the others wait until it is told, as torchrun ends every rank as soon as one of
-them has exited.
+Under torchrun one rank or all ranks find a wrong option or a broken file. The first one prints the
+error. The others wait for that, as torchrun ends all ranks as soon as one has exited.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-# How long a rank waits for the words of another, which are on their way.
-_PATIENCE = timedelta(seconds=20)
+# How long a rank waits for another one to print.
+_TIMEOUT = timedelta(seconds=20)
 
 
 def _has_launcher() -> bool:
@@ -35,19 +34,19 @@ def _launcher_store() -> Any:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            address, port, is_master=False, wait_for_workers=False, timeout=_PATIENCE
+            address, port, is_master=False, wait_for_workers=False, timeout=_TIMEOUT
         )
     except RuntimeError:
-        return None  # The agent is gone: every rank tells, which is better than none.
+        return None  # The agent is gone: every rank prints, which is better than none.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"mistakes/{attempt}", store)  # type: ignore[attr-defined]
 
 
 @contextmanager
 def told_once(words: str) -> Iterator[bool]:
-    """Whether this process is the one that tells ``words``; the others wait until it has.
+    """Yields whether this process prints ``words``; the others wait until that is done.
 
-    Without torchrun every process tells.
+    Without torchrun every process prints.
     """
     store = _launcher_store()
     if store is None:
@@ -61,16 +60,16 @@ def told_once(words: str) -> Iterator[bool]:
             store.set(f"{key}/told", "")
         return
     try:
-        store.wait([f"{key}/told"], _PATIENCE)
+        store.wait([f"{key}/told"], _TIMEOUT)
     except RuntimeError:
-        # It was ended before it could tell.
+        # That process was ended before it could print.
         yield True
         return
     yield False
 
 
 def end(program: str, error: Exception) -> NoReturn:
-    """Tell a mistake in one line and end the program with status 1, on every rank that has it."""
+    """Print an error in one line, once, and end the program with status 1."""
     words = f"{program}: {' '.join(line.strip() for line in str(error).splitlines())}"
     if not _has_launcher():
         sys.exit(words)
@@ -83,7 +82,7 @@ def end(program: str, error: Exception) -> NoReturn:
 def read_once(parse: Callable[[], T]) -> T:
     """What ``parse`` reads of the command line.
 
-    Where that ends the program (a bad option, ``--help``), one process says why.
+    If that ends the program (a bad option, ``--help``), one process prints the reason.
     """
     words = io.StringIO()
     try:

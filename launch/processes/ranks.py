@@ -60,19 +60,19 @@ class Ranks:
         return self.size // self.dp
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum over all ranks; every rank gets it. Leaves ``values`` alone."""
+        """Sum over all ranks, on every rank. Does not change ``values``."""
         summed = values.to(self.device, copy=True)
         dist.all_reduce(summed)
         return summed
 
     def largest(self, value: float) -> float:
-        """The largest of all ranks' values; every rank gets it."""
+        """The largest of all ranks' values, on every rank."""
         result = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(result, dist.ReduceOp.MAX)
         return float(result)
 
     def any(self, yes: bool) -> bool:
-        """Whether it is so on any rank; every rank gets it, and waits for its device."""
+        """Whether ``yes`` is true on any rank; the same on every rank. Waits for the device."""
         return self.largest(float(yes)) > 0
 
     def from_main(self, text: str) -> str:
@@ -83,11 +83,11 @@ class Ranks:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Around what each rank does alone, such as reading files: collective at its end.
+        """Wraps what each rank does alone, such as reading files. Collective when it ends.
 
         Raises:
-            ValueError: on every rank, if it was raised on any; one rank's words go to all, so that
-                none waits for a rank that failed.
+            ValueError: on every rank, with the message, if any rank raised it; so no rank waits
+                for one that failed.
         """
         own: ValueError | None = None
         try:
@@ -111,7 +111,7 @@ class Ranks:
 def start_ranks(settings: Settings) -> Ranks:
     """Join the process group that torchrun describes, or one of this process alone.
 
-    A process group that is there already is used as it is.
+    An existing process group is used.
 
     Raises:
         ValueError: on every rank, if a device is not there, the grid does not have the number of
@@ -121,7 +121,7 @@ def start_ranks(settings: Settings) -> Ranks:
     try:
         kind, device, dp = check_place(settings)
     except ValueError as error:
-        # May be so on one rank only: told on every rank.
+        # It may be on one rank only: every rank raises it.
         problem, kind = str(error), ""
     if dist.is_initialized():
         compare_in_group(describe(settings, problem, kind))
@@ -162,7 +162,7 @@ def start_ranks(settings: Settings) -> Ranks:
 
 
 def check_place(settings: Settings) -> tuple[str, torch.device, int]:
-    """Whether this process has what the settings ask for; without any other rank.
+    """Check that this process has what the settings need, without asking other ranks.
 
     Returns:
         The device's type, the device, and the number of replicas.
@@ -203,7 +203,7 @@ def check_place(settings: Settings) -> tuple[str, torch.device, int]:
 
 
 def check_dense(settings: Settings, kind: str) -> None:
-    """Refuse dense layers over several ranks where what they need is missing."""
+    """Refuse dense layers over several ranks if what they need is missing."""
     if not settings.model.has_dense or settings.parallel.cp == 1:
         return
     there = importlib.util.find_spec("ring_flash_attn") is not None

@@ -1,8 +1,8 @@
-"""What ranks tell each other before they join: their options, their code, what is wrong with them.
+"""What ranks compare before they form a process group: options, code and each rank's own error.
 
-A rank with another learning rate, another version or another grid would train on, silently, or
-hang in the first collective that others do not run. So all of it is compared before any group is
-made, by the store through which ranks find each other: no device, no collective.
+A rank with another learning rate, version or grid would train on silently, or hang in the first
+collective that others do not run. So all is compared before any group is made, through the store
+by which ranks find each other. That needs no device and no collective.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def join_store(
         rank, size = 0, 1
     else:
         store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-        # torchrun's store outlives a restart of its ranks, with what they wrote: addresses of
-        # processes that are gone, and our own words.
+        # torchrun's store outlives a restart of its ranks and still has what they wrote: addresses
+        # of dead processes, and our own entries.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
     ours = json.dumps(table)
@@ -77,11 +77,11 @@ def compare_in_group(table: Mapping[str, str]) -> None:
 
 
 def describe(settings: Settings | None, problem: str = "", device: str = "") -> dict[str, str]:
-    """What is compared, by name; a rank with a problem has that alone.
+    """What is compared, by name. A rank with a problem sends only that.
 
     Args:
         settings: None where they could not be read.
-        problem: what this rank found wrong with itself, such as a package that is not there.
+        problem: this rank's own error, such as a missing package.
         device: the type that run.device comes to here.
     """
     if problem or settings is None:
@@ -95,7 +95,7 @@ def describe(settings: Settings | None, problem: str = "", device: str = "") -> 
 
 
 def judge(tables: Sequence[Mapping[str, str]]) -> str:
-    """What is wrong, over all ranks' tables in rank order; empty if nothing is."""
+    """What is wrong in the ranks' tables, which are in rank order; empty if nothing is."""
     problems = {rank: t["problem"] for rank, t in enumerate(tables) if "problem" in t}
     if problems:
         texts = list(dict.fromkeys(problems.values()))

@@ -24,16 +24,16 @@ INTERRUPTED = 130
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """What stops a run; SIGHUP unless it was ignored from the start, as by nohup."""
 START_SECONDS = 10.0
-"""Before the first step a process that does not end by itself is ended after so long."""
+"""Seconds until a process that was asked to stop before its first step is ended."""
 ORPHAN_SECONDS = 300.0
-"""So is a rank whose torchrun is gone, if it cannot save."""
+"""Seconds until a rank whose torchrun is gone, and which cannot save, is ended."""
 
 
 class Stopping:
     """Whether this process was asked to stop.
 
-    As a context it takes the signals; without, nobody asks. Until ``steps_begin`` there is nothing
-    to save, and a signal ends the process, by SystemExit in the main thread.
+    It handles the signals while it is used as a context. Until ``steps_begin`` there is nothing to
+    save, and a signal ends the process by SystemExit in the main thread.
 
     Attributes:
         asked: whether a signal came.

@@ -1,1 +1,1 @@
-"""What a run tells of itself, and whether it is sound."""
+"""What a run reports, and the checks that it is sound."""

@@ -1,9 +1,9 @@
-"""Whether a run is sound: each step's loss and gradient norm, and the state before it is saved.
+"""Checks of a run: each step's loss and gradient norm, and the state before it is saved.
 
 Engines skip, on the device, an update whose gradient norm is not finite; a loss that is not finite
-makes the norm so (``engines.base.spoil_gradients``). Here skipped steps are counted and told, and
-runs that are beyond help end, on every rank at the same step: all of it follows from numbers that
-are the same on every rank.
+makes the norm so (``engines.base.spoil_gradients``). Here skipped steps are counted and reported,
+and a run that cannot recover ends. All decisions follow from numbers that are the same on every
+rank, so that every rank ends at the same step.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from launch.reporting.report import Report
 from launch.settings import OptimizerSettings
 
 HUGE_NORM = 1e6
-"""A gradient norm above it is told, however large those before were."""
+"""A larger gradient norm is always reported."""
 HUGE_RATIO = 1e3
-"""So is one that is so many times the median of the latest norms."""
+"""A gradient norm larger than this times the median of the latest norms is reported."""
 LATEST = 100
-"""Norms that the median is of; it counts from a tenth of them on."""
+"""Number of norms in the median, which is used once there are a tenth of them."""
 
 
 class Health:
-    """Looks at every step, one step late, so that the device never waits for the host.
+    """Checks every step one step late, so that the device never waits for the host.
 
     Attributes:
         skipped: steps of this process without an update.
-        in_a_row: of them, those since the last update.
-        stops: whether any rank was asked to stop by the last step looked at.
+        in_a_row: those of them since the last update.
+        stops: whether any rank had been asked to stop at the last step checked.
     """
 
     def __init__(self, settings: OptimizerSettings, report: Report) -> None:
@@ -44,10 +44,10 @@ class Health:
         self._most, self._report = settings.max_skipped, report
         self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self._norms: deque[float] = deque(maxlen=LATEST)
-        self._told = 0.0
+        self._reported = 0.0
 
     def add(self, step: int, values: Tensor) -> None:
-        """Take what ``train_step`` returned of a step, counted from 1; look at the step before.
+        """Take what ``train_step`` returned for a step, counted from 1; check the step before it.
 
         Raises:
             FloatingPointError: on every rank, if the run cannot go on.
@@ -60,18 +60,18 @@ class Health:
             done.record()
         self._waiting.append((step, values, done))
         while len(self._waiting) > 1:
-            self._look()
+            self._check()
 
     def settle(self) -> None:
-        """Look at all steps so far; waits for the device.
+        """Check all steps so far; waits for the device.
 
         Raises:
             FloatingPointError: as ``add``.
         """
         while self._waiting:
-            self._look()
+            self._check()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         step, values, done = self._waiting.popleft()
         if done is not None:
             done.synchronize()
@@ -80,7 +80,7 @@ class Health:
         wrong = not_finite(loss, norm)
         if math.isfinite(norm):
             self.in_a_row = 0
-            self._tell_huge(step, norm)
+            self._report_huge(step, norm)
             if wrong:
                 raise FloatingPointError(
                     f"step {step}: {wrong} although its gradients are finite, and the update was "
@@ -97,35 +97,35 @@ class Health:
                 "optimizer.lr or other data may help from the latest checkpoint on"
             )
 
-    def _tell_huge(self, step: int, norm: float) -> None:
-        """Tell a norm that is finite but huge; again only once norms were as before, or if it has
-        grown as much again."""
+    def _report_huge(self, step: int, norm: float) -> None:
+        """Report a norm that is finite but huge, once. It is reported again after normal norms, or
+        if it has grown by the same factor again."""
         few = len(self._norms) * 10 < LATEST
         usual = math.inf if few else statistics.median(self._norms)
         is_huge = norm > HUGE_NORM or norm > HUGE_RATIO * usual
-        if is_huge and norm > HUGE_RATIO * self._told:
+        if is_huge and norm > HUGE_RATIO * self._reported:
             before = "" if few else f"; the median of the {len(self._norms)} before is {usual:.3g}"
             self._report.line(f"step {step}: warning: the gradient norm is {norm:.3g}{before}")
-            self._told = norm
+            self._reported = norm
         if not is_huge:
             self._norms.append(norm)
-            self._told = 0.0
+            self._reported = 0.0
 
 
 def not_finite(loss: float, norm: float) -> str:
-    """What of the two is not finite, in words; empty if both are."""
+    """Which of the two is not finite, in words; empty if both are finite."""
     values = (("the loss", loss), ("the gradient norm", norm))
     return " and ".join(f"{name} is {value}" for name, value in values if not math.isfinite(value))
 
 
 def finite_mean(values: Sequence[float]) -> float:
-    """The mean of those that are finite; nan if none is."""
+    """The mean of the finite values; nan if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
 
 
 def check_validation(loss: float, step: int) -> None:
-    """Refuse a model that has finite weights and no finite loss.
+    """Refuse a validation loss that is not finite.
 
     Raises:
         FloatingPointError: if the loss is not finite.
@@ -141,13 +141,13 @@ def check_state(tensors: Iterable[tuple[str, Tensor]], when: str, ranks: Ranks) 
     """Refuse a state that is not finite; collective.
 
     Args:
-        tensors: this rank's part of weights and optimizer state, by name; integers are passed over.
-        when: what the state is of, such as "after step 10".
+        tensors: this rank's part of weights and optimizer state, by name; integers are not checked.
+        when: of which moment the state is, such as "after step 10".
 
     Raises:
-        FloatingPointError: on every rank, naming the first such tensors of every rank.
+        FloatingPointError: on every rank, naming the first three such tensors of each rank.
     """
-    # The largest magnitude is not finite where any element is not, and needs no copy of a tensor.
+    # If any element is not finite, the largest magnitude is not; this needs no copy of a tensor.
     largest = {
         name: torch.linalg.vector_norm(tensor.detach(), math.inf)
         for name, tensor in tensors

@@ -1,4 +1,4 @@
-"""Numbers of the steps so far, of bounded size, read from the device now and then."""
+"""Loss, norm and bytes of the latest steps, read from the device in batches."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ COMMUNICATION_KINDS = (
 )
 """What layers count, in the order in which a step's vector has it."""
 KEPT = 100_000
-"""Steps whose loss and norm are kept, the latest ones: 3 MB at most."""
+"""Latest steps whose loss and norm are kept: at most 3 MB."""
 UNREAD = 1000
-"""Steps whose numbers may wait on the device."""
+"""Steps whose numbers may stay on the device at most."""
 
 
 class History:

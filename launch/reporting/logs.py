@@ -1,7 +1,7 @@
-"""What a run's numbers are written to: exact after a resume, and never what ends a run.
+"""The files and the console that a run logs to. They are exact after a resume and never end a run.
 
-A resumed run repeats the steps after its checkpoint, so what was logged of them goes first. A disk
-that is full is told once; the run goes on.
+A resumed run repeats the steps after its checkpoint, so their log lines are removed first. A full
+disk is reported once, and the run continues.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 HELD_LINES = 10_000
-"""Of metrics.jsonl, while its disk is full; older ones are lost."""
+"""Lines of metrics.jsonl that are held while its disk is full; older ones are lost."""
 
 Warn = Callable[[str], None]
 
@@ -42,11 +42,11 @@ class MetricsFile:
         self._file = -1
         try:
             self._cut(first_step)
-            # Without a wait for the reader of a pipe.
+            # Opening a pipe must not wait for its reader.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
             self._file = os.open(path, flags, 0o644)
         except OSError as error:
-            # Lines after those that should have been cut would be there twice.
+            # Steps after the checkpoint would be logged twice.
             self._tell(error, "nothing is written to it")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ class MetricsFile:
         self._held.clear()
 
     def sync(self) -> None:
-        """Have everything on the disk."""
+        """Sync the file to the disk."""
         if self._file >= 0:
             try:
                 os.fsync(self._file)
@@ -74,7 +74,7 @@ class MetricsFile:
                 self._tell(error, "it may lose lines if this machine fails")
 
     def close(self) -> None:
-        """Lines that cannot be written even now are lost."""
+        """Close the file. Lines that still cannot be written are lost."""
         if self._file >= 0:
             try:
                 os.close(self._file)
@@ -83,7 +83,7 @@ class MetricsFile:
             self._file = -1
 
     def _cut(self, first_step: int) -> None:
-        """Leave the lines of the steps that are done, whole; a kill may have torn the last one."""
+        """Keep the whole lines of steps that are done. A kill may have cut the last line."""
         if not self._path.is_file():
             return
         lines = self._path.read_bytes().splitlines()
@@ -103,7 +103,7 @@ class MetricsFile:
             new.replace(self._path)
 
     def _undo(self, size: int) -> None:
-        """Take off the part of a line that had room."""
+        """Remove the part of a line that was written."""
         try:
             os.ftruncate(self._file, size)
         except OSError as error:
@@ -127,7 +127,7 @@ def _step_of(line: bytes) -> tuple[int | None, bool]:
 
 
 class Board:
-    """TensorBoard's event files in a folder; after an error there are none any more."""
+    """TensorBoard's event files in a folder. After an error nothing more is written."""
 
     def __init__(self, folder: Path, first_step: int, warn: Warn) -> None:
         try:
@@ -149,7 +149,7 @@ class Board:
                 self._try(partial(self._writer.add_scalar, name, value, step))
 
     def flush(self) -> None:
-        """Have all events in their file, which else takes two minutes."""
+        """Write all events to their file, which would otherwise take two minutes."""
         if self._writer is not None:
             self._try(self._writer.flush)
 
@@ -171,7 +171,7 @@ class Board:
 
 
 class Screen(Console):
-    """A console that falls silent when nobody can be told any more: a closed pipe, a full disk."""
+    """A console that goes quiet when it cannot print any more: a closed pipe, a full disk."""
 
     def say(self, *text: RenderableType, **how: Any) -> None:
         """Print."""
@@ -185,10 +185,10 @@ class Screen(Console):
 
     def _silence(self, why: str) -> None:
         self.quiet = True
-        # What is in the stream's buffer would be tried again, and fail, at the process's end.
+        # The stream's buffer would be written again, and fail, when the process ends.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
-        # Where standard error is closed too there is nobody to tell.
+        # Standard error may be closed too.
         with suppress(OSError):
             print(f"warning: standard output: {why}; the run goes on", file=sys.stderr, flush=True)

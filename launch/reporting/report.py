@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, TensorBoard scalars, ``metrics.jsonl`` and a summary."""
+"""What a run reports: a progress line, TensorBoard scalars, ``metrics.jsonl`` and a summary."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Report:
             self.line(f"step {step:>6}  {text}")
 
     def skipped(self, step: int, why: str, in_a_row: int) -> None:
-        """Tell a step without an update."""
+        """Log a step without an update."""
         if self.active:
             self._write({"step": step, "skipped": why, "in_a_row": in_a_row})
             self._scalars(step, {"skipped_in_a_row": in_a_row})
@@ -110,8 +110,8 @@ class Report:
         return self.active and step in self._metrics.validated
 
     def sync(self) -> None:
-        """Have all that was logged on the disk, as before a checkpoint: a run that resumes from it
-        does not log it again."""
+        """Sync all logs to the disk, as before a checkpoint: a run that resumes from it does not
+        log those steps again."""
         if self.active:
             self._metrics.sync()
             if self._board is not None:

@@ -1,4 +1,4 @@
-"""How a run ended, as values and in words."""
+"""The result of a run, and the summary that it prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Result:
 
     Args:
         losses: nats a token of each step, before its update, from the first step of this process,
-            but no more than the latest ``history.KEPT``.
+            at most the latest ``history.KEPT``.
         grad_norms: of the same steps, the global gradient norm before clipping; not finite where
             the update was skipped.
         validation_loss: nan where the run was stopped before it.
@@ -63,7 +63,7 @@ def peak_memory(device: torch.device) -> float:
 def summarise(result: Result, report: Report, recent: int, health: Health) -> None:
     """Print how the run ended; its last training loss is a mean over ``recent`` steps."""
     if result.sample:
-        # Escape sequences of a model's making do not reach the terminal.
+        # Escape sequences that the model made must not reach the terminal.
         shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in result.sample)
         report.line(f"--- sample\n{shown}\n---")
     unit, rows = report.unit, {}

@@ -1,13 +1,13 @@
-"""Checkpoints: folders ``checkpoints/step_00001000`` that are whole, or are not there.
+"""Checkpoints: folders ``checkpoints/step_00001000``, which either are whole or do not exist.
 
 Each holds what its engine writes (``engines.base.Engine.write``), the settings of its run and a
-manifest (manifest.py). It is written under another name and gets its own when all of it has reached
-the disk: a run that is killed leaves the one before. Data order and dropout follow from the seed
-and the step, so nothing else is needed to continue exactly.
+manifest (manifest.py). It is written under another name and renamed when all of it has reached the
+disk, so that a run that is killed leaves the checkpoint before. Data order and dropout follow from
+the seed and the step: nothing else is needed to continue exactly.
 
-A run goes on from the newest checkpoint whose files are those of its manifest. Rank 0 finds it, and
-all ranks share the reading. Checkpoints from before there were manifests have no ``format`` in
-their settings and are taken as they are, with a warning.
+A run continues from the newest checkpoint whose files match its manifest. Rank 0 finds it, and all
+ranks share the reading. Checkpoints from before there were manifests have no ``format`` in their
+settings and are accepted unverified, with a warning.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from launch.storage.manifest import (
     check_bytes,
     check_sizes,
     on_main,
+    raise_on_all,
     read_manifest,
     sync_folder,
-    tell,
     write_manifest,
     write_text,
 )
@@ -85,7 +85,7 @@ def found_steps(folder: Path) -> dict[int, Path]:
     """Folders with the name of a checkpoint, whole or not, by step, oldest first.
 
     Raises:
-        OSError: if there is something that cannot be listed, which does not mean that none is in.
+        OSError: if the folder exists but cannot be listed.
     """
     try:
         paths = sorted((folder / "checkpoints").iterdir())
@@ -99,7 +99,7 @@ def found_steps(folder: Path) -> dict[int, Path]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run folder, oldest first, as far as names and sizes tell."""
+    """Checkpoints of a run folder that are whole by names and sizes, oldest first."""
     return [path for path in found_steps(folder).values() if not _problems(path)]
 
 
@@ -117,8 +117,8 @@ def save_checkpoint(
     Args:
         write: as ``engines.base.Engine.write``.
         data: digest of the run's tokens.
-        passed_over: names of checkpoints known not to be whole, which count for none; what is
-            written anew is taken out.
+        passed_over: names of checkpoints known not to be whole, which are not counted; the name
+            of the new checkpoint is removed.
 
     Raises:
         CheckpointError: on every rank, if it cannot be written. Other checkpoints stay as they are.
@@ -132,7 +132,7 @@ def save_checkpoint(
             write(partial, step)
         except CheckpointError as error:
             problem = str(error)
-        tell(problem)
+        raise_on_all(problem)
         on_main(lambda: write_text(partial / SETTINGS, to_toml(settings)))
         code = code_version() if dist.get_rank() == 0 else ""
         write_manifest(partial, step, settings.parallel.engine, data, code)
@@ -235,7 +235,7 @@ def _step_of(path: Path) -> int:
 
 
 def _problems(path: Path) -> list[str]:
-    """What is wrong with a checkpoint as far as names and sizes tell.
+    """What is wrong with a checkpoint by names and sizes.
 
     Raises:
         NewerFormatError: if it is of a later version of this program.
@@ -256,7 +256,7 @@ def _problems(path: Path) -> list[str]:
     except (OSError, ValueError) as error:
         return [str(error)]
     if _step_of(path) < 0:
-        return [f"{MANIFEST} is missing, and the name does not tell the step"]
+        return [f"{MANIFEST} is missing, and the name does not have the step"]
     # The rule from before manifests: some files were written last.
     last = engine_spec(settings.parallel.engine).last_files
     return [f"{name} is missing" for name in last if not (path / name).exists()]
@@ -268,7 +268,7 @@ def _shortened(problems: list[str], most: int = 3) -> str:
 
 
 def _start(partial: Path) -> None:
-    """Make an empty folder to write to, and remove what killed runs left."""
+    """Make an empty folder to write to; removes what killed runs left."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     for path in partial.parent.iterdir():
         if _is_left_behind(path):
@@ -277,13 +277,13 @@ def _start(partial: Path) -> None:
 
 
 def _give_up(partial: Path) -> int:
-    """Remove what could not be finished; the bytes that are free then."""
+    """Remove an unfinished checkpoint; returns the bytes that are free then."""
     shutil.rmtree(partial, ignore_errors=True)
     return shutil.disk_usage(next(p for p in partial.parents if p.exists())).free
 
 
 def _publish(partial: Path, path: Path) -> None:
-    """Give a whole checkpoint its name. One of that name, which was not whole, makes way."""
+    """Give a whole checkpoint its name. An older one of that name, not whole, is replaced."""
     replaced = [old for old in (*_companions(path), path) if old.exists() or old.is_symlink()]
     moved = [_move_away(old) for old in replaced]
     partial.rename(path)
@@ -294,7 +294,7 @@ def _publish(partial: Path, path: Path) -> None:
 
 
 def _move_away(path: Path) -> Path:
-    """Rename what stands where a checkpoint is to be: ours for removal, others' beside it."""
+    """Rename what has a checkpoint's name: ours for removal, anything else to be kept."""
     if _is_ours(path):
         target = path.with_name(f".{path.name}.old")
     else:
@@ -302,7 +302,7 @@ def _move_away(path: Path) -> Path:
         while target.exists() or target.is_symlink():
             target = target.with_name(f"{target.name}.moved")
         warnings.warn(
-            f"{path} is no checkpoint of this program: renamed {target.name}", stacklevel=2
+            f"{path} is not a checkpoint of this program: renamed {target.name}", stacklevel=2
         )
     return path.rename(target)
 
@@ -324,7 +324,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _rotate(folder: Path, step: int, keep: int, broken: set[str]) -> None:
-    """Remove checkpoints older than the newest ``keep`` up to ``step``; only ever warns."""
+    """Remove checkpoints older than the newest ``keep`` up to ``step``; warns if that fails."""
     if not keep:
         return
     try:
@@ -332,7 +332,7 @@ def _rotate(folder: Path, step: int, keep: int, broken: set[str]) -> None:
         whole = [
             at
             for at, path in found.items()
-            # Those of later steps are not of this run, which went on from an earlier one.
+            # Later ones are not of this run, which continued from an earlier one.
             if at <= step and path.name not in broken and not _problems(path)
         ]
         old = [path for at, path in found.items() if whole and at < whole[-keep:][0]]
@@ -348,7 +348,7 @@ def _rotate(folder: Path, step: int, keep: int, broken: set[str]) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove what no longer counts as a checkpoint; only ever warns."""
+    """Remove an old checkpoint; warns if that fails."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""The run's folder: which one, the same on every rank, and this run's alone."""
+"""The run's folder: chosen, the same on every rank, and locked for this run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from launch.storage.manifest import on_main
 from nsa_dist.checks import check
 
 SHARED_SECONDS = 5.0
-"""So long a file of another node may take to be seen: caches of network file systems."""
+"""Seconds until a file written on another node must be visible; network file systems cache."""
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def run_folder(settings: Settings, ranks: Ranks) -> Iterator[Path]:
 
     Raises:
         ValueError: on every rank, if it cannot be written, is not the same folder on every rank, is
-            another run's, or holds checkpoints that are not to be continued.
+            another run's, or holds checkpoints without ``run.resume``.
     """
     folder = Path(_on_main(lambda: _make(settings.run)))
     lock = FolderLock(folder)
@@ -65,19 +65,19 @@ def run_folder(settings: Settings, ranks: Ranks) -> Iterator[Path]:
 
 
 def _on_main(act: Callable[[], T]) -> T:
-    """As ``manifest.on_main``; an OSError is told as the folder's."""
+    """As ``manifest.on_main``, with an OSError as the folder's ValueError."""
 
-    def told() -> T:
+    def named() -> T:
         try:
             return act()
         except OSError as error:
             raise ValueError(f"run.folder must be a folder to write in, got {error}") from None
 
-    return on_main(told)
+    return on_main(named)
 
 
 def _make(run: RunSettings) -> str:
-    """Make the folder, if it is not there; one without a name of its own is new."""
+    """Make the folder if it does not exist; without ``run.folder`` a new one."""
     if run.folder:
         Path(run.folder).mkdir(parents=True, exist_ok=True)
         return run.folder
@@ -88,13 +88,13 @@ def _make(run: RunSettings) -> str:
             Path(folder).mkdir(parents=True)
             break
         except FileExistsError:
-            # Of another run that was started in the same second.
+            # Another run was started in the same second.
             continue
     return folder
 
 
 def _check_shared(folder: Path, ranks: Ranks) -> None:
-    """Refuse a folder that is not one and the same on every rank: checkpoints would be in parts."""
+    """Refuse a folder that is not the same on every rank: checkpoints would be incomplete."""
     token = ranks.from_main(secrets.token_hex(8))
     path = folder / f"{NAME}.seen-{token}"
     _on_main(lambda: _write(path, token))
@@ -128,8 +128,8 @@ def _reads(path: Path, token: str) -> bool:
 def _take(lock: FolderLock, ranks: Ranks) -> None:
     """Make the folder this run's, after waiting for an owner that may be dead. Collective.
 
-    A rank on the owner's machine knows whether it lives, whichever rank that is: a run that was
-    started again never waits for what it was.
+    Any rank on the owner's machine knows whether the owner is alive, so a restarted run never waits
+    for its own former processes.
     """
     known: dict[str, float] = {}
     beats_seen: dict[tuple[str, float], float] = {}
@@ -159,11 +159,11 @@ def _take(lock: FolderLock, ranks: Ranks) -> None:
 
 
 def _try(lock: FolderLock, beats: dict[tuple[str, float], float]) -> dict[str, Any]:
-    """Take the lock: nothing if it is ours, else its owner and when that was heard of.
+    """Take the lock. Returns an empty dict if it is ours, else its owner and the last heartbeat.
 
     Args:
-        beats: when each of owner and heartbeat was seen first, by this process's clock. A clock
-            that was wrong may have left a heartbeat of the future, which never gets old.
+        beats: when each pair of owner and heartbeat was first seen, by this process's clock: a
+            wrong clock may have left a heartbeat of the future, which would never get old.
     """
     while not lock.take():
         owner, heard = lock.holder(), lock.heard()
@@ -197,5 +197,5 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        # Without a name where the disk is full.
+        # On a full disk the error has no file name.
         raise OSError(error.errno, error.strerror, str(path)) from None

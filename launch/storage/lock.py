@@ -1,9 +1,9 @@
 """One run at a time in a folder: a file that names its owner, kept fresh by a heartbeat.
 
-The file is made by a link, so that of two runs that start at once one wins, on NFS too. Whoever
-finds it asks whether its owner lives. On the owner's machine that is known: a process that is gone
-frees the folder at once. From elsewhere it shows in the file's time, which the owner renews; ages
-are taken against a file written now in the same folder, so that machines' clocks do not matter.
+The file is made by a link, so that one of two runs that start at once wins, on NFS too. A run that
+finds it checks whether its owner is alive. On the owner's machine that is known at once. From
+other machines it shows in the file's time, which the owner renews. Ages are measured against a file
+written now in the same folder, so that the machines' clocks do not matter.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ NAME = "run.lock"
 HEARTBEAT_SECONDS = 10.0
 """Between two renewals of the file's time."""
 STALE_SECONDS = 60.0
-"""After so long without one, the owner on another machine counts as dead."""
+"""Without a renewal for this long, an owner on another machine counts as dead."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, and what tells it from all others.
+    """A process, identified among all processes of all machines.
 
     Args:
         machine: boot and process namespace, in which alone ``pid`` means anything.
@@ -61,8 +61,8 @@ class Owner:
         return f"process {self.pid} on {self.host}"
 
 
-_STRANGER = Owner("an unknown host", "", 0, "", "")
-"""Of a lock that does not say whose it is."""
+_UNKNOWN = Owner("an unknown host", "", 0, "", "")
+"""The owner of a lock whose file cannot be read."""
 
 
 class FolderLock:
@@ -88,10 +88,10 @@ class FolderLock:
         return True
 
     def holder(self) -> Owner | None:
-        """Who holds it; None if nobody does. One whose file says nothing is a stranger.
+        """The owner, or None. If the file cannot be read, an unknown owner.
 
         Raises:
-            OSError: if what has its name is no file, such as a link or a pipe.
+            OSError: if the lock is not a file but, for example, a link or a pipe.
         """
         try:
             if not stat.S_ISREG(self.path.lstat().st_mode):
@@ -176,7 +176,7 @@ class FolderLock:
         if holder == self.owner:
             os.utime(self.path)
         elif holder is None:
-            # Removed by hand: made anew, unless another run is faster.
+            # Removed by hand: make it again, unless another run was faster.
             self._create(json.dumps(dataclasses.asdict(self.owner)).encode())
         else:
             self._done.set()
@@ -198,10 +198,10 @@ def _parse(content: bytes) -> Owner:
         owner = Owner(**json.loads(content))
     except (ValueError, TypeError, RecursionError):
         # Being written at this moment, or cut by a full disk.
-        return _STRANGER
-    kinds = {field.name: type(getattr(_STRANGER, field.name)) for field in fields(Owner)}
+        return _UNKNOWN
+    kinds = {field.name: type(getattr(_UNKNOWN, field.name)) for field in fields(Owner)}
     right = all(type(getattr(owner, name)) is kind for name, kind in kinds.items())
-    return owner if right else _STRANGER
+    return owner if right else _UNKNOWN
 
 
 def _machine() -> str:

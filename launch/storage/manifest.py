@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: every file's size and checksum, written last, verified first.
 
-All ranks share the reading: each takes every so-many-th file, and all have every result. What one
-rank finds wrong every rank is told, so that none is left waiting for another.
+Ranks share the reading: of P ranks, rank r reads the files r, r + P, ... and every rank gets all
+results. Every rank raises what one rank finds wrong, so that no rank waits for another.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def on_main(work: Callable[[], T]) -> T:
     return result
 
 
-def tell(problem: str | None) -> None:
-    """Raise CheckpointError on every rank if any has a problem, be it without words; collective."""
-    told = [text for text in gather(problem) if text is not None]
-    if told:
-        raise CheckpointError("; ".join(filter(None, dict.fromkeys(told))))
+def raise_on_all(problem: str | None) -> None:
+    """Raise CheckpointError on every rank if one has a problem, even an empty one; collective."""
+    problems = [text for text in gather(problem) if text is not None]
+    if problems:
+        raise CheckpointError("; ".join(filter(None, dict.fromkeys(problems))))
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def shared_failure() -> Iterator[None]:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder last, where the file system can do that by itself."""
+    """Sync the names in a folder to the disk, where the file system needs that."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -114,7 +114,7 @@ def sync_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file and make it last."""
+    """Write a file and sync it to the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -122,7 +122,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_manifest(path: Path, step: int, engine: str, data: str, code: str) -> None:
-    """Write the manifest of all that lies in ``path``, and make that last; collective.
+    """Write the manifest of all files in ``path`` and sync it to the disk; collective.
 
     Raises:
         CheckpointError: on every rank, naming the file.
@@ -133,7 +133,7 @@ def write_manifest(path: Path, step: int, engine: str, data: str, code: str) -> 
         own = set(_files(path))
     except OSError as error:
         problem = str(error)
-    tell(problem)
+    raise_on_all(problem)
     names = sorted(set().union(*gather(own)))
     found = hash_files(path, names, sync=True)
     for name, result in found.items():
@@ -158,7 +158,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     if file.exists() and not file.is_file():
-        raise ValueError(f"{MANIFEST} is no file")  # A pipe would be waited for.
+        raise ValueError(f"{MANIFEST} is not a file")  # Reading a pipe would wait.
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -169,7 +169,7 @@ def read_manifest(path: Path) -> Manifest:
     if type(number) is not int:
         raise ValueError(f"{MANIFEST} has no format number")
     if number < 1:
-        raise ValueError(f"{MANIFEST} has the format number {number}, which is none")
+        raise ValueError(f"{MANIFEST} has the format number {number}, which is not one")
     if number > FORMAT:
         must = f"at most {FORMAT} (a later version of this program wrote it)"
         raise NewerFormatError(f"format of {file} must be {must}, got {number}")
@@ -190,13 +190,15 @@ def read_manifest(path: Path) -> Manifest:
     for name in files:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name:
-            raise ValueError(f"{MANIFEST} names {name!r}, which is no path within the checkpoint")
+            raise ValueError(
+                f"{MANIFEST} names {name!r}, which is not a path within the checkpoint"
+            )
     return manifest
 
 
 def check_sizes(path: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with a checkpoint at a glance: files that are missing, links, of another size,
-    or that are there beside those of the manifest and an engine would read."""
+    """What is wrong with a checkpoint without reading its files: some are missing, are links, have
+    another size, or are not in the manifest although an engine would read them."""
     problems = []
     for name, (size, _) in manifest.files.items():
         file = path / name
@@ -216,7 +218,7 @@ def check_sizes(path: Path, manifest: Manifest) -> list[str]:
 
 
 def check_bytes(path: Path, manifest: Manifest) -> list[str]:
-    """The files whose bytes are not those that were written; collective, the same everywhere."""
+    """The files whose bytes changed since they were written; collective, the same everywhere."""
     problems = []
     for name, result in hash_files(path, sorted(manifest.files)).items():
         if isinstance(result, str):
@@ -233,7 +235,7 @@ def hash_files(
 
     Args:
         names: the same on every rank.
-        sync: also make what was written last.
+        sync: also sync the files to the disk.
     """
     own: dict[str, tuple[int, str] | str] = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
@@ -267,6 +269,6 @@ def _to_json(manifest: Manifest) -> str:
 
 
 def _checksum(table: Mapping[str, Any]) -> str:
-    """Of a manifest without its own checksum, however it is spelled."""
+    """Checksum of a manifest's content, without the checksum itself."""
     text = json.dumps(table, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -129,7 +129,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: shutil.copy(older(p) / "manifest.json", p),
         r"manifest\.json is that of step 2",
     ),
-    "manifest that leads out": (lambda p: reseal(p, outside), r"no path within the checkpoint"),
+    "manifest that leads out": (lambda p: reseal(p, outside), r"not a path within the checkpoint"),
     "manifest without settings": (
         lambda p: reseal(p, lambda table: table["files"].pop("settings.toml")),
         r"manifest\.json lacks settings\.toml",
@@ -148,11 +148,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "manifest of format 0": (
         lambda p: reseal(p, lambda table: table.update(format=0)),
-        r"manifest\.json has the format number 0, which is none",
+        r"manifest\.json has the format number 0, which is not one",
     ),
     "a pipe for a manifest": (
         lambda p: ((p / "manifest.json").unlink(), os.mkfifo(p / "manifest.json")),
-        r"manifest\.json is no file",
+        r"manifest\.json is not a file",
     ),
     "an empty folder": (lambda p: (shutil.rmtree(p), p.mkdir()), r"manifest\.json is missing"),
 }

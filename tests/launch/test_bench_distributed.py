@@ -19,7 +19,7 @@ from launch.bench.distributed import (
     DistributedRow,
     RanksMeter,
     bench,
-    contests,
+    candidates,
     markdown,
     with_ring_ratios,
 )
@@ -125,7 +125,7 @@ def whole_gradients(options: DistributedOptions) -> list[list[torch.Tensor]]:
     context = context_group(dist.group.WORLD)
     stream = Stream(options, options.lengths[0], "cpu")
     found = []
-    for build in contests(stream, options.layout_name, context):
+    for build in candidates(stream, options.layout_name, context):
         problem = build().problem
         out = problem.run(*problem.inputs)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))

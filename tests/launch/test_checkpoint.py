@@ -225,7 +225,7 @@ def test_names_that_are_not_ours_are_neither_taken_nor_removed(
     assert set(steps(tmp_path)) == (set(before) - gone) | now
     assert (folder / "step_00000004.moved" / "mine.txt").exists()
     assert len(told) == 1
-    assert "step_00000004 is no checkpoint" in told[0]
+    assert "step_00000004 is not a checkpoint" in told[0]
 
 
 def test_damaged_checkpoints_count_for_none_that_are_kept(
