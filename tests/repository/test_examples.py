@@ -114,6 +114,13 @@ def test_links_lead_somewhere(document: str) -> None:
         assert where.exists(), f"{document} links to {target}"
 
 
+def test_the_site_has_every_document() -> None:
+    """Also where mkdocs, which would say so, is not installed."""
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [name.removeprefix("docs/") for name in DOCUMENTS if name.startswith("docs/")]
+    assert [page for page in pages if not re.search(rf" {page}$", site, re.MULTILINE)] == []
+
+
 def test_the_figure_of_speed_is_that_of_the_measurements() -> None:
     script = ROOT / "docs" / "figures" / "draw_speed.py"
     spec = importlib.util.spec_from_file_location("draw_speed", script)
