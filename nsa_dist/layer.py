@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from nsa_dist.attention.call import Call, Setup, check_backend, make_call
 from nsa_dist.attention.checks import inputs_problem, tensor_problem
 from nsa_dist.attention.functional import KeysOrValues, NSADetails, attend, details_of
-from nsa_dist.attention.selectors import CompressedSelector, Selector
+from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
 from nsa_dist.checks import (
     DTYPES,
     INTEGER_DTYPES,
@@ -103,6 +103,9 @@ class NativeSparseAttention(nn.Module):
             check_custom("k_compressor", k_compressor, config, config.uses_compression)
             check_custom("v_compressor", v_compressor, config, "compressed" in config.branches)
         else:
+            problem = selector_problem(selector, config)
+            if problem is not None:
+                raise ValueError(problem)
             given = {"k_compressor": k_compressor, "v_compressor": v_compressor}
             for name, module in given.items():
                 check(module is None, name, module, "None with a selector")

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.attention.call import Call
-from nsa_dist.attention.selectors import Selector, cos_sin
+from nsa_dist.attention.selectors import Selector, check_selection, cos_sin
 from nsa_dist.comm import begin_fetch, begin_halo, begin_request
 from nsa_dist.comm.agreement import AgreeInBackward
 from nsa_dist.nn.rotary import apply_rotary
@@ -72,6 +72,8 @@ def attend_branches(
             q_NHD, *extended["window"], plan.segments, window=config.window, scale=scale
         )
     chosen = by.select(call, q_NHD, gathered) if chooses else None
+    if chosen is not None:
+        check_selection(chosen, by, (len(q_NHD), config.num_kv_heads))
     if chosen is not None and chosen.output is not None and chosen.lse is not None:
         assert by.branch is not None
         outputs[by.branch], lse[by.branch] = chosen.output, chosen.lse

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nsa_dist.attention.call import Call, Rotary, Setup, make_call, refuse
 from nsa_dist.attention.checks import inputs_problem, query_problem, rotary_problem
 from nsa_dist.attention.flow import Attended, attend_branches
-from nsa_dist.attention.selectors import CompressedSelector, Selector
+from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
 from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.agreement import agree
@@ -137,7 +137,8 @@ def native_sparse_attention(
         refuse(f"config must be an NSAConfig, got {config!r}", {}, context, counter)
     by = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
     setup = Setup(config, layout, context, backend, counter, rotary, by.grids(config))
-    problem = query_problem(q, config) or inputs_problem(q, k, v, gates, config, setup.key_sets)
+    problem = selector_problem(by, config) or query_problem(q, config)
+    problem = problem or inputs_problem(q, k, v, gates, config, setup.key_sets)
     if selector is not None and (k_compressor is not None or v_compressor is not None):
         problem = "k_compressor and v_compressor must be None with a selector, got modules"
     if problem is not None:

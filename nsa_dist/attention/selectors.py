@@ -19,7 +19,7 @@ from nsa_dist.attention.call import Call
 from nsa_dist.checks import describe
 from nsa_dist.comm import Work, begin_gather
 from nsa_dist.comm.agreement import agree
-from nsa_dist.config import NSAConfig, RotaryConfig
+from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
 from nsa_dist.nn.compressor import BlockCompressor, apply_compressor, compressor_options
 from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
 from nsa_dist.plan import Grid
@@ -84,6 +84,33 @@ class Selector(Protocol):
 
     def select(self, call: Call, q_NHD: Tensor, gathered: Any) -> Selection:
         """Select blocks. ``gathered`` is the result of ``begin``. Sends nothing."""
+
+
+def selector_problem(selector: Selector, config: NSAConfig) -> str | None:
+    """What keeps ``selector`` from giving what the branches of ``config`` need, or None."""
+    given = {"selected", "window", selector.branch}
+    if given.issuperset(config.branches):
+        return None
+    possible = tuple(branch for branch in BRANCHES if branch in given)
+    return (
+        f"branches must be among {possible} with selector {selector.name!r}, got {config.branches}"
+    )
+
+
+def check_selection(selection: Selection, selector: Selector, rows: tuple[int, int]) -> None:
+    """Raise ValueError unless block numbers have the form that the fetch and the kernels read.
+
+    Args:
+        rows: (N, G).
+    """
+    blocks = selection.blocks
+    if blocks is None:
+        return
+    if blocks.ndim != 3 or blocks.shape[:2] != rows or blocks.dtype != torch.int32:
+        raise ValueError(
+            f"blocks of selector {selector.name!r} must be torch.int32 of shape {(*rows, 'n')}, "
+            f"got {describe(blocks)}"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,6 @@ from nsa_dist.plan import Grid
 from nsa_kernels.reference import ReferenceOptions, RotaryOptions, layer_reference
 from tests.distributed.layer_case import (
     HIDDEN,
-    SMALL,
     LayerCase,
     LayerResult,
     assert_results_close,
@@ -90,6 +89,15 @@ class PooledSelector(nn.Module):
             chosen = chosen.sort(-1).values
             chosen = torch.where(chosen == none, -1, chosen).int()
         return Selection(chosen, gathered={"pooled keys": pooled}, unused=(pooled,))
+
+
+class LongChoice(PooledSelector):
+    """Gives block numbers of a dtype that the kernels do not read."""
+
+    def select(self, call: Call, q_NHD: Tensor, gathered: tuple[Tensor, Tensor]) -> Selection:
+        chosen = super().select(call, q_NHD, gathered)
+        assert chosen.blocks is not None
+        return replace(chosen, blocks=chosen.blocks.long())
 
 
 def pooled(case: LayerCase) -> PooledSelector:
@@ -232,4 +240,12 @@ def test_refusals() -> None:
         native_sparse_attention(q, kv | {"compressed": kv["window"]}, v, gates, **options)
     with pytest.raises(ValueError, match=r"^k_compressor and v_compressor must be None beside"):
         native_sparse_attention(q, kv, v, gates, compressor, **options)
-    assert SMALL.uses_compression
+    branches = replace(config, branches=("compressed", "selected"))
+    said = r"^branches must be among \('selected', 'window'\) with selector 'pooled', got"
+    with pytest.raises(ValueError, match=said):
+        NativeSparseAttention(HIDDEN, branches, selector=pooled(BASE))
+    with pytest.raises(ValueError, match=said):
+        native_sparse_attention(q, kv, v, gates, **{**options, "config": branches})
+    wrong = LongChoice(config, torch.float64)
+    with pytest.raises(ValueError, match=r"^blocks of selector 'pooled' must be torch.int32"):
+        native_sparse_attention(q, kv, v, gates, config=config, selector=wrong)
