@@ -259,7 +259,7 @@ FUNCTIONAL_CASES: dict[str, Case] = {
         "v: (1, 32, 2, 8); (1, 32, 2, 6)",
     ),
     "v-missing-branch": (functional(v={}), "v: (); map ('compressed', 'selected', 'window')"),
-    "gates-none": (functional(gates=None), "gates: None; a tensor"),
+    "gates-none": (functional(gates=None), "gates: None; a plain tensor"),
     "gates-other-branches": (
         functional(gates=tokens(1, TOKENS, 4, 2)),
         "gates: (1, 32, 4, 2); (1, 32, 4, 3)",
