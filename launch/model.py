@@ -148,9 +148,9 @@ def _loss_sum(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def build_model(settings: Settings, vocab_size: int, ranks: Ranks) -> Decoder:
     """The decoder of this run, its weights drawn from the seed and sharded over all ranks.
 
-    Never more than one block of full weights at a time: built on the meta device, then each part
-    is materialised whole on every rank, initialised, and cut. So the weights depend on neither dp
-    nor cp.
+    Only one block's full weights exist at a time: the model is built on the meta device, then each
+    part is materialised whole on every rank, initialised, and cut. So the weights depend on neither
+    dp nor cp.
     """
     dtype = compute_dtype(settings, ranks.device)
     mixed = dtype == torch.bfloat16

@@ -69,7 +69,7 @@ def has_universal(path: Path) -> bool:
     """Whether a verified checkpoint's universal form lies beside it.
 
     Raises:
-        ValueError: if what lies there is that of another checkpoint, or was cut short.
+        ValueError: if the folder there is of another checkpoint, or incomplete.
     """
     form = universal_of(path)
     if not form.is_dir():

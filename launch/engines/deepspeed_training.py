@@ -78,7 +78,7 @@ class DeepSpeedEngine:
     """``base.Engine`` by DeepSpeed.
 
     Raises:
-        ValueError: if DeepSpeed's device is another than the run's.
+        ValueError: if DeepSpeed's device is not the run's.
     """
 
     def __init__(self, settings: Settings, vocab_size: int, ranks: Ranks) -> None:
@@ -107,7 +107,7 @@ class DeepSpeedEngine:
         )
         draw_weights(self.model, decoder, settings, ranks)
         self.sampler: nn.Module = self.deepspeed
-        # A rank that raised while it writes would leave the others in DeepSpeed's barrier.
+        # A rank that raises while writing would leave the others in DeepSpeed's barrier.
         self._write_errors: list[Exception] = []
         writer = self.deepspeed.checkpoint_engine
         writer.save = self._keep_errors(writer.save)
@@ -165,7 +165,7 @@ class DeepSpeedEngine:
             raise CheckpointError(f"rank {self.ranks.rank}: {self._write_errors[0]!r}")
 
     def read(self, path: Path) -> int:
-        """As of ``base.Engine``: on as many ranks as wrote it, or from its universal form.
+        """See ``base.Engine``. Needs as many ranks as wrote it, or its universal form.
 
         Raises:
             ValueError: if the checkpoint is of another number of ranks, with the command that
@@ -187,7 +187,7 @@ def _prepare(ranks: Ranks) -> None:
     # DeepSpeed asks for it, also without a launcher.
     os.environ.setdefault("LOCAL_RANK", str(ranks.device.index or 0))
     if device == "cpu":
-        # An extension that it would compile for half a minute, and that nothing here needs.
+        # DeepSpeed would compile this extension for half a minute; nothing here needs it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -205,8 +205,8 @@ def make_optimizer(model: Decoder, decoder: Decoder, settings: Settings) -> torc
 def draw_weights(model: Decoder, decoder: Decoder, settings: Settings, ranks: Ranks) -> None:
     """Set the weights under ``deepspeed.initialize`` to those that ``decoder`` draws from the seed.
 
-    The float32 weights behind bfloat16 ones would otherwise start from the rounded ones. Never more
-    than one part of full weights at a time, as in ``model.build_model``.
+    The float32 weights behind bfloat16 ones would otherwise start from the rounded ones. Only one
+    part's full weights exist at a time, as in ``model.build_model``.
 
     Args:
         decoder: on the meta device.

@@ -1,7 +1,7 @@
 """The same weights under the names of ``model.Decoder`` and under those of Megatron's GPT model.
 
-Weights are only moved, never changed, so that whatever lies like a weight (its moments in the
-optimizer) goes the same way, and back bit for bit. ``docs/adapters/megatron.md`` has the table.
+Weights are only moved, never changed. So tensors of the same layout (the optimizer's moments) are
+converted in the same way, and back bit for bit. ``docs/adapters/megatron.md`` has the table.
 
 H query heads in G groups of R; nk key sets and nv value sets; d width of a head, h of the stream.
 """

@@ -117,7 +117,7 @@ def transformer_config(settings: Settings, ranks: Ranks) -> TransformerConfig:
         sequence_parallel=parallel.sequence_parallel,
         # Packed streams are padded by document, to lengths of their own.
         variable_seq_lengths=parallel.pp > 1,
-        moe_token_dispatcher_type="alltoall",  # No experts, but the default refuses the line above.
+        moe_token_dispatcher_type="alltoall",  # No experts; the default excludes the above.
         **recompute,
     )
 
@@ -128,7 +128,7 @@ def draw_weights(
 ) -> dict[str, Tensor]:
     """Set the weights of this rank's part to those that ``decoder`` draws from the seed.
 
-    Never more than one part of full weights at a time, as in ``model.build_model``.
+    Only one part's full weights exist at a time, as in ``model.build_model``.
 
     Args:
         decoder: on the meta device.
@@ -250,7 +250,7 @@ class MegatronEngine:
         return Step(self._own_sum(losses), targets, torch.tensor(grad_norm))
 
     def _update(self) -> float:
-        """Megatron's ``step`` in its parts; the last is left out where the norm is not finite.
+        """Megatron's ``step`` in parts. The last part is left out if the norm is not finite.
 
         Returns:
             The global gradient norm, for which Megatron waits.
@@ -272,7 +272,7 @@ class MegatronEngine:
         return self._own_sum(losses)
 
     def _own_sum(self, losses: Sequence[Tensor]) -> Tensor:
-        """The sum of what this rank adds to the losses: of equal ones, one rank's count."""
+        """This rank's share of the loss sum: of tp ranks with equal losses, the first counts."""
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         if self.ranks.tp_rank == 0:
             for loss in losses:  # Empty on all stages except the last.
@@ -294,8 +294,8 @@ class MegatronEngine:
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
         """Weights and moments as Megatron's descriptions of shards, each parameter whole.
 
-        Not Megatron's state of its optimizers: that also holds options, which are this run's to
-        say, and without TransformerEngine it cannot be asked for before a step.
+        Megatron's own optimizer state is not used. It also holds options, which this run sets, and
+        without TransformerEngine it does not exist before a step.
         """
         model = self.gpt.sharded_state_dict(
             metadata={}
@@ -332,7 +332,7 @@ class MegatronEngine:
             dist_checkpointing.save(state, str(path))
 
     def read(self, path: Path) -> int:
-        """As of ``base.Engine``, whatever sizes wrote it. Before the first step.
+        """See ``base.Engine``. Any tp, cp, pp and dp may have written it. Before the first step.
 
         Raises:
             ValueError: if it holds more than data.
@@ -348,7 +348,7 @@ class MegatronEngine:
         assert all(name.endswith("_extra_state") for name in missing), missing
         assert not unexpected, unexpected
         optimizer.load_parameter_state_from_fully_reshardable(state["optimizer"])
-        # Checkpoints without it are of runs that skipped no step.
+        # Checkpoints without this number are of runs that skipped no step.
         self.updates = int(state.get("updates", step))
         self._set_updates(optimizer)
         return step
@@ -409,7 +409,7 @@ def _forward_loss(
 
 
 def _loss_sum(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum to differentiate, the number of targets that it is of, and the sum to report.
+    """The sum to differentiate, its number of targets, and the sum to report.
 
     Args:
         losses: float32 [1, L], cross-entropy of each token.

@@ -1,7 +1,7 @@
 """Which engines there are.
 
-Settings are checked by their engine, and engines take settings: so that imports stay without a
-circle, an engine's module is imported when it is first asked for.
+Settings are checked by their engine, and engines import the settings. To keep imports free of
+circles, an engine's module is imported when it is first asked for.
 """
 
 from __future__ import annotations

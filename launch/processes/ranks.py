@@ -209,7 +209,7 @@ def check_dense(settings: Settings, kind: str) -> None:
     there = importlib.util.find_spec("ring_flash_attn") is not None
     must = "1 with dense layers where ring-flash-attn is not installed (pip install nsa-dist[ring])"
     check(there, "parallel.cp", settings.parallel.cp, must)
-    # "auto" is known only now.
+    # What "auto" stands for is known only here.
     wrong = (kind, settings.run.dtype) == ("cpu", "auto")
     must = "'bfloat16' with dense layers on the CPU, unless parallel.layout = 'contiguous'"
     right = not wrong or settings.parallel.layout == "contiguous"

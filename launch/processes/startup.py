@@ -68,7 +68,7 @@ def join_store(
 
 
 def compare_in_group(table: Mapping[str, str]) -> None:
-    """As ``join_store``, where a process group is there already. Collective."""
+    """As ``join_store``, in an existing process group. Collective."""
     found: list[Mapping[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(found, table)
     verdict = judge(found)
@@ -80,9 +80,9 @@ def describe(settings: Settings | None, problem: str = "", device: str = "") -> 
     """What is compared, by name. A rank with a problem sends only that.
 
     Args:
-        settings: None where they could not be read.
+        settings: None if they could not be read.
         problem: this rank's own error, such as a missing package.
-        device: the type that run.device comes to here.
+        device: the type of device that run.device selects here.
     """
     if problem or settings is None:
         return {"problem": problem}

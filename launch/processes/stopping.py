@@ -53,10 +53,10 @@ class Stopping:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._in_main_thread)
                 self._taken.append(number)
-                # Calls of libraries that a signal would break off go on.
+                # Library calls must not be interrupted by a signal.
                 signal.siginterrupt(number, False)
         threading.Thread(target=self._read, name="signals", daemon=True).start()
-        # Others' children may outlive them: a shell's, by nohup.
+        # Children of other parents, such as a shell with nohup, may outlive them.
         if "TORCHELASTIC_RUN_ID" in os.environ:
             parent = os.getppid()
             watch = threading.Thread(target=self._watch, args=(parent,), name="parent", daemon=True)
@@ -72,7 +72,7 @@ class Stopping:
         self._ended.set()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._taken)
         if isinstance(error, SystemExit) and error.code == STOPPED and not self._has_state:
-            # Groups whose other ranks still wait may hang in their destructors.
+            # Process groups may hang in their destructors while other ranks still wait.
             with contextlib.suppress(OSError):
                 print("stopped before the first step", file=sys.stderr, flush=True)
             os._exit(STOPPED)
@@ -80,9 +80,9 @@ class Stopping:
     def steps_begin(self) -> None:
         """From here on a signal only sets ``asked``.
 
-        torchrun, a shell and SLURM send it to all of the process's children too: a compiler of
-        kernels that it ended would break the step off. They inherit what this thread blocks; the
-        thread that reads signals, started before, blocks none.
+        torchrun, a shell and SLURM also send it to all children of the process, and a kernel
+        compiler that it killed would abort the step. So this thread blocks signals, which children
+        inherit; the thread that reads them was started before and blocks none.
         """
         self._has_state = True
         signal.pthread_sigmask(signal.SIG_BLOCK, self._taken)
@@ -117,7 +117,7 @@ class Stopping:
                 with contextlib.suppress(OSError):
                     print("torchrun is gone: this rank stops", file=sys.stderr, flush=True)
                 if self._interrupted:
-                    # A second SIGINT, which torchrun did not live to pass on.
+                    # A second SIGINT ended torchrun before it could pass it on.
                     os._exit(INTERRUPTED)
                 os.kill(os.getpid(), signal.SIGTERM)
                 self._ended.wait(ORPHAN_SECONDS)

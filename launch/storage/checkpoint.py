@@ -147,8 +147,9 @@ def save_checkpoint(
 
 
 def find_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run folder that is whole, with a warning for each that is not;
-    None where there is none at all. Collective, the same on every rank.
+    """The newest whole checkpoint of a run folder, or None if the folder has no checkpoint at all.
+
+    Warns of each newer one that is not whole. Collective, the same on every rank.
 
     Raises:
         ValueError: on every rank, if there are some and none is whole.
@@ -229,7 +230,7 @@ def _open(path: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _step_of(path: Path) -> int:
-    """By its name; -1 for another name."""
+    """The step by its name; -1 for any other name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 

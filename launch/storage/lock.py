@@ -34,7 +34,7 @@ class Owner:
 
     Args:
         machine: boot and process namespace, in which alone ``pid`` means anything.
-        started: when the process started, so that another one of the same ``pid`` is not it.
+        started: when the process started, to tell it from a later one with the same ``pid``.
         token: of this lock; no other has it.
     """
 
@@ -125,7 +125,7 @@ class FolderLock:
             return
         content = aside.read_bytes()
         if _parse(content) != owner:
-            # Another run removed the dead one's and made its own since we looked: give it back.
+            # Meanwhile another run replaced the dead one's lock by its own: restore that.
             self._create(content)
         aside.unlink()
 
@@ -146,7 +146,7 @@ class FolderLock:
             try:
                 os.link(new, self.path)
             except FileExistsError:
-                # What NFS also says when the answer to a link that was made got lost.
+                # NFS also says so if the link was made but its answer was lost.
                 return new.stat().st_nlink == 2
             except OSError:
                 # A file system without links: whole a moment later.
@@ -168,7 +168,7 @@ class FolderLock:
             try:
                 self._renew()
             except OSError as error:
-                # A server that does not answer now; the next beat tries again.
+                # The server does not answer; the next beat tries again.
                 print(f"{self.path}: not renewed: {error}", file=sys.stderr, flush=True)
 
     def _renew(self) -> None:
@@ -187,7 +187,7 @@ class FolderLock:
 
 
 def _end(message: str) -> None:
-    """End this process at once: two runs that write into one folder would spoil both."""
+    """End this process at once, as two runs must not write into one folder."""
     why = f"as this one was not heard of for {STALE_SECONDS:.0f} s; it ends here"
     print(f"run.folder: {message}, {why}", file=sys.stderr, flush=True)
     os._exit(1)
@@ -205,19 +205,19 @@ def _parse(content: bytes) -> Owner:
 
 
 def _machine() -> str:
-    """This boot of this machine and its process namespace, or what comes nearest to it."""
+    """This boot of this machine and its process namespace, or the host's name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        # No Linux.
+        # Not Linux.
         return socket.gethostname()
 
 
 def _started(pid: int) -> str:
     """When a process of this machine started; empty if it does not run."""
     try:
-        # Behind the name, which may hold anything: state, ..., start time as the 22nd field.
+        # The name may hold anything. After it come the state, ..., and, 22nd, the start time.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
     except OSError:

@@ -170,7 +170,7 @@ def collected() -> Iterator[list[str]]:
 
 
 def find_damaged(folder: Path, scratch: Path) -> dict[str, tuple[str, list[str]]]:
-    """What is found after each kind of damage: the checkpoint's name, and what was told."""
+    """What is found after each kind of damage: the checkpoint's name, and the warnings."""
     found = {}
     for kind, (damage, _) in DAMAGE.items():
         copy = scratch / kind
@@ -186,7 +186,7 @@ def find_damaged(folder: Path, scratch: Path) -> dict[str, tuple[str, list[str]]
 
 
 def find(folder: Path) -> tuple[str | None, list[str]]:
-    """The checkpoint that is found, and what was told."""
+    """The checkpoint that is found, and the warnings."""
     with collected() as told:
         found = find_checkpoint(folder)
     return (found.path.name if found else None), told
@@ -211,7 +211,7 @@ def try_resume(folder: Path, settings: Settings, data: str) -> str:
 
 
 def write_small(path: Path, step: int) -> None:
-    """Stands for an engine's state: two files, one in a folder."""
+    """Write two files, one of them in a folder, as an engine would write its state."""
     if dist.get_rank() == 0:
         (path / "sub").mkdir()
         for name in ("a.distcp", "sub/b.distcp"):
@@ -223,7 +223,7 @@ def save_small(folder: Path, step: int, settings: Settings, broken: set[str] | N
 
 
 def save_steps(folder: Path, steps: list[int], settings: Settings) -> list[str]:
-    """Save small checkpoints one after another; what was told."""
+    """Save small checkpoints one after another; returns the warnings."""
     with collected() as told:
         for step in steps:
             save_small(folder, step, settings)
@@ -233,7 +233,7 @@ def save_steps(folder: Path, steps: list[int], settings: Settings) -> list[str]:
 def save_with_trouble(
     folder: Path, steps: list[int], settings: Settings, call: str, number: int
 ) -> list[str]:
-    """As ``save_steps`` while a call that removes or renames old ones fails; what was told."""
+    """As ``save_steps``, while a call that removes or renames old ones fails."""
     inner = getattr(shutil if call == "rmtree" else Path, call)
 
     def fail(path: Path, *args: Any, **options: Any) -> Any:
@@ -246,7 +246,7 @@ def save_with_trouble(
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing in the program catches it."""
+    """Simulates a kill: nothing in the program catches it."""
 
 
 def kill_at_each_call(folder: Path, scratch: Path, settings: Settings) -> list[tuple[str, str]]:

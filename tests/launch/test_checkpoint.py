@@ -1,4 +1,4 @@
-"""Only whole checkpoints are taken, none is lost to a kill, and nobody else's files are touched."""
+"""Only whole checkpoints are used, a kill loses none, and other files are not touched."""
 
 from __future__ import annotations
 

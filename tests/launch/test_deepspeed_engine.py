@@ -206,7 +206,7 @@ def test_a_run_goes_on_elsewhere_by_the_command_that_its_refusal_names(
     for old in ("step_00000001_universal", f"{LAST}_universal"):
         (folder / old / "zero").mkdir(parents=True)
     (result,) = deepspeed_ranks(1).run(run_deepspeed, settings)
-    # Of a checkpoint that is written anew none is left to go on from; others' are left alone.
+    # A rewritten checkpoint loses its universal form; those of other checkpoints stay.
     assert sorted(path.name for path in folder.glob("step_*")) == [
         "step_00000001_universal",
         "step_00000003",

@@ -1,4 +1,4 @@
-"""A user's mistake is told once, whatever the number of ranks, and ends all of them."""
+"""A user's error is printed once, whatever the number of ranks, and ends all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients, losses and weights that are not finite: skipped, told, and never saved."""
+"""Gradients, losses and weights that are not finite: skipped, reported, never saved."""
 
 from __future__ import annotations
 

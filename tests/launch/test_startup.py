@@ -1,4 +1,4 @@
-"""Ranks that were not started alike are told so, all of them, before anything hangs."""
+"""If ranks were started with different options, every rank raises before anything hangs."""
 
 from __future__ import annotations
 

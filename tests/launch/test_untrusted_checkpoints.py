@@ -1,5 +1,5 @@
 """Checkpoints that hold more than data: resuming and converting refuse them by name, on every rank,
-and nothing of theirs runs. Their manifests are right: whoever writes the one can write the other.
+and nothing of theirs runs. Their manifests are valid, as an attacker can write those too.
 
 ``tests/unit/test_safe_load.py`` has the ways in which a file can be made to run something, and
 ``tests/adapters/deepspeed/test_untrusted_checkpoints.py`` DeepSpeed's files.
