@@ -42,12 +42,13 @@ class BackendOnDevice:
 
 
 PYTORCH, TRITON = BackendOnDevice("pytorch", "cpu"), BackendOnDevice("triton", DEVICE)
-_MARKS = {
-    "pytorch": (),
-    "triton": (
+# A further backend goes in here, and its cases into the tests that name cases for each.
+BACKENDS = {backend.name: backend for backend in (PYTORCH, TRITON)}
+_MARKS: dict[str, list[pytest.MarkDecorator]] = {
+    "triton": [
         pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
         *([] if INTERPRETED else [pytest.mark.gpu]),
-    ),
+    ],
 }
 
 
@@ -56,22 +57,26 @@ def natively_all(interpreted: torch.dtype) -> list[torch.dtype]:
     return [interpreted] if INTERPRETED else DTYPES
 
 
-def over(names: str = "", **values: Iterable[Any]) -> pytest.MarkDecorator:
+def over(names: str, **values: Iterable[Any]) -> pytest.MarkDecorator:
     """The test runs with `backend` and, for each backend, its own values of `names`.
 
-    values: of pytorch and of triton; a tuple for each run where there are several names.
+    values: of each backend, a tuple for each run where there are several names. A backend that has
+    none takes those of pytorch, if these are given.
     """
+    given = {name: list(rows) for name, rows in values.items()}
     params = []
-    for name, rows in values.items():
-        for row in rows:
+    for name in BACKENDS:
+        for row in given.get(name, given.get(PYTORCH.name, [])):
             row = row if isinstance(row, tuple) and ", " in names else (row,)
             label = "-".join([name, *map(case_id, row)])
-            params.append(pytest.param(name, *row, id=label, marks=_MARKS[name]))
+            params.append(pytest.param(name, *row, id=label, marks=_MARKS.get(name, ())))
     return pytest.mark.parametrize(f"backend, {names}", params, indirect=["backend"])
 
 
-over_both = pytest.mark.parametrize(
-    "backend", [pytest.param(name, marks=marks) for name, marks in _MARKS.items()], indirect=True
+over_all = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(name, marks=_MARKS.get(name, ())) for name in BACKENDS],
+    indirect=True,
 )
 
 

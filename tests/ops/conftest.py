@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
 
 from nsa_kernels.pytorch import _common
-from tests.ops.backends import INTERPRETED, PYTORCH, TRITON, BackendOnDevice, guarded_kernels
+from tests.ops.backends import BACKENDS, INTERPRETED, TRITON, BackendOnDevice, guarded_kernels
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[BackendOnDevice]:
     """The backend of the test's parameter; kernels run as in all tests of ops/triton."""
-    if request.param == PYTORCH.name:
-        yield PYTORCH
-    else:
-        with guarded_kernels():
-            yield TRITON
+    tested = BACKENDS[request.param]
+    with guarded_kernels() if tested is TRITON else nullcontext():
+        yield tested
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsa_kernels.reference import num_compressed, select_blocks
 from tests.ops.backends import DTYPES as KERNEL_DTYPES
-from tests.ops.backends import BackendOnDevice, over, over_both
+from tests.ops.backends import BackendOnDevice, over, over_all
 from tests.ops.choices import (
     assert_highest,
     assert_well_formed,
@@ -136,7 +136,7 @@ def test_trap_ties(backend: BackendOnDevice, gain: float) -> None:
     ),
     case="triton",
 )
-@over_both
+@over_all
 def test_trap_k_larger_than_the_blocks_there_are(backend: BackendOnDevice) -> None:
     case = Case("one", (70,), num_selected=9)
     q, k = make_inputs(case, torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor
 from nsa_kernels.reference import compress_blocks, num_compressed
 from tests.ops.accuracy import assert_2x, plain_dtype
 from tests.ops.backends import DTYPES as KERNEL_DTYPES
-from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_both
+from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_all
 from tests.ops.op_cases import (
     DTYPES,
     assert_unchanged_bits,
@@ -203,7 +203,7 @@ def test_weights_of_a_head_are_its_own() -> None:
         torch.testing.assert_close(out[:, g : g + 1], alone, rtol=1e-14, atol=1e-14)
 
 
-@over_both
+@over_all
 def test_kind_that_does_not_exist(backend: BackendOnDevice) -> None:
     rows = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"compress: found 'max'; 'mlp', .*'mean' work"):

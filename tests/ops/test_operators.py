@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nsa_kernels import QuerySegments, Segment, get_backend
-from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_both
+from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_all
 from tests.ops.op_cases import CASES, Layout, same_bits
 
 T, H, G, D, BLOCK, STRIDE, SELECT = 200, 4, 2, 16, 8, 4, 16
@@ -174,7 +174,7 @@ def test_float32_products_stay_ieee(name: str) -> None:
     assert_same_bits(found, expected)
 
 
-@over_both
+@over_all
 @every_operator
 def test_forward_bits_do_not_depend_on_grad_mode(backend: BackendOnDevice, name: str) -> None:
     leaves = inputs(backend, name)
@@ -187,7 +187,7 @@ def test_forward_bits_do_not_depend_on_grad_mode(backend: BackendOnDevice, name:
         assert not any(x.requires_grad for x in found)
 
 
-@over_both
+@over_all
 @every_operator
 def test_several_forwards_before_their_backwards(backend: BackendOnDevice, name: str) -> None:
     first, second = inputs(backend, name), inputs(backend, name, seed=1)
@@ -199,7 +199,7 @@ def test_several_forwards_before_their_backwards(backend: BackendOnDevice, name:
         assert_same_bits(list(found), expected[number][-len(leaves) :])
 
 
-@over_both
+@over_all
 @every_operator
 def test_recomputation_gives_the_same_bits(backend: BackendOnDevice, name: str) -> None:
     leaves = inputs(backend, name)
@@ -239,7 +239,7 @@ def test_lse_has_no_gradient_and_results_are_not_inputs(name: str) -> None:
     assert not any(x.requires_grad for x in out[1:])
 
 
-@over_both
+@over_all
 @every_operator
 def test_an_input_without_gradient_costs_nothing_else(backend: BackendOnDevice, name: str) -> None:
     leaves = inputs(backend, name)

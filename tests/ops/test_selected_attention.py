@@ -12,7 +12,7 @@ import torch
 from nsa_kernels import QuerySegments
 from tests.ops.accuracy import assert_2x
 from tests.ops.backends import DTYPES as KERNEL_DTYPES
-from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_both
+from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_all
 from tests.ops.op_cases import (
     CASES,
     DTYPES,
@@ -371,7 +371,7 @@ def test_a_chosen_block_that_is_not_here_is_an_error() -> None:
         )  # fmt: skip
 
 
-@over_both
+@over_all
 @pytest.mark.parametrize("queries", [0, 5])
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_nothing_chosen(backend: BackendOnDevice, queries: int, blocks: int) -> None:
