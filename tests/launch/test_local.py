@@ -35,33 +35,6 @@ def test_as_many_processes_as_the_machine_is_good_for(gpus: int, processes: int)
     assert line[script + 1 :] == expected
 
 
-def test_a_run_from_the_command_line(root: Path, tmp_path: Path) -> None:
-    settings = tiny(root, parallel={"cp": 2}, run={"sample_tokens": 9, "tensorboard": True})
-    (tmp_path / "run.toml").write_text(to_toml(settings))
-    arguments = ["run.toml", "--run.steps", "6", "--run.folder", "out", "--run.log-every", "2"]
-    arguments += ["--run.prompt", "def é"]
-    # The tiny run asks for CPUs, whatever GPUs this machine has.
-    line = local.command(arguments, gpus=0)
-    done = run(["env", "PYTHONIOENCODING=ascii", *line], tmp_path)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "out"
-    records = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [1, 2, 4, 6, 6]
-    for number in (f"{records[0]['loss']:.4f}", f"{records[-1]['validation_loss']:.4f}"):
-        assert number in done.stdout
-    for word in (
-        "unigram",
-        "tokens/s",
-        "bytes moved per step",
-        "fetch_grad",
-        "--- sample\ndef \\xe9",
-    ):
-        assert word in done.stdout
-    assert "dp 1 x cp 2 on cpu" in done.stdout
-    assert (folder / "checkpoints" / "step_00000006" / ".metadata").exists()
-    assert list((folder / "tensorboard").glob("events.*"))
-
-
 def test_a_bad_option_ends_the_program_with_its_name(root: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text(to_toml(tiny(root)) + "[extra]\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch import local
+from launch.settings import to_toml
+from tests.launch.common import tiny
 
 ROOT = Path(local.__file__).resolve().parents[1]
 PACKAGES = ("launch", "nsa_dist", "kernels/nsa_kernels")
@@ -20,8 +23,6 @@ import os
 with open(os.environ["IMPORTED"], "a") as file:
     file.write(f"{os.path.dirname(__file__)}\\n")
 """
-TRAINS = ("--run.steps", "2", "--run.folder", "out", "--run.device", "cpu", "--data.length", "256")
-SMALL = ("--data.global-batch", "2", "--run.sample-tokens", "4", "--run.validation-streams", "1")
 HELP = {
     "train.py": ("configs/default.toml", "--help"),
     "convert.py": (),
@@ -46,27 +47,48 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    line: list[str], checkout: Path, folder: Path, *packages: str
+    line: list[str], checkout: Path, folder: Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program in ``folder``; what it and its children import must be the checkout's."""
+    """Run a program in ``folder``; the packages that it and its children import must be the
+    checkout's."""
     marks = folder / "imported"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"IMPORTED": str(marks), "OMP_NUM_THREADS": "1"}
+    environment |= {"IMPORTED": str(marks), "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         line, cwd=folder, env=environment, capture_output=True, text=True, timeout=170
     )
     imported = set(marks.read_text().split()) if marks.exists() else set()
-    assert imported == {str(checkout / package) for package in packages}, done.stderr
+    assert imported == {str(checkout / package) for package in PACKAGES}, done.stderr
     return done
 
 
-def test_training_by_local(checkout: Path, tmp_path: Path) -> None:
-    """By torchrun too, which local.py starts."""
-    config = str(checkout / "configs" / "default.toml")
-    line = [sys.executable, str(checkout / "launch" / "local.py"), config, *TRAINS, *SMALL]
-    done = run(line, checkout, tmp_path, *PACKAGES)
+def test_a_run_from_the_command_line(root: Path, checkout: Path, tmp_path: Path) -> None:
+    """By local.py, which starts torchrun, which starts train.py."""
+    settings = tiny(root, parallel={"cp": 2}, run={"sample_tokens": 9, "tensorboard": True})
+    (tmp_path / "run.toml").write_text(to_toml(settings))
+    line = [sys.executable, str(checkout / "launch" / "local.py"), "run.toml"]
+    line += ["--run.steps", "6", "--run.folder", "out", "--run.log-every", "2"]
+    line += ["--run.prompt", "def é"]
+    # The tiny run asks for CPUs, whatever GPUs this machine has.
+    variables = {"CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "ascii"}
+    done = run(line, checkout, tmp_path, **variables)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "checkpoints" / "step_00000002" / "manifest.json").exists()
+    folder = tmp_path / "out"
+    records = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 4, 6, 6]
+    for number in (f"{records[0]['loss']:.4f}", f"{records[-1]['validation_loss']:.4f}"):
+        assert number in done.stdout
+    for word in (
+        "unigram",
+        "tokens/s",
+        "bytes moved per step",
+        "fetch_grad",
+        "--- sample\ndef \\xe9",
+    ):
+        assert word in done.stdout
+    assert "dp 1 x cp 2 on cpu" in done.stdout
+    assert (folder / "checkpoints" / "step_00000006" / ".metadata").exists()
+    assert list((folder / "tensorboard").glob("events.*"))
 
 
 @pytest.mark.slow
@@ -74,6 +96,6 @@ def test_training_by_local(checkout: Path, tmp_path: Path) -> None:
 def test_every_program_starts(program: str, checkout: Path, tmp_path: Path) -> None:
     shutil.copytree(checkout / "configs", tmp_path / "configs")
     line = [sys.executable, str(checkout / "launch" / program), *HELP[program]]
-    done = run(line, checkout, tmp_path, *PACKAGES)
+    done = run(line, checkout, tmp_path)
     assert "usage: " in done.stdout + done.stderr
     assert done.returncode == (1 if program == "convert.py" else 0)
