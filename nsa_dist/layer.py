@@ -179,9 +179,10 @@ class NativeSparseAttention(nn.Module):
         """
         call = self._call(x, cu_seqlens, position_ids)
         q, k, v = self._project(x, call.plan.positions if position_ids is None else position_ids)
-        gates = project("gate", self.gate, x, self.config.num_heads, len(self.config.branches))
+        config = call.config
+        gates = project("gate", self.gate, x, config.num_heads, len(config.branches))
         # Check the results of projections like a caller's input: something may have replaced them.
-        problem = inputs_problem(q, k, v, gates, self.config, self.setup.key_sets)
+        problem = inputs_problem(q, k, v, gates, config, self.setup.key_sets)
         attended = attend(call, q, k, v, gates, self._selector, problem)
         out = attended.out_NHD.flatten(1).unflatten(0, x.shape[:2])
         out = project("o_proj", self.o_proj, out, self.hidden_size)
@@ -218,10 +219,11 @@ class NativeSparseAttention(nn.Module):
 
     @torch.compiler.disable  # The only graph break of a compiled layer: see find_plan.
     def _call(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Call:
+        config = self.setup.config
         problem = input_problem(x, position_ids, self.hidden_size, self.q_proj)
-        users = ("k_compressor", "v_compressor") if self.config.compress == "custom" else ()
+        users = ("k_compressor", "v_compressor") if config.compress == "custom" else ()
         problem = problem or cut_problem(self, (*PROJECTIONS, *users))
-        if problem is None and position_ids is not None and self.config.compress_pre_rope:
+        if problem is None and position_ids is not None and config.compress_pre_rope:
             problem = (
                 "position_ids must be None with compress_pre_rope=True (compressed keys are "
                 "rotated at positions from the document's start), got positions"

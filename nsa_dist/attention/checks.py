@@ -21,9 +21,11 @@ from nsa_dist.plan import Plan
 
 def tensor_problem(name: str, x: Any) -> str | None:
     """The error if ``x`` is not a plain, dense tensor."""
+    if is_plain(x) and not isinstance(x, DTensor):
+        return None
     if isinstance(x, DTensor):
         return f"{name} must be a plain tensor ({name}.to_local() gives one), got a DTensor"
-    return None if is_plain(x) else f"{name} must be a plain tensor, got {describe(x)}"
+    return f"{name} must be a plain tensor, got {describe(x)}"
 
 
 def query_problem(q: Any, config: NSAConfig) -> str | None:
@@ -64,9 +66,10 @@ def keys_problem(
             tensors = {f"{name}[{branch!r}]": x for branch, x in given.items()}
         shape = (*q.shape[:2], config.num_kv_heads, width)
         for label, x in tensors.items():
-            problem = tensor_problem(label, x)
-            if problem is not None:
-                return problem
+            if type(x) is not Tensor or not is_plain(x):
+                problem = tensor_problem(label, x)
+                if problem is not None:
+                    return problem
             if x.shape != shape:
                 return f"{label} must have shape {shape}, got {tuple(x.shape)}"
             if x.dtype != q.dtype or x.device != q.device:

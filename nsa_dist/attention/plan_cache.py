@@ -104,6 +104,11 @@ def get_plan(
     """
     group = context_group(group)
     counter = CommunicationCounter() if communication is None else communication
+    try:
+        batch = as_int("batch", batch, 0)
+        local_length = as_int("local_length", local_length, 0)
+    except ValueError as error:
+        problem, batch, local_length = problem or str(error), 0, 0
     plan = find_plan(
         config,
         layout,
@@ -156,11 +161,6 @@ def find_plan(
             "the attention must not run under transforms of torch.func, except functional_call "
             "(use backward() or torch.autograd.grad), got one (grad, vmap, jvp, ...)"
         )
-    try:
-        batch = as_int("batch", batch, 0)
-        local_length = as_int("local_length", local_length, 0)
-    except ValueError as error:
-        problem, batch, local_length = problem or str(error), 0, 0
     layout = str(layout) if isinstance(layout, str) else layout
     if cu_seqlens is None:
         boundaries = "None"
