@@ -11,7 +11,7 @@ import torch
 CROSSOVER = {"NVIDIA H200": 13_500}
 SHAPES = "bfloat16, 64 query heads, 4 KV heads, width 128"
 
-_said: set[str] = set()
+_warned_on: set[str] = set()
 
 
 def hint_at_crossover(longest: int, device: torch.device, backend: str, dtype: torch.dtype) -> None:
@@ -27,14 +27,14 @@ def hint_at_crossover(longest: int, device: torch.device, backend: str, dtype: t
     # Before any use of the length, so that no compiled graph depends on it.
     if torch.compiler.is_compiling() or device.type != "cuda":
         return
-    if longest < max(CROSSOVER.values()) and not _said:
+    if longest < max(CROSSOVER.values()) and not _warned_on:
         _hint(longest, torch.cuda.get_device_name(device))
 
 
 def _hint(longest: int, gpu: str) -> None:
     crossover = CROSSOVER.get(gpu, 0)
     if longest < crossover:
-        _said.add(gpu)
+        _warned_on.add(gpu)
         warnings.warn(
             f"the longest document has {longest} tokens; on {gpu} dense attention is faster up to "
             f"about {crossover} ({SHAPES}; see docs/benchmarks.md)",

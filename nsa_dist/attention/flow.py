@@ -52,31 +52,35 @@ class Attended:
 
 
 def attend_branches(
-    call: Call, q_NHD: Tensor, keys_NGD: Sets, values_NGD: Sets, gates_NHb: Tensor, by: Selector
+    call: Call,
+    q_NHD: Tensor,
+    keys_NGD: Sets,
+    values_NGD: Sets,
+    gates_NHb: Tensor,
+    selector: Selector,
 ) -> Attended:
     """All branches, gated and summed (Eq. 5).
 
     Args:
         keys_NGD, values_NGD: by set; a shared tensor is one object.
-        by: the selector.
     """
     ops, config, plan = call.backend, call.config, call.plan
     scale, branches = config.softmax_scale, config.branches
     outputs, lse = {}, {}
 
     extended = _exchange_halos(call, _rotate(call, keys_NGD), values_NGD)
-    chooses = "selected" in branches or by.branch in branches
-    gathered = by.begin(call, extended).finish() if chooses else None
+    chooses = "selected" in branches or selector.branch in branches
+    gathered = selector.begin(call, extended).finish() if chooses else None
     if "window" in branches:
         outputs["window"], lse["window"] = ops.window_attention(
             q_NHD, *extended["window"], plan.segments, window=config.window, scale=scale
         )
-    chosen = by.select(call, q_NHD, gathered) if chooses else None
+    chosen = selector.select(call, q_NHD, gathered) if chooses else None
     if chosen is not None:
-        check_selection(chosen, by, (len(q_NHD), config.num_kv_heads))
+        check_selection(chosen, selector, (len(q_NHD), config.num_kv_heads))
     if chosen is not None and chosen.output is not None and chosen.lse is not None:
-        assert by.branch is not None
-        outputs[by.branch], lse[by.branch] = chosen.output, chosen.lse
+        assert selector.branch is not None
+        outputs[selector.branch], lse[selector.branch] = chosen.output, chosen.lse
     if chosen is not None and chosen.blocks is not None:
         outputs["selected"], lse["selected"] = _attend_selected(
             call, q_NHD, *extended["selected"], chosen.blocks

@@ -135,17 +135,17 @@ def native_sparse_attention(
     counter = CommunicationCounter() if communication is None else communication
     if not isinstance(config, NSAConfig):
         refuse(f"config must be an NSAConfig, got {config!r}", {}, context, counter)
-    by = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
-    setup = Setup(config, layout, context, backend, counter, rotary, by.grids(config))
-    problem = selector_problem(by, config) or query_problem(q, config)
+    chosen = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
+    setup = Setup(config, layout, context, backend, counter, rotary, chosen.grids(config))
+    problem = selector_problem(chosen, config) or query_problem(q, config)
     problem = problem or inputs_problem(q, k, v, gates, config, setup.key_sets)
     if selector is not None and (k_compressor is not None or v_compressor is not None):
         problem = "k_compressor and v_compressor must be None with a selector, got modules"
     if problem is not None:
-        setup.refuse(problem, _stated(q, k, v, gates, rotary, by))
+        setup.refuse(problem, _stated(q, k, v, gates, rotary, chosen))
     rows = (q.shape[0], q.shape[1])
     call = make_call(setup, rows, q.device, q.dtype, cu_seqlens=cu_seqlens, plan=plan, stated={})
-    attended = attend(call, q, k, v, gates, by)
+    attended = attend(call, q, k, v, gates, chosen)
     out = attended.out_NHD.unflatten(0, rows)
     return (out, details_of(attended, gates)) if return_details else out
 
@@ -156,14 +156,14 @@ def attend(
     k: KeysOrValues,
     v: KeysOrValues,
     gates: Tensor,
-    by: Selector,
+    selector: Selector,
     problem: str | None = None,
 ) -> Attended:
     """Compute a call's attention after all ranks have agreed on it.
 
     Args:
         q, k, v, gates: as for ``native_sparse_attention``, already checked.
-        by: the selector that the call was made for.
+        selector: the selector that the call was made for.
         problem: an error that the caller found in them, if any.
 
     Raises:
@@ -173,10 +173,10 @@ def attend(
     problem = (
         problem
         or rotary_problem(call.rotary, q.device, call.config, call.plan.longest)
-        or by.problem(call)
+        or selector.problem(call)
     )
     if channel.group.size > 1 or problem is not None:
-        stated = _stated(q, k, v, gates, call.rotary, by)
+        stated = _stated(q, k, v, gates, call.rotary, selector)
         statement = call.plan.statement
         more = {name: value for name, value in stated.items() if name not in statement.values}
         backend = repr(call.backend.name)
@@ -188,7 +188,7 @@ def attend(
         _by_set(k, sets),
         _by_set(v, sets if isinstance(v, Tensor) else call.config.branches),
         gates.flatten(0, 1),
-        by,
+        selector,
     )
 
 
@@ -204,7 +204,7 @@ def details_of(attended: Attended, gates: Tensor) -> NSADetails:
 
 
 def _stated(
-    q: Any, k: Any, v: Any, gates: Any, rotary: Rotary | None, by: Selector
+    q: Any, k: Any, v: Any, gates: Any, rotary: Rotary | None, selector: Selector
 ) -> dict[str, str]:
     """The input as text, by name, which must be equal on all ranks."""
     return {
@@ -213,8 +213,8 @@ def _stated(
         "v": _describe_all(v),
         "gates": describe(gates),
         "rotary": _describe_all(rotary),
-        "selector": by.name,
-        **by.stated(),
+        "selector": selector.name,
+        **selector.stated(),
     }
 
 

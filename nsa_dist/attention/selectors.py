@@ -27,7 +27,7 @@ from nsa_dist.plan.grid import all_grids
 from nsa_kernels import Backend, QuerySegments
 
 # Errors of a custom module. Activation checkpointing stops a recomputation by another exception.
-USERS_ERRORS = (
+CUSTOM_MODULE_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RuntimeError, TypeError, ValueError),
 )
@@ -87,7 +87,7 @@ class Selector(Protocol):
 
 
 def selector_problem(selector: Selector, config: NSAConfig) -> str | None:
-    """What keeps ``selector`` from giving what the branches of ``config`` need, or None."""
+    """The error if ``selector`` does not serve all branches of ``config``, or None."""
     given = {"selected", "window", selector.branch}
     if given.issuperset(config.branches):
         return None
@@ -98,7 +98,7 @@ def selector_problem(selector: Selector, config: NSAConfig) -> str | None:
 
 
 def check_selection(selection: Selection, selector: Selector, rows: tuple[int, int]) -> None:
-    """Raise ValueError unless block numbers have the form that the fetch and the kernels read.
+    """Raise ValueError unless selected blocks have the dtype and shape that the fetch needs.
 
     Args:
         rows: (N, G).
@@ -263,9 +263,10 @@ def _agreed(compress: Callable[[], tuple[Tensor, Tensor]], call: Call) -> tuple[
     statement = call.plan.statement.also(call="forward of custom compressors")
     try:
         result = compress()
-    except USERS_ERRORS as error:
-        said = f"custom compressor raised {type(error).__name__}: {error}"
-        problem = str(error) if str(error).startswith("custom compressor ") else said
+    except CUSTOM_MODULE_ERRORS as error:
+        problem = str(error)
+        if not problem.startswith("custom compressor "):
+            problem = f"custom compressor raised {type(error).__name__}: {error}"
         agree(statement, problem, call.channel.group, call.channel.counter, error)
         raise
     agree(statement, None, call.channel.group, call.channel.counter)

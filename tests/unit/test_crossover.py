@@ -15,7 +15,7 @@ AT = crossover.CROSSOVER[GPU]
 
 @pytest.fixture(autouse=True)
 def _in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossover, "_said", set())
+    monkeypatch.setattr(crossover, "_warned_on", set())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
 
 

@@ -138,8 +138,8 @@ class NSADistributedAttention(nn.Module):
             # a parameter without a gradient.
             gates = static if gates is None else gates + 0 * static.to(gates.dtype)
         assert gates is not None
-        by = CompressedSelector(self.k_compressor, self.v_compressor)
-        out = attend(call, q, k, v, gates, by).out_NHD.unflatten(0, q.shape[:2])
+        selector = CompressedSelector(self.k_compressor, self.v_compressor)
+        out = attend(call, q, k, v, gates, selector).out_NHD.unflatten(0, q.shape[:2])
         return out.transpose(0, 1) if batch_dim_idx == 1 else out
 
     def _layout_problem(self, q: Any, k: Any, v: Any, batch_dim_idx: int, gates: Any) -> str | None:
