@@ -104,9 +104,7 @@ def test_a_plan_that_cuts_heads_is_refused_by_name(name: str, ranks_of: RanksOf)
     for outcomes in ranks_of(2).run(refused, name):
         for outcome in outcomes:
             assert outcome.error == "ValueError", outcome
-            assert re.match(
-                rf"{REFUSED[name][2]} must .*, got |{REFUSED[name][2]}: found ", outcome.message
-            )
+            assert re.match(f"{REFUSED[name][2]} must .*, got ", outcome.message)
             assert "nsa_dist.adapters.megatron" in outcome.message
 
 
