@@ -21,7 +21,7 @@ def check(ok: bool, option: str, value: Any, must: str) -> None:
         try:
             got = repr(value)
         except ValueError:  # Python prints no integer of thousands of digits.
-            got = f"a {type(value).__name__} that is too long to print"
+            got = f"{type_name(value)} that is too long to print"
         raise ValueError(f"{option} must be {must}, got {got}")
 
 
@@ -71,12 +71,18 @@ def check_tensor(option: str, value: Any, must: str) -> None:
         raise ValueError(f"{option} must be {must}, got {describe(value)}")
 
 
+def type_name(x: Any) -> str:
+    """The type of ``x`` with its article: "a list", "an Identity"."""
+    name = type(x).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
 def describe(x: Any) -> str:
     """A tensor's dtype, shape and device; the type or the layout of anything else."""
     if x is None:
         return "None"
     if not isinstance(x, Tensor):
-        return f"a {type(x).__name__}"
+        return type_name(x)
     if not is_plain(x):
         return "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
     return f"{x.dtype} of shape {tuple(x.shape)} on {x.device.type}"

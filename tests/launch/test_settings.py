@@ -173,7 +173,7 @@ REFUSED = {
     "the same in hexadecimal": (
         "[run]\nseed = 0x" + "f" * 5000,
         "run.seed must be an integer of 64 bits",
-        "got a int that is too long to print",
+        "got an int that is too long to print",
     ),
     "integer beyond every float": (
         "[optimizer]\nlr = 1" + "0" * 400,

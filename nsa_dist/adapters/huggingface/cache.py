@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from nsa_dist.checks import check
+from nsa_dist.checks import check, type_name
 from nsa_dist.config import NSAConfig
 
 
@@ -121,7 +121,7 @@ def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig, batc
     if not isinstance(cache, DynamicCache):
         raise ValueError(
             "past_key_values must be a DynamicCache (for generate: cache_implementation=None or "
-            f"'dynamic'), got a {type(cache).__name__}"
+            f"'dynamic'), got {type_name(cache)}"
         )
     if cache.offloading:
         raise ValueError("past_key_values must be a cache on the device, got offloading=True")
@@ -146,5 +146,5 @@ def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig, batc
         else:
             raise ValueError(
                 "past_key_values must be an empty DynamicCache or one that this model filled, got "
-                f"a {type(layer).__name__} with {layer.get_seq_length()} tokens as layer {index}"
+                f"{type_name(layer)} with {layer.get_seq_length()} tokens as layer {index}"
             )

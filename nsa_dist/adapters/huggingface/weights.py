@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from nsa_dist.checks import DTYPES, check
+from nsa_dist.checks import DTYPES, check, type_name
 
 
 def is_cut(parameter: Tensor) -> bool:
@@ -40,9 +40,7 @@ def check_parameter(name: str, parameter: object, shape: tuple[int, ...]) -> Non
     """Raise ValueError unless it is a plain parameter of ``shape``; ZeRO-3 may have sharded it."""
     must = "a whole torch.nn.Parameter (convert before anything splits or quantises it)"
     if type(parameter) is not nn.Parameter:
-        kind = type(parameter).__name__
-        article = "an" if kind[0] in "AEIOU" else "a"
-        raise ValueError(f"{name} must be {must}, got {article} {kind}")
+        raise ValueError(f"{name} must be {must}, got {type_name(parameter)}")
     check(parameter.dtype in DTYPES, name, parameter.dtype, f"of a dtype in {DTYPES}")
     given = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if given != shape:

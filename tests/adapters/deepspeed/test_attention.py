@@ -78,7 +78,7 @@ def test_what_cannot_be_built_is_refused_by_name() -> None:
         (
             SMALL,
             {"k_compressor": torch.nn.Identity()},
-            r"k_compressor must be None with .*, got a Identity",
+            r"k_compressor must be None with .*, got an Identity",
         ),
         (
             replace(SMALL, compress="custom"),
