@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import QuerySegments
-from nsa_kernels.triton.banded import backward, forward, key_tiles
+from nsa_kernels.triton.banded import backward, band, key_tiles
 from tests.ops.backends import DEVICE, DTYPES, INTERPRETED, TRITON, natively_all
 from tests.ops.banded import KERNEL_CASES, Branch, assert_same, check_against_the_oracle
 from tests.ops.op_cases import Case, case_id
@@ -30,7 +30,7 @@ each_branch = pytest.mark.parametrize("name", ["compressed", "window"])
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of more than two tiles are cut up, and run in several launches, in small inputs too."""
-    for module in (forward, backward, key_tiles):
+    for module in (band, key_tiles):
         monkeypatch.setattr(module, "PIECE", 2)
     monkeypatch.setattr(backward, "WORKSPACE", 1 << 16)
 

@@ -21,11 +21,26 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
-from nsa_kernels.triton.banded.band import Band, load_rows, num_seen, sees
-from nsa_kernels.triton.shared.arguments import last_dim_contiguous
-from nsa_kernels.triton.shared.arithmetic import PIECE, add_dot, logit_scale, power, precision
-from nsa_kernels.triton.shared.shapes import banded_tiles, padded
-from nsa_kernels.triton.shared.tables import query_tiles
+from nsa_kernels.triton.banded.band import (
+    Band,
+    TileKeys,
+    constants,
+    load_k,
+    load_v,
+    num_seen,
+    sees,
+)
+from nsa_kernels.triton.shared.arguments import head_rows, last_dim_contiguous, load_head_rows
+from nsa_kernels.triton.shared.arithmetic import (
+    add_dot,
+    add_softmax,
+    filled,
+    logit_scale,
+    power,
+    zeros,
+)
+from nsa_kernels.triton.shared.shapes import banded_tiles
+from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
 
 @triton.jit
@@ -34,237 +49,154 @@ def _forward_tiles(
     b_max,
     b_sum,
     b_q,
-    p_k,
-    p_v,
     b_t,
-    base,
+    keys,
     begin,
     end,
-    first,
-    limit,
-    stride_kt,
-    stride_vt,
     logit_scale,
-    OFFSET: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
-    BN: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    PDK: tl.constexpr,
-    PDV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr,
 ):
     """One online-softmax step for each key tile in [begin, end)."""
-    o_dk = tl.arange(0, PDK)
-    o_dv = tl.arange(0, PDV)
-    for start in tl.range(begin, end, BN):
-        o_j = start + tl.arange(0, BN)
-        m_j = (o_j >= first) & (o_j < limit)
-        row = base + o_j.to(tl.int64)
-        b_k = load_rows(p_k, row * stride_kt, o_dk, m_j, DK, PDK)  # [BN, PDK]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+    for start in tl.range(begin, end, C.BN):
+        o_j = start + tl.arange(0, C.BN)
+        b_k = load_k(keys, o_j, C)  # [BN, PDK]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=C.PRECISION)  # [BM, BN]
         if MASKED:
-            b_s = tl.where(
-                sees(b_t[:, None], o_j[None, :], OFFSET, STRIDE, WINDOW), b_s, -float("inf")
-            )
+            b_s = tl.where(sees(b_t[:, None], o_j[None, :], C), b_s, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * logit_scale)
         # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
         b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_scale = power(b_max - b_safe, PRECISION)
+        b_scale = power(b_max - b_safe, C.PRECISION)
         # Fused by hand: a tile that is masked for some must round as one that is not.
-        b_p = power(tl.fma(b_s, logit_scale, -b_safe[:, None]), PRECISION)
+        b_p = power(tl.fma(b_s, logit_scale, -b_safe[:, None]), C.PRECISION)
         b_sum = tl.fma(b_sum, b_scale, tl.sum(b_p, 1))
-        b_v = load_rows(p_v, row * stride_vt, o_dv, m_j, DV, PDV)  # [BN, PDV]
+        b_v = load_v(keys, o_j, C)  # [BN, PDV]
         b_acc = b_acc * b_scale[:, None]
-        b_acc = add_dot(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
+        b_acc = add_dot(b_acc, b_p.to(b_v.dtype), b_v, C.PRECISION)  # [BM, PDV]
         b_max = b_new
     return b_acc, b_max, b_sum
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _forward_kernel(
-    q,
-    k,
-    v,
-    o,
-    lse,
-    tiles,
-    num_tiles,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    logit_scale,
-    H: tl.constexpr,
-    R: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    LONG: tl.constexpr,
-    BT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    PDK: tl.constexpr,
-    PDV: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PIECE_TILES: tl.constexpr,
+    q, k, v, o, lse, tiles, num_tiles, logit_scale, LONG: tl.constexpr, C: tl.constexpr
 ):
+    """o and lse of one tile of queries. LONG: whether sums over its keys are made in pieces."""
     # Late tokens see most: starting with them leaves the short programs for the end.
     i_tile = num_tiles - 1 - tl.program_id(0)
     i_g = tl.program_id(1)
-    first_row = tl.load(tiles + i_tile * 4)
-    num_tokens = tl.load(tiles + i_tile * 4 + 1).to(tl.int32)
-    position = tl.load(tiles + i_tile * 4 + 2).to(tl.int32)
-    base = tl.load(tiles + i_tile * 4 + 3)
+    first_row, num_tokens, position, base = load_query_tile(tiles, i_tile)
 
-    o_m = tl.arange(0, BM)
-    token, head = o_m // R, (i_g * R + o_m % R).to(tl.int64)
+    o_m = tl.arange(0, C.BM)
+    token, head = o_m // C.R, (i_g * C.R + o_m % C.R).to(tl.int64)
     m_m = token < num_tokens
-    if BT * R != BM:
-        m_m = m_m & (token < BT)
+    if C.BT * C.R != C.BM:
+        m_m = m_m & (token < C.BT)
     row = first_row + token
     b_t = position + token
-    b_q = load_rows(q, row * stride_qt + head * stride_qh, tl.arange(0, PDK), m_m, DK, PDK)
+    b_q = load_head_rows(q, row, head, m_m, C.DK, C.PDK)  # [BM, PDK]
 
     last = position + num_tokens - 1
-    limit = num_seen(last, OFFSET, STRIDE)  # Keys that the last query sees.
-    shared = num_seen(position, OFFSET, STRIDE) // BN * BN  # Before: all tiles seen by all.
+    limit = num_seen(last, C)  # Keys that the last query sees.
+    shared = num_seen(position, C) // C.BN * C.BN  # Before: all tiles seen by all.
     # Rows of the buffer before the first key that any query sees may be another document's.
     first = 0
-    if WINDOW > 0:
-        first = tl.maximum(position - WINDOW + 1, 0)
-    begin = first // BN * BN
+    if C.WINDOW > 0:
+        first = tl.maximum(position - C.WINDOW + 1, 0)
+    begin = first // C.BN * C.BN
     inner = begin  # From here on no tile begins before a query's window.
-    if WINDOW > 0:
-        inner = tl.cdiv(tl.maximum(last - WINDOW + 1, 0), BN) * BN
-        inner = tl.minimum(tl.maximum(inner, begin), tl.cdiv(limit, BN) * BN)
+    if C.WINDOW > 0:
+        inner = tl.cdiv(tl.maximum(last - C.WINDOW + 1, 0), C.BN) * C.BN
+        inner = tl.minimum(tl.maximum(inner, begin), tl.cdiv(limit, C.BN) * C.BN)
     shared = tl.maximum(shared, inner)
-    p_k = k + i_g.to(tl.int64) * stride_kh
-    p_v = v + i_g.to(tl.int64) * stride_vh
+    p_k = k.p + i_g.to(tl.int64) * k.stride_head
+    p_v = v.p + i_g.to(tl.int64) * v.stride_head
+    keys = TileKeys(p_k, p_v, k.stride_row, v.stride_row, base, first, limit)
 
-    b_acc = tl.zeros([BM, PDV], dtype=tl.float32)
-    b_max = tl.full([BM], -float("inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BM], dtype=tl.float32)
+    b_acc = zeros(C.BM, C.PDV)
+    b_max = filled(C.BM, -float("inf"))
+    b_sum = filled(C.BM, 0.0)
     if LONG:
-        span = PIECE_TILES * BN
+        span = C.PIECE * C.BN
         for piece in tl.range(begin // span * span, limit, span):
             start = tl.maximum(piece, begin)
             stop = tl.minimum(piece + span, limit)
-            low = tl.minimum(tl.maximum(inner, start), tl.cdiv(stop, BN) * BN)
-            high = tl.minimum(tl.maximum(shared, low), tl.cdiv(stop, BN) * BN)
-            high = tl.where(shared >= stop, tl.maximum(low, stop // BN * BN), high)
-            b_a = tl.zeros([BM, PDV], dtype=tl.float32)
-            b_m = tl.full([BM], -float("inf"), dtype=tl.float32)
-            b_l = tl.zeros([BM], dtype=tl.float32)
-            if WINDOW > 0:
+            low = tl.minimum(tl.maximum(inner, start), tl.cdiv(stop, C.BN) * C.BN)
+            high = tl.minimum(tl.maximum(shared, low), tl.cdiv(stop, C.BN) * C.BN)
+            high = tl.where(shared >= stop, tl.maximum(low, stop // C.BN * C.BN), high)
+            b_a = zeros(C.BM, C.PDV)
+            b_m = filled(C.BM, -float("inf"))
+            b_l = filled(C.BM, 0.0)
+            if C.WINDOW > 0:
                 b_a, b_m, b_l = _forward_tiles(
-                    b_a, b_m, b_l, b_q, p_k, p_v, b_t, base, start, low, first, limit, stride_kt,
-                    stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, True,
-                    BN, DK, DV, PDK, PDV, PRECISION,
-                )  # fmt: skip
+                    b_a, b_m, b_l, b_q, b_t, keys, start, low, logit_scale, True, C
+                )
             b_a, b_m, b_l = _forward_tiles(
-                b_a, b_m, b_l, b_q, p_k, p_v, b_t, base, low, high, first, limit, stride_kt,
-                stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, False,
-                BN, DK, DV, PDK, PDV, PRECISION,
-            )  # fmt: skip
+                b_a, b_m, b_l, b_q, b_t, keys, low, high, logit_scale, False, C
+            )
             b_a, b_m, b_l = _forward_tiles(
-                b_a, b_m, b_l, b_q, p_k, p_v, b_t, base, high, stop, first, limit, stride_kt,
-                stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, True,
-                BN, DK, DV, PDK, PDV, PRECISION,
-            )  # fmt: skip
-            b_new = tl.maximum(b_max, b_m)
-            b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-            b_old, b_add = power(b_max - b_safe, PRECISION), power(b_m - b_safe, PRECISION)
-            b_acc = tl.fma(b_acc, b_old[:, None], b_a * b_add[:, None])
-            b_sum = tl.fma(b_sum, b_old, b_l * b_add)
-            b_max = b_new
+                b_a, b_m, b_l, b_q, b_t, keys, high, stop, logit_scale, True, C
+            )
+            b_acc, b_max, b_sum = add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, C.PRECISION)
     else:
-        if WINDOW > 0:
+        if C.WINDOW > 0:
             b_acc, b_max, b_sum = _forward_tiles(
-                b_acc, b_max, b_sum, b_q, p_k, p_v, b_t, base, begin, inner, first, limit,
-                stride_kt, stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, True,
-                BN, DK, DV, PDK, PDV, PRECISION,
-            )  # fmt: skip
+                b_acc, b_max, b_sum, b_q, b_t, keys, begin, inner, logit_scale, True, C
+            )
         b_acc, b_max, b_sum = _forward_tiles(
-            b_acc, b_max, b_sum, b_q, p_k, p_v, b_t, base, inner, shared, first, limit,
-            stride_kt, stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, False,
-            BN, DK, DV, PDK, PDV, PRECISION,
-        )  # fmt: skip
+            b_acc, b_max, b_sum, b_q, b_t, keys, inner, shared, logit_scale, False, C
+        )
         b_acc, b_max, b_sum = _forward_tiles(
-            b_acc, b_max, b_sum, b_q, p_k, p_v, b_t, base, shared, limit, first, limit,
-            stride_kt, stride_vt, logit_scale, OFFSET, STRIDE, WINDOW, True,
-            BN, DK, DV, PDK, PDV, PRECISION,
-        )  # fmt: skip
+            b_acc, b_max, b_sum, b_q, b_t, keys, shared, limit, logit_scale, True, C
+        )
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # With nothing seen the maximum is -inf.
     b_o = b_acc / b_sum[:, None]
-    if PRECISION == "ieee":
+    if C.PRECISION == "ieee":
         b_lse = b_max + tl.log(b_sum)
     else:
         b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
-    o_dv = tl.arange(0, PDV)
-    p_o = o + (row * H + head)[:, None] * DV + o_dv[None, :]
-    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_m[:, None] & (o_dv < DV)[None, :])
-    tl.store(lse + row * H + head, b_lse, mask=m_m)
+    o_dv = tl.arange(0, C.PDV)
+    row_head = row * (C.G * C.R) + head
+    p_o = o + row_head[:, None] * C.DV + o_dv[None, :]
+    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_m[:, None] & (o_dv < C.DV)[None, :])
+    tl.store(lse + row_head, b_lse, mask=m_m)
 
 
 def banded_forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, band: Band, scale: float
+    q_NHD: Tensor, k_EGD: Tensor, v_EGD: Tensor, segments: QuerySegments, band: Band, scale: float
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
-    num_rows, heads, dk = q.shape
-    groups, dv = k.shape[1], v.shape[-1]
-    ratio = heads // groups
-    o, lse = empty_outputs(q, v)
-    shape = banded_tiles(q, v).forward
-    tokens = shape.rows // ratio
-    tiles = query_tiles(segments, tokens, band.column)
-    keys = band.window + tokens if band.window else band.most_keys(tiles.last)
-    long = keys > (PIECE - 1) * shape.keys
-    if num_rows:
-        _forward_kernel[(len(tiles.host), groups)](
-            q,
-            k,
-            v,
-            o,
-            lse,
+    """o [N, H, Dv] and lse [N, H] of q [N, H, Dk], k [E, G, Dk] and v [E, G, Dv]."""
+    q_NHD, k_EGD, v_EGD = (last_dim_contiguous(x) for x in (q_NHD, k_EGD, v_EGD))
+    o_NHD, lse_NH = empty_outputs(q_NHD, v_EGD)
+    tile = banded_tiles(q_NHD, v_EGD).forward
+    C = constants(q_NHD, v_EGD, band, tile)
+    tiles = query_tiles(segments, C.BT, band.column)
+    most_keys = band.window + C.BT if band.window else band.most_keys(tiles.last)
+    long = most_keys > (C.PIECE - 1) * C.BN
+    if q_NHD.shape[0]:
+        _forward_kernel[(len(tiles.host), C.G)](
+            head_rows(q_NHD),
+            head_rows(k_EGD),
+            head_rows(v_EGD),
+            o_NHD,
+            lse_NH,
             tiles.table,
             len(tiles.host),
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *v.stride()[:2],
-            logit_scale(q, scale),
-            H=heads,
-            R=ratio,
-            OFFSET=band.offset,
-            STRIDE=band.stride,
-            WINDOW=band.window,
+            logit_scale(q_NHD, scale),
             LONG=long,
-            BT=tokens,
-            BM=shape.rows,
-            BN=shape.keys,
-            DK=dk,
-            DV=dv,
-            PDK=padded(dk),
-            PDV=padded(dv),
-            PRECISION=precision(q),
-            PIECE_TILES=PIECE,
-            num_warps=shape.warps,
+            C=C,
+            num_warps=tile.warps,
             # Sums of pieces beside two bounds leave registers for one tile in flight less.
-            num_stages=shape.stages - 1 if long and band.window else shape.stages,
-            maxnreg=shape.registers,
+            num_stages=tile.stages - 1 if long and band.window else tile.stages,
+            maxnreg=tile.registers,
             enable_fp_fusion=False,
         )
-    return o, lse
+    return o_NHD, lse_NH
 
 
-def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def empty_outputs(q_NHD: Tensor, v_EGD: Tensor) -> tuple[Tensor, Tensor]:
     """o and lse, not yet written."""
-    o = q.new_empty(*q.shape[:2], v.shape[-1])
-    return o, q.new_empty(q.shape[:2], dtype=torch.float32)
+    o_NHD = q_NHD.new_empty(*q_NHD.shape[:2], v_EGD.shape[-1])
+    return o_NHD, q_NHD.new_empty(q_NHD.shape[:2], dtype=torch.float32)

@@ -10,13 +10,16 @@ Letters: C blocks, G heads, P sets of weights (G or 1), l rows of a block, D wid
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
-from nsa_kernels.triton.shared.arithmetic import PIECE
+from nsa_kernels.triton.shared.arguments import head_rows
+from nsa_kernels.triton.shared.arithmetic import PIECE, filled, zeros
 from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, padded, pooling_warps, rows_of_tile
 
 MEAN, CONV1D, ATTENTION_POOL, COPY = 0, 1, 2, 3
@@ -24,12 +27,34 @@ MEAN, CONV1D, ATTENTION_POOL, COPY = 0, 1, 2, 3
 RUNS = 64
 
 
+class Constants(NamedTuple):
+    """What a kernel is compiled for.
+
+    G heads; L rows of a block, padded to PL; D channels, padded to PD; PER_HEAD: whether each head
+    has weights of its own; KIND: MEAN, CONV1D, ATTENTION_POOL or COPY.
+    """
+
+    G: int
+    L: int
+    D: int
+    PER_HEAD: bool
+    KIND: int
+    PL: int
+    PD: int
+
+
+def _constants(groups: int, block: int, width: int, kind: int, sets: int) -> Constants:
+    return Constants(
+        groups, block, width, sets > 1, kind, triton.next_power_of_2(block), padded(width)
+    )
+
+
 @triton.jit
-def _block_tile(x, block_rows, i_c, i_g, stride_xe, stride_xg, o_l, o_d, mask):
+def _block_tile(x, block_rows, i_c, i_g, o_l, o_d, mask):
     """Rows of block i_c and head i_g in float32, [PL, PD]."""
     row = tl.load(block_rows + i_c) + o_l
-    p_x = x + (row * stride_xe + i_g.to(tl.int64) * stride_xg)[:, None] + o_d[None, :]
-    return tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+    o_row = row * x.stride_row + i_g.to(tl.int64) * x.stride_head
+    return tl.load(x.p + o_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -41,43 +66,28 @@ def _shares(b_x, b_u, b_bias):
 
 
 @triton.jit
-def _pool_kernel(
-    x,
-    block_rows,
-    w,
-    bias,
-    out,
-    stride_xe,
-    stride_xg,
-    G: tl.constexpr,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    KIND: tl.constexpr,
-    PL: tl.constexpr,
-    PD: tl.constexpr,
-):
-    i_c, i_g = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G
-    i_p = i_g if PER_HEAD else 0
-    o_l, o_d = tl.arange(0, PL), tl.arange(0, PD)
-    mask = (o_l < L)[:, None] & (o_d < D)[None, :]
-    b_x = _block_tile(x, block_rows, i_c, i_g, stride_xe, stride_xg, o_l, o_d, mask)
-    i_out = i_c * G + i_g
-    if KIND == 3:
-        p_out = out + i_out * (L * D) + o_l[:, None] * D + o_d[None, :]
+def _pool_kernel(x, block_rows, w, bias, out, C: tl.constexpr):
+    i_c, i_g = tl.program_id(0).to(tl.int64) // C.G, tl.program_id(0) % C.G
+    i_p = i_g if C.PER_HEAD else 0
+    o_l, o_d = tl.arange(0, C.PL), tl.arange(0, C.PD)
+    mask = (o_l < C.L)[:, None] & (o_d < C.D)[None, :]
+    b_x = _block_tile(x, block_rows, i_c, i_g, o_l, o_d, mask)
+    i_out = i_c * C.G + i_g
+    if C.KIND == 3:
+        p_out = out + i_out * (C.L * C.D) + o_l[:, None] * C.D + o_d[None, :]
         tl.store(p_out, b_x.to(out.dtype.element_ty), mask=mask)
     else:
-        if KIND == 0:
-            b_out = tl.sum(b_x, 0) / L
-        elif KIND == 1:
-            p_w = w + i_p * (L * D) + o_l[:, None] * D + o_d[None, :]
+        if C.KIND == 0:
+            b_out = tl.sum(b_x, 0) / C.L
+        elif C.KIND == 1:
+            p_w = w + i_p * (C.L * C.D) + o_l[:, None] * C.D + o_d[None, :]
             b_out = tl.sum(b_x * tl.load(p_w, mask=mask, other=0.0), 0)
-            b_out += tl.load(bias + i_p * D + o_d, mask=o_d < D, other=0.0)
+            b_out += tl.load(bias + i_p * C.D + o_d, mask=o_d < C.D, other=0.0)
         else:
-            b_u = tl.load(w + i_p * D + o_d, mask=o_d < D, other=0.0)
-            b_bias = tl.load(bias + i_p * L + o_l, mask=o_l < L, other=-float("inf"))
+            b_u = tl.load(w + i_p * C.D + o_d, mask=o_d < C.D, other=0.0)
+            b_bias = tl.load(bias + i_p * C.L + o_l, mask=o_l < C.L, other=-float("inf"))
             b_out = tl.sum(b_x * _shares(b_x, b_u, b_bias)[:, None], 0)
-        tl.store(out + i_out * D + o_d, b_out.to(out.dtype.element_ty), mask=o_d < D)
+        tl.store(out + i_out * C.D + o_d, b_out.to(out.dtype.element_ty), mask=o_d < C.D)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "blocks_a_program"])
@@ -88,30 +98,24 @@ def _conv1d_weight_kernel(
     dw,
     num_blocks,
     blocks_a_program,
-    stride_xe,
-    stride_xg,
-    G: tl.constexpr,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    PL: tl.constexpr,
-    PD: tl.constexpr,
     PIECE_BLOCKS: tl.constexpr,
+    C: tl.constexpr,
 ):
     """Sum of do x over a run of blocks, to the program's own [l, D]."""
     i_run, i_g = tl.program_id(0), tl.program_id(1)
-    o_l, o_d = tl.arange(0, PL), tl.arange(0, PD)
-    mask = (o_l < L)[:, None] & (o_d < D)[None, :]
+    o_l, o_d = tl.arange(0, C.PL), tl.arange(0, C.PD)
+    mask = (o_l < C.L)[:, None] & (o_d < C.D)[None, :]
     begin = i_run * blocks_a_program
     end = tl.minimum(begin + blocks_a_program, num_blocks)
-    b_dw = tl.zeros([PL, PD], dtype=tl.float32)
+    b_dw = zeros(C.PL, C.PD)
     for piece in tl.range(begin, end, PIECE_BLOCKS):
-        b_part = tl.zeros([PL, PD], dtype=tl.float32)
+        b_part = zeros(C.PL, C.PD)
         for i_c in tl.range(piece, tl.minimum(piece + PIECE_BLOCKS, end)):
-            b_x = _block_tile(x, block_rows, i_c, i_g, stride_xe, stride_xg, o_l, o_d, mask)
-            p_do = do + (i_c * G + i_g.to(tl.int64)) * D + o_d
-            b_part += b_x * tl.load(p_do, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+            b_x = _block_tile(x, block_rows, i_c, i_g, o_l, o_d, mask)
+            p_do = do + (i_c * C.G + i_g.to(tl.int64)) * C.D + o_d
+            b_part += b_x * tl.load(p_do, mask=o_d < C.D, other=0.0).to(tl.float32)[None, :]
         b_dw += b_part
-    p_dw = dw + (i_run * G + i_g) * (L * D) + o_l[:, None] * D + o_d[None, :]
+    p_dw = dw + (i_run * C.G + i_g) * (C.L * C.D) + o_l[:, None] * C.D + o_d[None, :]
     tl.store(p_dw, b_dw, mask=mask)
 
 
@@ -127,99 +131,76 @@ def _attention_pool_backward_kernel(
     du,
     num_blocks,
     blocks_a_program,
-    stride_xe,
-    stride_xg,
-    G: tl.constexpr,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    PL: tl.constexpr,
-    PD: tl.constexpr,
     PIECE_BLOCKS: tl.constexpr,
+    C: tl.constexpr,
 ):
     """Shares a and the logits' gradients a (do x - sum a do x) of a run of blocks, both [l].
 
     And the run's sum of their products with x, to the program's own [D].
     """
     i_run, i_g = tl.program_id(0), tl.program_id(1)
-    i_p = i_g if PER_HEAD else 0
-    o_l, o_d = tl.arange(0, PL), tl.arange(0, PD)
-    mask = (o_l < L)[:, None] & (o_d < D)[None, :]
-    b_u = tl.load(w + i_p * D + o_d, mask=o_d < D, other=0.0)
-    b_bias = tl.load(bias + i_p * L + o_l, mask=o_l < L, other=-float("inf"))
+    i_p = i_g if C.PER_HEAD else 0
+    o_l, o_d = tl.arange(0, C.PL), tl.arange(0, C.PD)
+    mask = (o_l < C.L)[:, None] & (o_d < C.D)[None, :]
+    b_u = tl.load(w + i_p * C.D + o_d, mask=o_d < C.D, other=0.0)
+    b_bias = tl.load(bias + i_p * C.L + o_l, mask=o_l < C.L, other=-float("inf"))
     begin = i_run * blocks_a_program
     end = tl.minimum(begin + blocks_a_program, num_blocks)
-    b_du = tl.zeros([PD], dtype=tl.float32)
+    b_du = filled(C.PD, 0.0)
     for piece in tl.range(begin, end, PIECE_BLOCKS):
-        b_part = tl.zeros([PD], dtype=tl.float32)
+        b_part = filled(C.PD, 0.0)
         for i_c in tl.range(piece, tl.minimum(piece + PIECE_BLOCKS, end)):
-            b_x = _block_tile(x, block_rows, i_c, i_g, stride_xe, stride_xg, o_l, o_d, mask)
-            i_row = i_c * G + i_g.to(tl.int64)
-            b_do = tl.load(do + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+            b_x = _block_tile(x, block_rows, i_c, i_g, o_l, o_d, mask)
+            i_row = i_c * C.G + i_g.to(tl.int64)
+            b_do = tl.load(do + i_row * C.D + o_d, mask=o_d < C.D, other=0.0).to(tl.float32)
             b_a = _shares(b_x, b_u, b_bias)
             b_da = tl.sum(b_x * b_do[None, :], 1)
             b_dl = b_a * (b_da - tl.sum(b_a * b_da, 0))
-            tl.store(shares + i_row * L + o_l, b_a, mask=o_l < L)
-            tl.store(dlogits + i_row * L + o_l, b_dl, mask=o_l < L)
+            tl.store(shares + i_row * C.L + o_l, b_a, mask=o_l < C.L)
+            tl.store(dlogits + i_row * C.L + o_l, b_dl, mask=o_l < C.L)
             b_part += tl.sum(b_x * b_dl[:, None], 0)
         b_du += b_part
-    tl.store(du + (i_run * G + i_g) * D + o_d, b_du, mask=o_d < D)
+    tl.store(du + (i_run * C.G + i_g) * C.D + o_d, b_du, mask=o_d < C.D)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _pool_row_gradient_kernel(
-    do,
-    w,
-    shares,
-    dlogits,
-    dx,
-    starts,
-    order,
-    latest,
-    p_step,
-    num_rows,
-    G: tl.constexpr,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    KIND: tl.constexpr,
-    BM: tl.constexpr,
-    PD: tl.constexpr,
+    do, w, shares, dlogits, dx, blocks, num_rows, BM: tl.constexpr, C: tl.constexpr
 ):
     """dx of a tile of rows, from each block that contains them."""
     i_g = tl.program_id(1)
-    i_p = i_g if PER_HEAD else 0
+    i_p = i_g if C.PER_HEAD else 0
     o_e = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, PD)
-    m_e, m_d = o_e < num_rows, (o_d < D)[None, :]
-    latest_at = tl.load(latest + o_e, mask=m_e, other=-1)
-    if KIND == 2:
-        b_u = tl.load(w + i_p * D + o_d, mask=o_d < D, other=0.0)[None, :]
-    b_dx = tl.zeros([BM, PD], dtype=tl.float32)
-    for before in tl.range(0, tl.cdiv(L, tl.load(p_step))):
+    o_d = tl.arange(0, C.PD)
+    m_e, m_d = o_e < num_rows, (o_d < C.D)[None, :]
+    latest_at = tl.load(blocks.latest + o_e, mask=m_e, other=-1)
+    if C.KIND == 2:
+        b_u = tl.load(w + i_p * C.D + o_d, mask=o_d < C.D, other=0.0)[None, :]
+    b_dx = zeros(BM, C.PD)
+    for before in tl.range(0, tl.cdiv(C.L, tl.load(blocks.step))):
         at = latest_at - before
         m_first = at >= 0
-        i_c = tl.load(order + at, mask=m_first, other=0)
-        r = (o_e - tl.load(starts + at, mask=m_first, other=0)).to(tl.int32)
-        m_at = m_first & (r < L)
-        row = i_c * G + i_g
+        i_c = tl.load(blocks.order + at, mask=m_first, other=0)
+        r = (o_e - tl.load(blocks.starts + at, mask=m_first, other=0)).to(tl.int32)
+        m_at = m_first & (r < C.L)
+        row = i_c * C.G + i_g
         mask = m_at[:, None] & m_d
-        if KIND == 3:
-            p_do = do + (row * L + r)[:, None] * D + o_d[None, :]
+        if C.KIND == 3:
+            p_do = do + (row * C.L + r)[:, None] * C.D + o_d[None, :]
             b_dx += tl.load(p_do, mask=mask, other=0.0).to(tl.float32)
         else:
-            p_do = do + row[:, None] * D + o_d[None, :]
+            p_do = do + row[:, None] * C.D + o_d[None, :]
             b_do = tl.load(p_do, mask=mask, other=0.0).to(tl.float32)  # [BM, PD]
-            if KIND == 0:
-                b_dx += b_do / L
-            elif KIND == 1:
-                p_w = w + (i_p * L + r)[:, None] * D + o_d[None, :]
+            if C.KIND == 0:
+                b_dx += b_do / C.L
+            elif C.KIND == 1:
+                p_w = w + (i_p * C.L + r)[:, None] * C.D + o_d[None, :]
                 b_dx += b_do * tl.load(p_w, mask=mask, other=0.0)
             else:
-                b_a = tl.load(shares + row * L + r, mask=m_at, other=0.0)[:, None]
-                b_dl = tl.load(dlogits + row * L + r, mask=m_at, other=0.0)[:, None]
+                b_a = tl.load(shares + row * C.L + r, mask=m_at, other=0.0)[:, None]
+                b_dl = tl.load(dlogits + row * C.L + r, mask=m_at, other=0.0)[:, None]
                 b_dx += b_a * b_do + b_dl * b_u
-    p_dx = dx + (o_e * G + i_g)[:, None] * D + o_d[None, :]
+    p_dx = dx + (o_e * C.G + i_g)[:, None] * C.D + o_d[None, :]
     tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=m_e[:, None] & m_d)
 
 
@@ -239,11 +220,10 @@ def pool(
     rows = (block,) if kind == COPY else ()
     out = x.new_empty(count, groups, *rows, width)
     if count:
+        sets = 1 if weight is None else weight.shape[0]
         _pool_kernel[(count * groups,)](
-            x, block_rows, x if weight is None else weight, x if bias is None else bias, out,
-            *x.stride()[:2], G=groups, L=block, D=width,
-            PER_HEAD=weight is not None and weight.shape[0] > 1, KIND=kind,
-            PL=triton.next_power_of_2(block), PD=padded(width),
+            head_rows(x), block_rows, x if weight is None else weight, x if bias is None else bias,
+            out, C=_constants(groups, block, width, kind, sets),
             num_warps=pooling_warps(block, width), maxnreg=MOST_REGISTERS,
         )  # fmt: skip
     return out
@@ -267,9 +247,9 @@ def conv1d_weight_gradient(
     (count, groups, width), (runs, blocks) = do.shape, _runs(do.shape[0])
     sums = torch.empty(runs, groups, block, width, dtype=torch.float32, device=x.device)
     _conv1d_weight_kernel[(runs, groups)](
-        x, block_rows, do, sums, count, blocks, *x.stride()[:2], G=groups, L=block, D=width,
-        PL=triton.next_power_of_2(block), PD=padded(width), PIECE_BLOCKS=PIECE,
-        num_warps=pooling_warps(block, width), maxnreg=MOST_REGISTERS,
+        head_rows(x), block_rows, do, sums, count, blocks, PIECE_BLOCKS=PIECE,
+        C=_constants(groups, block, width, CONV1D, 1), num_warps=pooling_warps(block, width),
+        maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return _sum(sums, sets)
 
@@ -284,10 +264,9 @@ def attention_pool_backward(
     dlogits = torch.empty_like(shares)
     sums = torch.empty(runs, groups, width, dtype=torch.float32, device=x.device)
     _attention_pool_backward_kernel[(runs, groups)](
-        x, block_rows, query, bias, do, shares, dlogits, sums, count, blocks, *x.stride()[:2],
-        G=groups, L=block, D=width, PER_HEAD=sets > 1, PL=triton.next_power_of_2(block),
-        PD=padded(width), PIECE_BLOCKS=PIECE, num_warps=pooling_warps(block, width),
-        maxnreg=MOST_REGISTERS,
+        head_rows(x), block_rows, query, bias, do, shares, dlogits, sums, count, blocks,
+        PIECE_BLOCKS=PIECE, C=_constants(groups, block, width, ATTENTION_POOL, sets),
+        num_warps=pooling_warps(block, width), maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return shares, dlogits, _sum(sums, sets)
 
@@ -306,11 +285,10 @@ def pool_row_gradient(
     dx = do.new_empty(num_rows, groups, width)
     size = rows_of_tile(width)
     if dx.numel():
+        sets = 1 if weight is None else weight.shape[0]
         _pool_row_gradient_kernel[(triton.cdiv(num_rows, size), groups)](
             do, do if weight is None else weight, do if shares is None else shares,
-            do if dlogits is None else dlogits, dx, blocks.starts, blocks.order, blocks.latest,
-            blocks.step, num_rows, G=groups, L=block, D=width,
-            PER_HEAD=weight is not None and weight.shape[0] > 1, KIND=kind, BM=size,
-            PD=padded(width), num_warps=4, maxnreg=MOST_REGISTERS,
+            do if dlogits is None else dlogits, dx, blocks, num_rows, BM=size,
+            C=_constants(groups, block, width, kind, sets), num_warps=4, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
     return dx

@@ -15,13 +15,16 @@ columns of the product, E rows of x.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
-from nsa_kernels.triton.shared.arithmetic import PIECE, add_dot, precision
+from nsa_kernels.triton.shared.arguments import head_rows
+from nsa_kernels.triton.shared.arithmetic import PIECE, add_dot, precision, zeros
 from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, ProductTile, product_tile
 
 PLAIN, SILU, SILU_BACKWARD = 0, 1, 2
@@ -29,41 +32,49 @@ PLAIN, SILU, SILU_BACKWARD = 0, 1, 2
 PROGRAMS = 512
 
 
+class Constants(NamedTuple):
+    """What a kernel is compiled for.
+
+    G heads; L rows of a block with D channels; O columns of the product; PER_HEAD: whether each
+    head has a matrix of its own. Tiles have BM rows, BN columns and depth BK. PRECISION: of dots.
+    PIECE: tiles of one running sum.
+    """
+
+    G: int
+    L: int
+    D: int
+    O: int
+    PER_HEAD: bool
+    BM: int
+    BN: int
+    BK: int
+    PRECISION: str
+    PIECE: int
+
+
 @triton.jit
-def _block_and_head(o_m, i_p, G: tl.constexpr, PER_HEAD: tl.constexpr):
+def _block_and_head(o_m, i_p, C: tl.constexpr):
     """Rows of a tile: all heads of a block after another, or blocks of the one head i_p."""
-    if PER_HEAD:
+    if C.PER_HEAD:
         return o_m, o_m * 0 + i_p
     else:
-        return o_m // G, o_m % G
+        return o_m // C.G, o_m % C.G
 
 
 @triton.jit
-def _multiply_blocks(
-    b_acc,
-    p_x,
-    p_w,
-    m_m,
-    m_n,
-    begin,
-    end,
-    stride_xe,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _multiply_blocks(b_acc, p_x, p_w, m_m, m_n, begin, end, stride_row, C: tl.constexpr):
     """Add the tiles [begin, end) of K of x W^T; p_x [BM], p_w [BN] point at the rows."""
+    K: tl.constexpr = C.L * C.D
     for i_k in tl.range(begin, end):
-        o_k = i_k * BK + tl.arange(0, BK)
+        o_k = i_k * C.BK + tl.arange(0, C.BK)
         m_x, m_w = m_m[:, None], m_n[:, None]
-        if K % BK != 0:
+        if K % C.BK != 0:
             m_x = m_x & (o_k < K)[None, :]
             m_w = m_w & (o_k < K)[None, :]
-        o_x = (o_k // D).to(tl.int64) * stride_xe + o_k % D
+        o_x = (o_k // C.D).to(tl.int64) * stride_row + o_k % C.D
         b_x = tl.load(p_x[:, None] + o_x[None, :], mask=m_x, other=0.0)  # [BM, BK]
         b_w = tl.load(p_w[:, None] + o_k[None, :], mask=m_w, other=0.0)  # [BN, BK]
-        b_acc = add_dot(b_acc, b_x, tl.trans(b_w), PRECISION)
+        b_acc = add_dot(b_acc, b_x, tl.trans(b_w), C.PRECISION)
     return b_acc
 
 
@@ -77,49 +88,39 @@ def _project_kernel(
     dout,
     dh,
     num_rows,
-    stride_xe,
-    stride_xg,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    O: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PIECE_TILES: tl.constexpr,
+    C: tl.constexpr,
 ):
     """h = x W^T + bias and out = h or silu(h); in the backward also dh = silu'(h) dout."""
-    num_n: tl.constexpr = (O + BN - 1) // BN
+    K: tl.constexpr = C.L * C.D
+    num_n: tl.constexpr = (C.O + C.BN - 1) // C.BN
     i_p = tl.program_id(1)
     i_m, i_n = tl.program_id(0) // num_n, tl.program_id(0) % num_n
-    o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
+    o_m = i_m.to(tl.int64) * C.BM + tl.arange(0, C.BM)
     m_m = o_m < num_rows
-    block, head = _block_and_head(o_m, i_p, G, PER_HEAD)
+    block, head = _block_and_head(o_m, i_p, C)
     first = tl.load(block_rows + block, mask=m_m, other=0)
-    o_n = i_n * BN + tl.arange(0, BN)
-    m_n = o_n < O
-    p_x = x + first * stride_xe + head * stride_xg
-    p_w = w + (i_p.to(tl.int64) * O + o_n) * K
+    o_n = i_n * C.BN + tl.arange(0, C.BN)
+    m_n = o_n < C.O
+    p_x = x.p + first * x.stride_row + head * x.stride_head
+    p_w = w + (i_p.to(tl.int64) * C.O + o_n) * K
 
-    num_k: tl.constexpr = (K + BK - 1) // BK
-    b_h = tl.zeros([BM, BN], dtype=tl.float32)
-    if num_k > PIECE_TILES:
-        for i_k in tl.range(0, num_k, PIECE_TILES):
+    num_k: tl.constexpr = (K + C.BK - 1) // C.BK
+    b_h = zeros(C.BM, C.BN)
+    if num_k > C.PIECE:
+        for i_k in tl.range(0, num_k, C.PIECE):
             b_h += _multiply_blocks(
-                tl.zeros([BM, BN], dtype=tl.float32), p_x, p_w, m_m, m_n,
-                i_k, tl.minimum(i_k + PIECE_TILES, num_k), stride_xe, D, K, BK, PRECISION,
+                zeros(C.BM, C.BN), p_x, p_w, m_m, m_n,
+                i_k, tl.minimum(i_k + C.PIECE, num_k), x.stride_row, C,
             )  # fmt: skip
     else:
-        b_h = _multiply_blocks(b_h, p_x, p_w, m_m, m_n, 0, num_k, stride_xe, D, K, BK, PRECISION)
+        b_h = _multiply_blocks(b_h, p_x, p_w, m_m, m_n, 0, num_k, x.stride_row, C)
     if HAS_BIAS:
-        b_h += tl.load(bias + i_p * O + o_n, mask=m_n, other=0.0)[None, :]
+        b_h += tl.load(bias + i_p * C.O + o_n, mask=m_n, other=0.0)[None, :]
 
-    row = block * G + head
-    o_out = row[:, None] * O + o_n[None, :]
+    row = block * C.G + head
+    o_out = row[:, None] * C.O + o_n[None, :]
     m_out = m_m[:, None] & m_n[None, :]
     if ACTIVATION == 0:
         tl.store(out + o_out, b_h.to(out.dtype.element_ty), mask=m_out)
@@ -134,166 +135,107 @@ def _project_kernel(
 
 @triton.jit
 def _add_blocks(
-    b_dx,
-    dh,
-    p_w,
-    block_at,
-    row,
-    head,
-    m_m,
-    m_n,
-    i_r,
-    step,
-    begin,
-    end,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    O: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    b_dx, dh, p_w, block_at, row, head, m_m, m_n, i_r, step, begin, end, C: tl.constexpr
 ):
     """Add the tiles [begin, end) of O of the blocks that start i_r, i_r + step, ... rows before."""
-    num_tiles: tl.constexpr = (O + BK - 1) // BK
+    num_tiles: tl.constexpr = (C.O + C.BK - 1) // C.BK
     for i_tile in tl.range(begin, end):
         r = i_r + i_tile // num_tiles * step
         m_at = m_m & (row >= r)
         at = tl.load(block_at + (row - r), mask=m_at, other=-1)
         m_at = at >= 0
-        o_k = i_tile % num_tiles * BK + tl.arange(0, BK)
+        o_k = i_tile % num_tiles * C.BK + tl.arange(0, C.BK)
         m_dh, m_w = m_at[:, None], m_n[None, :]
-        if O % BK != 0:
-            m_dh = m_dh & (o_k < O)[None, :]
-            m_w = m_w & (o_k < O)[:, None]
-        p_dh = dh + (at.to(tl.int64) * G + head) * O
+        if C.O % C.BK != 0:
+            m_dh = m_dh & (o_k < C.O)[None, :]
+            m_w = m_w & (o_k < C.O)[:, None]
+        p_dh = dh + (at.to(tl.int64) * C.G + head) * C.O
         b_dh = tl.load(p_dh[:, None] + o_k[None, :], mask=m_dh, other=0.0)  # [BM, BK]
-        b_w = tl.load(p_w[None, :] + (o_k * (L * D) + r * D)[:, None], mask=m_w, other=0.0)
-        b_dx = add_dot(b_dx, b_dh, b_w, PRECISION)  # b_w [BK, BN]
+        b_w = tl.load(p_w[None, :] + (o_k * (C.L * C.D) + r * C.D)[:, None], mask=m_w, other=0.0)
+        b_dx = add_dot(b_dx, b_dh, b_w, C.PRECISION)  # b_w [BK, BN]
     return b_dx
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _project_row_gradient_kernel(
-    dh,
-    w,
-    dx,
-    starts,
-    owned,
-    block_at,
-    p_step,
-    num_rows,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    O: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PIECE_TILES: tl.constexpr,
-):
+def _project_row_gradient_kernel(dh, w, dx, blocks, num_rows, C: tl.constexpr):
     """dx of the rows i_r after the starts of a tile of blocks, where no later block starts."""
-    num_n: tl.constexpr = (D + BN - 1) // BN
+    num_n: tl.constexpr = (C.D + C.BN - 1) // C.BN
     i_p = tl.program_id(1)
     i = tl.program_id(0)
-    i_n, i_r = i % num_n, i // num_n % L
-    o_m = (i // (num_n * L)).to(tl.int64) * BM + tl.arange(0, BM)
-    block, head = _block_and_head(o_m, i_p, G, PER_HEAD)
+    i_n, i_r = i % num_n, i // num_n % C.L
+    o_m = (i // (num_n * C.L)).to(tl.int64) * C.BM + tl.arange(0, C.BM)
+    block, head = _block_and_head(o_m, i_p, C)
     m_m = o_m < num_rows
-    m_m = i_r < tl.load(owned + block, mask=m_m, other=0)
-    row = tl.load(starts + block, mask=m_m, other=0) + i_r
-    o_n = i_n * BN + tl.arange(0, BN)
-    m_n = o_n < D
-    p_w = w + i_p.to(tl.int64) * O * L * D + o_n
+    m_m = i_r < tl.load(blocks.owned + block, mask=m_m, other=0)
+    row = tl.load(blocks.starts + block, mask=m_m, other=0) + i_r
+    o_n = i_n * C.BN + tl.arange(0, C.BN)
+    m_n = o_n < C.D
+    p_w = w + i_p.to(tl.int64) * C.O * C.L * C.D + o_n
 
     # At offsets of the stride or more only the last blocks of a run own rows.
-    step = tl.load(p_step)
-    num_tiles: tl.constexpr = (O + BK - 1) // BK
-    end = tl.where(tl.max(m_m.to(tl.int32), 0) > 0, tl.cdiv(L - i_r, step) * num_tiles, 0)
-    b_dx = tl.zeros([BM, BN], dtype=tl.float32)
-    if (L + 1) // 2 * num_tiles > PIECE_TILES:
-        for i_tile in tl.range(0, end, PIECE_TILES):
+    step = tl.load(blocks.step)
+    num_tiles: tl.constexpr = (C.O + C.BK - 1) // C.BK
+    end = tl.where(tl.max(m_m.to(tl.int32), 0) > 0, tl.cdiv(C.L - i_r, step) * num_tiles, 0)
+    b_dx = zeros(C.BM, C.BN)
+    if (C.L + 1) // 2 * num_tiles > C.PIECE:
+        for i_tile in tl.range(0, end, C.PIECE):
             b_dx += _add_blocks(
-                tl.zeros([BM, BN], dtype=tl.float32), dh, p_w, block_at, row, head, m_m, m_n, i_r,
-                step, i_tile, tl.minimum(i_tile + PIECE_TILES, end),
-                G, D, L, O, BK, PRECISION,
+                zeros(C.BM, C.BN), dh, p_w, blocks.block_at, row, head, m_m, m_n, i_r,
+                step, i_tile, tl.minimum(i_tile + C.PIECE, end),
+                C,
             )  # fmt: skip
     else:
         b_dx = _add_blocks(
-            b_dx, dh, p_w, block_at, row, head, m_m, m_n, i_r, step, 0, end,
-            G, D, L, O, BK, PRECISION,
+            b_dx, dh, p_w, blocks.block_at, row, head, m_m, m_n, i_r, step, 0, end,
+            C,
         )  # fmt: skip
-    p_dx = dx + ((row * G + head) * D)[:, None] + o_n[None, :]
+    p_dx = dx + ((row * C.G + head) * C.D)[:, None] + o_n[None, :]
     tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles_a_program"])
 def _project_weight_gradient_kernel(
-    dh,
-    x,
-    block_rows,
-    dw,
-    num_rows,
-    tiles_a_program,
-    stride_xe,
-    stride_xg,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    O: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PIECE_TILES: tl.constexpr,
+    dh, x, block_rows, dw, num_rows, tiles_a_program, C: tl.constexpr
 ):
     """dh^T x over a run of tiles of rows, to the program's own sums."""
-    num_n: tl.constexpr = (K + BN - 1) // BN
+    K: tl.constexpr = C.L * C.D
+    num_n: tl.constexpr = (K + C.BN - 1) // C.BN
     i_p, i_run = tl.program_id(2), tl.program_id(1)
-    o_o = tl.program_id(0) // num_n * BM + tl.arange(0, BM)
-    o_n = tl.program_id(0) % num_n * BN + tl.arange(0, BN)
-    m_o, m_n = o_o < O, o_n < K
-    o_x = (o_n // D).to(tl.int64) * stride_xe + o_n % D
+    o_o = tl.program_id(0) // num_n * C.BM + tl.arange(0, C.BM)
+    o_n = tl.program_id(0) % num_n * C.BN + tl.arange(0, C.BN)
+    m_o, m_n = o_o < C.O, o_n < K
+    o_x = (o_n // C.D).to(tl.int64) * x.stride_row + o_n % C.D
     begin = i_run * tiles_a_program
-    end = tl.minimum(begin + tiles_a_program, tl.cdiv(num_rows, BK))
-    b_dw = tl.zeros([BM, BN], dtype=tl.float32)
-    for piece in tl.range(begin, end, PIECE_TILES):
-        b_part = tl.zeros([BM, BN], dtype=tl.float32)
-        for i_k in tl.range(piece, tl.minimum(piece + PIECE_TILES, end)):
-            o_k = i_k * BK + tl.arange(0, BK).to(tl.int64)
+    end = tl.minimum(begin + tiles_a_program, tl.cdiv(num_rows, C.BK))
+    b_dw = zeros(C.BM, C.BN)
+    for piece in tl.range(begin, end, C.PIECE):
+        b_part = zeros(C.BM, C.BN)
+        for i_k in tl.range(piece, tl.minimum(piece + C.PIECE, end)):
+            o_k = i_k * C.BK + tl.arange(0, C.BK).to(tl.int64)
             m_k = o_k < num_rows
-            block, head = _block_and_head(o_k, i_p, G, PER_HEAD)
+            block, head = _block_and_head(o_k, i_p, C)
             first = tl.load(block_rows + block, mask=m_k, other=0)
-            p_dh = dh + (block * G + head) * O
+            p_dh = dh + (block * C.G + head) * C.O
             b_dh = tl.load(
                 p_dh[:, None] + o_o[None, :], mask=m_k[:, None] & m_o[None, :], other=0.0
             )  # [BK, BM]
-            p_x = x + first * stride_xe + head * stride_xg
+            p_x = x.p + first * x.stride_row + head * x.stride_head
             b_x = tl.load(
                 p_x[:, None] + o_x[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0
             )  # [BK, BN]
-            b_part = add_dot(b_part, tl.trans(b_dh), b_x, PRECISION)
+            b_part = add_dot(b_part, tl.trans(b_dh), b_x, C.PRECISION)
         b_dw += b_part
-    row = (i_run * tl.num_programs(2) + i_p).to(tl.int64) * O + o_o
+    row = (i_run * tl.num_programs(2) + i_p).to(tl.int64) * C.O + o_o
     tl.store(dw + row[:, None] * K + o_n[None, :], b_dw, mask=m_o[:, None] & m_n[None, :])
 
 
-def _options(tile: ProductTile, x: Tensor) -> dict[str, object]:
-    return {
-        "BM": tile.rows,
-        "BN": tile.columns,
-        "BK": tile.depth,
-        "PRECISION": precision(x),
-        "PIECE_TILES": PIECE,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-
-
-def _per_head(weight: Tensor) -> bool:
-    return weight.shape[0] > 1
+def _constants(
+    x: Tensor, groups: int, block: int, width: int, columns: int, sets: int, tile: ProductTile
+) -> Constants:
+    return Constants(
+        groups, block, width, columns, sets > 1, tile.rows, tile.columns, tile.depth, precision(x),
+        PIECE,
+    )  # fmt: skip
 
 
 def project(
@@ -341,9 +283,10 @@ def _project(
     grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(columns, tile.columns), sets)
     if num_rows:
         _project_kernel[grid](
-            x, block_rows, weight, weight if bias is None else bias, out, dout, dh, num_rows,
-            *x.stride()[:2], G=groups, D=width, K=depth, O=columns, PER_HEAD=_per_head(weight),
-            HAS_BIAS=bias is not None, ACTIVATION=activation, **_options(tile, x),
+            head_rows(x), block_rows, weight, weight if bias is None else bias, out, dout, dh,
+            num_rows, HAS_BIAS=bias is not None, ACTIVATION=activation,
+            C=_constants(x, groups, depth // width, width, columns, sets, tile),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
@@ -359,8 +302,9 @@ def project_row_gradient(dh: Tensor, weight: Tensor, block: int, blocks: BlocksO
     grid = (triton.cdiv(num_rows, tile.rows) * block * triton.cdiv(width, tile.columns), sets)
     if num_rows:
         _project_row_gradient_kernel[grid](
-            dh, weight, dx, blocks.starts, blocks.owned, blocks.block_at, blocks.step, num_rows,
-            G=groups, D=width, L=block, O=columns, PER_HEAD=_per_head(weight), **_options(tile, dh),
+            dh, weight, dx, blocks, num_rows,
+            C=_constants(dh, groups, block, width, columns, sets, tile),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dx
 
@@ -380,9 +324,10 @@ def project_weight_gradient(
     tiles_a_program = triton.cdiv(num_tiles, runs)
     runs = triton.cdiv(num_tiles, tiles_a_program)
     sums = torch.empty(runs, sets, columns, depth, dtype=torch.float32, device=x.device)
+    width = x.shape[2]
     _project_weight_gradient_kernel[(tiles, runs, sets)](
-        dh, x, block_rows, sums, num_rows, tiles_a_program, *x.stride()[:2],
-        G=groups, D=x.shape[2], K=depth, O=columns, PER_HEAD=sets > 1, **_options(tile, x),
-        maxnreg=MOST_REGISTERS,
+        dh, head_rows(x), block_rows, sums, num_rows, tiles_a_program,
+        C=_constants(x, groups, depth // width, width, columns, sets, tile),
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return sums.sum(dim=0)

@@ -11,7 +11,7 @@ A query that sees a single key has P = 1 and dS = 0, whatever rounding says.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,21 +20,27 @@ from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.selected.blocks import (
-    block_of,
+    Blocks,
+    block_at,
+    constants,
     first_of,
     load_block,
     load_columns,
     load_tile,
+    sources_of,
+    sources_of_head,
     store_tile,
 )
 from nsa_kernels.triton.selected.lists import EDGES, block_lists, query_lists
+from nsa_kernels.triton.shared.arguments import HeadRows, head_rows, load_head_rows, load_rows
 from nsa_kernels.triton.shared.arithmetic import (
     PIECE,
     add_dot,
     add_tiles,
+    filled,
     logit_scale,
     power,
-    precision,
+    zeros,
 )
 from nsa_kernels.triton.shared.shapes import (
     MOST_REGISTERS,
@@ -43,23 +49,50 @@ from nsa_kernels.triton.shared.shapes import (
     token_tile,
     walk_tiles,
 )
-from nsa_kernels.triton.shared.tables import query_tiles
+from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
 # Bytes for what programs of dk and dv leave to be added; more programs run in several launches.
 WORKSPACE = 256 << 20
+
+
+class TileQueries(NamedTuple):
+    """The query rows of a tile, in a kernel: q [BM, PDK], do [BM, PDV] and the log-sum-exp [BM]."""
+
+    b_q: Any
+    b_do: Any
+    b_lse: Any
+
+
+class PartialSums(NamedTuple):
+    """Float32 sums over queries, each [.., BLOCK, D].
+
+    workspace: of the programs of this launch; carried: of earlier ones of the block that is cut by
+    its start; carry: for later ones.
+    """
+
+    workspace: Any
+    carried: Any
+    carry: Any
+
+
+class SumConstants(NamedTuple):
+    """What the sum of partial sums is compiled for: BN rows of BLOCK at a time, width D, PD padded,
+    PIECE summands of one running sum."""
+
+    G: int
+    BLOCK: int
+    BN: int
+    D: int
+    PD: int
+    PIECE: int
 
 
 @triton.jit
 def _add_dq(
     b_dq,
     b_delta,
-    b_q,
-    b_do,
-    b_lse,
-    p_k,
-    p_v,
-    stride_k,
-    stride_v,
+    queries,
+    block,
     first_key,
     chose,
     b_seen,
@@ -67,139 +100,91 @@ def _add_dq(
     logit_scale,
     EDGE: tl.constexpr,
     TO_DELTA: tl.constexpr,
-    APART: tl.constexpr,
-    BN: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    PDK: tl.constexpr,
-    PDV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr,
 ):
     """Add dS K over BN keys of a block to b_dq, or with TO_DELTA the sum of P dP to b_delta.
 
     For the rows that `chose` the block; EDGE, b_seen and limit as in forward.
     """
-    b_k = load_block(p_k, stride_k, first_key, limit, BN, DK, PDK, EDGE)  # [BN, PDK]
-    b_v = load_block(p_v, stride_v, first_key, limit, BN, DV, PDV, EDGE)  # [BN, PDV]
+    b_k, b_v = load_block(block, first_key, limit, EDGE, C)  # [BN, PDK], [BN, PDV]
     seen = chose[:, None]
     if EDGE:
-        seen = seen & (first_key + tl.arange(0, BN)[None, :] < b_seen[:, None])
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-    b_p = power(tl.fma(b_s, logit_scale, -b_lse[:, None]), PRECISION)
+        seen = seen & (first_key + tl.arange(0, C.BN)[None, :] < b_seen[:, None])
+    b_s = tl.dot(queries.b_q, tl.trans(b_k), input_precision=C.PRECISION)  # [BM, BN]
+    b_dp = tl.dot(queries.b_do, tl.trans(b_v), input_precision=C.PRECISION)  # [BM, BN]
+    b_p = power(tl.fma(b_s, logit_scale, -queries.b_lse[:, None]), C.PRECISION)
     if TO_DELTA:
         b_delta += tl.sum(tl.where(seen, b_p * b_dp, 0.0), 1)
     else:
         b_ds = tl.where(seen, b_p * (b_dp - b_delta[:, None]), 0.0)
-        b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION, APART)
+        b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, C.PRECISION, C.APART)  # [BM, PDK]
     return b_dq, b_delta
 
 
 @triton.jit(do_not_specialize=["num_own"])
 def _dq_kernel(
     q,
-    k_own,
-    v_own,
-    k_fetched,
-    v_fetched,
+    sources,
+    num_own,
     o,
     do,
     log_sum,
     delta,
     dq,
     tiles,
-    lists,
-    counts,
-    num_own,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_fkt,
-    stride_fkh,
-    stride_fvt,
-    stride_fvh,
-    stride_dot,
-    stride_doh,
+    blocks,
     scale,
     logit_scale,
-    G: tl.constexpr,
-    R: tl.constexpr,
-    LENGTH: tl.constexpr,
-    EDGE_BLOCKS: tl.constexpr,
     EXACT: tl.constexpr,
-    APART: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    PDK: tl.constexpr,
-    PDV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EDGE_BLOCKS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    C: tl.constexpr,
 ):
-    """dq of one tile of tokens, and delta for dk and dv.
+    """dq of one tile of tokens from its list of blocks, and delta for dk and dv.
 
     EXACT: delta as the sum of P dP, in a walk of its own. For a query with few keys dP and delta
     cancel, and then the rounding of o would be all that is left.
     """
     i_tile = tl.program_id(0).to(tl.int64)
     i_g = tl.program_id(1).to(tl.int64)
-    first_row = tl.load(tiles + i_tile * 4)
-    num_tokens = tl.load(tiles + i_tile * 4 + 1).to(tl.int32)
-    position = tl.load(tiles + i_tile * 4 + 2).to(tl.int32)
-    p_list = lists + (i_tile * G + i_g) * LENGTH
-    count = tl.load(counts + i_tile * G + i_g)
+    first_row, num_tokens, position, _ = load_query_tile(tiles, i_tile)
+    p_list = blocks.lists + (i_tile * C.G + i_g) * LENGTH
+    count = tl.load(blocks.counts + i_tile * C.G + i_g)
 
-    o_m = tl.arange(0, BM)
-    o_dk = tl.arange(0, PDK)
-    o_dv = tl.arange(0, PDV)
-    token, head = o_m // R, i_g * R + o_m % R
-    m_m = (token < num_tokens) & (token < BT)
-    m_dk = m_m[:, None] & (o_dk < DK)[None, :]
-    m_dv = m_m[:, None] & (o_dv < DV)[None, :]
+    o_m = tl.arange(0, C.BM)
+    token, head = o_m // C.R, i_g * C.R + o_m % C.R
+    m_m = (token < num_tokens) & (token < C.BT)
     row = first_row + token
-    row_head = row * (G * R) + head
-    p_q = q + (row * stride_qt + head * stride_qh)[:, None] + o_dk[None, :]
-    b_q = tl.load(p_q, mask=m_dk, other=0.0)  # [BM, PDK]
-    p_do = do + (row * stride_dot + head * stride_doh)[:, None] + o_dv[None, :]
-    b_do = tl.load(p_do, mask=m_dv, other=0.0)  # [BM, PDV]
+    row_head = row * (C.G * C.R) + head
+    b_q = load_head_rows(q, row, head, m_m, C.DK, C.PDK)  # [BM, PDK]
+    b_do = load_head_rows(do, row, head, m_m, C.DV, C.PDV)  # [BM, PDV]
     if EXACT:
-        b_delta = tl.zeros([BM], dtype=tl.float32)
+        b_delta = filled(C.BM, 0.0)
     else:
-        b_o = tl.load(o + row_head[:, None] * DV + o_dv[None, :], mask=m_dv, other=0.0)
+        b_o = load_rows(o, row_head * C.DV, tl.arange(0, C.PDV), m_m, C.DV, C.PDV)  # [BM, PDV]
         b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-    b_lse = tl.load(log_sum + row_head, mask=m_m, other=0.0)
-    k_own += i_g * stride_kh
-    v_own += i_g * stride_vh
-    k_fetched += i_g * stride_fkh
-    v_fetched += i_g * stride_fvh
+    queries = TileQueries(b_q, b_do, tl.load(log_sum + row_head, mask=m_m, other=0.0))
+    sources = sources_of_head(sources, i_g)
 
-    b_dq = tl.zeros([BM, PDK], dtype=tl.float32)
+    b_dq = zeros(C.BM, C.PDK)
     b_dq_sum = b_dq  # With APART the tiles of a block are summed by themselves and then added.
+    BM: tl.constexpr = C.BM
     several = tl.zeros([BM], dtype=tl.int1)
-    first_edge = (position + 1) // BLOCK
-    TILES: tl.constexpr = BLOCK // BN
+    first_edge = (position + 1) // C.BLOCK
+    TILES: tl.constexpr = C.BLOCK // C.BN
     for i_pass in tl.static_range(0 if EXACT else 1, 2):
         # As in forward; not asked where that costs registers and does not help.
         if TILES == 1 or count > 0:
             entry = tl.load(p_list + EDGE_BLOCKS)
             for i in tl.range(0, count * TILES):
                 following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
-                p_k, p_v, stride_k, stride_v = block_of(
-                    entry, k_own, v_own, k_fetched, v_fetched, num_own, stride_kt, stride_vt,
-                    stride_fkt, stride_fvt,
-                )  # fmt: skip
+                block = block_at(entry >> 24, sources, num_own)
                 chose = ((entry.to(tl.int32) >> token) & 1) != 0
                 b_dq, b_delta = _add_dq(
-                    b_dq, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_k, stride_v, i % TILES * BN,
-                    chose, token, BLOCK, logit_scale, False, i_pass == 0, APART, BN, DK, DV, PDK,
-                    PDV, PRECISION,
+                    b_dq, b_delta, queries, block, i % TILES * C.BN, chose, token, C.BLOCK,
+                    logit_scale, False, i_pass == 0, C,
                 )  # fmt: skip
-                if APART:
+                if C.APART:
                     ends = i % TILES == TILES - 1
                     b_dq_sum += tl.where(ends, b_dq, 0.0)
                     b_dq = tl.where(ends, 0.0, b_dq)
@@ -208,214 +193,167 @@ def _dq_kernel(
         for i in tl.range(0, EDGE_BLOCKS * TILES, num_stages=1):
             entry = tl.load(p_list + i // TILES)
             limit = ((entry >> 16) & 255).to(tl.int32)
-            if i % TILES * BN < limit:
-                p_k, p_v, stride_k, stride_v = block_of(
-                    entry, k_own, v_own, k_fetched, v_fetched, num_own, stride_kt, stride_vt,
-                    stride_fkt, stride_fvt,
-                )  # fmt: skip
+            if i % TILES * C.BN < limit:
+                block = block_at(entry >> 24, sources, num_own)
                 chose = ((entry.to(tl.int32) >> token) & 1) != 0
-                b_seen = position + token + 1 - (first_edge + i // TILES) * BLOCK
+                b_seen = position + token + 1 - (first_edge + i // TILES) * C.BLOCK
                 b_dq, b_delta = _add_dq(
-                    b_dq, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_k, stride_v, i % TILES * BN,
-                    chose, b_seen, limit, logit_scale, True, i_pass == 0, APART, BN, DK, DV, PDK,
-                    PDV, PRECISION,
+                    b_dq, b_delta, queries, block, i % TILES * C.BN, chose, b_seen, limit,
+                    logit_scale, True, i_pass == 0, C,
                 )  # fmt: skip
                 several = several | (chose & (b_seen > 1))
-            if APART and i % TILES == TILES - 1:
+            if C.APART and i % TILES == TILES - 1:
                 b_dq_sum += b_dq
-                b_dq = tl.zeros([BM, PDK], dtype=tl.float32)
-    if APART:
+                b_dq = zeros(C.BM, C.PDK)
+    if C.APART:
         b_dq = b_dq_sum
     tl.store(delta + row_head, b_delta, mask=m_m)
     b_dq = tl.where(several[:, None], b_dq * scale, 0.0)
-    p_dq = dq + row_head[:, None] * DK + o_dk[None, :]
-    tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_dk)
+    o_dk = tl.arange(0, C.PDK)
+    p_dq = dq + row_head[:, None] * C.DK + o_dk[None, :]
+    tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_m[:, None] & (o_dk < C.DK)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_own", "first_program"])
 def _dkv_kernel(
     q,
-    k_own,
-    v_own,
-    k_fetched,
-    v_fetched,
+    sources,
+    num_own,
     do,
     log_sum,
     delta,
     dk,
     dv,
-    rows,
-    seen,
-    starts,
-    ends,
-    owner,
-    order,
-    block_rows,
-    block_lengths,
+    queries,
+    blocks,
     num_blocks,
-    num_own,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_fkt,
-    stride_fkh,
-    stride_fvt,
-    stride_fvh,
-    stride_dot,
-    stride_doh,
     first_program,
     scale,
     logit_scale,
-    G: tl.constexpr,
-    R: tl.constexpr,
     MOST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BQ: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    PDK: tl.constexpr,
-    PDV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr,
 ):
     """dk, dv of BN keys of a block from at most MOST of its queries, to a float32 workspace."""
-    i_program = tl.load(order + first_program + tl.program_id(0))
-    first_key = tl.program_id(1) * BN
-    block = tl.load(owner + i_program)
-    if block >= G * num_blocks:
+    i_program = tl.load(queries.order + first_program + tl.program_id(0))
+    first_key = tl.program_id(1) * C.BN
+    i_block = tl.load(queries.owner + i_program)
+    if i_block >= C.G * num_blocks:
         return
-    i_g = block // num_blocks
-    before = tl.where(block > 0, tl.load(ends + tl.maximum(block - 1, 0)), 0)
-    begin = tl.load(starts + block) + (i_program - before) * MOST
-    num = tl.minimum(tl.load(starts + block + 1) - begin, MOST).to(tl.int32)
-    # Never so; but for a loop of no turns, ptxas would let every wgmma wait for the one before.
+    i_g = i_block // num_blocks
+    before = tl.where(i_block > 0, tl.load(queries.ends + tl.maximum(i_block - 1, 0)), 0)
+    begin = tl.load(queries.starts + i_block) + (i_program - before) * MOST
+    num = tl.minimum(tl.load(queries.starts + i_block + 1) - begin, MOST).to(tl.int32)
+    # Every program has a query. Where the loop may be empty, ptxas makes each wgmma wait for the
+    # one before.
     if num <= 0:
         return
-    start = tl.load(block_rows + block)
-    length = tl.load(block_lengths + block % num_blocks).to(tl.int32)
-    p_k, stride_k = first_of(
-        k_own + i_g * stride_kh, k_fetched + i_g * stride_fkh, start, num_own, stride_kt,
-        stride_fkt,
-    )  # fmt: skip
-    p_v, stride_v = first_of(
-        v_own + i_g * stride_vh, v_fetched + i_g * stride_fvh, start, num_own, stride_vt,
-        stride_fvt,
-    )  # fmt: skip
-    b_k = load_block(p_k, stride_k, first_key, length, BN, DK, PDK, True)  # [BN, PDK]
-    b_v = load_block(p_v, stride_v, first_key, length, BN, DV, PDV, True)  # [BN, PDV]
+    start = tl.load(blocks.rows + i_block)
+    length = tl.load(blocks.lengths + i_block % num_blocks).to(tl.int32)
+    block = block_at(start, sources_of_head(sources, i_g), num_own)
+    b_k, b_v = load_block(block, first_key, length, True, C)  # [BN, PDK], [BN, PDV]
 
-    o_m = tl.arange(0, BM)
-    o_dk = tl.arange(0, PDK)
-    o_dv = tl.arange(0, PDV)
-    o_n = first_key + tl.arange(0, BN)
-    place = o_m // R
-    head = i_g * R + o_m % R
-    p_rows = rows + begin
-    p_seen = seen + begin
-    p_q = q + (head * stride_qh)[:, None] + o_dk[None, :]
-    p_do = do + (head * stride_doh)[:, None] + o_dv[None, :]
+    o_m = tl.arange(0, C.BM)
+    o_dk = tl.arange(0, C.PDK)
+    o_dv = tl.arange(0, C.PDV)
+    o_n = first_key + tl.arange(0, C.BN)
+    place = o_m // C.R
+    head = i_g * C.R + o_m % C.R
+    p_rows = queries.rows + begin
+    p_seen = queries.seen + begin
+    p_q = q.p + (head * q.stride_head)[:, None] + o_dk[None, :]
+    p_do = do.p + (head * do.stride_head)[:, None] + o_dv[None, :]
     p_lse = log_sum + head
     p_delta = delta + head
-    b_dk = tl.zeros([BN, PDK], dtype=tl.float32)
-    b_dv = tl.zeros([BN, PDV], dtype=tl.float32)
+    b_dk = zeros(C.BN, C.PDK)
+    b_dv = zeros(C.BN, C.PDV)
     # Read ahead, so that the addresses of q and do never wait for it. Places without a query
     # stand for the last one, and see nothing.
     row = tl.load(p_rows + tl.minimum(place, num - 1)).to(tl.int64)
-    for i in tl.range(0, num, BQ):
-        following = tl.load(p_rows + tl.minimum(i + BQ + place, num - 1)).to(tl.int64)
-        b_q = load_columns(p_q + (row * stride_qt)[:, None], DK, PDK)  # [BM, PDK]
-        b_do = load_columns(p_do + (row * stride_dot)[:, None], DV, PDV)  # [BM, PDV]
-        b_lse = tl.load(p_lse + row * (G * R))
-        b_delta = tl.load(p_delta + row * (G * R))
-        m_m = (i + place < num) & (place < BQ)
+    for i in tl.range(0, num, C.BT):
+        following = tl.load(p_rows + tl.minimum(i + C.BT + place, num - 1)).to(tl.int64)
+        b_q = load_columns(p_q + (row * q.stride_row)[:, None], C.DK, C.PDK)  # [BM, PDK]
+        b_do = load_columns(p_do + (row * do.stride_row)[:, None], C.DV, C.PDV)  # [BM, PDV]
+        b_lse = tl.load(p_lse + row * (C.G * C.R))
+        b_delta = tl.load(p_delta + row * (C.G * C.R))
+        m_m = (i + place < num) & (place < C.BT)
         b_seen = tl.load(p_seen + i + place, mask=m_m, other=0).to(tl.int32)
         b_several = b_seen >> 8
         b_seen = b_seen & 255
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), PRECISION)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=C.PRECISION)  # [BN, BM]
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=C.PRECISION)  # [BN, BM]
+        b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), C.PRECISION)
         b_p = tl.where(o_n[:, None] < b_seen[None, :], b_p, 0.0)
-        b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
+        b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, C.PRECISION)  # [BN, PDV]
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_ds = tl.where(o_n[:, None] < (b_seen * b_several)[None, :], b_ds, 0.0)
-        b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
+        b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, C.PRECISION)  # [BN, PDK]
         row = following
-    tile = (i_program - first_program).to(tl.int32) * BLOCK + first_key
-    store_tile(dk + tile * DK, b_dk * scale, BN, DK, PDK)
-    store_tile(dv + tile * DV, b_dv, BN, DV, PDV)
+    tile = (i_program - first_program).to(tl.int32) * C.BLOCK + first_key
+    store_tile(dk + tile * C.DK, b_dk * scale, C.BN, C.DK, C.PDK)
+    store_tile(dv + tile * C.DV, b_dv, C.BN, C.DV, C.PDV)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_own", "first_program", "end_program"])
 def _add_programs_kernel(
-    workspace,
-    carried,
-    carry,
+    sums,
     own,
     fetched,
-    ends,
-    block_rows,
-    block_lengths,
-    num_blocks,
     num_own,
+    ends,
+    blocks,
+    num_blocks,
     first_program,
     end_program,
-    G: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BN: tl.constexpr,
-    D: tl.constexpr,
-    PD: tl.constexpr,
-    PIECE_TILES: tl.constexpr,
+    C: tl.constexpr,
 ):
     """Add what programs first_program..end_program-1 of one block left in the workspace, in order.
 
     On top of `carried`, what earlier programs of the block left; to `carry` when more will come.
     """
-    block = tl.program_id(0).to(tl.int64)
-    first_key = tl.program_id(1) * BN
-    begin = tl.where(block > 0, tl.load(ends + tl.maximum(block - 1, 0)), 0)
-    end = tl.load(ends + block)
+    i_block = tl.program_id(0).to(tl.int64)
+    first_key = tl.program_id(1) * C.BN
+    begin = tl.where(i_block > 0, tl.load(ends + tl.maximum(i_block - 1, 0)), 0)
+    end = tl.load(ends + i_block)
     low = tl.maximum(begin, first_program)
     high = tl.minimum(end, end_program)
     if low >= high:
         return
-    b_sum = tl.zeros([BN, PD], dtype=tl.float32)
+    b_sum = zeros(C.BN, C.PD)
     if begin < low:
-        b_sum = load_tile(carried + first_key * D, BN, D, PD)
-    o_in = tl.arange(0, BN)[:, None] * D + tl.arange(0, PD)[None, :]
+        b_sum = load_tile(sums.carried + first_key * C.D, C.BN, C.D, C.PD)
+    o_in = tl.arange(0, C.BN)[:, None] * C.D + tl.arange(0, C.PD)[None, :]
     b_sum = add_tiles(
-        b_sum, workspace + first_key * D + o_in, low - first_program, high - first_program,
-        BLOCK * D, (tl.arange(0, PD) < D)[None, :], PIECE_TILES,
+        b_sum, sums.workspace + first_key * C.D + o_in, low - first_program, high - first_program,
+        C.BLOCK * C.D, (tl.arange(0, C.PD) < C.D)[None, :], C.PIECE,
     )  # fmt: skip
     if end > high:
-        store_tile(carry + first_key * D, b_sum, BN, D, PD)
+        store_tile(sums.carry + first_key * C.D, b_sum, C.BN, C.D, C.PD)
         return
-    i_g = block // num_blocks
-    row = tl.load(block_rows + block)
-    length = tl.load(block_lengths + block % num_blocks).to(tl.int32)
-    p_out, _ = first_of(own, fetched, row, num_own, G * D, G * D)
-    o_n = first_key + tl.arange(0, BN)
-    o_d = tl.arange(0, PD)
-    p_out += i_g * D + o_n[:, None] * (G * D) + o_d[None, :]
-    mask = (o_n < length)[:, None] & (o_d < D)[None, :]
+    i_g = i_block // num_blocks
+    row = tl.load(blocks.rows + i_block)
+    length = tl.load(blocks.lengths + i_block % num_blocks).to(tl.int32)
+    p_out, _ = first_of(
+        HeadRows(own, C.G * C.D, C.D), HeadRows(fetched, C.G * C.D, C.D), row, num_own
+    )
+    o_n = first_key + tl.arange(0, C.BN)
+    o_d = tl.arange(0, C.PD)
+    p_out += i_g * C.D + o_n[:, None] * (C.G * C.D) + o_d[None, :]
+    mask = (o_n < length)[:, None] & (o_d < C.D)[None, :]
     tl.store(p_out, b_sum.to(own.dtype.element_ty), mask=mask)
 
 
 def selected_backward(
-    q: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    k_fetched: Tensor,
-    v_fetched: Tensor,
-    o: Tensor,
-    log_sum: Tensor,
-    selected: Tensor,
-    block_rows: Tensor,
-    block_lengths: Tensor,
-    do: Tensor,
+    q_NHD: Tensor,
+    k_own_EGD: Tensor,
+    v_own_EGD: Tensor,
+    k_fetched_FGD: Tensor,
+    v_fetched_FGD: Tensor,
+    o_NHD: Tensor,
+    log_sum_NH: Tensor,
+    selected_NGn: Tensor,
+    block_rows_GB: Tensor,
+    block_lengths_B: Tensor,
+    do_NHD: Tensor,
     segments: QuerySegments,
     select_block: int,
     scale: float,
@@ -423,68 +361,61 @@ def selected_backward(
     """Gradients of q, k_own, v_own, k_fetched and v_fetched, the arguments of forward.
 
     o and do [N, H, Dv], log_sum [N, H] the log-sum-exp as forward kept it; the last dimension of
-    each contiguous. Besides the lists of lists.py this takes a workspace of
-    at most WORKSPACE bytes.
+    each contiguous. Besides the lists of lists.py this takes a workspace of at most WORKSPACE
+    bytes.
     """
-    sources = (k_own, v_own, k_fetched, v_fetched)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in sources]
-    if not q.shape[0] or not block_lengths.shape[0]:
-        return dq.zero_(), *grads
-    groups, widths = k_own.shape[1], (k_own.shape[-1], v_own.shape[-1])
-    ratio = q.shape[1] // groups
-    delta = torch.empty_like(log_sum)
-    strides = [stride for x in (q, *sources, do) for stride in x.stride()[:2]]
-    shared: dict[str, Any] = {
-        "G": groups,
-        "R": ratio,
-        "BLOCK": select_block,
-        "DK": widths[0],
-        "DV": widths[1],
-        "PDK": padded(widths[0]),
-        "PDV": padded(widths[1]),
-        "PRECISION": precision(q),
-        "enable_fp_fusion": False,
-    }
-    walk = walk_tiles(q, v_own, selected.shape[-1], select_block)[1]
-    tokens, rows = token_tile(ratio, q.dtype)
+    tensors = [k_own_EGD, v_own_EGD, k_fetched_FGD, v_fetched_FGD]
+    dq_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype, device=q_NHD.device)
+    grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+    num_blocks, num_own = block_lengths_B.shape[0], k_own_EGD.shape[0]
+    if not q_NHD.shape[0] or not num_blocks:
+        return dq_NHD.zero_(), *grads
+    ratio = q_NHD.shape[1] // k_own_EGD.shape[1]
+    delta_NH = torch.empty_like(log_sum_NH)
+    q, do, sources = head_rows(q_NHD), head_rows(do_NHD), sources_of(tensors)
+    in_logits = logit_scale(q_NHD, scale)
+    walk = walk_tiles(q_NHD, v_own_EGD, selected_NGn.shape[-1], select_block)[1]
+    tokens, rows = token_tile(ratio, q_NHD.dtype)
+    C = constants(
+        q_NHD, v_own_EGD, select_block, tokens=tokens, rows=rows, keys=walk.keys, apart=walk.apart
+    )
     tiles = query_tiles(segments, tokens, "selected_base").table
-    lists, counts = block_lists(selected, block_rows, block_lengths, tiles, tokens, select_block)
-    _dq_kernel[(len(tiles), groups)](
-        q, *sources, o, do, log_sum, delta, dq, tiles, lists, counts, k_own.shape[0], *strides,
-        scale, logit_scale(q, scale), LENGTH=lists.shape[-1], EDGE_BLOCKS=EDGES,
-        EXACT=q.dtype == torch.float32,
-        APART=walk.apart, BT=tokens, BM=rows,
-        BN=walk.keys, **shared, num_warps=walk.warps, num_stages=walk.stages,
-        maxnreg=walk.registers,
+    lists = block_lists(selected_NGn, block_rows_GB, block_lengths_B, tiles, tokens, select_block)
+    _dq_kernel[(len(tiles), C.G)](
+        q, sources, num_own, o_NHD, do, log_sum_NH, delta_NH, dq_NHD, tiles, lists, scale,
+        in_logits, EXACT=q_NHD.dtype == torch.float32, EDGE_BLOCKS=EDGES,
+        LENGTH=lists.lists.shape[-1], C=C, num_warps=walk.warps, num_stages=walk.stages,
+        maxnreg=walk.registers, enable_fp_fusion=False,
     )  # fmt: skip
-    del lists, counts
+    del lists
 
-    shape = selected_dkv_tile(q, v_own, select_block)
-    at_once = shape.rows // ratio
-    most = at_once * PIECE
-    space = [4 * select_block * width for width in widths]
-    launch = max(1, WORKSPACE // sum(space) - 4)
-    queries = query_lists(selected, block_lengths, segments, select_block, most, launch)
-    blocks = (block_rows.contiguous(), block_lengths, block_lengths.shape[0], k_own.shape[0])
+    tile = selected_dkv_tile(q_NHD, v_own_EGD, select_block)
+    C = constants(
+        q_NHD, v_own_EGD, select_block, tokens=tile.rows // ratio, rows=tile.rows, keys=tile.keys
+    )
+    most, widths = C.BT * PIECE, (C.DK, C.DV)
+    launch = max(1, WORKSPACE // (4 * select_block * sum(widths)) - 4)
+    queries = query_lists(selected_NGn, block_lengths_B, segments, select_block, most, launch)
+    blocks = Blocks(block_rows_GB.contiguous(), block_lengths_B)
     programs = len(queries.owner)
 
     def empty(tiles: int) -> list[Tensor]:
-        return [q.new_empty(tiles, select_block, w, dtype=torch.float32) for w in widths]
+        return [q_NHD.new_empty(tiles, select_block, w, dtype=torch.float32) for w in widths]
 
     workspace, carried, carry = empty(min(launch, programs)), empty(1), empty(1)
     for first in range(0, programs, launch):
         end = min(first + launch, programs)
-        _dkv_kernel[(end - first, select_block // shape.keys)](
-            q, *sources, do, log_sum, delta, *workspace, *queries, *blocks, *strides, first, scale,
-            logit_scale(q, scale), MOST=most, BQ=at_once, BM=shape.rows, BN=shape.keys, **shared,
-            num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
+        _dkv_kernel[(end - first, select_block // tile.keys)](
+            q, sources, num_own, do, log_sum_NH, delta_NH, *workspace, queries, blocks, num_blocks,
+            first, scale, in_logits, MOST=most, C=C, num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=tile.registers, enable_fp_fusion=False,
         )  # fmt: skip
         for i, width in enumerate(widths):
-            _add_programs_kernel[(groups * block_lengths.shape[0], select_block // 8)](
-                workspace[i], carried[i], carry[i], grads[i], grads[i + 2], queries.ends, *blocks,
-                first, end, G=groups, BLOCK=select_block, BN=8, D=width, PD=padded(width),
-                PIECE_TILES=PIECE, maxnreg=MOST_REGISTERS,
+            _add_programs_kernel[(C.G * num_blocks, select_block // 8)](
+                PartialSums(workspace[i], carried[i], carry[i]), grads[i], grads[i + 2], num_own,
+                queries.ends, blocks, num_blocks, first, end,
+                C=SumConstants(C.G, select_block, 8, width, padded(width), PIECE),
+                maxnreg=MOST_REGISTERS,
             )  # fmt: skip
         carried, carry = carry, carried
-    return dq, *grads
+    return dq_NHD, *grads

@@ -16,83 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
-from nsa_kernels.triton.shared.tables import positions, selected_bases
+from nsa_kernels.triton.shared.arguments import head_rows
+from nsa_kernels.triton.shared.tables import load_query_tile, positions, selected_bases
 
 # Blocks at the start of a list of which not all tokens of the tile may see all.
 EDGES = 2
-
-
-@triton.jit
-def _block_lists_kernel(
-    selected,
-    block_rows,
-    block_lengths,
-    tiles,
-    lists,
-    counts,
-    stride_selected,
-    stride_selected_group,
-    stride_rows,
-    G: tl.constexpr,
-    NUM: tl.constexpr,
-    LENGTH: tl.constexpr,
-    BT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-    EDGE_BLOCKS: tl.constexpr,
-):
-    """The list of one tile and group; see `BlockLists`. NUM chosen blocks a token, BC >= BT NUM."""
-    i_tile = tl.program_id(0).to(tl.int64)
-    i_g = tl.program_id(1)
-    first_row = tl.load(tiles + i_tile * 4)
-    num_tokens = tl.load(tiles + i_tile * 4 + 1).to(tl.int32)
-    position = tl.load(tiles + i_tile * 4 + 2).to(tl.int32)
-    base = tl.load(tiles + i_tile * 4 + 3)
-    last = position + num_tokens - 1
-    first_edge = (position + 1) // BLOCK  # Blocks before are seen whole by all.
-    p_selected = selected + first_row * stride_selected + i_g * stride_selected_group
-    p_rows = block_rows + i_g * stride_rows + base
-    p_list = lists + (i_tile * G + i_g) * LENGTH
-
-    o_c = tl.arange(0, BC)
-    token = o_c // NUM
-    p_c = p_selected + token.to(tl.int64) * stride_selected + o_c % NUM
-    b_j = tl.load(p_c, mask=token < num_tokens, other=-1).to(tl.int32)
-    bit = 1 << (token & 15)  # Places behind BT NUM hold no choice.
-
-    for i in tl.static_range(EDGE_BLOCKS):
-        j = first_edge + i
-        choosers = tl.sum(tl.where(b_j == j, bit, 0), 0)
-        entry = tl.cast(0, tl.int64)
-        if choosers > 0:
-            length = tl.load(block_lengths + base + j).to(tl.int32)
-            length = tl.minimum(length, last + 1 - j * BLOCK)
-            entry = tl.load(p_rows + j) * 16777216 + length * 65536 + choosers
-        tl.store(p_list + i, entry)
-
-    inner = (b_j >= 0) & (b_j < first_edge)
-    b_j = tl.where(inner, b_j, 2147483647)
-    choosers = tl.zeros([BC], dtype=tl.int32)
-    place = tl.zeros([BC], dtype=tl.int32)  # How many of the tile's blocks come before.
-    for start in tl.range(0, BC, BK):
-        o_k = start + tl.arange(0, BK)
-        token_k = o_k // NUM
-        p_k = p_selected + token_k.to(tl.int64) * stride_selected + o_k % NUM
-        b_k = tl.load(p_k, mask=token_k < num_tokens, other=-1).to(tl.int32)
-        b_k = tl.where((b_k >= 0) & (b_k < first_edge), b_k, 2147483647)
-        same = b_j[:, None] == b_k[None, :]  # [BC, BK]
-        choosers += tl.sum(tl.where(same, (1 << (token_k & 15))[None, :], 0), 1)
-        # A block counts where the first token that chose it names it.
-        again = tl.max(tl.where(same & (o_c[:, None] < o_k[None, :]), 1, 0), 0)
-        counts_once = (again == 0) & (b_k != 2147483647)
-        before = counts_once[None, :] & (b_k[None, :] < b_j[:, None])
-        place += tl.sum(tl.where(before, 1, 0), 1)
-    first = inner & ((choosers & (bit - 1)) == 0)
-    row = tl.load(p_rows + b_j, mask=first, other=0)
-    entry = row * 16777216 + BLOCK * 65536 + choosers
-    tl.store(p_list + EDGE_BLOCKS + place, entry, mask=first)
-    tl.store(counts + i_tile * G + i_g, tl.sum(tl.where(first, 1, 0), 0))
 
 
 class BlockLists(NamedTuple):
@@ -109,6 +37,78 @@ class BlockLists(NamedTuple):
     counts: Tensor
 
 
+class ListConstants(NamedTuple):
+    """What the lists are compiled for.
+
+    G KV heads; NUM chosen blocks of a token, of BLOCK tokens each; LENGTH entries of a list, of
+    which the first EDGES are edges; BT tokens of a tile, with BC >= BT*NUM choices, compared with
+    BK at a time.
+    """
+
+    G: int
+    NUM: int
+    BLOCK: int
+    LENGTH: int
+    EDGES: int
+    BC: int
+    BK: int
+
+
+@triton.jit
+def _block_lists_kernel(
+    selected, block_rows, stride_group, block_lengths, tiles, blocks, C: tl.constexpr
+):
+    """The list of one tile and KV head, to `blocks`."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    i_g = tl.program_id(1)
+    first_row, num_tokens, position, base = load_query_tile(tiles, i_tile)
+    last = position + num_tokens - 1
+    first_edge = (position + 1) // C.BLOCK  # Blocks before are seen whole by all.
+    p_selected = selected.p + first_row * selected.stride_row + i_g * selected.stride_head
+    p_rows = block_rows + i_g * stride_group + base
+    p_list = blocks.lists + (i_tile * C.G + i_g) * C.LENGTH
+
+    o_c = tl.arange(0, C.BC)
+    token = o_c // C.NUM
+    p_c = p_selected + token.to(tl.int64) * selected.stride_row + o_c % C.NUM
+    b_j = tl.load(p_c, mask=token < num_tokens, other=-1).to(tl.int32)
+    bit = 1 << (token & 15)  # Places behind BT*NUM hold no choice.
+
+    EDGES: tl.constexpr = C.EDGES
+    for i in tl.static_range(EDGES):
+        j = first_edge + i
+        choosers = tl.sum(tl.where(b_j == j, bit, 0), 0)
+        entry = tl.cast(0, tl.int64)
+        if choosers > 0:
+            length = tl.load(block_lengths + base + j).to(tl.int32)
+            length = tl.minimum(length, last + 1 - j * C.BLOCK)
+            entry = tl.load(p_rows + j) * 16777216 + length * 65536 + choosers
+        tl.store(p_list + i, entry)
+
+    inner = (b_j >= 0) & (b_j < first_edge)
+    b_j = tl.where(inner, b_j, 2147483647)
+    choosers = tl.zeros_like(b_j)
+    place = tl.zeros_like(b_j)  # How many of the tile's blocks come before.
+    for start in tl.range(0, C.BC, C.BK):
+        o_k = start + tl.arange(0, C.BK)
+        token_k = o_k // C.NUM
+        p_k = p_selected + token_k.to(tl.int64) * selected.stride_row + o_k % C.NUM
+        b_k = tl.load(p_k, mask=token_k < num_tokens, other=-1).to(tl.int32)
+        b_k = tl.where((b_k >= 0) & (b_k < first_edge), b_k, 2147483647)
+        same = b_j[:, None] == b_k[None, :]  # [BC, BK]
+        choosers += tl.sum(tl.where(same, (1 << (token_k & 15))[None, :], 0), 1)
+        # A block counts where the first token that chose it names it.
+        again = tl.max(tl.where(same & (o_c[:, None] < o_k[None, :]), 1, 0), 0)
+        counts_once = (again == 0) & (b_k != 2147483647)
+        before = counts_once[None, :] & (b_k[None, :] < b_j[:, None])
+        place += tl.sum(tl.where(before, 1, 0), 1)
+    first = inner & ((choosers & (bit - 1)) == 0)
+    row = tl.load(p_rows + b_j, mask=first, other=0)
+    entry = row * 16777216 + C.BLOCK * 65536 + choosers
+    tl.store(p_list + C.EDGES + place, entry, mask=first)
+    tl.store(blocks.counts + i_tile * C.G + i_g, tl.sum(tl.where(first, 1, 0), 0))
+
+
 def block_lists(
     selected: Tensor,
     block_rows: Tensor,
@@ -121,17 +121,19 @@ def block_lists(
     _, groups, num = selected.shape
     candidates = triton.next_power_of_2(tokens * num)
     length = EDGES + tokens * num
-    device = selected.device
-    lists = torch.empty(len(tiles), groups, length, dtype=torch.int64, device=device)
-    counts = torch.empty(len(tiles), groups, dtype=torch.int32, device=device)
     warps = max(1, min(8, candidates // 64))
-    _block_lists_kernel[(len(tiles), groups)](
-        selected, block_rows, block_lengths, tiles, lists, counts, *selected.stride()[:2],
-        block_rows.stride(0), G=groups, NUM=num, LENGTH=length, BT=tokens, BLOCK=select_block,
-        BC=candidates, BK=min(candidates, max(2, 1024 * warps // candidates)), EDGE_BLOCKS=EDGES,
+    at_once = min(candidates, max(2, 1024 * warps // candidates))
+    shape, device = (len(tiles), groups), selected.device
+    blocks = BlockLists(
+        torch.empty(*shape, length, dtype=torch.int64, device=device),
+        torch.empty(shape, dtype=torch.int32, device=device),
+    )
+    _block_lists_kernel[shape](
+        head_rows(selected), block_rows, block_rows.stride(0), block_lengths, tiles, blocks,
+        C=ListConstants(groups, num, select_block, length, EDGES, candidates, at_once),
         num_warps=warps,
     )  # fmt: skip
-    return BlockLists(lists, counts)
+    return blocks
 
 
 class QueryLists(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,58 +20,63 @@ MOST_COLUMNS = 4096
 LINE_ELEMENTS = 1024
 
 
+class Constants(NamedTuple):
+    """What the kernel is compiled for.
+
+    G KV heads; SELECT_BLOCK tokens of a block; PARTS of a score; INIT and LOCAL forced blocks;
+    NUM_SELECTED chosen ones, padded to PN. FIRST, LAST, L, W: see the kernel. WORDS, RUN: see
+    `top_keys`.
+    """
+
+    G: int
+    SELECT_BLOCK: int
+    PARTS: int
+    INIT: int
+    LOCAL: int
+    NUM_SELECTED: int
+    PN: int
+    FIRST: bool
+    LAST: bool
+    L: int
+    W: int
+    WORDS: int
+    RUN: int
+
+
 @triton.jit(do_not_specialize=["begin_row", "num_lines", "num_found"])
 def _choose_kernel(
-    scores,
-    found,
-    out,
-    positions,
-    begin_row,
-    num_lines,
-    num_found,
-    pitch,
-    G: tl.constexpr,
-    SELECT_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    INIT: tl.constexpr,
-    LOCAL: tl.constexpr,
-    NUM_SELECTED: tl.constexpr,
-    PN: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    L: tl.constexpr,
-    W: tl.constexpr,
-    WORDS: tl.constexpr,
-    NEAR: tl.constexpr,
+    scores, found, out, positions, begin_row, num_lines, num_found, pitch, C: tl.constexpr
 ):
     """The best blocks of L lines among W blocks each, or among W of those found before.
 
     A line is a query and KV head, and has scores [lines, pitch, PARTS]. FIRST: among all blocks;
-    else among found int32 [lines, num_found], ascending, with -1 for none. LAST: writes out
-    [N, G, n], with the forced blocks; else out is what another launch finds there, n for each
+    else among found int32 [lines, num_found], ascending, with -1 where there is none. LAST: writes
+    out [N, G, n], with the forced blocks; else out is what another launch finds there, n for each
     program.
     """
+    L: tl.constexpr = C.L
+    W: tl.constexpr = C.W
     i_part = tl.program_id(1)
     o_w = i_part * W + tl.arange(0, W)
-    o_n = tl.arange(0, PN)
+    o_n = tl.arange(0, C.PN)
     line = tl.program_id(0) * L + tl.arange(0, L)
     m_l = line < num_lines
-    t = tl.load(positions + begin_row + line // G, mask=m_l, other=0).to(tl.int32)
-    num_blocks = t // SELECT_BLOCK + 1
+    t = tl.load(positions + begin_row + line // C.G, mask=m_l, other=0).to(tl.int32)
+    num_blocks = t // C.SELECT_BLOCK + 1
     # Eligible blocks: forced [0, first), free [first, end), forced [end, num_blocks).
-    first = tl.minimum(num_blocks, INIT)
-    end = tl.maximum(num_blocks - LOCAL, first)
-    want = tl.maximum(NUM_SELECTED - first - (num_blocks - end), 0)
+    first = tl.minimum(num_blocks, C.INIT)
+    end = tl.maximum(num_blocks - C.LOCAL, first)
+    want = tl.maximum(C.NUM_SELECTED - first - (num_blocks - end), 0)
     o_line = line.to(tl.int64)
 
     # The bound of the wide load is coarse, which lets it be wide.
     bound = (tl.cdiv(num_blocks, 64) * 64)[:, None]
-    p_s = scores + (o_line * PARTS * pitch)[:, None]
+    p_s = scores + (o_line * C.PARTS * pitch)[:, None]
     b_own = tl.zeros([L, W], tl.float32)
     b_passed = tl.zeros([L, W], tl.float32)
-    if FIRST:
+    if C.FIRST:
         b_block = tl.broadcast_to(o_w[None, :], [L, W])
-        if PARTS == 1:
+        if C.PARTS == 1:
             b_own = tl.load(p_s + o_w, mask=m_l[:, None] & (o_w < bound), other=0.0)
         else:
             o_p = i_part * W * 2 + tl.arange(0, W * 2)
@@ -78,38 +85,39 @@ def _choose_kernel(
     else:
         p_found = found + (o_line * num_found)[:, None]
         b_block = tl.load(p_found + o_w, mask=m_l[:, None] & (o_w < num_found), other=-1)
-        b_own = tl.load(p_s + b_block * PARTS, mask=b_block >= 0, other=0.0)
-        if PARTS == 2:
+        b_own = tl.load(p_s + b_block * C.PARTS, mask=b_block >= 0, other=0.0)
+        if C.PARTS == 2:
             b_passed = tl.load(p_s + b_block * 2 + 1, mask=b_block >= 0, other=0.0)
     # Nothing was written where no visible key begins: in front of block 0, and, as l <= l', in the
     # query's own block and after, of which none is free.
     b_score = b_own
-    if PARTS == 2:
+    if C.PARTS == 2:
         b_score += tl.where(b_block > 0, b_passed, 0.0)
     # Bits of floats that are not negative are in the order of the floats; NaN scores 0.
     b_key = tl.where(b_score > 0.0, b_score, 0.0).to(tl.int32, bitcast=True)
     m_free = (b_block >= first[:, None]) & (b_block < end[:, None]) & (want[:, None] > 0)
     b_key = tl.where(m_free, b_key, -1)
 
-    b_column, count = top_keys(b_key, want, PN, WORDS, NEAR)
+    b_column, count = top_keys(b_key, want, C.PN, C.WORDS, C.RUN)
     m_n = m_l[:, None] & (o_n < count[:, None])
-    if FIRST:
+    if C.FIRST:
         b_chosen = i_part * W + b_column
     else:
         b_chosen = tl.load(p_found + i_part * W + b_column, mask=m_n, other=-1)
-    if LAST:
+    if C.LAST:
         # Ascending: the free blocks are those between the forced ones.
-        p_out = out + ((begin_row * G + o_line) * NUM_SELECTED)[:, None] + o_n
+        p_out = out + ((begin_row * C.G + o_line) * C.NUM_SELECTED)[:, None] + o_n
         tl.store(p_out + first[:, None], b_chosen, mask=m_n)
         m_first = o_n < first[:, None]
         b_local = (end - first - count)[:, None] + o_n
         b_rest = tl.where(m_first, o_n, tl.where(b_local < num_blocks[:, None], b_local, -1))
-        m_rest = (m_first | (o_n >= (first + count)[:, None])) & (o_n < NUM_SELECTED)
+        m_rest = (m_first | (o_n >= (first + count)[:, None])) & (o_n < C.NUM_SELECTED)
         tl.store(p_out, b_rest, mask=m_rest & m_l[:, None])
     else:
-        p_out = out + (o_line * tl.num_programs(1) * NUM_SELECTED + i_part * NUM_SELECTED)[:, None]
+        o_out = o_line * tl.num_programs(1) * C.NUM_SELECTED + i_part * C.NUM_SELECTED
         b_chosen = tl.where(o_n < count[:, None], b_chosen, -1)
-        tl.store(p_out + o_n, b_chosen, mask=m_l[:, None] & (o_n < NUM_SELECTED))
+        p_out = out + o_out[:, None] + o_n
+        tl.store(p_out, b_chosen, mask=m_l[:, None] & (o_n < C.NUM_SELECTED))
 
 
 def choose_blocks(
@@ -136,15 +144,15 @@ def choose_blocks(
         if parts > 1:
             out = selected.new_empty(rows * groups * parts * num_selected)
         lines = max(1, LINE_ELEMENTS // width)
-        near = 4 // score_parts  # Blocks in the 16 bytes that a thread loads at once.
+        run = 4 // score_parts  # Blocks in the 16 bytes that a thread loads at once.
+        C = Constants(
+            groups, select_block, score_parts, num_init_blocks, num_local_blocks, num_selected,
+            triton.next_power_of_2(num_selected), first, parts == 1, lines, width,
+            min(max(32, width // 32), width // run), run,
+        )  # fmt: skip
         _choose_kernel[(triton.cdiv(rows * groups, lines), parts)](
-            scores, found, out, positions, chunk.begin, rows * groups, count, pitch(blocks),
-            G=groups, SELECT_BLOCK=select_block, PARTS=score_parts, INIT=num_init_blocks,
-            LOCAL=num_local_blocks, NUM_SELECTED=num_selected,
-            PN=triton.next_power_of_2(num_selected), FIRST=first, LAST=parts == 1, L=lines, W=width,
-            WORDS=min(max(32, width // 32), width // near), NEAR=near,
-            num_warps=max(1, width // LINE_ELEMENTS),
-            maxnreg=choose_registers(scores, first),
+            scores, found, out, positions, chunk.begin, rows * groups, count, pitch(blocks), C=C,
+            num_warps=max(1, width // LINE_ELEMENTS), maxnreg=choose_registers(scores, first),
         )  # fmt: skip
         if parts == 1:
             return

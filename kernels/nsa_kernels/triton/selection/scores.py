@@ -24,17 +24,74 @@ B selection blocks, n chosen blocks, l compress_block, d compress_stride, l' sel
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.triton.selection.chunks import Chunk
+from nsa_kernels.triton.shared.arguments import head_rows
 from nsa_kernels.triton.shared.arithmetic import precision
 from nsa_kernels.triton.shared.shapes import ScoreTile, score_widths
-from nsa_kernels.triton.shared.tables import QueryTiles
+from nsa_kernels.triton.shared.tables import QueryTiles, load_query_tile
 
 # Key tiles of one program of the score kernel; more are shared out.
 SPAN_TILES = 64
+
+
+class Constants(NamedTuple):
+    """What the kernel is compiled for.
+
+    G KV heads with R query heads each, padded to PR. OFFSET, STRIDE: key i ends at position
+    i*STRIDE + OFFSET. PER_BLOCK keys begin in a selection block; a key has OVERLAP strides. PARTS:
+    of a score. SPAN: keys of a program. A tile has BT tokens and BN keys; ADJACENT tokens are
+    neighbours among its columns. D and D_REST channels make the DK of a key.
+    """
+
+    G: int
+    R: int
+    PR: int
+    OFFSET: int
+    STRIDE: int
+    PER_BLOCK: int
+    OVERLAP: int
+    PARTS: int
+    SPAN: int
+    BT: int
+    ADJACENT: int
+    BN: int
+    DK: int
+    D: int
+    D_REST: int
+    PRECISION: str
+
+
+class TileQueries(NamedTuple):
+    """The columns of a tile, in a kernel: q [BM, D] and [BM, D_REST], lse and positions [BM]."""
+
+    b_q: Any
+    b_q_rest: Any
+    b_lse: Any
+    b_t: Any
+
+
+class TileKeys(NamedTuple):
+    """The keys that the last query of a tile sees: pointer to row 0, stride, row of key 0, end."""
+
+    p: Any
+    stride_row: Any
+    base: Any
+    limit: Any
+
+
+class TileScores(NamedTuple):
+    """Where a tile's scores go: pointer, offsets and mask [ADJACENT, 1, BT / ADJACENT], pitch."""
+
+    p: Any
+    o_scores: Any
+    m_store: Any
+    pitch: Any
 
 
 @triton.jit
@@ -48,150 +105,90 @@ def _load(p_row, m_row, BEGIN: tl.constexpr, END: tl.constexpr, PADDED: tl.const
 
 
 @triton.jit
-def _score_tiles(
-    scores,
-    o_scores,
-    m_store,
-    b_q,
-    b_q_rest,
-    b_lse,
-    b_t,
-    k,
-    base,
-    begin,
-    end,
-    limit,
-    stride_kt,
-    pitch,
-    scale,
-    OFFSET: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    PR: tl.constexpr,
-    BT: tl.constexpr,
-    NEAR: tl.constexpr,
-    BN: tl.constexpr,
-    DK: tl.constexpr,
-    D: tl.constexpr,
-    D_REST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The sums of each key tile in [begin, end), stored at o_scores [NEAR, 1, BT / NEAR]."""
+def _score_tiles(out, queries, keys, begin, end, scale, MASKED: tl.constexpr, C: tl.constexpr):
+    """The sums of each key tile in [begin, end)."""
+    BN: tl.constexpr = C.BN
+    PER_BLOCK: tl.constexpr = C.PER_BLOCK
+    ADJACENT: tl.constexpr = C.ADJACENT
+    RUNS: tl.constexpr = C.BT // ADJACENT
+    PR: tl.constexpr = C.PR
     o_in = tl.arange(0, PER_BLOCK)
     # How many of the l/d strides of a key fall into the block it begins in, and into the next.
-    b_own = tl.minimum(PER_BLOCK - o_in, OVERLAP).to(tl.float32)
-    b_next = tl.maximum(OVERLAP - PER_BLOCK + o_in, 0).to(tl.float32)
+    b_own = tl.minimum(PER_BLOCK - o_in, C.OVERLAP).to(tl.float32)
+    b_next = tl.maximum(C.OVERLAP - PER_BLOCK + o_in, 0).to(tl.float32)
     for start in tl.range(begin, end, BN):
         o_j = start + tl.arange(0, BN)
-        p_k = k + (base + o_j.to(tl.int64)) * stride_kt
-        m_j = o_j < limit if MASKED else tl.full([BN], True, tl.int1)
-        b_k = _load(p_k, m_j, 0, min(DK, D), D)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
-        if D_REST > 0:
-            b_k = _load(p_k, m_j, D, DK, D_REST)
-            b_s = tl.dot(b_k, tl.trans(b_q_rest), b_s, input_precision=PRECISION)
+        p_k = keys.p + (keys.base + o_j.to(tl.int64)) * keys.stride_row
+        m_j = o_j < keys.limit if MASKED else tl.full([BN], True, tl.int1)
+        b_k = _load(p_k, m_j, 0, min(C.DK, C.D), C.D)  # [BN, D]
+        b_s = tl.dot(b_k, tl.trans(queries.b_q), input_precision=C.PRECISION)  # [BN, BM]
+        if C.D_REST > 0:
+            b_k = _load(p_k, m_j, C.D, C.DK, C.D_REST)  # [BN, D_REST]
+            b_s = tl.dot(b_k, tl.trans(queries.b_q_rest), b_s, input_precision=C.PRECISION)
         # The difference before log2(e): the largest logit is near lse, where it loses nothing.
-        b_p = tl.exp2(tl.fma(b_s, scale, -b_lse[None, :]) * 1.4426950408889634)
+        b_p = tl.exp2(tl.fma(b_s, scale, -queries.b_lse[None, :]) * 1.4426950408889634)
         if MASKED:
-            b_p = tl.where(o_j[:, None] * STRIDE + OFFSET <= b_t[None, :], b_p, 0.0)
-        b_h = tl.sum(tl.reshape(b_p, [BN, BT // NEAR, PR, NEAR]), 2)
-        b_h = tl.reshape(b_h, [BN // PER_BLOCK, PER_BLOCK, BT // NEAR, NEAR])
+            b_p = tl.where(o_j[:, None] * C.STRIDE + C.OFFSET <= queries.b_t[None, :], b_p, 0.0)
+        b_h = tl.sum(tl.reshape(b_p, [BN, RUNS, PR, ADJACENT]), 2)
+        b_h = tl.reshape(b_h, [BN // PER_BLOCK, PER_BLOCK, RUNS, ADJACENT])
         b_sum = tl.sum(b_h * b_own[None, :, None, None], 1)
         # This order of dimensions is that of the threads, which spares an exchange between warps.
-        b_sum = tl.permute(b_sum, (2, 0, 1))  # [NEAR, BN / PER_BLOCK, BT / NEAR]
+        b_sum = tl.permute(b_sum, (2, 0, 1))  # [ADJACENT, BN / PER_BLOCK, RUNS]
         o_b = (start // PER_BLOCK + tl.arange(0, BN // PER_BLOCK))[None, :, None]
-        p_out = scores + (o_scores + o_b * (1 if OVERLAP == 1 else 2))
-        if OVERLAP == 1:
-            tl.store(p_out, b_sum, mask=m_store)
+        p_out = out.p + (out.o_scores + o_b * (1 if C.OVERLAP == 1 else 2))
+        if C.OVERLAP == 1:
+            tl.store(p_out, b_sum, mask=out.m_store)
         else:
             b_passed = tl.permute(tl.sum(b_h * b_next[None, :, None, None], 1), (2, 0, 1))
-            tl.store(p_out, b_sum, mask=m_store)
-            tl.store(p_out + 3, b_passed, mask=m_store & (o_b + 1 < pitch))
+            tl.store(p_out, b_sum, mask=out.m_store)
+            tl.store(p_out + 3, b_passed, mask=out.m_store & (o_b + 1 < out.pitch))
 
 
 @triton.jit(do_not_specialize=["end_tile", "begin_row", "end_row"])
 def _score_kernel(
-    q,
-    k,
-    lse,
-    scores,
-    tiles,
-    end_tile,
-    begin_row,
-    end_row,
-    pitch,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    scale,
-    G: tl.constexpr,
-    R: tl.constexpr,
-    PR: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    PARTS: tl.constexpr,
-    SPAN: tl.constexpr,
-    BT: tl.constexpr,
-    NEAR: tl.constexpr,
-    BN: tl.constexpr,
-    DK: tl.constexpr,
-    D: tl.constexpr,
-    D_REST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, lse, scores, tiles, end_tile, begin_row, end_row, pitch, scale, C: tl.constexpr
 ):
     """scores [end_row - begin_row, G, pitch, PARTS] of a query tile's rows and a span of keys."""
     # Late tokens see most: starting with them leaves the short programs for the end.
     i_tile = end_tile - 1 - tl.program_id(0)
     i_g = tl.program_id(1).to(tl.int64)
-    first_row = tl.load(tiles + i_tile * 4)
-    num_tokens = tl.load(tiles + i_tile * 4 + 1).to(tl.int32)
-    position = tl.load(tiles + i_tile * 4 + 2).to(tl.int32)
-    base = tl.load(tiles + i_tile * 4 + 3)
+    first_row, num_tokens, position, base = load_query_tile(tiles, i_tile)
 
     last = position + num_tokens - 1
-    limit = tl.maximum(last - OFFSET + STRIDE, 0) // STRIDE  # Keys that the last query sees.
-    shared = tl.maximum(position - OFFSET + STRIDE, 0) // STRIDE // BN * BN
-    begin = tl.program_id(2) * SPAN
+    limit = tl.maximum(last - C.OFFSET + C.STRIDE, 0) // C.STRIDE  # Keys that the last query sees.
+    shared = tl.maximum(position - C.OFFSET + C.STRIDE, 0) // C.STRIDE // C.BN * C.BN
+    begin = tl.program_id(2) * C.SPAN
     # A tile that the chunk's end cuts may hold later tokens, which see blocks past the pitch.
-    end = tl.minimum(tl.minimum(begin + SPAN, limit), pitch * PER_BLOCK)
+    end = tl.minimum(tl.minimum(begin + C.SPAN, limit), pitch * C.PER_BLOCK)
     if begin >= end:
         return
     shared = tl.minimum(tl.maximum(shared, begin), end)  # Before: all tiles seen by all.
 
-    # Columns are (token // NEAR, head, token % NEAR), see above.
-    o_m = tl.arange(0, PR * BT)
-    token = o_m // (PR * NEAR) * NEAR + o_m % NEAR
-    head = o_m // NEAR % PR
-    m_m = (token < num_tokens) & (head < R)
+    # Columns are (token // ADJACENT, head, token % ADJACENT), see above.
+    ADJACENT: tl.constexpr = C.ADJACENT
+    o_m = tl.arange(0, C.PR * C.BT)
+    token = o_m // (C.PR * ADJACENT) * ADJACENT + o_m % ADJACENT
+    head = o_m // ADJACENT % C.PR
+    m_m = (token < num_tokens) & (head < C.R)
     row = first_row + token
-    p_q = q + row * stride_qt + (i_g * R + head) * stride_qh
-    b_q = _load(p_q, m_m, 0, min(DK, D), D)  # [BM, D]
+    p_q = q.p + row * q.stride_row + (i_g * C.R + head) * q.stride_head
+    b_q = _load(p_q, m_m, 0, min(C.DK, C.D), C.D)  # [BM, D]
     b_q_rest = b_q
-    if D_REST > 0:
-        b_q_rest = _load(p_q, m_m, D, DK, D_REST)
+    if C.D_REST > 0:
+        b_q_rest = _load(p_q, m_m, C.D, C.DK, C.D_REST)  # [BM, D_REST]
     # Infinity makes the probabilities of columns that are no head's zero.
-    b_lse = tl.load(lse + row * (G * R) + i_g * R + head, mask=m_m, other=float("inf"))
-    o_t = tl.arange(0, BT // NEAR)[None, None, :] * NEAR + tl.arange(0, NEAR)[:, None, None]
+    b_lse = tl.load(lse + row * (C.G * C.R) + i_g * C.R + head, mask=m_m, other=float("inf"))
+    queries = TileQueries(b_q, b_q_rest, b_lse, position + token)
+    keys = TileKeys(k.p + i_g * k.stride_head, k.stride_row, base, limit)
+    o_t = tl.arange(0, C.BT // ADJACENT)[None, None, :] * ADJACENT
+    o_t = o_t + tl.arange(0, ADJACENT)[:, None, None]
     row_t = first_row + o_t
     m_store = (o_t < num_tokens) & (row_t >= begin_row) & (row_t < end_row)
     # In 32 bits, as the workspace is small.
-    o_scores = ((row_t - begin_row).to(tl.int32) * G + i_g.to(tl.int32)) * PARTS * pitch
-    k += i_g * stride_kh
-    _score_tiles(
-        scores, o_scores, m_store, b_q, b_q_rest, b_lse, position + token, k, base, begin, shared,
-        limit, stride_kt, pitch, scale, OFFSET, STRIDE, PER_BLOCK, OVERLAP, False,
-        PR, BT, NEAR, BN, DK, D, D_REST, PRECISION,
-    )  # fmt: skip
-    _score_tiles(
-        scores, o_scores, m_store, b_q, b_q_rest, b_lse, position + token, k, base, shared, end,
-        limit, stride_kt, pitch, scale, OFFSET, STRIDE, PER_BLOCK, OVERLAP, True,
-        PR, BT, NEAR, BN, DK, D, D_REST, PRECISION,
-    )  # fmt: skip
+    o_scores = ((row_t - begin_row).to(tl.int32) * C.G + i_g.to(tl.int32)) * C.PARTS * pitch
+    out = TileScores(scores, o_scores, m_store, pitch)
+    _score_tiles(out, queries, keys, begin, shared, scale, False, C)
+    _score_tiles(out, queries, keys, shared, end, scale, True, C)
 
 
 def pitch(blocks: int) -> int:
@@ -205,13 +202,13 @@ def score_parts(block: int, stride: int) -> int:
 
 
 def score_blocks(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
+    q_NHD: Tensor,
+    k_CGD: Tensor,
+    lse_NH: Tensor,
     scores: Tensor,
     tiles: QueryTiles,
     chunk: Chunk,
-    shape: ScoreTile,
+    tile: ScoreTile,
     *,
     block: int,
     stride: int,
@@ -219,22 +216,22 @@ def score_blocks(
     scale: float,
 ) -> None:
     """Write the chunk's scores [rows, G, pitch, parts] to the workspace `scores`."""
-    groups, width = k.shape[1:]
-    ratio = q.shape[1] // groups
+    groups, width = k_CGD.shape[1:]
+    ratio = q_NHD.shape[1] // groups
     head_columns = triton.next_power_of_2(ratio)
-    tokens = shape.columns // head_columns
+    tokens = tile.columns // head_columns
     # 128 columns of a warp: their heads are summed in one thread, or in few.
-    near = min(tokens, 8, 128 // head_columns)
-    per_block = select_block // stride
-    blocks = chunk.last // select_block + 1
-    spans = triton.cdiv(blocks * per_block, SPAN_TILES * shape.keys)
-    first, rest = score_widths(width)
+    adjacent = min(tokens, 8, 128 // head_columns)
+    per_block, span = select_block // stride, SPAN_TILES * tile.keys
+    num_blocks = chunk.last // select_block + 1
+    C = Constants(
+        groups, ratio, head_columns, block - 1, stride, per_block, block // stride,
+        score_parts(block, stride), span, tokens, adjacent, tile.keys, width, *score_widths(width),
+        precision(q_NHD),
+    )  # fmt: skip
+    spans = triton.cdiv(num_blocks * per_block, span)
     _score_kernel[(chunk.end_tile - chunk.first_tile, groups, spans)](
-        q, k, lse, scores, tiles.table, chunk.end_tile, chunk.begin, chunk.end,
-        pitch(blocks), *q.stride()[:2], *k.stride()[:2], scale, G=groups,
-        R=ratio, PR=head_columns, OFFSET=block - 1, STRIDE=stride,
-        PER_BLOCK=per_block, OVERLAP=block // stride, PARTS=score_parts(block, stride),
-        SPAN=SPAN_TILES * shape.keys, BT=tokens, NEAR=near, BN=shape.keys, DK=width,
-        D=first, D_REST=rest, PRECISION=precision(q), num_warps=shape.warps,
-        num_stages=shape.stages, maxnreg=shape.registers, enable_fp_fusion=False,
+        head_rows(q_NHD), head_rows(k_CGD), lse_NH, scores, tiles.table, chunk.end_tile,
+        chunk.begin, chunk.end, pitch(num_blocks), scale, C=C, num_warps=tile.warps,
+        num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
     )  # fmt: skip

@@ -51,19 +51,19 @@ def _least_taken(b_key, b_top, want, low, NUM_KEYS: tl.constexpr):
 
 
 @triton.jit
-def top_keys(b_key, want, PN: tl.constexpr, WORDS: tl.constexpr, NEAR: tl.constexpr):
+def top_keys(b_key, want, PN: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr):
     """Columns [L, PN] of the `want` [L] highest of the keys >= 0 [L, W], ascending; how many.
 
     Of equal keys the first are taken. A line that wants none must have no key >= 0. A line's keys
-    are in WORDS words; bit b of word i is column (b // NEAR) * WORDS * NEAR + i * NEAR + b % NEAR,
+    are in WORDS words; bit b of word i is column (b // RUN) * WORDS * RUN + i * RUN + b % RUN,
     such that a thread has a word.
     """
     L: tl.constexpr = b_key.shape[0]
     W: tl.constexpr = b_key.shape[1]
     BITS: tl.constexpr = W // WORDS
-    b_key = tl.permute(tl.reshape(b_key, [L, BITS // NEAR, WORDS, NEAR]), (0, 2, 1, 3))
+    b_key = tl.permute(tl.reshape(b_key, [L, BITS // RUN, WORDS, RUN]), (0, 2, 1, 3))
     b_key = tl.reshape(b_key, [L, WORDS, BITS])
-    o_word = tl.arange(0, WORDS) * NEAR
+    o_word = tl.arange(0, WORDS) * RUN
     o_bit = tl.arange(0, BITS)
     b_top = tl.max(b_key, 2)
     # At least `want` keys reach what that many of the words' highest reach.
@@ -71,7 +71,7 @@ def top_keys(b_key, want, PN: tl.constexpr, WORDS: tl.constexpr, NEAR: tl.conste
     low, count = _least_taken(b_key, b_top, want, low, W)
     if tl.max(count - want, 0) > 0:
         # Keys equal to the lowest that is taken are too many: now the first is the highest.
-        o_column = o_word[:, None] + (o_bit // NEAR * (WORDS * NEAR) + o_bit % NEAR)[None, :]
+        o_column = o_word[:, None] + (o_bit // RUN * (WORDS * RUN) + o_bit % RUN)[None, :]
         b_turn = tl.where(b_key == low[:, None, None], W - o_column[None, :, :], -1)
         b_key = tl.where(b_key > low[:, None, None], W + 1, b_turn)
         low, count = _least_taken(b_key, tl.max(b_key, 2), want, want * 0, W)
@@ -83,7 +83,7 @@ def top_keys(b_key, want, PN: tl.constexpr, WORDS: tl.constexpr, NEAR: tl.conste
     for i in tl.range(0, tl.max(count, 0)):
         b_bit = b_word & (0 - b_word)  # The lowest; its exponent as a float is its number.
         b_bit = (b_bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        b_next = b_bit // NEAR * (WORDS * NEAR) + o_word + b_bit % NEAR
+        b_next = b_bit // RUN * (WORDS * RUN) + o_word + b_bit % RUN
         b_next = tl.where(b_word == 0, W, b_next)
         first = tl.min(b_next, 1)
         b_word = tl.where(b_next == first[:, None], b_word & (b_word - 1), b_word)

@@ -18,6 +18,18 @@ def precision(x: Tensor) -> str:
 
 
 @triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where a sum of float32 tiles [ROWS, COLUMNS] starts."""
+    return tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+
+
+@triton.jit
+def filled(ROWS: tl.constexpr, value):
+    """A float32 [ROWS] of one value."""
+    return tl.full([ROWS], value, dtype=tl.float32)
+
+
+@triton.jit
 def add_dot(acc, a, b, PRECISION: tl.constexpr, BY_ITSELF: tl.constexpr = False):
     """acc + a b. In float32 the product is summed by itself and then added.
 
@@ -58,3 +70,14 @@ def logit_scale(q: Tensor, scale: float) -> float:
     Powers of 2 are cheaper; but rounding scale log2(e) loses digits that float32 has to keep.
     """
     return scale if q.dtype == torch.float32 else scale * LOG2E
+
+
+@triton.jit
+def add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, PRECISION: tl.constexpr):
+    """Two accumulators [BM, PDV] of a softmax, with their maxima and sums [BM], as one."""
+    b_new = tl.maximum(b_max, b_m)
+    b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
+    b_old, b_add = power(b_max - b_safe, PRECISION), power(b_m - b_safe, PRECISION)
+    b_acc = tl.fma(b_acc, b_old[:, None], b_a * b_add[:, None])
+    b_sum = tl.fma(b_sum, b_old, b_l * b_add)
+    return b_acc, b_new, b_sum

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments, Segment
@@ -66,3 +68,12 @@ def numbered(count: Tensor) -> tuple[Tensor, Tensor]:
     owner = torch.repeat_interleave(count)
     first = count.cumsum(0) - count
     return owner, torch.arange(len(owner), device="cpu") - first[owner]
+
+
+@triton.jit
+def load_query_tile(tiles, i_tile):
+    """First row, rows, position of the first and row of key 0 of tile i_tile of `QueryTiles`."""
+    p_tile = tiles + i_tile * 4
+    num_tokens = tl.load(p_tile + 1).to(tl.int32)
+    position = tl.load(p_tile + 2).to(tl.int32)
+    return tl.load(p_tile), num_tokens, position, tl.load(p_tile + 3)
