@@ -7,14 +7,16 @@ function wherever they run. ``launch/`` reads files and command lines.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from nsa_dist.checks import as_choice, as_int, as_number, check, check_bool
+from nsa_kernels.compressors import COMPRESSORS
 
 BRANCHES = ("compressed", "selected", "window")
 """The order of branches everywhere: in gates, projections and results."""
 
-CompressKind = Literal["mlp", "linear", "conv1d", "attention_pool", "mean", "custom"]
+CompressKind: TypeAlias = str
+"""A kind of `nsa_kernels.compressors`, or ``"custom"``."""
 GateKind = Literal["linear", "mlp", "static"]
 ScalingKind = Literal["none", "linear", "llama3", "yarn"]
 
@@ -138,7 +140,7 @@ class NSAConfig:
         )
         _put(self, "branches", tuple(b for b in BRANCHES if b in branches))
 
-        for option, kinds in (("compress", get_args(CompressKind)), ("gate", get_args(GateKind))):
+        for option, kinds in (("compress", (*COMPRESSORS, "custom")), ("gate", get_args(GateKind))):
             _put(self, option, as_choice(option, getattr(self, option), kinds))
         # An option without effect is a mistake: refuse it before anyone trains with it.
         for option, kind_option in (("compress_hidden", "compress"), ("gate_hidden", "gate")):

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 SECOND_ORDER = (
-    "create_graph: found True in a backward through Native Sparse Attention, which has first "
-    "derivatives only; False works"
+    "create_graph must be False in a backward through Native Sparse Attention, which has first "
+    "derivatives only, got True"
 )
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward of a `torch.autograd.Function` that has no second derivative, and says so.
+    """Make the backward of a `torch.autograd.Function` refuse second derivatives, by name.
 
-    torch's `once_differentiable` looks at the gradients that come in alone. What a second
-    derivative owes to the saved inputs it leaves out, without a word.
+    torch's `once_differentiable` looks only at the gradients that come in: it would silently leave
+    out what a second derivative owes to the saved inputs.
 
     Raises:
         ValueError: in a backward with grad mode on, which is what create_graph=True means.

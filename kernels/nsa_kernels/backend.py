@@ -39,7 +39,7 @@ class Backend(Protocol):
         """How `get_backend` calls it."""
 
     def refuses(self, dtype: torch.dtype | None, options: dict[str, int]) -> str | None:
-        """What of a call this backend does not compute, as an error's text; None for nothing.
+        """The error for a call that this backend does not compute; None if it computes it.
 
         dtype of the inputs, None where not known yet; options: head_dim, v_head_dim,
         compress_block, compress_stride, select_block, num_selected, window.
@@ -151,7 +151,7 @@ def get_backend(name: str = "auto", device: torch.device | str | None = None) ->
     Raises ValueError for any other name, and for `triton` where it cannot run.
     """
     if name not in BACKENDS:
-        raise ValueError(f"backend: found {name!r}; {', '.join(map(repr, BACKENDS))} work")
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     device = None if device is None else torch.device(device)
     if name == "pytorch" or (name == "auto" and (device is None or device.type != "cuda")):
         return pytorch
@@ -159,7 +159,7 @@ def get_backend(name: str = "auto", device: torch.device | str | None = None) ->
     if missing is not None:
         if name == "auto":
             return pytorch
-        raise ValueError(f"backend: found 'triton' {missing}; 'pytorch' works")
+        raise ValueError(f"backend must be 'pytorch' {missing}, got 'triton'")
     # Not before it is asked for: machines without Triton import the rest.
     import nsa_kernels.triton
 

@@ -448,7 +448,7 @@ def layer_reference(
 def _documents(length: int, cu_seqlens: Tensor | Sequence[int] | None) -> list[tuple[int, int]]:
     ends = [0, length] if cu_seqlens is None else [int(end) for end in cu_seqlens]
     if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
-        raise ValueError(f"cu_seqlens: found {ends}; ascending from 0 to {length} tokens works")
+        raise ValueError(f"cu_seqlens must ascend from 0 to {length} tokens, got {ends}")
     return list(pairwise(ends))
 
 

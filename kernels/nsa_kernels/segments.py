@@ -78,9 +78,9 @@ class QuerySegments:
             number = int(wrong.nonzero()[0])
             rows = int(end[number] - length[number])
             raise ValueError(
-                f"segments: segment {number} has start {int(start[number])}, length "
-                f"{int(length[number])}, position {int(position[number])}; found after {rows} "
-                f"rows, start {rows} and a length and position of at least 0 work"
+                f"segments[{number}] must start at row {rows} with a length and a position of at "
+                f"least 0, got start {int(start[number])}, length {int(length[number])}, "
+                f"position {int(position[number])}"
             )
         return cls(host, host, int(end[-1]) if len(host) else 0)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nsa_dist.checks import as_int, check, describe
 from nsa_dist.config import NSAConfig
 from nsa_kernels import Backend
+from nsa_kernels.compressors import COMPRESSORS
 
 
 def compressor_options(config: NSAConfig, dim: int) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def compressor_options(config: NSAConfig, dim: int) -> dict[str, Any]:
 
 
 class BlockCompressor(nn.Module):
-    """phi of the kinds ``mlp``, ``linear``, ``conv1d``, ``attention_pool`` and ``mean``.
+    """phi of a built-in kind, of which `nsa_kernels.compressors` has the table.
 
     Args:
         config: sets the kind, the block length l, the hidden width, and weights per head or not.
@@ -67,20 +68,11 @@ class BlockCompressor(nn.Module):
         self.kind = config.compress
         self.block = config.compress_block
         self.dim = dim
-        block, hidden = self.block, self.options["compress_hidden"]
-        weights: dict[str, dict[str, tuple[int, ...]]] = {
-            "mlp": {"up": (hidden, block * dim), "down": (dim, hidden)},
-            "linear": {"weight": (dim, block * dim)},
-            "conv1d": {"weight": (dim, block)},
-            "attention_pool": {"query": (dim,)},
-            "mean": {},
-        }
-        shapes = weights[self.kind]
-        if self.kind != "mean":
-            shapes = {"position": (block, dim), **shapes}
+        hidden = config.compress_hidden or 2 * dim
+        self._parameters_of_kind = COMPRESSORS[self.kind](self.block, dim, hidden)
         heads = (config.num_kv_heads,) if config.compress_per_head else ()
-        for name, shape in shapes.items():
-            empty = torch.empty(heads + shape, device=device, dtype=dtype)
+        for name, parameter in self._parameters_of_kind.items():
+            empty = torch.empty(heads + parameter.shape, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(empty))
         self.reset_parameters()
 
@@ -88,9 +80,10 @@ class BlockCompressor(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the initial weights from torch's generator."""
         for name, parameter in self.named_parameters():
-            if name in ("position", "query"):
+            init = self._parameters_of_kind[name].init
+            if init == "zero":
                 parameter.zero_()
-            elif self.kind == "conv1d":
+            elif init == "mean":
                 parameter.fill_(1.0 / self.block)
             else:
                 bound = 1.0 / math.sqrt(parameter.shape[-1])

@@ -364,7 +364,7 @@ TOLD: dict[str, tuple[Callable[[Any], Call], str]] = {
         "cu_seqlens must be None or an int32 tensor that is not on meta, got a tensor of layout",
     ),
     "one-evaluates": (one_evaluates, "dropout must be equal on all ranks, got rank 0: 0.25, "),
-    "second-derivative": (second_derivative, "create_graph: found True in a backward"),
+    "second-derivative": (second_derivative, "create_graph must be False in a backward"),
     "bad-positions": (bad_positions, "position_ids must be integers of shape"),
     "bad-plan": (bad_plan, "plan must be None or come from get_plan, got a str"),
     "bad-config": (bad_config, "config must be an NSAConfig, got None"),

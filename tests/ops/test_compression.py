@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsa_kernels.compressors import COMPRESSORS
 from nsa_kernels.reference import compress_blocks, num_compressed
 from tests.ops.accuracy import assert_2x, plain_dtype
 from tests.ops.backends import DTYPES as KERNEL_DTYPES
@@ -24,7 +25,7 @@ from tests.ops.op_cases import (
     random,
 )
 
-KINDS = ["mlp", "linear", "conv1d", "attention_pool", "mean"]
+KINDS = list(COMPRESSORS)
 BLOCKS = [(8, 4), (8, 8), (6, 2), (4, 1)]
 DOCUMENTS = (41, 3, 0, 8, 19)
 GROUPS, WIDTH = 2, 6
@@ -36,17 +37,9 @@ over_widths = over("width", pytorch=[WIDTH], triton=[KERNEL_WIDTH])
 def make_params(
     kind: str, block: int, dtype: torch.dtype, per_head: bool = False, width: int = WIDTH
 ) -> dict[str, Tensor]:
-    shapes = {
-        "mlp": {"up": (2 * width + 1, block * width), "down": (width, 2 * width + 1)},
-        "linear": {"weight": (width, block * width)},
-        "conv1d": {"weight": (width, block)},
-        "attention_pool": {"query": (width,)},
-        "mean": {},
-    }[kind]
-    if kind != "mean":
-        shapes = {"position": (block, width), **shapes}
+    table = COMPRESSORS[kind](block, width, 2 * width + 1)
     head = (GROUPS,) if per_head else ()
-    return {name: random(*head, *shape, dtype=dtype, gain=0.5) for name, shape in shapes.items()}
+    return {name: random(*head, *p.shape, dtype=dtype, gain=0.5) for name, p in table.items()}
 
 
 class Blocks:
@@ -206,7 +199,7 @@ def test_weights_of_a_head_are_its_own() -> None:
 @over_all
 def test_kind_that_does_not_exist(backend: BackendOnDevice) -> None:
     rows = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"compress: found 'max'; 'mlp', .*'mean' work"):
+    with pytest.raises(ValueError, match=r"compress must be one of 'mlp', .*, got 'max'"):
         backend.ops.compress(torch.zeros(8, 1, 16), rows, 8, "max", {})
 
 

@@ -173,7 +173,7 @@ def test_a_layer_shows_its_backend() -> None:
 @pytest.mark.gpu
 def test_a_layer_on_a_gpu_runs_on_triton() -> None:
     """And refuses what Triton does not compute: where it is made, or when it first runs."""
-    refused = "head_dim: found 8 with backend 'triton'"
+    refused = "head_dim must be a multiple of 16 up to 256 with backend='triton', got 8"
     with pytest.raises(ValueError, match=refused):
         NativeSparseAttention(HIDDEN, SMALL, device="cuda")
     layer = NativeSparseAttention(HIDDEN, SMALL)
@@ -185,5 +185,5 @@ def test_a_layer_on_a_gpu_runs_on_triton() -> None:
         layer(x.cuda())
     wide = NativeSparseAttention(HIDDEN, replace(SMALL, head_dim=16, select_block=16)).cuda()
     assert wide(x.cuda()).isfinite().all()
-    with pytest.raises(ValueError, match=r"dtype: found torch.float64 with backend 'triton'"):
+    with pytest.raises(ValueError, match=r"dtype must be .*backend='triton', got torch.float64"):
         wide.double()(x.cuda().double())

@@ -12,7 +12,7 @@ from nsa_dist import NativeSparseAttention, NSAConfig
 from nsa_kernels import get_backend
 
 BACKEND = get_backend("pytorch")
-SAID = "create_graph: found True .* first derivatives only; False works"
+SAID = "create_graph must be False .* first derivatives only, got True"
 
 
 def make(**options: object) -> tuple[nn.Module, Tensor]:

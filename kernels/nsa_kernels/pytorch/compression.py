@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_kernels.autograd import first_order
+from nsa_kernels.compressors import COMPRESSORS, check_kind, parameter_names
 from nsa_kernels.pytorch._common import (
     TreeSum,
     accumulation_dtype,
@@ -26,8 +27,6 @@ from nsa_kernels.pytorch._common import (
 
 
 class _Mean:
-    params = ()
-
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return x.mean(dim=2)
@@ -38,8 +37,6 @@ class _Mean:
 
 
 class _Linear:
-    params = ("position", "weight")
-
     @staticmethod
     def forward(x: Tensor, position: Tensor, weight: Tensor) -> Tensor:
         return (x + position.unsqueeze(1)).flatten(2) @ weight.mT
@@ -54,8 +51,6 @@ class _Linear:
 
 
 class _Mlp:
-    params = ("position", "up", "down")
-
     @staticmethod
     def forward(x: Tensor, position: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return F.silu((x + position.unsqueeze(1)).flatten(2) @ up.mT) @ down.mT
@@ -75,8 +70,6 @@ class _Mlp:
 
 
 class _Conv1d:
-    params = ("position", "weight")
-
     @staticmethod
     def forward(x: Tensor, position: Tensor, weight: Tensor) -> Tensor:
         return ((x + position.unsqueeze(1)) * weight.mT.unsqueeze(1)).sum(dim=2)
@@ -92,8 +85,6 @@ class _Conv1d:
 
 
 class _AttentionPool:
-    params = ("position", "query")
-
     @staticmethod
     def _shares(x: Tensor, position: Tensor, query: Tensor) -> Tensor:
         placed = x + position.unsqueeze(1)
@@ -119,7 +110,7 @@ class _AttentionPool:
 
 
 # forward(x [P, n, l, D], *params [P, ...]) -> [P, n, D], backward(its gradient, x, *params) -> that
-# of x and those of params; params: their names, in this order.
+# of x and those of params, which come in the order of `COMPRESSORS`.
 _KINDS: dict[str, Any] = {
     "mlp": _Mlp,
     "linear": _Linear,
@@ -127,6 +118,7 @@ _KINDS: dict[str, Any] = {
     "attention_pool": _AttentionPool,
     "mean": _Mean,
 }
+assert _KINDS.keys() == COMPRESSORS.keys(), (_KINDS.keys(), COMPRESSORS.keys())
 
 
 class _Shape(NamedTuple):
@@ -238,9 +230,8 @@ def compress(
     x: Tensor, block_rows: Tensor, block: int, kind: str, params: Mapping[str, Tensor]
 ) -> Tensor:
     """See `Backend.compress`."""
-    if kind not in _KINDS:
-        raise ValueError(f"compress: found {kind!r}; {', '.join(map(repr, _KINDS))} work")
-    names = _KINDS[kind].params
+    check_kind(kind, _KINDS, "pytorch")
+    names = parameter_names(kind)
     assert set(params) == set(names), (kind, sorted(params))
     per_head = bool(names) and params["position"].dim() == 3
     shape = _Shape(block, x.shape[1], per_head)

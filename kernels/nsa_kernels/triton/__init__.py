@@ -39,19 +39,20 @@ COUNTS = {"num_selected": (2, 64), "window": (1, 4096)}
 def refuses(dtype: torch.dtype | None, options: dict[str, int]) -> str | None:
     """See `Backend.refuses`."""
     if dtype is not None and dtype not in DTYPES:
-        return f"dtype: found {dtype} with backend 'triton'; {DTYPES} work (or backend='pytorch')"
+        must = f"dtype must be one of {', '.join(map(str, DTYPES))}"
+        return f"{must} with backend='triton', got {dtype}"
     for option in ("head_dim", "v_head_dim"):
         width = options[option]
         if width % 16 or not 16 <= width <= LARGEST_WIDTH:
-            works = f"multiples of 16 up to {LARGEST_WIDTH} work"
-            return f"{option}: found {width} with backend 'triton'; {works}"
+            must = f"{option} must be a multiple of 16 up to {LARGEST_WIDTH}"
+            return f"{must} with backend='triton', got {width}"
     for option, (low, high) in POWERS_OF_TWO.items():
         length = options[option]
         if length & (length - 1) or not low <= length <= high:
-            works = f"powers of two from {low} to {high} work"
-            return f"{option}: found {length} with backend 'triton'; {works}"
+            must = f"{option} must be a power of two from {low} to {high}"
+            return f"{must} with backend='triton', got {length}"
     for option, (low, high) in COUNTS.items():
         if not low <= options[option] <= high:
-            works = f"{low} to {high} work"
-            return f"{option}: found {options[option]} with backend 'triton'; {works}"
+            must = f"{option} must be from {low} to {high}"
+            return f"{must} with backend='triton', got {options[option]}"
     return None

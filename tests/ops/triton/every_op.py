@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import QuerySegments, get_backend
+from nsa_kernels.compressors import COMPRESSORS
 from nsa_kernels.reference import num_compressed
 
 
@@ -70,17 +71,11 @@ def run(options: Options, device: str) -> None:
     band = {"block": options.block, "stride": options.stride, "scale": scale}
 
     def weights(width: int) -> dict[str, dict[str, Tensor]]:
-        shapes = {
-            "mlp": {"up": (2 * width, options.block * width), "down": (width, 2 * width)},
-            "linear": {"weight": (width, options.block * width)},
-            "conv1d": {"weight": (width, options.block)},
-            "attention_pool": {"query": (width,)},
+        tables = {kind: of(options.block, width, 2 * width) for kind, of in COMPRESSORS.items()}
+        return {
+            kind: {n: leaf(*p.shape, dtype=dtype, device=device) for n, p in table.items()}
+            for kind, table in tables.items()
         }
-        named: dict[str, dict[str, Tensor]] = {"mean": {}}
-        for kind, of_kind in shapes.items():
-            of_kind = {"position": (options.block, width), **of_kind}
-            named[kind] = {n: leaf(*s, dtype=dtype, device=device) for n, s in of_kind.items()}
-        return named
 
     # The keys stand in one tensor with the queries, as views of a fused projection do.
     fused = leaf(tokens, heads + 2 * groups, max(dk, dv), dtype=dtype, device=device)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_kernels.compressors import COMPRESSORS
 from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
 from nsa_kernels.triton.compression.pooling import (
     ATTENTION_POOL,
@@ -48,7 +49,7 @@ class Blocks:
         self.x, self.rows, self.block, self.sets = x, block_rows, block, sets
 
     @property
-    def map(self) -> BlocksOfRows:
+    def of_rows(self) -> BlocksOfRows:
         return BlocksOfRows.of(self.rows, self.block, self.x.shape[0])
 
     def sum(self, grad: Tensor) -> Tensor:
@@ -74,14 +75,12 @@ def _product_gradients(
     d_weight = project_weight_gradient(dh, blocks.x, blocks.rows, weight.shape[2], blocks.sets)
     d_weight.addcmul_(total.unsqueeze(-1), flat.unsqueeze(1))
     d_position = (total.unsqueeze(-1) * weight.float()).sum(dim=1).view_as(position)
-    dx = project_row_gradient(dh, weight.to(dh.dtype), blocks.block, blocks.map)
+    dx = project_row_gradient(dh, weight.to(dh.dtype), blocks.block, blocks.of_rows)
     return dx, d_position, d_weight
 
 
 class _Mlp:
     """W2 silu(W1 vec(x + e))."""
-
-    params = ("position", "up", "down")
 
     @staticmethod
     def forward(blocks: Blocks, position: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -107,8 +106,6 @@ class _Mlp:
 class _Linear:
     """W vec(x + e)."""
 
-    params = ("position", "weight")
-
     @staticmethod
     def forward(blocks: Blocks, position: Tensor, weight: Tensor) -> Tensor:
         dtype = blocks.x.dtype
@@ -123,8 +120,6 @@ class _Linear:
 class _Conv1d:
     """sum_r w_r (x + e)_r, a weight for each row and channel."""
 
-    params = ("position", "weight")
-
     @staticmethod
     def forward(blocks: Blocks, position: Tensor, weight: Tensor) -> Tensor:
         rows = weight.float().mT.contiguous()  # [P, l, D]
@@ -137,14 +132,12 @@ class _Conv1d:
         total = blocks.sum(do).unsqueeze(1)  # [P, 1, D]
         d_rows = conv1d_weight_gradient(do, blocks.x, blocks.rows, blocks.block, blocks.sets)
         d_rows.addcmul_(total, position.float())
-        dx = pool_row_gradient(do, blocks.block, CONV1D, blocks.map, rows)
+        dx = pool_row_gradient(do, blocks.block, CONV1D, blocks.of_rows, rows)
         return dx, (total * rows, d_rows.mT)
 
 
 class _AttentionPool:
     """sum_r a_r x_r with a = softmax_r(u (x + e)_r)."""
-
-    params = ("position", "query")
 
     @staticmethod
     def forward(blocks: Blocks, position: Tensor, query: Tensor) -> Tensor:
@@ -159,23 +152,24 @@ class _AttentionPool:
         shares, d_logits, d_query = attention_pool_backward(do, blocks.x, blocks.rows, u, bias)
         total = blocks.sum(d_logits).unsqueeze(-1)  # [P, l, 1]
         d_query.add_((total * e).sum(dim=1))
-        block_map = blocks.map
-        dx = pool_row_gradient(do, blocks.block, ATTENTION_POOL, block_map, u, shares, d_logits)
+        dx = pool_row_gradient(
+            do, blocks.block, ATTENTION_POOL, blocks.of_rows, u, shares, d_logits
+        )
         return dx, (total * u.unsqueeze(1), d_query)
 
 
 class _Mean:
-    params = ()
-
     @staticmethod
     def forward(blocks: Blocks) -> Tensor:
         return pool(blocks.x, blocks.rows, blocks.block, MEAN)
 
     @staticmethod
     def backward(do: Tensor, blocks: Blocks) -> Gradients:
-        return pool_row_gradient(do, blocks.block, MEAN, blocks.map), ()
+        return pool_row_gradient(do, blocks.block, MEAN, blocks.of_rows), ()
 
 
+# forward(blocks, *params) -> [C, G, D], backward(its gradient, blocks, *params) -> that of x and
+# those of params, which come in the order of `COMPRESSORS`.
 KINDS: dict[str, Any] = {
     "mlp": _Mlp,
     "linear": _Linear,
@@ -183,3 +177,4 @@ KINDS: dict[str, Any] = {
     "attention_pool": _AttentionPool,
     "mean": _Mean,
 }
+assert KINDS.keys() <= COMPRESSORS.keys(), (KINDS.keys(), COMPRESSORS.keys())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_kernels.compressors import check_kind, parameter_names
 from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
 from nsa_kernels.triton.compression.kinds import KINDS, Blocks
 from nsa_kernels.triton.compression.pooling import COPY, pool, pool_row_gradient
@@ -37,7 +38,7 @@ def _sets(params: Sequence[Tensor], per_head: bool) -> list[Tensor]:
 def _compress(
     x: Tensor, block_rows: Tensor, block: int, kind: str, params: Sequence[Tensor]
 ) -> Tensor:
-    """x [E, G, D], params in the order of the kind's `params` -> [C, G, D]."""
+    """x [E, G, D], params in the order of `COMPRESSORS` -> [C, G, D]."""
     weights = _sets(params, _is_per_head(params))
     sets = weights[0].shape[0] if weights else 1
     return KINDS[kind].forward(Blocks(_aligned(x), block_rows, block, sets), *weights)
@@ -143,8 +144,7 @@ def compress(
     x: Tensor, block_rows: Tensor, block: int, kind: str, params: Mapping[str, Tensor]
 ) -> Tensor:
     """See `Backend.compress`. No two blocks may start at the same row."""
-    if kind not in KINDS:
-        raise ValueError(f"compress: found {kind!r}; {', '.join(map(repr, KINDS))} work")
-    names = KINDS[kind].params
+    check_kind(kind, KINDS, "triton")
+    names = parameter_names(kind)
     assert set(params) == set(names), (kind, sorted(params))
     return _compress(x, block_rows, block, kind, [params[name] for name in names])

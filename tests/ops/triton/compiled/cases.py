@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import QuerySegments, triton
+from nsa_kernels.compressors import COMPRESSORS
 
 WIDTHS = (64, 80, 96, 128, 192, 256)
 RATIOS = (1, 2, 3, 4, 8, 12, 16, 32)
@@ -131,16 +132,9 @@ def _blocks(case: Case, block: int, stride: int) -> tuple[Tensor, Tensor]:
 def compress(case: Case, kind: str, block: int = 32, per_head: int = 0) -> None:
     x, block_rows = _blocks(case, block, block // 2)
     width = case.key_width
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {
-        "mlp": {"up": (2 * width, block * width), "down": (width, 2 * width)},
-        "linear": {"weight": (width, block * width)},
-        "conv1d": {"weight": (width, block)},
-        "attention_pool": {"query": (width,)},
-        "mean": {},
-    }
-    named = shapes[kind] | ({} if kind == "mean" else {"position": (block, width)})
     sets = (GROUPS,) if per_head else ()
-    params = {name: case.empty(*sets, *shape) for name, shape in named.items()}
+    table = COMPRESSORS[kind](block, width, 2 * width)
+    params = {name: case.empty(*sets, *parameter.shape) for name, parameter in table.items()}
     _backward(triton.compress(x, block_rows, block, kind, params), x, *params.values())
 
 

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from nsa_kernels.compressors import COMPRESSORS
 from tests.ops.triton.compiled.cases import RATIOS, WIDTHS, Case
 from tests.ops.triton.compiled.launches import TARGETS, Launch, recorded
 
-KINDS = ("mlp", "linear", "conv1d", "attention_pool", "mean")
+KINDS = tuple(COMPRESSORS)
 
 
 class Entry(NamedTuple):
