@@ -40,7 +40,9 @@ BITS = [0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF, -0x400000]
     "inverted compression mask",
     "scores are those of blocks that end later",
     Rewritten(
-        "nsa_kernels.triton:_score_tiles", "$J * STRIDE + OFFSET <= $T", "$J * STRIDE + OFFSET > $T"
+        "nsa_kernels.triton:_score_tiles",
+        "$J * C.STRIDE + C.OFFSET <= $T",
+        "$J * C.STRIDE + C.OFFSET > $T",
     ),
     case="triton-one_document-float32",
 )

@@ -33,8 +33,9 @@ NARROW = [torch.float32, torch.bfloat16, torch.float16]
     "the last tile of keys is walked only when it is full",
     Rewritten(
         "nsa_kernels.triton.banded:_forward_kernel",
-        "_forward_tiles($...HEAD, $LIMIT, $FIRST, $LIMIT, $...TAIL)",
-        "_forward_tiles($...HEAD, $LIMIT // BN * BN, $FIRST, $LIMIT, $...TAIL)",
+        "_forward_tiles($...HEAD, $LIMIT, $SCALE, True, C)",
+        "_forward_tiles($...HEAD, $LIMIT // C.BN * C.BN, $SCALE, True, C)",
+        given=("$LIMIT = num_seen($LAST, C)",),
     ),
     case="triton-one_document-float32",
 )
@@ -77,7 +78,9 @@ def test_more_tiles_than_are_added_in_a_row(
     "block visible one token early",
     "a block counts from its last token but one on",
     Rewritten(
-        "nsa_kernels.triton:sees", "$J * STRIDE + OFFSET <= $T", "$J * STRIDE + OFFSET <= $T + 1"
+        "nsa_kernels.triton:sees",
+        "$J * C.STRIDE + C.OFFSET <= $T",
+        "$J * C.STRIDE + C.OFFSET <= $T + 1",
     ),
     case="triton-16-16",
 )
@@ -99,7 +102,9 @@ def test_trap_block_visible_one_token_early(
 @catches(
     "inverted compression mask",
     "completed blocks are hidden, the others shown",
-    Rewritten("nsa_kernels.triton:sees", "$J * STRIDE + OFFSET <= $T", "$J * STRIDE + OFFSET > $T"),
+    Rewritten(
+        "nsa_kernels.triton:sees", "$J * C.STRIDE + C.OFFSET <= $T", "$J * C.STRIDE + C.OFFSET > $T"
+    ),
     case="triton-16-float32-8",
 )
 @over(
@@ -257,11 +262,7 @@ def test_trap_nan_left_behind_in_a_masked_tile(value: float, where: str) -> None
 @catches(
     "KV base pointer wrong with batches",
     "every document reads the keys of the first",
-    Rewritten(
-        "nsa_kernels.triton.banded:_forward_kernel",
-        "tl.load(tiles + $TILE * 4 + 3)",
-        "tl.load(tiles + 3)",
-    ),
+    Rewritten("nsa_kernels.triton:load_query_tile", "tl.load($TILE + 3)", "tl.load(tiles + 3)"),
     case="triton-16-float32",
 )
 @over("value_width, dtype", pytorch=[(12, torch.float64)], triton=[(16, torch.float32)])

@@ -271,7 +271,7 @@ def test_backends() -> None:
     pytorch = get_backend("pytorch")
     assert get_backend() is get_backend("auto") is get_backend("auto", "cpu") is pytorch
     assert pytorch.name == "pytorch"
-    with pytest.raises(ValueError, match="backend must be one of 'auto', .* got 'cuda'"):
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', .* got 'cuda'"):
         get_backend("cuda")
 
 

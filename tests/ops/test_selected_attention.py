@@ -83,7 +83,7 @@ KERNEL_CASES = [
     Rewritten(
         "nsa_kernels.triton:_block_lists_kernel",
         "tl.load(block_lengths + $BASE + $J).to(tl.int32)",
-        "tl.load(block_lengths + $BASE + $J).to(tl.int32) // BLOCK * BLOCK",
+        "tl.load(block_lengths + $BASE + $J).to(tl.int32) // C.BLOCK * C.BLOCK",
     ),
     case="triton-R1-float32",
 )
@@ -103,7 +103,7 @@ KERNEL_CASES = [
     Rewritten(
         "nsa_kernels.triton:_add_programs_kernel",
         "($N < $LENGTH)[:, None]",
-        "($N < BLOCK)[:, None]",
+        "($N < C.BLOCK)[:, None]",
     ),
     case="triton-R2_packed-float32",
 )
@@ -191,8 +191,8 @@ def test_one_head_at_a_time(backend: BackendOnDevice, case: Case, dtype: torch.d
     "a query sees the token after it in its own block",
     Rewritten(
         "nsa_kernels.triton.selected:_forward_kernel",
-        "$POSITION + $TOKEN + 1 - ($FIRST + $I // $TILES) * BLOCK",
-        "$POSITION + $TOKEN + 2 - ($FIRST + $I // $TILES) * BLOCK",
+        "$POSITION + $TOKEN + 1 - ($FIRST + $I // $TILES) * C.BLOCK",
+        "$POSITION + $TOKEN + 2 - ($FIRST + $I // $TILES) * C.BLOCK",
     ),
     case="triton-huge-float32-0",
 )

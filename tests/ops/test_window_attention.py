@@ -26,8 +26,8 @@ KERNEL_TILES = Case("tiles", (130, 67), heads=3, groups=1, value_width=16)
     "every KV head reads the keys of the first",
     Rewritten(
         "nsa_kernels.triton.banded:_forward_kernel",
-        "k + $HEAD.to(tl.int64) * $STRIDE",
-        "k",
+        "k.p + $HEAD.to(tl.int64) * $STRIDE",
+        "k.p",
     ),
     case="triton-one_document-float32",
 )

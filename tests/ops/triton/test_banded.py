@@ -163,7 +163,7 @@ def test_grad_mode(name: str) -> None:
     "int32 offsets",
     "rows of keys are int32 in the compressed and window branches",
     Rewritten(
-        "nsa_kernels.triton:_forward_tiles", "$BASE + $J.to(tl.int64)", "($BASE + $J).to(tl.int32)"
+        "nsa_kernels.triton:key_rows", "$BASE + $J.to(tl.int64)", "($BASE + $J).to(tl.int32)"
     ),
     case="compressed-rows",
 )
@@ -172,8 +172,8 @@ def test_grad_mode(name: str) -> None:
     "KV heads are int32 in the compressed and window branches",
     Rewritten(
         "nsa_kernels.triton.banded:_forward_kernel",
-        "k + $HEAD.to(tl.int64) * $STRIDE",
-        "k + $HEAD * $STRIDE",
+        "k.p + $HEAD.to(tl.int64) * $STRIDE",
+        "k.p + $HEAD * $STRIDE",
     ),
     case="window-heads",
 )

@@ -86,7 +86,9 @@ def test_a_row_does_not_depend_on_where_it_stands(dtype: torch.dtype) -> None:
     "int32 offsets",
     "rows are int32 where branches are combined",
     Rewritten(
-        "nsa_kernels.triton.combine:_tile", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"
+        "nsa_kernels.triton.combine:_rows_of_program",
+        "tl.program_id(0).to(tl.int64)",
+        "tl.program_id(0)",
     ),
     case="rows",
 )

@@ -21,12 +21,13 @@ from tests.traps.mutation import Rewritten, catches
     "the programs of a selected block add its dk to one place atomically",
     Rewritten(
         "nsa_kernels.triton.selected:_dkv_kernel",
-        "store_tile(dk + $TILE * DK, $SUM, BN, DK, PDK)",
+        "store_tile(dk + $TILE * C.DK, $SUM, C.BN, C.DK, C.PDK)",
         "tl.atomic_add("
-        "dk + (($BEFORE - $START).to(tl.int32) * BLOCK + $KEY + tl.arange(0, BN)[:, None]) * DK"
-        " + tl.arange(0, PDK)[None, :], $SUM, mask=(tl.arange(0, PDK) < DK)[None, :])",
+        "dk + (($BEFORE - $START).to(tl.int32) * C.BLOCK + $KEY"
+        " + tl.arange(0, C.BN)[:, None]) * C.DK + tl.arange(0, C.PDK)[None, :],"
+        " $SUM, mask=(tl.arange(0, C.PDK) < C.DK)[None, :])",
         given=(
-            "$TILE = ($PROGRAM - $START).to(tl.int32) * BLOCK + $KEY",
+            "$TILE = ($PROGRAM - $START).to(tl.int32) * C.BLOCK + $KEY",
             "$BEGIN = tl.load($FIRST) + ($PROGRAM - $BEFORE) * MOST",
         ),
     ),
@@ -127,7 +128,7 @@ def test_trap_index_order_changing_bits() -> None:
 @catches(
     "NaN left behind in a masked tile",
     "keys and values behind the last query are multiplied by 0",
-    Rewritten("nsa_kernels.triton:load_block", "$FIRST + $N < $LIMIT", "$FIRST + $N >= 0"),
+    Rewritten("nsa_kernels.triton:_load_block", "$FIRST + $N < $LIMIT", "$FIRST + $N >= 0"),
 )
 def test_trap_nan_behind_the_last_query() -> None:
     """Keys of a chosen block that no query of the call may see: no bit of anything changes."""
