@@ -196,3 +196,15 @@ def add_returned_rows(own: Tensor, returned: Tensor, rows: Tensor, counts: Seque
             total.index_add_(0, rows[run], returned[run].to(total.dtype))
         start += count
     return total
+
+
+def add_returned(
+    own: tuple[Tensor, Tensor], returned: Tensor, rows: Tensor, counts: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """As ``add_returned_rows`` for K and V, whose gradients return side by side; rounded once."""
+    k_part, v_part = returned.split((own[0].shape[-1], own[1].shape[-1]), dim=-1)
+    k, v = own
+    return (
+        add_returned_rows(k, k_part, rows, counts).to(k.dtype),
+        add_returned_rows(v, v_part, rows, counts).to(v.dtype),
+    )

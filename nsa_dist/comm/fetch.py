@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nsa_dist.comm.channel import Channel
-from nsa_dist.comm.collectives import add_returned_rows, begin_all_to_all
-from nsa_dist.comm.work import Work
+from nsa_dist.comm.collectives import add_returned, begin_all_to_all
+from nsa_dist.comm.work import Exchange, Work
 from nsa_dist.plan import BlockOwnership, Plan
 from nsa_kernels.autograd import first_order
 
@@ -166,13 +166,12 @@ def begin_fetch(
     return Work(lambda: (k, v, *_Receive.apply(sent, exchange)))
 
 
-class _Exchange:
-    """State that the two halves of a fetch share, in forward and in backward."""
+class _Exchange(Exchange):
+    """With what it moves, and the widths of K and V, which travel side by side."""
 
     def __init__(self, transfer: Transfer, channel: Channel, widths: tuple[int, int]) -> None:
+        super().__init__()
         self.transfer, self.channel, self.widths = transfer, channel, widths
-        self.incoming: Work[Tensor] | None = None
-        self.returning: Work[Tensor] | None = None
 
 
 class _Send(torch.autograd.Function):
@@ -197,25 +196,15 @@ class _Send(torch.autograd.Function):
         ctx: Any, grad_k: Tensor, grad_v: Tensor, _sent: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         exchange: _Exchange = ctx.exchange
-        transfer, returning = exchange.transfer, exchange.returning
-        assert returning is not None
-        exchange.returning = None
-        parts = returning.finish().split(exchange.widths, dim=-1)
-        own_k, own_v = (
-            add_returned_rows(own, part, transfer.send_rows, transfer.send_counts).to(own.dtype)
-            for own, part in zip((grad_k, grad_v), parts, strict=True)
-        )
-        return own_k, own_v, None
+        rows, counts = exchange.transfer.send_rows, exchange.transfer.send_counts
+        return *add_returned((grad_k, grad_v), exchange.take_back(), rows, counts), None
 
 
 class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _sent: Tensor, exchange: _Exchange) -> tuple[Tensor, Tensor]:
         ctx.exchange = exchange
-        assert exchange.incoming is not None
-        fetched = exchange.incoming.finish()
-        exchange.incoming = None
-        k_fetched, v_fetched = fetched.split(exchange.widths, dim=-1)
+        k_fetched, v_fetched = exchange.receive().split(exchange.widths, dim=-1)
         return k_fetched, v_fetched
 
     @staticmethod

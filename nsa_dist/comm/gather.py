@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.collectives import accumulation_dtype, begin_all_gather, begin_all_to_all
-from nsa_dist.comm.work import Work
+from nsa_dist.comm.work import Exchange, Work
 from nsa_dist.plan import BlockOwnership
 from nsa_kernels.autograd import first_order
 
@@ -40,13 +40,12 @@ def begin_gather(
     return Work(lambda: _Receive.apply(sent, exchange))
 
 
-class _Exchange:
-    """State that the two halves of a gather share, in forward and in backward."""
+class _Exchange(Exchange):
+    """With the blocks that it gathers, and the widths of K and V, which travel side by side."""
 
     def __init__(self, blocks: BlockOwnership, channel: Channel, widths: tuple[int, int]) -> None:
+        super().__init__()
         self.blocks, self.channel, self.widths = blocks, channel, widths
-        self.incoming: Work[Tensor] | None = None
-        self.returning: Work[Tensor] | None = None
 
 
 class _Send(torch.autograd.Function):
@@ -64,10 +63,7 @@ class _Send(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, _sent: Tensor) -> tuple[Tensor, Tensor, None]:
         exchange: _Exchange = ctx.exchange
-        group, returning = exchange.channel.group, exchange.returning
-        assert returning is not None
-        exchange.returning = None
-        partial = returning.finish().unflatten(0, (group.size, -1))
+        partial = exchange.take_back().unflatten(0, (exchange.channel.group.size, -1))
         own = partial[0].to(accumulation_dtype(partial.dtype), copy=True)
         for piece in partial[1:]:
             own += piece
@@ -79,9 +75,7 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _sent: Tensor, exchange: _Exchange) -> tuple[Tensor, Tensor]:
         ctx.exchange = exchange
-        assert exchange.incoming is not None
-        full = exchange.incoming.finish()[exchange.blocks.gathered_rows]
-        exchange.incoming = None
+        full = exchange.receive()[exchange.blocks.gathered_rows]
         k_full, v_full = full.split(exchange.widths, dim=-1)
         return k_full, v_full
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nsa_dist.comm.channel import Channel
-from nsa_dist.comm.collectives import add_returned_rows, begin_all_to_all
-from nsa_dist.comm.work import Work
+from nsa_dist.comm.collectives import add_returned, begin_all_to_all
+from nsa_dist.comm.work import Exchange, Work
 from nsa_dist.plan import Halo
 from nsa_kernels.autograd import first_order
 
@@ -42,14 +42,13 @@ def begin_halo(
     return Work(lambda: _Receive.apply(k, v, sent, exchange))
 
 
-class _Exchange:
-    """State that the two halves of an exchange share, in forward and in backward."""
+class _Exchange(Exchange):
+    """With the halo that it moves, and in between K and V of the local tokens side by side."""
 
     def __init__(self, halo: Halo, channel: Channel) -> None:
+        super().__init__()
         self.halo, self.channel = halo, channel
         self.local: Tensor | None = None
-        self.incoming: Work[Tensor] | None = None
-        self.returning: Work[Tensor] | None = None
 
 
 class _Send(torch.autograd.Function):
@@ -73,16 +72,11 @@ class _Send(torch.autograd.Function):
         ctx: Any, grad_k: Tensor, grad_v: Tensor, _sent: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         exchange: _Exchange = ctx.exchange
-        halo, returning = exchange.halo, exchange.returning
-        if returning is None:
+        halo = exchange.halo
+        if halo.is_local:
             return grad_k, grad_v, None
-        exchange.returning = None
-        parts = returning.finish().split((grad_k.shape[-1], grad_v.shape[-1]), dim=-1)
-        own_k, own_v = (
-            add_returned_rows(own, part, halo.send_rows, halo.send_counts).to(own.dtype)
-            for own, part in zip((grad_k, grad_v), parts, strict=True)
-        )
-        return own_k, own_v, None
+        returned = exchange.take_back()
+        return *add_returned((grad_k, grad_v), returned, halo.send_rows, halo.send_counts), None
 
 
 class _Receive(torch.autograd.Function):
@@ -95,9 +89,9 @@ class _Receive(torch.autograd.Function):
         assert local is not None
         extended = local.new_empty((halo.num_rows, *local.shape[1:]))
         extended[halo.own_rows] = local
-        if exchange.incoming is not None:
-            extended[halo.recv_rows] = exchange.incoming.finish()
-        exchange.local = exchange.incoming = None
+        if not halo.is_local:
+            extended[halo.recv_rows] = exchange.receive()
+        exchange.local = None
         k_ext, v_ext = extended.split((k.shape[-1], v.shape[-1]), dim=-1)
         return k_ext, v_ext
 

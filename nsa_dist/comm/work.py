@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from torch import Tensor
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -41,3 +43,30 @@ class Work(Generic[T]):
             raise RuntimeError("a transfer must be finished once, got a second finish()")
         wait, self._wait = self._wait, None
         return wait()
+
+
+class Exchange:
+    """What the sending and the receiving half of a transfer share, in forward and in backward.
+
+    Autograd knows the halves as two nodes; the works under way pass from one to the other here.
+
+    Attributes:
+        incoming: of forward; begun by the sending half, finished by the receiving half.
+        returning: of backward; begun by the receiving half, finished by the sending half.
+    """
+
+    def __init__(self) -> None:
+        self.incoming: Work[Tensor] | None = None
+        self.returning: Work[Tensor] | None = None
+
+    def receive(self) -> Tensor:
+        """Finish ``incoming``."""
+        assert self.incoming is not None
+        work, self.incoming = self.incoming, None
+        return work.finish()
+
+    def take_back(self) -> Tensor:
+        """Finish ``returning``."""
+        assert self.returning is not None
+        work, self.returning = self.returning, None
+        return work.finish()
