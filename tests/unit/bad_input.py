@@ -65,15 +65,11 @@ def assert_refused(case: Case) -> None:
     call, expected = case
     option, rest = expected.split(": ", 1)
     value, allowed = rest.split("; ", 1)
-    with pytest.raises(ValueError, match=r" must .*, got |: found .*; .*work") as caught:
+    with pytest.raises(ValueError, match=r" must .*, got ") as caught:
         call()
     message = str(caught.value)
-    if ": found" in message:
-        subject, rest = message.split(": found", 1)
-        got, must = rest.split("; ", 1)
-    else:
-        subject, rest = message.split(" must ", 1)
-        must, got = rest.split(", got ", 1)
+    subject, rest = message.split(" must ", 1)
+    must, got = rest.split(", got ", 1)
     assert subject.endswith(option), message
     assert value in got, message
     assert allowed in must, message

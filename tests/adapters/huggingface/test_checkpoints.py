@@ -223,7 +223,7 @@ def test_other_weights_are_refused(change: str, tmp_path: Path) -> None:
 )
 def test_options_are_refused(option: str, value: str, tmp_path: Path) -> None:
     sparse_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"^{option}( must be .*, got |: found )'{value}'"):
+    with pytest.raises(ValueError, match=f"^{option} must be .*, got '{value}'"):
         from_pretrained(tmp_path, **{option: value})
 
 

@@ -47,8 +47,7 @@ def _refusal(call: Any) -> str:
     with pytest.raises(ValueError) as caught:
         call()
     message = str(caught.value)
-    told = " must " in message and ", got " in message
-    assert told or ("backend" in message and "work" in message), message
+    assert " must " in message and ", got " in message, message
     return message
 
 
@@ -99,8 +98,8 @@ def test_configs(message: str) -> None:
 )
 def test_options(option: str, value: Any) -> None:
     message = _refusal(lambda: convert_to_nsa(dense_model("qwen3"), SMALL, **{option: value}))
-    assert message.startswith((f"{option} must be ", f"{option}: found ")), message
-    assert f"got {value!r}" in message or f"found {value!r}" in message, message
+    assert message.startswith(f"{option} must be "), message
+    assert message.endswith(f", got {value!r}"), message
 
 
 MODELS: dict[str, tuple[str, dict[str, Any], Any]] = {
@@ -408,7 +407,7 @@ def test_runtimes(option: str) -> None:
     model = sparse_model("llama")
     runtime = model.nsa_runtime
     message = _refusal(lambda: model.use_group(**{option: "other"}))
-    assert message.startswith((f"{option} must be ", f"{option}: found ")) and "'other'" in message
+    assert re.match(f"{option} must be .*, got 'other'", message), message
     assert model.nsa_runtime is runtime
 
 
