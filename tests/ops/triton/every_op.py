@@ -16,6 +16,7 @@ from torch import Tensor
 from nsa_kernels import QuerySegments, get_backend
 from nsa_kernels.compressors import COMPRESSORS
 from nsa_kernels.reference import num_compressed
+from nsa_kernels.triton.compression.kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def run(options: Options, device: str) -> None:
     band = {"block": options.block, "stride": options.stride, "scale": scale}
 
     def weights(width: int) -> dict[str, dict[str, Tensor]]:
-        tables = {kind: of(options.block, width, 2 * width) for kind, of in COMPRESSORS.items()}
+        tables = {kind: COMPRESSORS[kind](options.block, width, 2 * width) for kind in KINDS}
         return {
             kind: {n: leaf(*p.shape, dtype=dtype, device=device) for n, p in table.items()}
             for kind, table in tables.items()

@@ -20,6 +20,7 @@ from torch import Tensor
 from nsa_dist import BRANCHES, BlockCompressor, NSAConfig, native_sparse_attention
 from nsa_kernels import QuerySegments, get_backend
 from nsa_kernels.reference import compress_blocks, num_compressed
+from nsa_kernels.triton.compression.kinds import KINDS
 from tests.ops.accuracy import assert_2x
 from tests.ops.backends import DEVICE, TRITON
 from tests.ops.banded import Branch
@@ -35,7 +36,7 @@ from tests.ops.op_cases import (
 )
 from tests.ops.selected import attention_results, make_inputs
 from tests.ops.test_combine import dense
-from tests.ops.test_compression import KINDS, make_params
+from tests.ops.test_compression import make_params
 from tests.ops.triton.long_documents import (
     BLOCK,
     NUM_SELECTED,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nsa_kernels import QuerySegments
 from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
+from nsa_kernels.triton.compression.kinds import KINDS
 from nsa_kernels.triton.shared.tables import query_tiles
 from tests.ops.backends import DEVICE, TRITON
 from tests.ops.banded import Branch, assert_same
@@ -30,7 +31,7 @@ from tests.ops.op_cases import (
     random_choice,
 )
 from tests.ops.selected import attend, attention_results, make_inputs, pool
-from tests.ops.test_compression import KINDS, Blocks, assert_compresses, make_params
+from tests.ops.test_compression import Blocks, assert_compresses, make_params
 
 pytestmark = pytest.mark.gpu
 
