@@ -201,7 +201,7 @@ def add_returned_rows(own: Tensor, returned: Tensor, rows: Tensor, counts: Seque
 def add_returned(
     own: tuple[Tensor, Tensor], returned: Tensor, rows: Tensor, counts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """As ``add_returned_rows`` for K and V, whose gradients return side by side; rounded once."""
+    """``add_returned_rows`` for K and V, whose gradients share a message; rounds once."""
     k_part, v_part = returned.split((own[0].shape[-1], own[1].shape[-1]), dim=-1)
     k, v = own
     return (

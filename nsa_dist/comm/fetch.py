@@ -167,7 +167,7 @@ def begin_fetch(
 
 
 class _Exchange(Exchange):
-    """With what it moves, and the widths of K and V, which travel side by side."""
+    """State of one fetch: the transfer, and the widths of K and V, which share a message."""
 
     def __init__(self, transfer: Transfer, channel: Channel, widths: tuple[int, int]) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ def begin_gather(
 
 
 class _Exchange(Exchange):
-    """With the blocks that it gathers, and the widths of K and V, which travel side by side."""
+    """State of one gather: the blocks, and the widths of K and V, which share a message."""
 
     def __init__(self, blocks: BlockOwnership, channel: Channel, widths: tuple[int, int]) -> None:
         super().__init__()

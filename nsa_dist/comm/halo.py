@@ -43,7 +43,7 @@ def begin_halo(
 
 
 class _Exchange(Exchange):
-    """With the halo that it moves, and in between K and V of the local tokens side by side."""
+    """State of one halo exchange: the halo, and until it is finished the local K and V."""
 
     def __init__(self, halo: Halo, channel: Channel) -> None:
         super().__init__()

@@ -46,13 +46,13 @@ class Work(Generic[T]):
 
 
 class Exchange:
-    """What the sending and the receiving half of a transfer share, in forward and in backward.
+    """State that the sending and the receiving half of a transfer share.
 
-    Autograd knows the halves as two nodes; the works under way pass from one to the other here.
+    The halves are separate autograd nodes, which pass their ``Work`` to each other here.
 
     Attributes:
-        incoming: of forward; begun by the sending half, finished by the receiving half.
-        returning: of backward; begun by the receiving half, finished by the sending half.
+        incoming: the transfer of forward; the sending half begins it, the receiving half finishes.
+        returning: that of backward; the receiving half begins it, the sending half finishes.
     """
 
     def __init__(self) -> None:

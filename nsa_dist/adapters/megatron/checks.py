@@ -154,7 +154,7 @@ def _check_shapes(config: TransformerConfig, nsa_config: NSAConfig) -> None:
         not nsa_config.compress_pre_rope,
         "compress_pre_rope",
         nsa_config.compress_pre_rope,
-        "False (Megatron hands over rotated keys)",
+        "False (Megatron passes rotated keys)",
     )
     for option, megatron_option, value in (
         ("num_heads", "num_attention_heads", nsa_config.num_heads),
