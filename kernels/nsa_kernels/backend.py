@@ -62,10 +62,10 @@ class Backend(Protocol):
     ) -> Tensor:
         """Eq. 7, one token for each block: x [E, G, D], block_rows int64 [C] -> [C, G, D].
 
-        kind and params: `mlp` up [hidden, l*D], down [D, hidden]; `linear` weight [D, l*D];
-        `conv1d` weight [D, l]; `attention_pool` query [D]; each with position [l, D]; `mean` none.
-        A leading [G] on all params means one set for each KV head. params may have another dtype
-        than x; the result has x.dtype. Raises ValueError for another kind.
+        kind and params: as in compressors.py, so `mlp` up [hidden, l*D], down [D, hidden]; `linear`
+        weight [D, l*D]; `conv1d` weight [D, l]; `attention_pool` query [D]; each with position
+        [l, D]; `mean` none. A leading [G] on all params means one set for each KV head. params may
+        have another dtype than x; the result has x.dtype. Raises ValueError for another kind.
         """
 
     def compressed_attention(

@@ -4,7 +4,7 @@ It exists to be read beside docs/algorithm.md and to judge everything else: run 
 the true values, run in a narrower dtype it is the plain PyTorch code whose error sets the tolerance
 of that dtype (matrix products in the dtype of the inputs, softmax in float32). It imports torch
 alone and shares nothing with a backend. Memory is quadratic in the length of a document, and
-options are taken as checked: whoever builds the layer checks them.
+options are taken as checked: the layer checks them when it is built.
 
 Dimension letters: T tokens of the stream, S tokens of one document, K keys, H query heads, G KV
 heads, R = H/G heads of a group (query head h reads KV head h // R), D width (Dk of queries and

@@ -20,7 +20,7 @@ SUMMANDS_IN_A_ROW = 64
 
 
 def tile_rows(row_elements: int, tiles: int = 1) -> int:
-    """How many rows of so many elements make as many tiles; at least 1."""
+    """How many rows of `row_elements` elements fill `tiles` tiles; at least 1."""
     return max(1, tiles * TILE_ELEMENTS // max(1, row_elements))
 
 

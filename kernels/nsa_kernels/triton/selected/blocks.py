@@ -169,7 +169,7 @@ def _load_block(
 ):  # fmt: skip
     """ROWS rows of a block from `first` on in a tile of PADDED columns; if MASKED, 0 from limit on.
 
-    Rows behind the limit, which nobody may see, may be anything, also no memory of ours.
+    Rows from the limit on are never read: they may hold anything, or lie outside the buffer.
     """
     o_n = tl.arange(0, ROWS)
     o_d = tl.arange(0, PADDED)
