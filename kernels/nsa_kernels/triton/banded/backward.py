@@ -81,7 +81,7 @@ def _probabilities(queries, b_k, b_v, o_j, logit_scale, C: tl.constexpr):
     """P, 0 where the query does not see the key, and dP, both [BM, BN]."""
     b_s = tl.dot(queries.b_q, tl.trans(b_k), input_precision=C.PRECISION)  # [BM, BN]
     seen = sees(queries.b_t[:, None], o_j[None, :], C)
-    b_p = power(tl.fma(b_s, logit_scale, -queries.b_lse[:, None]), C.PRECISION)
+    b_p = power(tl.fma(b_s, logit_scale, -queries.b_lse[:, None]), C)
     b_p = tl.where(seen, b_p, 0.0)
     b_dp = tl.dot(queries.b_do, tl.trans(b_v), input_precision=C.PRECISION)  # [BM, BN]
     return b_p, tl.where(seen, b_dp, 0.0)
@@ -110,16 +110,16 @@ def _dq_tiles(b_dq, b_rest, queries, b_delta, keys, begin, end, logit_scale, C: 
         b_p, b_dp = _probabilities(queries, b_k, b_v, o_j, logit_scale, C)
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_rest += tl.sum(b_ds, 1)
-        b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, C.PRECISION)  # [BM, PDK]
+        b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, C)  # [BM, PDK]
     return b_dq, b_rest
 
 
 @triton.jit
-def _load_lse(lse, o, mask, PRECISION: tl.constexpr):
+def _load_lse(lse, o, mask, C: tl.constexpr):
     """The log-sum-exp as `power` counts; 0, not -inf, where no key is seen."""
     b_lse = tl.load(lse + o, mask=mask, other=0.0)
     b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)
-    return b_lse if PRECISION == "ieee" else b_lse * 1.4426950408889634
+    return b_lse if C.PRECISION == "ieee" else b_lse * 1.4426950408889634
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -159,7 +159,7 @@ def _dq_kernel(
     b_q = load_head_rows(q, row, head, m_m, C.DK, C.PDK)  # [BM, PDK]
     b_do = load_head_rows(do, row, head, m_m, C.DV, C.PDV)  # [BM, PDV]
     row_head = row * (C.G * C.R) + head
-    queries = TileQueries(b_q, b_do, _load_lse(lse, row_head, m_m, C.PRECISION), b_t)
+    queries = TileQueries(b_q, b_do, _load_lse(lse, row_head, m_m, C), b_t)
     last = position + num_tokens - 1
     limit = num_seen(last, C)
     first = 0
@@ -255,21 +255,21 @@ def _dkv_kernel(
         b_q = load_head_rows(q, row, head, m_m, C.DK, C.PDK)  # [BM, PDK]
         b_do = load_head_rows(do, row, head, m_m, C.DV, C.PDV)  # [BM, PDV]
         row_head = row * (C.G * C.R) + head
-        b_lse = _load_lse(lse, row_head, m_m, C.PRECISION)
+        b_lse = _load_lse(lse, row_head, m_m, C)
         b_delta = tl.load(delta + row_head, mask=m_m, other=0.0)
         b_t = position + token
         seen = sees(b_t[None, :], o_j[:, None], C)
         seen = seen & m_m[None, :] & m_j[:, None]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=C.PRECISION)  # [BN, BM]
-        b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), C.PRECISION)
+        b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), C)
         several = sees_several(b_t, C)[None, :]
         if C.PRECISION == "ieee":
             b_p = tl.where(several, b_p, 1.0)
         b_p = tl.where(seen, b_p, 0.0)
-        b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, C.PRECISION)  # [BN, PDV]
+        b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, C)  # [BN, PDV]
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=C.PRECISION)  # [BN, BM]
         b_ds = tl.where(seen & several, b_p * (b_dp - b_delta[None, :]), 0.0)
-        b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, C.PRECISION)  # [BN, PDK]
+        b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, C)  # [BN, PDK]
 
     b_dk *= scale
     row = tl.program_id(0).to(tl.int64) * C.BN + o_n

@@ -67,13 +67,13 @@ def _forward_tiles(
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * logit_scale)
         # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
         b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_scale = power(b_max - b_safe, C.PRECISION)
+        b_scale = power(b_max - b_safe, C)
         # Fused by hand: a tile that is masked for some must round as one that is not.
-        b_p = power(tl.fma(b_s, logit_scale, -b_safe[:, None]), C.PRECISION)
+        b_p = power(tl.fma(b_s, logit_scale, -b_safe[:, None]), C)
         b_sum = tl.fma(b_sum, b_scale, tl.sum(b_p, 1))
         b_v = load_v(keys, o_j, C)  # [BN, PDV]
         b_acc = b_acc * b_scale[:, None]
-        b_acc = add_dot(b_acc, b_p.to(b_v.dtype), b_v, C.PRECISION)  # [BM, PDV]
+        b_acc = add_dot(b_acc, b_p.to(b_v.dtype), b_v, C)  # [BM, PDV]
         b_max = b_new
     return b_acc, b_max, b_sum
 
@@ -138,7 +138,7 @@ def _forward_kernel(
             b_a, b_m, b_l = _forward_tiles(
                 b_a, b_m, b_l, b_q, b_t, keys, high, stop, logit_scale, True, C
             )
-            b_acc, b_max, b_sum = add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, C.PRECISION)
+            b_acc, b_max, b_sum = add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, C)
     else:
         if C.WINDOW > 0:
             b_acc, b_max, b_sum = _forward_tiles(

@@ -74,7 +74,7 @@ def _multiply_blocks(b_acc, p_x, p_w, m_m, m_n, begin, end, stride_row, C: tl.co
         o_x = (o_k // C.D).to(tl.int64) * stride_row + o_k % C.D
         b_x = tl.load(p_x[:, None] + o_x[None, :], mask=m_x, other=0.0)  # [BM, BK]
         b_w = tl.load(p_w[:, None] + o_k[None, :], mask=m_w, other=0.0)  # [BN, BK]
-        b_acc = add_dot(b_acc, b_x, tl.trans(b_w), C.PRECISION)
+        b_acc = add_dot(b_acc, b_x, tl.trans(b_w), C)
     return b_acc
 
 
@@ -152,7 +152,7 @@ def _add_blocks(
         p_dh = dh + (at.to(tl.int64) * C.G + head) * C.O
         b_dh = tl.load(p_dh[:, None] + o_k[None, :], mask=m_dh, other=0.0)  # [BM, BK]
         b_w = tl.load(p_w[None, :] + (o_k * (C.L * C.D) + r * C.D)[:, None], mask=m_w, other=0.0)
-        b_dx = add_dot(b_dx, b_dh, b_w, C.PRECISION)  # b_w [BK, BN]
+        b_dx = add_dot(b_dx, b_dh, b_w, C)  # b_w [BK, BN]
     return b_dx
 
 
@@ -223,7 +223,7 @@ def _project_weight_gradient_kernel(
             b_x = tl.load(
                 p_x[:, None] + o_x[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0
             )  # [BK, BN]
-            b_part = add_dot(b_part, tl.trans(b_dh), b_x, C.PRECISION)
+            b_part = add_dot(b_part, tl.trans(b_dh), b_x, C)
         b_dw += b_part
     row = (i_run * tl.num_programs(2) + i_p).to(tl.int64) * C.O + o_o
     tl.store(dw + row[:, None] * K + o_n[None, :], b_dw, mask=m_o[:, None] & m_n[None, :])

@@ -112,12 +112,12 @@ def _add_dq(
         seen = seen & (first_key + tl.arange(0, C.BN)[None, :] < b_seen[:, None])
     b_s = tl.dot(queries.b_q, tl.trans(b_k), input_precision=C.PRECISION)  # [BM, BN]
     b_dp = tl.dot(queries.b_do, tl.trans(b_v), input_precision=C.PRECISION)  # [BM, BN]
-    b_p = power(tl.fma(b_s, logit_scale, -queries.b_lse[:, None]), C.PRECISION)
+    b_p = power(tl.fma(b_s, logit_scale, -queries.b_lse[:, None]), C)
     if TO_DELTA:
         b_delta += tl.sum(tl.where(seen, b_p * b_dp, 0.0), 1)
     else:
         b_ds = tl.where(seen, b_p * (b_dp - b_delta[:, None]), 0.0)
-        b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, C.PRECISION, C.APART)  # [BM, PDK]
+        b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, C, C.APART)  # [BM, PDK]
     return b_dq, b_delta
 
 
@@ -281,12 +281,12 @@ def _dkv_kernel(
         b_seen = b_seen & 255
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=C.PRECISION)  # [BN, BM]
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=C.PRECISION)  # [BN, BM]
-        b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), C.PRECISION)
+        b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), C)
         b_p = tl.where(o_n[:, None] < b_seen[None, :], b_p, 0.0)
-        b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, C.PRECISION)  # [BN, PDV]
+        b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, C)  # [BN, PDV]
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_ds = tl.where(o_n[:, None] < (b_seen * b_several)[None, :], b_ds, 0.0)
-        b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, C.PRECISION)  # [BN, PDK]
+        b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, C)  # [BN, PDK]
         row = following
     tile = (i_program - first_program).to(tl.int32) * C.BLOCK + first_key
     store_tile(dk + tile * C.DK, b_dk * scale, C.BN, C.DK, C.PDK)

@@ -71,11 +71,11 @@ def _attend(
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * logit_scale)
     # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
     b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-    b_scale = power(b_max - b_safe, C.PRECISION)
-    b_p = power(tl.fma(b_s, logit_scale, -b_safe[:, None]), C.PRECISION)
+    b_scale = power(b_max - b_safe, C)
+    b_p = power(tl.fma(b_s, logit_scale, -b_safe[:, None]), C)
     b_sum = tl.fma(b_sum, b_scale, tl.sum(b_p, 1))
     b_acc = b_acc * b_scale[:, None]
-    b_acc = add_dot(b_acc, b_p.to(b_v.dtype), b_v, C.PRECISION)  # [BM, PDV]
+    b_acc = add_dot(b_acc, b_p.to(b_v.dtype), b_v, C)  # [BM, PDV]
     return b_acc, b_new, b_sum
 
 
@@ -131,7 +131,7 @@ def _forward_kernel(
                 ends = i % TILES == TILES - 1
                 b_acc, b_max, b_sum = add_softmax(
                     b_acc, b_max, b_sum, b_a, tl.where(ends, b_m, -float("inf")),
-                    tl.where(ends, b_l, 0.0), C.PRECISION,
+                    tl.where(ends, b_l, 0.0), C,
                 )  # fmt: skip
                 b_a = tl.where(ends, 0.0, b_a)
                 b_m = tl.where(ends, -float("inf"), b_m)
@@ -150,7 +150,7 @@ def _forward_kernel(
                 True, C,
             )  # fmt: skip
         if C.APART and i % TILES == TILES - 1:
-            b_acc, b_max, b_sum = add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, C.PRECISION)
+            b_acc, b_max, b_sum = add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, C)
             b_a = zeros(C.BM, C.PDV)
             b_m = filled(C.BM, -float("inf"))
             b_l = filled(C.BM, 0.0)

@@ -1,4 +1,7 @@
-"""How kernels multiply and add: precision, the order of sums, exponentials."""
+"""How kernels multiply and add: precision, the order of sums, exponentials.
+
+C: the constants of a kernel, of which PRECISION is read here.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +33,16 @@ def filled(ROWS: tl.constexpr, value):
 
 
 @triton.jit
-def add_dot(acc, a, b, PRECISION: tl.constexpr, BY_ITSELF: tl.constexpr = False):
+def add_dot(acc, a, b, C: tl.constexpr, BY_ITSELF: tl.constexpr = False):
     """acc + a b. In float32 the product is summed by itself and then added.
 
     One running sum through all tiles would round as often as it has terms; a plain addition would
     be made one by the compiler. BY_ITSELF does so in every dtype: for an acc that a loop sets back
     to zero, ptxas would let every wgmma that adds to it wait for the one before.
     """
-    if PRECISION == "ieee" or BY_ITSELF:
-        return tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    if C.PRECISION == "ieee" or BY_ITSELF:
+        return tl.fma(tl.dot(a, b, input_precision=C.PRECISION), 1.0, acc)
+    return tl.dot(a, b, acc, input_precision=C.PRECISION)
 
 
 @triton.jit
@@ -59,9 +62,9 @@ def add_tiles(b_sum, p_tile, low, high, stride, mask, PIECE_TILES: tl.constexpr)
 
 
 @triton.jit
-def power(x, PRECISION: tl.constexpr):
+def power(x, C: tl.constexpr):
     """2^x, or e^x where a dot is exact: see `logit_scale`."""
-    return tl.exp(x) if PRECISION == "ieee" else tl.exp2(x)
+    return tl.exp(x) if C.PRECISION == "ieee" else tl.exp2(x)
 
 
 def logit_scale(q: Tensor, scale: float) -> float:
@@ -73,11 +76,11 @@ def logit_scale(q: Tensor, scale: float) -> float:
 
 
 @triton.jit
-def add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, PRECISION: tl.constexpr):
+def add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, C: tl.constexpr):
     """Two accumulators [BM, PDV] of a softmax, with their maxima and sums [BM], as one."""
     b_new = tl.maximum(b_max, b_m)
     b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-    b_old, b_add = power(b_max - b_safe, PRECISION), power(b_m - b_safe, PRECISION)
+    b_old, b_add = power(b_max - b_safe, C), power(b_m - b_safe, C)
     b_acc = tl.fma(b_acc, b_old[:, None], b_a * b_add[:, None])
     b_sum = tl.fma(b_sum, b_old, b_l * b_add)
     return b_acc, b_new, b_sum
