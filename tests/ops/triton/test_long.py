@@ -216,7 +216,7 @@ def test_compression(kind: str, length: int, dtype: torch.dtype) -> None:
     params = make_params(kind, BLOCK, dtype, width=WIDTH)
     params = {name: p.to(DEVICE) * 0.1 for name, p in params.items()}
     rows = torch.arange(num_compressed(length, BLOCK, STRIDE), device=DEVICE) * STRIDE
-    do = draw(len(rows), 2, WIDTH, dtype=dtype)
+    do = draw(len(rows), x.shape[1], WIDTH, dtype=dtype)
 
     def run(dtype: torch.dtype, oracle: bool) -> list[Tensor]:
         leaf, *weights = leaves_of(*(y.to(dtype) for y in (x, *params.values())))
