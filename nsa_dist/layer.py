@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nsa_dist.attention.call import Call, Setup, check_backend, make_call
+from nsa_dist.attention.call import Call, check_backend, make_call, make_setup
 from nsa_dist.attention.checks import inputs_problem, tensor_problem
 from nsa_dist.attention.functional import KeysOrValues, NSADetails, attend, details_of
 from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
@@ -112,14 +112,14 @@ class NativeSparseAttention(nn.Module):
         check_backend(backend, config, device)
         self.hidden_size, self.rotary, self.dropout = hidden_size, rotary, dropout
         self.k_compressor, self.v_compressor, self.selector = k_compressor, v_compressor, selector
-        self.setup = Setup(
+        self.setup = make_setup(
             config,
             layout,
             context,
             backend,
             CommunicationCounter(),
-            rotary if config.compress_pre_rope else None,
-            self._selector.grids(config),
+            rotary=rotary if config.compress_pre_rope else None,
+            selector_grids=self._selector.grids(config),
         )
         self.num_key_sets = len(self.setup.key_sets) if config.independent_kv else 1
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NoReturn
 
 import torch
@@ -37,7 +36,8 @@ class Setup:
         backend: name of the backend; "auto" depends on the device of each call.
         counter: counter of sent bytes.
         rotary: rotary embedding of unrotated keys; None if keys are already rotated.
-        selector_grids: the blocks that the selector reads; None for NSA's own selector.
+        grids: all grids of a call, including the blocks to select from.
+        key_sets: the sets of keys and values that a call reads.
     """
 
     config: NSAConfig
@@ -45,18 +45,9 @@ class Setup:
     group: ContextGroup
     backend: str
     counter: CommunicationCounter
-    rotary: Rotary | None = None
-    selector_grids: Mapping[str, Grid] | None = None
-
-    @cached_property
-    def grids(self) -> Mapping[str, Grid]:
-        """All grids of a call, including the blocks to select from."""
-        return all_grids(self.config, self.selector_grids)
-
-    @cached_property
-    def key_sets(self) -> tuple[str, ...]:
-        """The sets of keys and values that a call reads."""
-        return key_sets(self.config, self.grids)
+    rotary: Rotary | None
+    grids: Mapping[str, Grid]
+    key_sets: tuple[str, ...]
 
     def refuse(
         self, problem: str, stated: Mapping[str, str], cause: Exception | None = None
@@ -69,6 +60,26 @@ class Setup:
             stated: this rank's input as text, by name; the error shows it for every rank.
         """
         refuse(problem, stated, self.group, self.counter, cause)
+
+
+def make_setup(
+    config: NSAConfig,
+    layout: str,
+    group: ContextGroup,
+    backend: str,
+    counter: CommunicationCounter,
+    *,
+    rotary: Rotary | None = None,
+    selector_grids: Mapping[str, Grid] | None = None,
+) -> Setup:
+    """A setup from what its layer is built with.
+
+    Args:
+        selector_grids: the blocks that the selector reads; None for NSA's own selector.
+    """
+    grids = all_grids(config, selector_grids)
+    sets = key_sets(config, grids)
+    return Setup(config, layout, group, backend, counter, rotary, grids, sets)
 
 
 @dataclass(frozen=True, eq=False)

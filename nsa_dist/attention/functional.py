@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
-from nsa_dist.attention.call import Call, Rotary, Setup, make_call, refuse
+from nsa_dist.attention.call import Call, Rotary, make_call, make_setup, refuse
 from nsa_dist.attention.checks import inputs_problem, query_problem, rotary_problem
 from nsa_dist.attention.flow import Attended, attend_branches
 from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
@@ -136,7 +136,10 @@ def native_sparse_attention(
     if not isinstance(config, NSAConfig):
         refuse(f"config must be an NSAConfig, got {config!r}", {}, context, counter)
     chosen = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
-    setup = Setup(config, layout, context, backend, counter, rotary, chosen.grids(config))
+    grids = chosen.grids(config)
+    setup = make_setup(
+        config, layout, context, backend, counter, rotary=rotary, selector_grids=grids
+    )
     problem = selector_problem(chosen, config) or query_problem(q, config)
     problem = problem or inputs_problem(q, k, v, gates, config, setup.key_sets)
     if selector is not None and (k_compressor is not None or v_compressor is not None):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.attention.call import Call, Setup, check_backend, make_call
+from nsa_dist.attention.call import Call, check_backend, make_call, make_setup
 from nsa_dist.attention.checks import gates_problem, keys_problem, query_problem, tensor_problem
 from nsa_dist.attention.functional import attend
 from nsa_dist.attention.selectors import CompressedSelector
@@ -75,7 +75,7 @@ class NSADistributedAttention(nn.Module):
         context = context_group(sequence_process_group)
         layout = make_layout(layout, context.size).name
         check_backend(backend, config, device)
-        self.setup = Setup(config, layout, context, backend, CommunicationCounter())
+        self.setup = make_setup(config, layout, context, backend, CommunicationCounter())
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate = StaticGate(0, config, **factory) if config.gate == "static" else None
 
