@@ -66,11 +66,23 @@ def over(names: str, **values: Iterable[Any]) -> pytest.MarkDecorator:
     given = {name: list(rows) for name, rows in values.items()}
     params = []
     for name in BACKENDS:
-        for row in given.get(name, given.get(PYTORCH.name, [])):
+        rows = given.get(name, given.get(PYTORCH.name, []))
+        for row in rows:
             row = row if isinstance(row, tuple) and ", " in names else (row,)
             label = "-".join([name, *map(case_id, row)])
-            params.append(pytest.param(name, *row, id=label, marks=_MARKS.get(name, ())))
+            marks = [*_MARKS.get(name, ()), *_marks_of(row, rows)]
+            params.append(pytest.param(name, *row, id=label, marks=marks))
     return pytest.mark.parametrize(f"backend, {names}", params, indirect=["backend"])
+
+
+def _marks_of(row: tuple[Any, ...], rows: list[Any]) -> list[pytest.MarkDecorator]:
+    """Without a GPU float16 waits for the slow tests where float32 runs on the same values.
+
+    Both are computed in float32 there, and differ in how inputs and results are rounded.
+    """
+    wider = tuple(torch.float32 if x is torch.float16 else x for x in row)
+    repeats = wider != row and (wider in rows or wider[0] in rows)
+    return [pytest.mark.slow] if INTERPRETED and repeats else []
 
 
 over_all = pytest.mark.parametrize(
