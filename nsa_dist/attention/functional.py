@@ -142,7 +142,8 @@ def native_sparse_attention(
     )
     problem = selector_problem(chosen, config) or query_problem(q, config)
     problem = problem or inputs_problem(q, k, v, gates, config, setup.key_sets)
-    if selector is not None and (k_compressor is not None or v_compressor is not None):
+    compressors = k_compressor is not None or v_compressor is not None
+    if problem is None and selector is not None and compressors:
         problem = "k_compressor and v_compressor must be None with a selector, got modules"
     if problem is not None:
         setup.refuse(problem, _stated(q, k, v, gates, rotary, chosen))

@@ -109,6 +109,9 @@ def get_plan(
         local_length = as_int("local_length", local_length, 0)
     except ValueError as error:
         problem, batch, local_length = problem or str(error), 0, 0
+    grids = None
+    if selector_grids is not None and isinstance(config, NSAConfig):
+        grids = all_grids(config, selector_grids)
     plan = find_plan(
         config,
         layout,
@@ -121,7 +124,7 @@ def get_plan(
         counter=counter,
         inputs=inputs or {},
         problem=problem,
-        grids=None if selector_grids is None else all_grids(config, selector_grids),
+        grids=grids,
     )
     agree(plan.statement.also(call="get_plan"), None, group, counter)
     return plan

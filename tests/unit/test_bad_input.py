@@ -346,6 +346,10 @@ FUNCTIONAL_CASES: dict[str, Case] = {
         lambda: functional(plan=plan(), cu_seqlens=cu(0, TOKENS))(),
         "cu_seqlens: boundaries; None with a plan",
     ),
+    "plan-config-none-with-grids": (
+        lambda: plan(None, selector_grids={}),
+        "config: None; an NSAConfig",
+    ),
     "plan-config-none": (lambda: plan(None), "config: None; an NSAConfig"),
 }
 IDS = torch.zeros(1, TOKENS, dtype=torch.int64)

@@ -176,7 +176,7 @@ class NSADistributedAttention(nn.Module):
         cu_seqlens: Tensor | None,
     ) -> Call:
         config, rows = self.config, (q.shape[0], q.shape[1])
-        problem = query_problem(q, config) or keys_problem(q, k, v, config, config.key_branches)
+        problem = query_problem(q, config) or keys_problem(q, k, v, config, self.setup.key_sets)
         if problem is None and gates is not None:
             problem = gates_problem(gates, q, config)
         if problem is not None and batch_dim_idx == 1:
