@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,34 @@ GroupLike = dist.ProcessGroup | DeviceMesh | None
 class ContextGroup:
     """The ranks that share one sequence.
 
-    ``rank`` is the rank within the group, not the global one. Deep copies of a module share the
-    group.
+    The process group is referenced weakly, since torch holds every group until
+    ``destroy_process_group``. Otherwise a layer, or the graph behind a loss, would keep a destroyed
+    group and its threads. Such a thread may still hold the last reference to a tensor when the
+    interpreter exits, and then aborts the process. Deep copies of a module share the group.
+
+    Attributes:
+        reference: to the process group; None for one rank.
+        rank: the rank within the group, not the global one.
+        size: number of ranks.
     """
 
-    process_group: dist.ProcessGroup | None
+    reference: weakref.ref[dist.ProcessGroup] | None
     rank: int
     size: int
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The process group; None for one rank.
+
+        Raises:
+            ValueError: if it was destroyed.
+        """
+        if self.reference is None:
+            return None
+        group = self.reference()
+        if group is None:
+            raise ValueError("group must be a process group in use, got one that was destroyed")
+        return group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextGroup:
         return self
@@ -30,7 +52,8 @@ class ContextGroup:
     @property
     def device(self) -> torch.device:
         """The device of small tensors that this group's backend can send."""
-        if self.process_group is not None and "nccl" in dist.get_backend(self.process_group):
+        group = self.process_group
+        if group is not None and "nccl" in dist.get_backend(group):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
@@ -74,4 +97,4 @@ def context_group(group: GroupLike | ContextGroup) -> ContextGroup:
         raise ValueError(
             f"group must hold this rank (global rank {dist.get_rank()}), got {group!r} without it"
         )
-    return ContextGroup(group, rank, dist.get_world_size(group))
+    return ContextGroup(weakref.ref(group), rank, dist.get_world_size(group))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -207,6 +208,32 @@ def test_a_device_mesh_axis_is_a_group(ranks_of: Callable[[int], Ranks]) -> None
     expected = run_layer(PACKED)
     for result in ranks_of(4).run(mesh_run, PACKED):
         assert_results_close(result, expected, 1e-12)
+
+
+def after_the_end_of_its_group(case: LayerCase) -> tuple[bool, str]:
+    """Whether a destroyed group lives on beside its layer and graph, and the error of a call."""
+    group = dist.new_group()
+    layer = case.layer(group)
+    x, grad = case.inputs()
+    sharding = make_sharding(
+        x.shape[1], cu_seqlens=case.cu_seqlens, layout=case.layout, group=group
+    )
+    local = sharding.shard(x).requires_grad_()
+    out = layer(local, cu_seqlens=sharding.cu_seqlens)
+    out.backward(sharding.shard(grad))
+    alive = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    with pytest.raises(ValueError) as error:
+        layer(local, cu_seqlens=sharding.cu_seqlens)
+    return alive() is not None and out is not None, str(error.value)
+
+
+def test_nothing_keeps_a_destroyed_group(ranks_of: Callable[[int], Ranks]) -> None:
+    """Its threads would live until the interpreter exits, and may abort it there."""
+    for alive, error in ranks_of(2).run(after_the_end_of_its_group, PACKED):
+        assert not alive
+        assert error == "group must be a process group in use, got one that was destroyed"
 
 
 def accumulated(case: LayerCase) -> LayerResult:
