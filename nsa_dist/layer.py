@@ -181,7 +181,7 @@ class NativeSparseAttention(nn.Module):
         q, k, v = self._project(x, call.plan.positions if position_ids is None else position_ids)
         config = call.config
         gates = project("gate", self.gate, x, config.num_heads, len(config.branches))
-        # Check the results of projections like a caller's input: something may have replaced them.
+        # Check what projections return like a caller's input: hooks and wrappers may change it.
         problem = inputs_problem(q, k, v, gates, config, self.setup.key_sets)
         attended = attend(call, q, k, v, gates, self._selector, problem)
         out = attended.out_NHD.flatten(1).unflatten(0, x.shape[:2])
@@ -221,8 +221,8 @@ class NativeSparseAttention(nn.Module):
     def _call(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Call:
         config = self.setup.config
         problem = input_problem(x, position_ids, self.hidden_size, self.q_proj)
-        users = ("k_compressor", "v_compressor") if config.compress == "custom" else ()
-        problem = problem or cut_problem(self, (*PROJECTIONS, *users))
+        custom = ("k_compressor", "v_compressor") if config.compress == "custom" else ()
+        problem = problem or cut_problem(self, (*PROJECTIONS, *custom))
         if problem is None and position_ids is not None and config.compress_pre_rope:
             problem = (
                 "position_ids must be None with compress_pre_rope=True (compressed keys are "

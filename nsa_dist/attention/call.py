@@ -135,7 +135,10 @@ def make_call(
     plan: Plan | None = None,
     stated: Mapping[str, str],
 ) -> Call:
-    """Check one call on this rank and make its plan. The ranks agree on it later, in ``attend``.
+    """Check one call on this rank and make its plan.
+
+    A rank that finds an error raises it here. The others raise it in ``attend``, where the ranks
+    agree on the call.
 
     Args:
         rows: [batch, local tokens] of the input.
@@ -145,7 +148,7 @@ def make_call(
         stated: more values, as text by name, that must be equal on all ranks.
 
     Raises:
-        ValueError: on every rank of the group, for an error on this rank.
+        ValueError: for an error on this rank.
     """
     config, group = setup.config, setup.group
     computes_in = computes_in or dtype

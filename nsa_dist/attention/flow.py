@@ -16,8 +16,13 @@ Messages, in order (``CommunicationCounter`` has the kinds):
     backward    plan; one fetch_grad per KV head, last head first; gather_grad; one halo_grad per
                 set, last set first
 
-Today every transfer is finished right after it begins. Only this file decides what runs between
-the two.
+The first plan of forward is sent by ``functional.attend``, that of backward by ``AgreeInBackward``.
+Code of the user's adds a plan after it ran: custom compressors before gather, a selector before
+request. No code here sets the order of backward: autograd runs the newest node first, and each
+transfer is a node that sends and one that receives (``nsa_dist.comm``).
+
+Today every transfer is finished right after it begins. In forward only this file decides what runs
+between the two.
 
 Letters: N local queries, H query heads, G KV heads, D widths, b branches, E rows of a buffer with
 its halo, n selected blocks per query.
@@ -33,12 +38,12 @@ import torch
 from torch import Tensor
 
 from nsa_dist.attention.call import Call
-from nsa_dist.attention.selectors import Selector, check_selection, cos_sin
+from nsa_dist.attention.selectors import Selection, Selector, cos_sin, run_selector
 from nsa_dist.comm import begin_fetch, begin_halo, begin_request
 from nsa_dist.comm.agreement import AgreeInBackward
 from nsa_dist.nn.rotary import apply_rotary
 
-Sets = Mapping[str, Tensor]
+ByName = Mapping[str, Tensor]
 Extended = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -47,15 +52,15 @@ class Attended:
     """The results of a pass: out [N, H, Dv], log-sum-exp [N, H] by branch, blocks [N, G, n]."""
 
     out_NHD: Tensor
-    lse_NH: Sets
+    lse_NH: ByName
     blocks_NGn: Tensor | None
 
 
 def attend_branches(
     call: Call,
     q_NHD: Tensor,
-    keys_NGD: Sets,
-    values_NGD: Sets,
+    keys_NGD: ByName,
+    values_NGD: ByName,
     gates_NHb: Tensor,
     selector: Selector,
 ) -> Attended:
@@ -69,38 +74,36 @@ def attend_branches(
     outputs, lse = {}, {}
 
     extended = _exchange_halos(call, _rotate(call, keys_NGD), values_NGD)
-    chooses = "selected" in branches or selector.branch in branches
-    gathered = selector.begin(call, extended).finish() if chooses else None
+    selects = "selected" in branches or selector.branch in branches
+    gathered = selector.begin(call, extended).finish() if selects else None
     if "window" in branches:
         outputs["window"], lse["window"] = ops.window_attention(
             q_NHD, *extended["window"], plan.segments, window=config.window, scale=scale
         )
-    chosen = selector.select(call, q_NHD, gathered) if chooses else None
-    if chosen is not None:
-        check_selection(chosen, selector, (len(q_NHD), config.num_kv_heads))
-    if chosen is not None and chosen.output is not None and chosen.lse is not None:
-        assert selector.branch is not None
-        outputs[selector.branch], lse[selector.branch] = chosen.output, chosen.lse
-    if chosen is not None and chosen.blocks is not None:
+    # NSA's own selector attends to compressed tokens and selects by their probabilities.
+    selection = run_selector(selector, call, q_NHD, gathered) if selects else Selection(None)
+    if selection.output is not None:
+        assert selector.branch is not None and selection.lse is not None
+        outputs[selector.branch], lse[selector.branch] = selection.output, selection.lse
+    if selection.blocks is not None:
         outputs["selected"], lse["selected"] = _attend_selected(
-            call, q_NHD, *extended["selected"], chosen.blocks
+            call, q_NHD, *extended["selected"], selection.blocks
         )
     out_NHD = ops.combine([outputs[branch] for branch in branches], gates_NHb)
 
-    for tensor in chosen.unused if chosen is not None else ():
+    for tensor in selection.unused:
         out_NHD = ZeroGradient.apply(out_NHD, tensor)
     group, counter = call.channel.group, call.channel.counter
     if group.size > 1:
         # Without a need for gradients autograd makes no node, and its message is not sent.
         moved = {name: k.requires_grad for name, (k, _) in extended.items()}
-        if chosen is not None:
-            moved |= {name: x.requires_grad for name, x in chosen.gathered.items()}
+        moved |= {name: x.requires_grad for name, x in selection.gathered.items()}
         needs = tuple(name for name, needed in moved.items() if needed)
         out_NHD = AgreeInBackward.apply(out_NHD, plan.statement, needs, group, counter)
-    return Attended(out_NHD, lse, None if chosen is None else chosen.blocks)
+    return Attended(out_NHD, lse, selection.blocks)
 
 
-def _rotate(call: Call, keys_NGD: Sets) -> Sets:
+def _rotate(call: Call, keys_NGD: ByName) -> ByName:
     """Rotate the keys of all sets except ``compressed``, if they are not rotated yet."""
     if call.rotary is None:
         return keys_NGD
@@ -115,7 +118,7 @@ def _rotate(call: Call, keys_NGD: Sets) -> Sets:
     return rotated
 
 
-def _exchange_halos(call: Call, keys_NGD: Sets, values_NGD: Sets) -> Extended:
+def _exchange_halos(call: Call, keys_NGD: ByName, values_NGD: ByName) -> Extended:
     """K [E, G, Dk] and V [E, G, Dv] of each set with its halo; shared sets are sent once."""
     extended: dict[str, tuple[Tensor, Tensor]] = {}
     for name, k in keys_NGD.items():

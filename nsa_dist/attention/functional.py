@@ -135,21 +135,21 @@ def native_sparse_attention(
     counter = CommunicationCounter() if communication is None else communication
     if not isinstance(config, NSAConfig):
         refuse(f"config must be an NSAConfig, got {config!r}", {}, context, counter)
-    chosen = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
-    grids = chosen.grids(config)
+    used = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
+    grids = used.grids(config)
     setup = make_setup(
         config, layout, context, backend, counter, rotary=rotary, selector_grids=grids
     )
-    problem = selector_problem(chosen, config) or query_problem(q, config)
+    problem = selector_problem(used, config) or query_problem(q, config)
     problem = problem or inputs_problem(q, k, v, gates, config, setup.key_sets)
     compressors = k_compressor is not None or v_compressor is not None
     if problem is None and selector is not None and compressors:
         problem = "k_compressor and v_compressor must be None with a selector, got modules"
     if problem is not None:
-        setup.refuse(problem, _stated(q, k, v, gates, rotary, chosen))
+        setup.refuse(problem, _stated(q, k, v, gates, rotary, used))
     rows = (q.shape[0], q.shape[1])
     call = make_call(setup, rows, q.device, q.dtype, cu_seqlens=cu_seqlens, plan=plan, stated={})
-    attended = attend(call, q, k, v, gates, chosen)
+    attended = attend(call, q, k, v, gates, used)
     out = attended.out_NHD.unflatten(0, rows)
     return (out, details_of(attended, gates)) if return_details else out
 

@@ -4,13 +4,16 @@ A selector declares which blocks of which keys it reads (``grids``), starts its 
 (``begin``), and returns n blocks for each query and KV head (``select``). It may also return the
 output of a branch: NSA selects by its compressed branch. Only the flow calls it; halos, the fetch
 and the kernels of the selected branch do not depend on it.
+
+Letters: N local queries, H query heads, G KV heads, D widths, n selected blocks per query, E rows
+of a buffer with its halo, C blocks of a grid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +26,22 @@ from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
 from nsa_dist.nn.compressor import BlockCompressor, apply_compressor, compressor_options
 from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
 from nsa_dist.plan import Grid
-from nsa_dist.plan.grid import all_grids
+from nsa_dist.plan.grid import compression_grid
 from nsa_kernels import Backend, QuerySegments
 
-# Errors of a custom module. Activation checkpointing stops a recomputation by another exception.
-CUSTOM_MODULE_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError),
-    *(RuntimeError, TypeError, ValueError),
+# Errors of code that a user wrote. Not Exception: the one by which activation checkpointing ends a
+# recomputation early must pass.
+USER_CODE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +52,7 @@ class Selection:
         blocks: int32 [N, G, n], blocks of each query's document up to the query's own, ascending,
             padded with -1; None if the selected branch is not used.
         output: [N, H, Dv], output of the selector's branch; None if it has no branch.
-        lse: [N, H], log-sum-exp of that branch.
+        lse: [N, H], log-sum-exp of that branch; given with ``output``.
         gathered: by name, tensors whose gradients return to other ranks. If no output depends on
             one of them, it must also be in ``unused``.
         unused: tensors that only select. They get a gradient of zeros, so that their parameters
@@ -78,12 +89,18 @@ class Selector(Protocol):
     def begin(self, call: Call, extended: Mapping[str, tuple[Tensor, Tensor]]) -> Work[Any]:
         """Compute what it needs from this rank's keys, and begin to gather it.
 
+        What may fail on one rank alone belongs into ``run_agreed``, before anything is sent.
+
         Args:
             extended: K [E, G, Dk] and V [E, G, Dv] by set, with the halos that ``grids`` needs.
         """
 
     def select(self, call: Call, q_NHD: Tensor, gathered: Any) -> Selection:
-        """Select blocks. ``gathered`` is the result of ``begin``. Sends nothing."""
+        """Select blocks. Sends nothing; an error on one rank is raised on every rank.
+
+        Args:
+            gathered: the result of ``begin``.
+        """
 
 
 def selector_problem(selector: Selector, config: NSAConfig) -> str | None:
@@ -97,26 +114,55 @@ def selector_problem(selector: Selector, config: NSAConfig) -> str | None:
     )
 
 
-def check_selection(selection: Selection, selector: Selector, rows: tuple[int, int]) -> None:
-    """Raise ValueError unless selected blocks have the dtype and shape that the fetch needs.
+def run_selector(selector: Selector, call: Call, q_NHD: Tensor, gathered: Any) -> Selection:
+    """The selection of ``selector``. A collective, except with NSA's own.
 
-    Args:
-        rows: (N, G).
+    Raises:
+        ValueError: on every rank, if the selection of one is not what the flow needs.
     """
-    blocks = selection.blocks
-    if blocks is None:
-        return
-    if blocks.ndim != 3 or blocks.shape[:2] != rows or blocks.dtype != torch.int32:
-        raise ValueError(
-            f"blocks of selector {selector.name!r} must be torch.int32 of shape {(*rows, 'n')}, "
-            f"got {describe(blocks)}"
-        )
+
+    def select() -> Selection:
+        selection = selector.select(call, q_NHD, gathered)
+        _check_selection(selection, selector, call.config, q_NHD)
+        return selection
+
+    if isinstance(selector, CompressedSelector):  # It fails on every rank or on none.
+        return select()
+    return run_agreed(select, call, f"selector {selector.name!r}")
+
+
+def _check_selection(
+    selection: Selection, selector: Selector, config: NSAConfig, q_NHD: Tensor
+) -> None:
+    """Raise ValueError unless a selection has what its branches and the fetch need."""
+    of, blocks = f"of selector {selector.name!r}", selection.blocks
+    used, rows = "selected" in config.branches, (len(q_NHD), config.num_kv_heads)
+    if (blocks is not None) != used:
+        must = "a tensor" if used else "None"
+        got = "None" if blocks is None else describe(blocks)
+        raise ValueError(f"blocks {of} must be {must} with branches={config.branches}, got {got}")
+    if blocks is not None and (
+        blocks.ndim != 3 or blocks.shape[:2] != rows or blocks.dtype != torch.int32
+    ):
+        must = f"torch.int32 of shape {(*rows, 'n')}"
+        raise ValueError(f"blocks {of} must be {must}, got {describe(blocks)}")
+    shape = tuple(q_NHD.shape[:2])
+    for name, tensor, last in (
+        ("output", selection.output, (config.value_dim,)),
+        ("lse", selection.lse, ()),
+    ):
+        if selector.branch not in config.branches:
+            if tensor is not None:
+                raise ValueError(f"{name} {of} must be None, got {describe(tensor)}")
+        elif tensor is None or tensor.shape != shape + last:
+            got = "None" if tensor is None else describe(tensor)
+            raise ValueError(f"{name} {of} must have shape {shape + last}, got {got}")
 
 
 @dataclass(frozen=True, eq=False)
 class CompressedSelector:
     """NSA's own selector: it sums the compressed branch's probabilities by block and group of heads
-    (Eq. 9-12).
+    (Eq. 8 to 11).
 
     Args:
         k_compressor, v_compressor: ``BlockCompressor`` modules, or with ``compress="custom"`` any
@@ -130,7 +176,7 @@ class CompressedSelector:
 
     def grids(self, config: NSAConfig) -> Mapping[str, Grid]:
         """A single grid, ``compressed``, if the compressed or the selected branch is used."""
-        return {k: grid for k, grid in all_grids(config).items() if k == "compressed"}
+        return {"compressed": compression_grid(config)} if config.uses_compression else {}
 
     def stated(self) -> Mapping[str, str]:
         """Empty: compressors are weights."""
@@ -159,8 +205,8 @@ class CompressedSelector:
                 return k, k.new_zeros(*k.shape[:2], 0)
             return k, apply_compressor(v_compressor, v_ext, rows, block, call.backend)
 
-        custom = config.compress == "custom" and call.channel.group.size > 1
-        k_own, v_own = _agreed(own_blocks, call) if custom else own_blocks()
+        custom = config.compress == "custom"
+        k_own, v_own = run_agreed(own_blocks, call, "custom compressor") if custom else own_blocks()
         if config.compress_pre_rope:
             middle = blocks.own_index * config.compress_stride + (block - 1) // 2
             k_own = apply_rotary(k_own, *cos_sin(call, middle))
@@ -258,15 +304,25 @@ def compressors_problem(
     return None
 
 
-def _agreed(compress: Callable[[], tuple[Tensor, Tensor]], call: Call) -> tuple[Tensor, Tensor]:
-    """Run custom compressors; an error on one rank is raised on every rank."""
-    statement = call.plan.statement.also(call="forward of custom compressors")
+def run_agreed(compute: Callable[[], T], call: Call, what: str) -> T:
+    """Run a user's code. An error on one rank is raised on every rank. A collective.
+
+    Args:
+        compute: the code. It must send nothing.
+        what: what it is, in errors.
+
+    Raises:
+        ValueError: on every rank of several; on one rank the error passes as it is.
+    """
+    if call.channel.group.size == 1:
+        return compute()
+    statement = call.plan.statement.also(call=f"forward of {what}")
     try:
-        result = compress()
-    except CUSTOM_MODULE_ERRORS as error:
+        result = compute()
+    except USER_CODE_ERRORS as error:
         problem = str(error)
-        if not problem.startswith("custom compressor "):
-            problem = f"custom compressor raised {type(error).__name__}: {error}"
+        if what not in problem:
+            problem = f"{what} raised {type(error).__name__}: {error}"
         agree(statement, problem, call.channel.group, call.channel.counter, error)
         raise
     agree(statement, None, call.channel.group, call.channel.counter)

@@ -1,4 +1,8 @@
-"""Fetch of exactly the remote blocks that local queries selected."""
+"""Fetch of exactly the remote blocks that local queries selected.
+
+Letters: N local queries, G KV heads, D widths, n selected blocks per query, B selection blocks of
+all documents, E rows of a buffer with its halo.
+"""
 
 from __future__ import annotations
 

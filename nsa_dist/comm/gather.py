@@ -1,4 +1,7 @@
-"""All-gather of what each rank computed from its own blocks: in NSA, compressed keys and values."""
+"""All-gather of what each rank computed from its own blocks: in NSA, compressed keys and values.
+
+Letters: C blocks of a grid, G KV heads, D widths.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Halo exchange: the tokens just outside of a rank's chunks."""
+"""Halo exchange: the tokens just outside of a rank's chunks.
+
+Letters: N local tokens, G KV heads, D widths.
+"""
 
 from __future__ import annotations
 

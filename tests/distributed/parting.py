@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nsa_dist import NativeSparseAttention, get_plan, native_sparse_attention, unshard
+from nsa_dist import NativeSparseAttention, NSAConfig, get_plan, native_sparse_attention, unshard
 from nsa_dist.attention import plan_cache
-from nsa_dist.comm import fetch, gather, halo
+from nsa_dist.attention.call import Call as AttentionCall
+from nsa_dist.attention.selectors import Selection
+from nsa_dist.comm import Work, fetch, gather, halo
+from nsa_dist.plan import Grid
 from tests.distributed.bad_call import (
     END,
     LOCAL,
@@ -346,6 +350,40 @@ def raising_compressor(group: Any) -> Call:
     return lambda: call_layer(group, compress="custom", layer=options)
 
 
+class OwnBlock:
+    """A selector of each query's own block, which goes wrong on the last rank."""
+
+    name, branch = "own block", None
+
+    def __init__(self, raises: bool) -> None:
+        self.raises = raises
+
+    def grids(self, config: NSAConfig) -> dict[str, Grid]:
+        return {}
+
+    def stated(self) -> dict[str, str]:
+        return {}
+
+    def problem(self, call: AttentionCall) -> str | None:
+        return None
+
+    def begin(self, call: AttentionCall, extended: Any) -> Work[None]:
+        return Work.done(None)
+
+    def select(self, call: AttentionCall, q_NHD: Tensor, gathered: None) -> Selection:
+        if self.raises and is_bad_rank():
+            raise LookupError("no such block")
+        own_N = call.plan.positions // call.config.select_block
+        blocks_NGn = own_N[:, None, None].expand(-1, call.config.num_kv_heads, 1)
+        return Selection(blocks_NGn if is_bad_rank() else blocks_NGn.int())
+
+
+def bad_selector(group: Any, raises: bool = False) -> Call:
+    """The last rank's selector gives blocks of another dtype, or raises, in a forward."""
+    options = {"selector": OwnBlock(raises)}
+    return lambda: call_layer(group, branches=("selected", "window"), layer=options)
+
+
 # With what the last rank found, which every rank tells.
 TOLD: dict[str, tuple[Callable[[Any], Call], str]] = {
     "new-values": (new_values, "[0, 16, 24, "),
@@ -375,6 +413,11 @@ TOLD: dict[str, tuple[Callable[[Any], Call], str]] = {
     "raising-compressor": (
         raising_compressor,
         "custom compressor raised LookupError: no such head",
+    ),
+    "bad-selector": (bad_selector, "blocks of selector 'own block' must be torch.int32 of shape"),
+    "raising-selector": (
+        partial(bad_selector, raises=True),
+        "selector 'own block' raised LookupError: no such block",
     ),
 }
 # With what the last rank raises itself, if not what the others do.
