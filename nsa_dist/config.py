@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from nsa_dist.checks import as_choice, as_int, as_number, check, check_bool
-from nsa_kernels.compressors import COMPRESSORS
+from nsa_kernels.compressors import COMPRESSORS, parameter_names
 
 BRANCHES = ("compressed", "selected", "window")
 """The order of branches everywhere: in gates, projections and results."""
@@ -147,8 +147,9 @@ class NSAConfig:
             value, kind = getattr(self, option), getattr(self, kind_option)
             must = f"None with {kind_option}={kind!r} (only {kind_option}='mlp' has a hidden width)"
             check(value is None or kind == "mlp", option, value, must)
+        has_weights = self.compress != "custom" and parameter_names(self.compress) != ()
         check(
-            not self.compress_per_head or self.compress not in ("mean", "custom"),
+            not self.compress_per_head or has_weights,
             "compress_per_head",
             self.compress_per_head,
             f"False with compress={self.compress!r}, which has no weights of this package",
@@ -202,7 +203,7 @@ class NSAConfig:
 
     @property
     def num_key_sets(self) -> int:
-        """Key projections of the layer: one per key branch, or one for all."""
+        """Key projections of a layer with NSA's own selector: one per key branch, or one."""
         return len(self.key_branches) if self.independent_kv else 1
 
     @property

@@ -1,8 +1,6 @@
 """The kinds of compressor, phi of Eq. 7 (arXiv 2502.11089), and the parameters of each.
 
-To add a kind, add its parameters here, its forward and backward to pytorch/compression.py under the
-same name, and its oracle to reference.py. Kernels in triton/compression/kinds.py may follow: until
-then the Triton backend refuses the kind by name.
+docs/extending.md lists what to touch for another kind.
 
 Letters: l rows of a block, D width, `hidden` the hidden width that the user chose.
 """
@@ -16,14 +14,15 @@ Init = Literal["zero", "mean", "linear"]
 
 
 class Parameter(NamedTuple):
-    """The shape of a parameter without its leading [G], and its initial values.
+    """The shape of a parameter without its leading [G], and how training treats it.
 
     init: `zero`; `mean`: 1/l, so that the sum over a block's rows is their mean; `linear`: uniform
-    with the bound of torch's linear layers.
+    with the bound of torch's linear layers. decay: whether weight decay acts on it.
     """
 
     shape: tuple[int, ...]
     init: Init
+    decay: bool = True
 
 
 Parameters = dict[str, Parameter]
@@ -31,7 +30,7 @@ Parameters = dict[str, Parameter]
 
 def _mlp(block: int, width: int, hidden: int) -> Parameters:
     return {
-        "position": Parameter((block, width), "zero"),
+        "position": Parameter((block, width), "zero", decay=False),
         "up": Parameter((hidden, block * width), "linear"),
         "down": Parameter((width, hidden), "linear"),
     }
@@ -39,22 +38,22 @@ def _mlp(block: int, width: int, hidden: int) -> Parameters:
 
 def _linear(block: int, width: int, hidden: int) -> Parameters:
     return {
-        "position": Parameter((block, width), "zero"),
+        "position": Parameter((block, width), "zero", decay=False),
         "weight": Parameter((width, block * width), "linear"),
     }
 
 
 def _conv1d(block: int, width: int, hidden: int) -> Parameters:
     return {
-        "position": Parameter((block, width), "zero"),
+        "position": Parameter((block, width), "zero", decay=False),
         "weight": Parameter((width, block), "mean"),
     }
 
 
 def _attention_pool(block: int, width: int, hidden: int) -> Parameters:
     return {
-        "position": Parameter((block, width), "zero"),
-        "query": Parameter((width,), "zero"),
+        "position": Parameter((block, width), "zero", decay=False),
+        "query": Parameter((width,), "zero", decay=False),
     }
 
 
@@ -76,6 +75,12 @@ COMPRESSORS: dict[str, Callable[[int, int, int], Parameters]] = {
 def parameter_names(kind: str) -> tuple[str, ...]:
     """The names of a kind's parameters, in the order in which backends take them."""
     return tuple(COMPRESSORS[kind](1, 1, 1))
+
+
+def undecayed_parameters() -> frozenset[str]:
+    """The names of parameters, of any kind, on which weight decay does not act."""
+    tables = [kind(1, 1, 1) for kind in COMPRESSORS.values()]
+    return frozenset(name for table in tables for name, p in table.items() if not p.decay)
 
 
 def check_kind(kind: str, kinds: dict[str, object], backend: str) -> None:

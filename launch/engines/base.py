@@ -2,7 +2,8 @@
 
 An engine is an ``EngineSpec``, which says what it is before anything is built and can be imported
 where the engine's library is not installed, and an ``Engine``, which the spec builds.
-``registry.py`` has a row for each; nothing else knows their names.
+``registry.py`` has a row for each. The programs find engines there; only ``convert.py`` and the
+recording of choices name one, whose files they read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from launch.processes.ranks import Ranks
 from launch.settings import OptimizerSettings, Settings
 from nsa_dist import ShardedBatch
+from nsa_kernels.compressors import undecayed_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight."""
@@ -157,8 +159,10 @@ class WholeState:
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
     """Whether AdamW decays a parameter, by our name or Megatron's. It decays matrices, but not
-    gains, biases, positions, logits and queries, which are matrices if each head has its own."""
-    vector = name.endswith((".position", ".logits", ".query")) or "norm" in name
+    gains, biases, gate logits and what the table of compressors exempts. Those are matrices too if
+    each head has its own."""
+    last = name.rpartition(".")[2]
+    vector = last == "logits" or last in undecayed_parameters() or "norm" in name
     return parameter.ndim >= 2 and not vector
 
 

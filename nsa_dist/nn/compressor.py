@@ -86,6 +86,7 @@ class BlockCompressor(nn.Module):
             elif init == "mean":
                 parameter.fill_(1.0 / self.block)
             else:
+                assert init == "linear", init
                 bound = 1.0 / math.sqrt(parameter.shape[-1])
                 parameter.uniform_(-bound, bound)
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from launch.engines.base import is_decayed
 from launch.model import LOSS_ROWS, Decoder
 from launch.settings import Settings
 from nsa_dist import NativeSparseAttention, NSAConfig, RotaryConfig, apply_rotary, rotary_cos_sin
 from nsa_dist.adapters.ring import DenseAttention
+from nsa_kernels.compressors import COMPRESSORS, parameter_names
 from tests.distributed.ranks import Ranks
 from tests.launch.common import initial_weights, tiny
 
@@ -124,3 +126,17 @@ def test_no_label_at_all_is_a_loss_of_zero_with_gradients(root: Path) -> None:
     for name, p in model.named_parameters():
         assert p.grad is not None, name
         assert float(p.grad.abs().max()) == 0.0, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "per_head"),
+    [(kind, per_head) for kind in COMPRESSORS for per_head in {False, bool(parameter_names(kind))}],
+)
+def test_weight_decay_acts_on_matrices_of_compressors(kind: str, per_head: bool) -> None:
+    matrices = {"mlp": {"up", "down"}, "linear": {"weight"}, "conv1d": {"weight"}}
+    config = NSAConfig(4, 2, 8, compress=kind, compress_per_head=per_head)
+    with torch.device("meta"):
+        layer = NativeSparseAttention(24, config)
+    weights = dict(layer.k_compressor.named_parameters())
+    found = {name for name, p in weights.items() if is_decayed(f"k_compressor.{name}", p)}
+    assert found == matrices.get(kind, set())

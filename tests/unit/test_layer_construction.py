@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_dist import NativeSparseAttention, NSABlock, NSAConfig, RotaryConfig, shard_batch
+from nsa_kernels.compressors import COMPRESSORS
 
 SMALL = NSAConfig(
     4,
@@ -22,7 +23,7 @@ SMALL = NSAConfig(
     window=9,
 )
 HIDDEN = 24
-KINDS = ("mlp", "linear", "conv1d", "attention_pool", "mean")
+KINDS = tuple(COMPRESSORS)
 
 
 def equal_weights(a: nn.Module, b: nn.Module) -> bool:

@@ -32,6 +32,7 @@ from nsa_dist.comm.group import ContextGroup, GroupLike
 from nsa_dist.config import NSAConfig
 from nsa_dist.nn.compressor import BlockCompressor
 from nsa_dist.nn.gates import LinearGate, MLPGate
+from nsa_kernels.compressors import COMPRESSORS
 
 GATE_INIT = (-10.0, 0.0, 0.0)
 """Gate logits of (compressed, selected, window): 0.5 + 0.5 + 4.5e-5, one dense attention."""
@@ -127,6 +128,9 @@ def _start_as_mean(compressor: BlockCompressor) -> None:
         channel = torch.arange(dim, device=down.device)
         down[..., channel, channel] = 1.0
         down[..., channel, dim + channel] = -1.0
+    else:
+        drawn = [n for n, p in COMPRESSORS[compressor.kind](1, 1, 1).items() if p.init == "linear"]
+        assert not drawn, f"{compressor.kind} needs a start as the mean of a block for {drawn}"
 
 
 def _set_mean(weight: Tensor, dim: int, block: int, sign: float) -> None:

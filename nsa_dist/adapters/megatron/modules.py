@@ -160,8 +160,8 @@ class ParallelCompressor(BlockCompressor):
         for name, parameter in self.named_parameters():
             if self.per_head:
                 set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-            is_matrix = self.kind in ("mlp", "linear") and name != "position"
-            if is_matrix and megatron.perform_initialization:
+            is_drawn = self._parameters_of_kind[name].init == "linear"
+            if is_drawn and megatron.perform_initialization:
                 shape = parameter.shape
                 if self.per_head:
                     shape = torch.Size((whole.num_kv_heads, *shape[1:]))

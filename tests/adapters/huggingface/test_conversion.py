@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nsa_dist import NSAConfig
 from nsa_kernels import get_backend
+from nsa_kernels.compressors import COMPRESSORS, parameter_names
 
 pytest.importorskip("transformers")
 
@@ -123,7 +124,7 @@ def test_independent_sets_start_alike() -> None:
 
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per-head"])
-@pytest.mark.parametrize("kind", ["mlp", "linear", "conv1d", "attention_pool"])
+@pytest.mark.parametrize("kind", [kind for kind in COMPRESSORS if parameter_names(kind)])
 def test_compressors_start_as_means(kind: Any, per_head: bool) -> None:
     config = replace(SMALL, compress=kind, compress_per_head=per_head)
     if kind == "mlp":
