@@ -100,7 +100,7 @@ class Backend(Protocol):
         num_local_blocks: int,
         scale: float,
     ) -> Tensor:
-        """Eq. 9 to 12, the blocks that each query and group attends to; not differentiated.
+        """Eq. 9 to 11, the blocks that each query and group attends to; not differentiated.
 
         q [N, H, Dk], k [C, G, Dk] compressed, lse [N, H] of compressed_attention -> int32 [N, G, n]
         block indices counted from the document's start, ascending, then -1. Forced are the first

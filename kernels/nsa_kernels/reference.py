@@ -232,7 +232,7 @@ def window_mask(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def selected_mask(selected: Tensor, select_block: int) -> Tensor:
-    """bool [S, G, S]: query t sees the tokens <= t of its chosen blocks [S, G, n] (Eq. 11, 12)."""
+    """bool [S, G, S]: query t sees the tokens <= t of its chosen blocks [S, G, n] (Eq. 12)."""
     length, num_groups, _ = selected.shape
     t = torch.arange(length, device=selected.device)
     num_blocks = -(-length // select_block)

@@ -1,4 +1,4 @@
-"""The choice of blocks from the compressed attention's probabilities (Eq. 9 to 12, 2502.11089).
+"""The choice of blocks from the compressed attention's probabilities (Eq. 9 to 11, 2502.11089).
 
 A tile of queries scores all blocks it could choose, ranks them and keeps the indices; scores are
 never kept. Every column is computed by the same additions in the same order, so that equal

@@ -1,4 +1,4 @@
-"""The compression branch: causal attention to the compressed tokens (Eq. 7, arXiv 2502.11089)."""
+"""The compressed branch: causal attention to the compressed tokens (Eq. 7, arXiv 2502.11089)."""
 
 from __future__ import annotations
 

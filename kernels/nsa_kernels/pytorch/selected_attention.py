@@ -1,4 +1,4 @@
-"""The selection branch: attention to the tokens of the chosen blocks (Eq. 11, arXiv 2502.11089).
+"""The selected branch: attention to the tokens of the chosen blocks (Eq. 12, arXiv 2502.11089).
 
 For one KV head at a time, the blocks that are here become a pool [blocks, l', D]. A tile of
 queries gathers the n blocks of each, so that a query's sums have one order, whatever its neighbours

@@ -1,4 +1,4 @@
-"""Attention to a band of consecutive keys: the compression branch and the window branch."""
+"""Attention to a band of consecutive keys: the compressed branch and the window branch."""
 
 from nsa_kernels.triton.banded.operator import (
     banded_attention,

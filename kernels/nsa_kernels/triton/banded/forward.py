@@ -32,6 +32,7 @@ from nsa_kernels.triton.banded.band import (
 )
 from nsa_kernels.triton.shared.arguments import head_rows, last_dim_contiguous, load_head_rows
 from nsa_kernels.triton.shared.arithmetic import (
+    LN2,
     add_dot,
     add_softmax,
     filled,
@@ -156,7 +157,7 @@ def _forward_kernel(
     if C.PRECISION == "ieee":
         b_lse = b_max + tl.log(b_sum)
     else:
-        b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
+        b_lse = (b_max + tl.log2(b_sum)) * LN2
     o_dv = tl.arange(0, C.PDV)
     row_head = row * (C.G * C.R) + head
     p_o = o + row_head[:, None] * C.DV + o_dv[None, :]

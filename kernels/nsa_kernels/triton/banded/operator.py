@@ -1,4 +1,4 @@
-"""The compression branch (Eq. 7, arXiv 2502.11089) and the window branch (section 3.3.3)."""
+"""The compressed branch (Eq. 7, arXiv 2502.11089) and the window branch (section 3.3.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The selection branch: attention to the tokens of the chosen blocks."""
+"""The selected branch: attention to the tokens of the chosen blocks."""
 
 from nsa_kernels.triton.selected.operator import selected_attention
 

@@ -1,4 +1,4 @@
-"""Gradients of the selection branch: see forward.py.
+"""Gradients of the selected branch: see forward.py.
 
 The probabilities P are computed again from the log-sum-exp: dP = do v^T, dS = P (dP - delta) with
 delta = sum of o do, dq = scale dS k, dk = scale dS^T q, dv = P^T do. dq walks the blocks of a tile
@@ -31,7 +31,14 @@ from nsa_kernels.triton.selected.blocks import (
     sources_of_head,
     store_tile,
 )
-from nsa_kernels.triton.selected.lists import EDGES, block_lists, query_lists
+from nsa_kernels.triton.selected.lists import (
+    EDGES,
+    block_lists,
+    entry_chosen_by,
+    entry_length,
+    entry_row,
+    query_lists,
+)
 from nsa_kernels.triton.shared.arguments import HeadRows, head_rows, load_head_rows, load_rows
 from nsa_kernels.triton.shared.arithmetic import (
     PIECE,
@@ -178,8 +185,8 @@ def _dq_kernel(
             entry = tl.load(p_list + EDGE_BLOCKS)
             for i in tl.range(0, count * TILES):
                 following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
-                block = block_at(entry >> 24, sources, num_own)
-                chose = ((entry.to(tl.int32) >> token) & 1) != 0
+                block = block_at(entry_row(entry), sources, num_own)
+                chose = entry_chosen_by(entry, token)
                 b_dq, b_delta = _add_dq(
                     b_dq, b_delta, queries, block, i % TILES * C.BN, chose, token, C.BLOCK,
                     logit_scale, False, i_pass == 0, C,
@@ -192,10 +199,10 @@ def _dq_kernel(
                 entry = following
         for i in tl.range(0, EDGE_BLOCKS * TILES, num_stages=1):
             entry = tl.load(p_list + i // TILES)
-            limit = ((entry >> 16) & 255).to(tl.int32)
+            limit = entry_length(entry)
             if i % TILES * C.BN < limit:
-                block = block_at(entry >> 24, sources, num_own)
-                chose = ((entry.to(tl.int32) >> token) & 1) != 0
+                block = block_at(entry_row(entry), sources, num_own)
+                chose = entry_chosen_by(entry, token)
                 b_seen = position + token + 1 - (first_edge + i // TILES) * C.BLOCK
                 b_dq, b_delta = _add_dq(
                     b_dq, b_delta, queries, block, i % TILES * C.BN, chose, b_seen, limit,

@@ -1,13 +1,15 @@
-"""The selection branch: attention to the tokens of the chosen blocks (Eq. 11, arXiv 2502.11089).
+"""The selected branch: attention to the tokens of the chosen blocks (Eq. 12, arXiv 2502.11089).
 
-What binds is the traffic of keys and values from the L2 cache, not arithmetic: a block has 2 l' D
+The bottleneck is reading keys and values from the L2 cache, not arithmetic: a block has 2 l' D
 numbers for the R rows of one token. So a program takes a tile of neighbouring tokens of one KV
-head, BM = BT*R rows of one matrix, and walks the blocks that any of them chose: one that several
-chose is loaded once, and the matrix instructions have rows enough. A block that a token did not
-choose leaves the token's running maximum, sum and accumulator as they are, bit for bit, and blocks
-come in ascending order for every token, so that a query's output depends neither on its neighbours
-in the tile nor on where its document was cut. Multiply-adds are written out and the compiler may
-make no other, since blocks at the causal edge take another branch of the code than those before.
+head, BM = BT*R rows of one matrix, and walks the blocks that any of them chose. A block that
+several chose is loaded once, and the matrix instructions have enough rows. A block that a token did
+not choose leaves the token's running maximum, sum and accumulator as they are, bit for bit, and
+blocks come in ascending order for every token. So a query's output depends neither on its
+neighbours in the tile nor on where its document was cut. Multiply-adds are explicit and the
+compiler makes no others, so that the loop at the causal edge and the loop before it round alike.
+
+`BlockLists` (lists.py) says what an entry of a tile's list holds.
 
 Letters: N local rows, H query heads, G KV heads, R = H/G, Dk and Dv widths, E and F own and fetched
 rows, B selection blocks, n chosen blocks, l' tokens of a block.
@@ -29,9 +31,16 @@ from nsa_kernels.triton.selected.blocks import (
     sources_of_head,
     with_int32_blocks,
 )
-from nsa_kernels.triton.selected.lists import EDGES, block_lists
+from nsa_kernels.triton.selected.lists import (
+    EDGES,
+    block_lists,
+    entry_chosen_by,
+    entry_length,
+    entry_row,
+)
 from nsa_kernels.triton.shared.arguments import head_rows, last_dim_contiguous, load_head_rows
 from nsa_kernels.triton.shared.arithmetic import (
+    LN2,
     add_dot,
     add_softmax,
     filled,
@@ -60,7 +69,8 @@ def _attend(
 ):
     """One step of the online softmax, over BN keys of a block, for the rows that `chose` it.
 
-    At an EDGE to the keys before b_seen of each row; none is there from `limit` on.
+    With EDGE a row sees the block's keys before its b_seen, and keys from `limit` on are not
+    loaded. Without it every row sees all keys, and b_seen is not read.
     """
     b_k, b_v = load_block(block, first_key, limit, EDGE, C)  # [BN, PDK], [BN, PDV]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=C.PRECISION)  # [BM, BN]
@@ -114,14 +124,14 @@ def _forward_kernel(
     b_l = filled(C.BM, 0.0)
     b_acc, b_max, b_sum = b_a, b_m, b_l
     TILES: tl.constexpr = C.BLOCK // C.BN
-    # Asked outside: where the loop may be empty, ptxas makes each wgmma wait for the one before.
+    # Tested outside the loop: if it may be empty, ptxas makes each wgmma wait for the one before.
     if count > 0:
         # Read ahead, so that the addresses of keys and values never wait for it.
         entry = tl.load(p_list + EDGE_BLOCKS)
         for i in tl.range(0, count * TILES):
             following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
-            block = block_at(entry >> 24, sources, num_own)
-            chose = ((entry.to(tl.int32) >> token) & 1) != 0
+            block = block_at(entry_row(entry), sources, num_own)
+            chose = entry_chosen_by(entry, token)
             b_a, b_m, b_l = _attend(
                 b_a, b_m, b_l, b_q, block, i % TILES * C.BN, chose, token, C.BLOCK, logit_scale,
                 False, C,
@@ -140,10 +150,10 @@ def _forward_kernel(
     first_edge = (position + 1) // C.BLOCK
     for i in tl.range(0, EDGE_BLOCKS * TILES, num_stages=1):
         entry = tl.load(p_list + i // TILES)
-        limit = ((entry >> 16) & 255).to(tl.int32)  # 0 for a block that no token chose
+        limit = entry_length(entry)  # 0 for a block that no token chose
         if i % TILES * C.BN < limit:
-            block = block_at(entry >> 24, sources, num_own)
-            chose = ((entry.to(tl.int32) >> token) & 1) != 0
+            block = block_at(entry_row(entry), sources, num_own)
+            chose = entry_chosen_by(entry, token)
             b_seen = position + token + 1 - (first_edge + i // TILES) * C.BLOCK
             b_a, b_m, b_l = _attend(
                 b_a, b_m, b_l, b_q, block, i % TILES * C.BN, chose, b_seen, limit, logit_scale,
@@ -159,12 +169,12 @@ def _forward_kernel(
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # With nothing seen the maximum is -inf.
     b_o = b_acc / b_sum[:, None]
-    if C.PRECISION == "ieee":
+    if C.PRECISION == "ieee":  # Logits are multiples of ln, else of log2: see logit_scale.
         b_log_sum = b_max + tl.log(b_sum)
         b_lse = b_log_sum
     else:
         b_log_sum = b_max + tl.log2(b_sum)
-        b_lse = b_log_sum * 0.6931471805599453
+        b_lse = b_log_sum * LN2
     o_dv = tl.arange(0, C.PDV)
     row_head = row * (C.G * C.R) + head
     p_o = o + row_head[:, None] * C.DV + o_dv[None, :]
@@ -186,7 +196,7 @@ def selected_forward(
     select_block: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o [N, H, Dv], lse [N, H], and the lse as kernels count it."""
+    """o [N, H, Dv], lse [N, H], and lse in the base of the kernels' exponentials: `logit_scale`."""
     q_NHD = last_dim_contiguous(q_NHD)
     tensors = [
         with_int32_blocks(x, select_block)
@@ -215,7 +225,7 @@ def selected_forward(
 
 
 def empty_outputs(q_NHD: Tensor, v_EGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """o, lse and the lse as kernels count it, not yet written."""
+    """o, lse and lse in the kernels' base, not yet written."""
     o_NHD = q_NHD.new_empty(*q_NHD.shape[:2], v_EGD.shape[-1])
     lse_NH = q_NHD.new_empty(q_NHD.shape[:2], dtype=torch.float32)
     return o_NHD, lse_NH, torch.empty_like(lse_NH)

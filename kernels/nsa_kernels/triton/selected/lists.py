@@ -1,4 +1,4 @@
-"""Who meets whom in the selection branch: a tile's blocks, and a block's queries.
+"""Who meets whom in the selected branch: a tile's blocks, and a block's queries.
 
 Forward and dq take a tile of neighbouring tokens of one segment and walk the blocks that any of
 them chose, in ascending order: `block_lists`. dk and dv take a block and walk the queries that
@@ -26,8 +26,8 @@ EDGES = 2
 class BlockLists(NamedTuple):
     """The blocks that a tile's tokens chose, for each tile and group.
 
-    lists: int64 [tiles, G, EDGES + BT*n], an entry a block: the row where it starts, above 8 bits
-    for how many of its tokens to load, above 16 bits for which tokens of the tile chose it.
+    lists: int64 [tiles, G, EDGES + BT*n], an entry a block, which `make_entry` packs: the row where
+    it starts, how many of its tokens to load, and which tokens of the tile chose it.
     First the EDGES blocks from the first one that not all tokens see whole (0: chosen by none),
     then, ascending, the chosen blocks before those.
     counts: int32 [tiles, G], how many come after the edges.
@@ -52,6 +52,33 @@ class ListConstants(NamedTuple):
     EDGES: int
     BC: int
     BK: int
+
+
+@triton.jit
+def make_entry(row, length, choosers):
+    """An entry: bits 0 to 15 the choosers, token i of the tile in bit i; 16 to 23 length; then row.
+
+    row: int64. length: tokens to load, at most 128. choosers: at most 16 bits.
+    """
+    return row * 16777216 + length * 65536 + choosers
+
+
+@triton.jit
+def entry_row(entry):
+    """The row where the block starts, int64."""
+    return entry >> 24
+
+
+@triton.jit
+def entry_length(entry):
+    """How many tokens of the block to load, int32."""
+    return ((entry >> 16) & 255).to(tl.int32)
+
+
+@triton.jit
+def entry_chosen_by(entry, token):
+    """Whether each `token` of the tile chose the block."""
+    return ((entry.to(tl.int32) >> token) & 1) != 0
 
 
 @triton.jit
@@ -82,7 +109,7 @@ def _block_lists_kernel(
         if choosers > 0:
             length = tl.load(block_lengths + base + j).to(tl.int32)
             length = tl.minimum(length, last + 1 - j * C.BLOCK)
-            entry = tl.load(p_rows + j) * 16777216 + length * 65536 + choosers
+            entry = make_entry(tl.load(p_rows + j), length, choosers)
         tl.store(p_list + i, entry)
 
     inner = (b_j >= 0) & (b_j < first_edge)
@@ -104,7 +131,7 @@ def _block_lists_kernel(
         place += tl.sum(tl.where(before, 1, 0), 1)
     first = inner & ((choosers & (bit - 1)) == 0)
     row = tl.load(p_rows + b_j, mask=first, other=0)
-    entry = row * 16777216 + C.BLOCK * 65536 + choosers
+    entry = make_entry(row, C.BLOCK, choosers)
     tl.store(p_list + C.EDGES + place, entry, mask=first)
     tl.store(blocks.counts + i_tile * C.G + i_g, tl.sum(tl.where(first, 1, 0), 0))
 

@@ -1,4 +1,4 @@
-"""The selection branch as an operator of torch: attention to the tokens of the chosen blocks."""
+"""The selected branch as an operator of torch: attention to the tokens of the chosen blocks."""
 
 from __future__ import annotations
 

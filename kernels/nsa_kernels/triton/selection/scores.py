@@ -1,4 +1,4 @@
-"""The choice of blocks from the compressed attention's probabilities (Eq. 9 to 12, 2502.11089).
+"""The choice of blocks from the compressed attention's probabilities (Eq. 9 to 11, 2502.11089).
 
 Two kernels take turns over chunks of the query rows, so that the scores between them need no more
 than WORKSPACE_BYTES at any length:

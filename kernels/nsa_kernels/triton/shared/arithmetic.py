@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
 # Tiles added one after another; more are added in pieces, whose sums are then added.
 PIECE = 64
 

@@ -1,4 +1,6 @@
-"""Tile sizes, warps and stages of every kernel, for each generation of GPUs.
+"""Tile sizes, warps and stages of kernels, for each generation of GPUs.
+
+Of kernels that pass over memory once, or make tables, the launchers choose themselves.
 
 A new GPU is a row of GPUS; `make compile-all` says whether its tiles fit registers and memory. Bits
 of a result depend on the shapes of tiles, so these follow from widths, dtype, the ratio R of heads,
@@ -18,7 +20,7 @@ from nsa_kernels.triton.shared.arithmetic import PIECE
 
 # A thread's. Unless it is told, ptxas gives some small kernels few and spills some bytes.
 MOST_REGISTERS = 255
-# Tokens of a tile in the selection branch, at most: bits of an entry's mask, see selected/lists.py.
+# Tokens of a tile in the selected branch, at most: bits of an entry's mask, see selected/lists.py.
 MOST_TOKENS = 16
 # Elements of a tile of rows that a kernel passes over once.
 ROW_TILE_ELEMENTS = 4096
@@ -237,7 +239,7 @@ def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def walk_tiles(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkTile, WalkTile]:
-    """Of forward and dq of the selection branch, with `num` chosen blocks."""
+    """Of forward and dq of the selected branch, with `num` chosen blocks."""
     gpu, width = gpu_of(q), _padded_width(q, v)
     keys = min(16 if q.dtype == torch.float32 else 32 if width > 128 else 64, select_block)
     apart = num * select_block > PIECE * keys
@@ -264,7 +266,7 @@ def walk_tiles(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkT
 
 
 def selected_dkv_tile(q: Tensor, v: Tensor, select_block: int) -> Tile:
-    """Of dk and dv of the selection branch."""
+    """Of dk and dv of the selected branch."""
     gpu = gpu_of(q)
     if q.dtype == torch.float32:
         return Tile(32, min(32, select_block), 8, 1)
