@@ -2,8 +2,8 @@
 
     python -m tests.in_parts [pytest's arguments] [files or folders]
 
-Many tests compute in one process, others wait for programs and ranks that they start: two parts at
-a time keep two cores busy. A part is one pytest process over a folder of tests, so that ranks are
+Many tests compute in one process, others wait for programs and ranks that they start: three at a
+time keep two cores busy. A part is one pytest process over a folder of tests, so that ranks are
 started once for all its tests. What a part says is printed when it ends, and at the end the
 failures of all. With files or folders among the arguments, and on a machine with a GPU, whose tests
 would share it, there is one part.
@@ -31,7 +31,7 @@ PARTS = (
     ("tests/adapters", "tests/repository"),
     ("tests/distributed", "tests/traps", "tests/unit"),
 )
-WORKERS = 2
+WORKERS = 3
 NOTHING_SELECTED = int(pytest.ExitCode.NO_TESTS_COLLECTED)
 
 

@@ -194,7 +194,9 @@ def test_ranks_equal_one_rank(name: str, size: int, ranks_of: Callable[[int], Ra
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "size", [4, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2))]
+)
 def test_triton(size: int, ranks_of: Callable[[int], Ranks]) -> None:
     pytest.importorskip("triton")
     base = variants(BASE, head_dim=16, v_head_dim=16, select_block=16, window=20)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist import BRANCHES, BlockCompressor, NSAConfig, make_sharding, native_sparse_attention
+from nsa_kernels.compressors import COMPRESSORS
 from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -147,7 +148,7 @@ def test_bits_do_not_depend_on_the_split(
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="GPUs run the larger cases")
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("layout", ["zigzag", pytest.param("contiguous", marks=pytest.mark.slow)])
 def test_bits_of_shared_keys_and_values(layout: str, ranks_of: Callable[[int], Ranks]) -> None:
     """One buffer of keys, with one halo, for all branches."""
     config = replace(SMALL, independent_kv=False, compress="mean")
@@ -170,7 +171,7 @@ def gpus(request: pytest.FixtureRequest) -> Iterator[Ranks]:
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("shared", [False, True], ids=["independent", "shared"])
-@pytest.mark.parametrize("compress", ["mlp", "linear", "conv1d", "attention_pool", "mean"])
+@pytest.mark.parametrize("compress", list(COMPRESSORS))
 @pytest.mark.parametrize("packed", [False, True], ids=["one-document", "packed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -41,7 +41,9 @@ def settings_of(root: Path, kind: str, name: str, **run: Any) -> Settings:
     return tiny(root, model=KINDS[kind], parallel={"layout": "contiguous"}, run=options)
 
 
-@pytest.mark.parametrize("dtype, relative", [("float64", 1e-9), ("float32", 1e-5)])
+@pytest.mark.parametrize(
+    "dtype, relative", [("float64", 1e-9), pytest.param("float32", 1e-5, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_step_is_the_same_over_two_ranks(
     ranks_of: RanksOf, root: Path, kind: str, dtype: str, relative: float
@@ -107,7 +109,8 @@ def bf16_difference(ranks_of: RanksOf, root: Path) -> Callable[[str], float]:
     return get
 
 
-@pytest.mark.parametrize("kind", ["hybrid", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hybrid", "dense"])
 def test_the_ring_trains_in_bfloat16(bf16_difference: Callable[[str], float], kind: str) -> None:
     """Losses differ between one rank and two no more than twice as much as those of NSA do."""
     found, reference = bf16_difference(kind), bf16_difference("nsa")
@@ -115,6 +118,7 @@ def test_the_ring_trains_in_bfloat16(bf16_difference: Callable[[str], float], ki
     assert 0 < found <= 2 * reference
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_deepspeed_trains_hybrid_models(
     ranks_of: RanksOf, deepspeed_ranks: RanksOf, root: Path

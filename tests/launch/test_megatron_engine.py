@@ -50,12 +50,12 @@ TP2 = {"tp": 2, "sequence_parallel": True}
 BLOCK = {"recompute": True}
 ATTENTION = {"recompute": True, "recompute_part": "attention"}
 RUNS: list[Any] = [
-    ("independent", 2, {"cp": 2}, {}),
     ("independent", 2, TP2, ATTENTION),
-    ("shared", 2, {"pp": 2}, BLOCK),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            ("independent", 2, {"cp": 2}, {}),
+            ("shared", 2, {"pp": 2}, BLOCK),
             ("shared", 2, {"tp": 2}, {}),
             ("independent", 2, {}, {}),
             ("shared", 4, {"cp": 2}, {}),

@@ -107,9 +107,9 @@ def test_a_step_that_is_not_finite_changes_no_bit(
 @pytest.mark.parametrize(
     "parallel",
     [
-        {"cp": 2},
+        pytest.param({"cp": 2}, marks=pytest.mark.slow),
         pytest.param({"tp": 2, "sequence_parallel": True}, marks=pytest.mark.slow),
-        pytest.param({}, marks=pytest.mark.slow),
+        {},
     ],
     ids=["cp2", "tp2", "dp2"],
 )

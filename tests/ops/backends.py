@@ -85,6 +85,11 @@ def _marks_of(row: tuple[Any, ...], rows: list[Any]) -> list[pytest.MarkDecorato
     return [pytest.mark.slow] if INTERPRETED and repeats else []
 
 
+def wider_first(dtypes: list[torch.dtype]) -> list[Any]:
+    """Values for a test of one backend, with the marks of ``over``."""
+    return [pytest.param(x, marks=_marks_of((x,), [(y,) for y in dtypes])) for x in dtypes]
+
+
 over_all = pytest.mark.parametrize(
     "backend",
     [pytest.param(name, marks=_MARKS.get(name, ())) for name in BACKENDS],

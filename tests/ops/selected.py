@@ -1,4 +1,4 @@
-"""What the tests of the selection branch share: calls over own and fetched blocks, or all own."""
+"""What the tests of the selected branch share: calls over own and fetched blocks, or all own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compression branch's attention against the oracle, and what its queries must not notice."""
+"""The compressed branch's attention against the oracle, and what its queries must not notice."""
 
 from __future__ import annotations
 

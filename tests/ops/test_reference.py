@@ -455,7 +455,13 @@ def test_softmax_is_float32_or_float64(dtype):
     assert float(lse[-1]) == pytest.approx(math.log(257), rel=1e-6)  # bfloat16 would give 5.5625
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in ("mlp", "attention_pool") else pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_gradients_by_finite_differences(kind):
     tensors, o = random_case(kind, 7, num_selected=1, num_init_blocks=0)
     cu_seqlens = [0, 1, 1, 7]

@@ -1,4 +1,4 @@
-"""The selection branch against the oracle, over tables that mix own and fetched blocks."""
+"""The selected branch against the oracle, over tables that mix own and fetched blocks."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def run_tests(tree: Path, nodes: list[str]) -> int:
     # Rank processes start from the environment, and import the main module if it has a file.
     os.environ["PYTHONPATH"] = os.pathsep.join(sources)
     sys.modules["__main__"] = types.ModuleType("__main__")
-    options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--rootdir={tree}"]
+    options = ["-q", "-p", "no:cacheprovider", "--tb=short", "--run-slow", f"--rootdir={tree}"]
     return int(pytest.main([*options, "-c", str(tree / "pyproject.toml"), *nodes]))
 
 

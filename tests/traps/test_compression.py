@@ -1,4 +1,4 @@
-"""Traps of the compression branch: who sees which compressed token, and who sees none."""
+"""Traps of the compressed branch: who sees which compressed token, and who sees none."""
 
 from __future__ import annotations
 

@@ -147,7 +147,9 @@ def test_as_many_ranks_go_on_however_they_split_sequences(
         assert_close(found, losses)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))]
+)
 def test_other_numbers_of_ranks_go_on_by_the_command_that_the_refusal_names(
     deepspeed_ranks: GetRanks, saved: Callable[[int], tuple[str, Losses]], stage: int
 ) -> None:

@@ -22,7 +22,8 @@ GetRanks = Callable[[int], Ranks]
 
 
 @pytest.mark.parametrize(
-    "case", ["convert", "load", pytest.param("convert-in-context", marks=pytest.mark.slow)]
+    "case",
+    ["load", *(pytest.param(x, marks=pytest.mark.slow) for x in ("convert", "convert-in-context"))],
 )
 def test_independent_keys_under_zero_3(
     case: str, deepspeed_ranks: GetRanks, tmp_path: Path

@@ -73,6 +73,11 @@ def name_of(row: tuple[int, int, int, torch.dtype]) -> str:
     return f"ZeRO{stage}-dp{dp}-cp{cp}-{str(dtype).removeprefix('torch.')}"
 
 
+def _row(*row: Any) -> Any:
+    """Six and more processes take long to start."""
+    return pytest.param(row, marks=pytest.mark.slow if row[1] * row[2] > 4 else (), id=name_of(row))
+
+
 def assert_a_step_of_one_process(ranks: Ranks, case: Case) -> None:
     if case.dtype == FP32:
         case = replace(case, compute=torch.float64)
@@ -109,7 +114,7 @@ def counted_on_each_rank(count_targets: Any, batches: Any, mpu: Any) -> int:
     Replaced("nsa_dist.adapters.deepspeed:count_targets", counted_on_each_rank),
     case="ZeRO1-dp1-cp2-float32",
 )
-@pytest.mark.parametrize("row", PAIRWISE, ids=name_of)
+@pytest.mark.parametrize("row", [_row(*row) for row in PAIRWISE])
 def test_one_step_is_that_of_one_process(
     deepspeed_ranks: GetRanks, row: tuple[int, int, int, torch.dtype]
 ) -> None:

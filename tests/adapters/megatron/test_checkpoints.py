@@ -22,7 +22,11 @@ PIPELINE = Layout(cp=2, pp=2)
 
 @pytest.mark.parametrize(
     "variant",
-    ["independent-mlp", "shared-per-head", pytest.param("mlp-gate-conv1d", marks=pytest.mark.slow)],
+    [
+        "shared-per-head",
+        pytest.param("independent-mlp", marks=pytest.mark.slow),
+        pytest.param("mlp-gate-conv1d", marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_loads_on_other_layouts(
     variant: str, megatron_ranks: Callable[[int], Ranks], tmp_path: Path

@@ -16,9 +16,9 @@ from tests.distributed.ranks import Ranks
 
 CASES = {
     "TP2xCP2-packed": (Layout(tp=2, cp=2), True, {}),
-    "CP4-rows-shared": (Layout(cp=4), False, {"independent_kv": False}),
 }
 SLOW_CASES = {
+    "CP4-rows-shared": (Layout(cp=4), False, {"independent_kv": False}),
     "TP2xCP2-rows-per-head": (Layout(tp=2, cp=2), False, {"compress_per_head": True}),
     "CP4-packed-selected-and-window": (Layout(cp=4), True, {"branches": ("selected", "window")}),
 }

@@ -1,4 +1,4 @@
-"""The kernels of the selection branch: lists cut in pieces, splits, orders, strides, offsets."""
+"""The kernels of the selected branch: lists cut in pieces, splits, orders, strides, offsets."""
 
 from __future__ import annotations
 
