@@ -70,14 +70,14 @@ def heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.transpose(0, 1).to(dtype).contiguous()
 
 
-def group_queries(x: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
-    """[m, H, D] -> [G, R*m, D] in `dtype`: the queries that share a KV head in one matrix."""
-    grouped = x.unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)  # [G, R, m, D]
-    return grouped.to(dtype).reshape(num_groups, -1, x.shape[-1])
+def group_queries(x_mHD: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
+    """-> [G, Q, D] in `dtype`, Q = R*m: the queries that share a KV head in one matrix."""
+    grouped_GRmD = x_mHD.unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
+    return grouped_GRmD.to(dtype).reshape(num_groups, -1, x_mHD.shape[-1])
 
 
 def ungroup_queries(x: Tensor, num_queries: int) -> Tensor:
-    """[G, R*m, ...] -> [m, G, R, ...], a view."""
+    """[G, Q, ...] -> [m, G, R, ...], a view."""
     return x.unflatten(1, (-1, num_queries)).movedim(2, 0)
 
 

@@ -3,6 +3,9 @@
 Both walk over tiles: consecutive queries of one document against the contiguous rows that any of
 them sees. Which query sees which row is a mask on the columns at the edges of a tile; everything
 between is seen by all its queries. A tile holds all keys of its queries, so the softmax is direct.
+
+Letters: N local rows, H query heads, G KV heads, R = H/G, D widths, E key rows, m queries of a
+tile, Q = R*m rows of its matrix, K its keys.
 """
 
 from __future__ import annotations
@@ -46,27 +49,27 @@ class Tile(NamedTuple):
     key_stop: int
     hidden: tuple[tuple[int, Tensor], ...]
 
-    def mask_(self, x: Tensor, value: float) -> Tensor:
-        """Fills what is hidden in x [G, R*m, keys], in place."""
-        grid = x.unflatten(1, (-1, self.stop - self.start))
+    def mask_(self, x_GQK: Tensor, value: float) -> Tensor:
+        """Fills what is hidden in x, in place."""
+        grid_GRmK = x_GQK.unflatten(1, (-1, self.stop - self.start))
         for column, hidden in self.hidden:
-            grid[..., column : column + hidden.shape[1]].masked_fill_(hidden, value)
-        return x
+            grid_GRmK[..., column : column + hidden.shape[1]].masked_fill_(hidden, value)
+        return x_GQK
 
-    def logits(self, query: Tensor, context: FiniteRows, scale: float) -> Tensor:
-        """[G, R*m, keys] of query [G, R*m, Dk]; -inf where hidden, NaN where a bad row is seen."""
+    def logits(self, query_GQD: Tensor, context: FiniteRows, scale: float) -> Tensor:
+        """[G, Q, K]: -inf where hidden, NaN where a bad row is seen."""
         columns = slice(self.key_start, self.key_stop)
-        logits = scaled_product(query, context.keys[:, columns].mT, scale)
+        logits_GQK = scaled_product(query_GQD, context.keys[:, columns].mT, scale)
         if context.bad is not None:
-            logits = logits.masked_fill(context.bad[:, None, columns], math.nan)
+            logits_GQK = logits_GQK.masked_fill(context.bad[:, None, columns], math.nan)
         num_keys = self.key_stop - self.key_start
         everywhere = [
             F.pad(hidden, (column, num_keys - column - hidden.shape[1]))
             for column, hidden in self.hidden
         ]
-        hidden = functools.reduce(torch.logical_or, everywhere)  # [m, keys]
-        grid = logits.unflatten(1, (-1, hidden.shape[0]))
-        return grid.masked_fill(hidden, -math.inf).flatten(1, 2)
+        hidden = functools.reduce(torch.logical_or, everywhere)  # [m, K]
+        grid_GRmK = logits_GQK.unflatten(1, (-1, hidden.shape[0]))
+        return grid_GRmK.masked_fill(hidden, -math.inf).flatten(1, 2)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -81,58 +84,60 @@ class TiledAttention(torch.autograd.Function):
     @exact
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q_NHD: Tensor,
+        k_EGD: Tensor,
+        v_EGD: Tensor,
         tiles: Callable[[], Iterator[Tile]],
         scale: float,
         in_a_row: float = SUMMANDS_IN_A_ROW,
     ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(q)
-        context = FiniteRows.of(heads_first(k, dtype), heads_first(v, dtype))
-        num_groups = k.shape[1]
-        o = Rows(q.new_zeros(0, q.shape[1], v.shape[-1]), 0.0)
-        lse = Rows(q.new_zeros(0, q.shape[1], dtype=dtype), -math.inf)
+        dtype = accumulation_dtype(q_NHD)
+        context = FiniteRows.of(heads_first(k_EGD, dtype), heads_first(v_EGD, dtype))
+        num_groups = k_EGD.shape[1]
+        o = Rows(q_NHD.new_zeros(0, q_NHD.shape[1], v_EGD.shape[-1]), 0.0)
+        lse = Rows(q_NHD.new_zeros(0, q_NHD.shape[1], dtype=dtype), -math.inf)
         for tile in tiles():
             rows, columns = slice(tile.start, tile.stop), slice(tile.key_start, tile.key_stop)
-            query = group_queries(q[rows], num_groups, dtype)
-            logits = tile.logits(query, context, scale)
-            probs = logits.softmax(dim=-1)
+            query_GQD = group_queries(q_NHD[rows], num_groups, dtype)
+            logits_GQK = tile.logits(query_GQD, context, scale)
+            probs_GQK = logits_GQK.softmax(dim=-1)
             # The largest probability is exp(max - lse), so no second pass of exp is needed.
-            tile_lse = logits.amax(dim=-1) - probs.amax(dim=-1).log()
+            lse_GQ = logits_GQK.amax(dim=-1) - probs_GQK.amax(dim=-1).log()
             m = tile.stop - tile.start
-            out = torch.bmm(probs, context.values[:, columns])
-            o.add(tile.start, ungroup_queries(out, m).flatten(1, 2))
-            lse.add(tile.start, ungroup_queries(tile_lse, m).flatten(1, 2))
-        ctx.save_for_backward(q, k, v)
+            out_GQD = torch.bmm(probs_GQK, context.values[:, columns])
+            o.add(tile.start, ungroup_queries(out_GQD, m).flatten(1, 2))
+            lse.add(tile.start, ungroup_queries(lse_GQ, m).flatten(1, 2))
+        ctx.save_for_backward(q_NHD, k_EGD, v_EGD)
         ctx.tiles, ctx.scale, ctx.in_a_row = tiles, scale, in_a_row
-        outputs = o.joined(q.shape[0]), lse.joined(q.shape[0])
+        outputs = o.joined(q_NHD.shape[0]), lse.joined(q_NHD.shape[0])
         ctx.mark_non_differentiable(outputs[1])
         return outputs
 
     @staticmethod
     @first_order
     @exact
-    def backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        dtype, scale = accumulation_dtype(q), ctx.scale
-        context = FiniteRows.of(heads_first(k, dtype), heads_first(v, dtype))
-        num_groups = k.shape[1]
-        grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    def backward(ctx: Any, grad_o_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q_NHD, k_EGD, v_EGD = ctx.saved_tensors
+        dtype, scale = accumulation_dtype(q_NHD), ctx.scale
+        context = FiniteRows.of(heads_first(k_EGD, dtype), heads_first(v_EGD, dtype))
+        num_groups = k_EGD.shape[1]
+        grad_q_NHD = torch.zeros_like(q_NHD, memory_format=torch.contiguous_format)
         grad_k = TreeSum(context.keys, ctx.in_a_row)
         grad_v = TreeSum(context.values, ctx.in_a_row)
         for tile in ctx.tiles():
             rows, columns = slice(tile.start, tile.stop), slice(tile.key_start, tile.key_stop)
-            query = group_queries(q[rows], num_groups, dtype)
-            grad_out = group_queries(grad_o[rows], num_groups, dtype)
-            probs = tile.mask_(tile.logits(query, context, scale).softmax(dim=-1), 0.0)
-            grad_v.next()[:, columns].add_(product_over_rows(probs, grad_out))
-            grad_probs = tile.mask_(torch.bmm(grad_out, context.values[:, columns].mT), 0.0)
-            grad_logits = tile.mask_(softmax_backward_(grad_probs, probs), 0.0)
-            grad_k.next()[:, columns].add_(product_over_rows(grad_logits, query))
-            grad_query = scaled_product(grad_logits, context.keys[:, columns], scale)
+            query_GQD = group_queries(q_NHD[rows], num_groups, dtype)
+            grad_out_GQD = group_queries(grad_o_NHD[rows], num_groups, dtype)
+            probs_GQK = tile.mask_(tile.logits(query_GQD, context, scale).softmax(dim=-1), 0.0)
+            grad_v.next()[:, columns].add_(product_over_rows(probs_GQK, grad_out_GQD))
+            grad_probs_GQK = tile.mask_(torch.bmm(grad_out_GQD, context.values[:, columns].mT), 0.0)
+            grad_logits_GQK = tile.mask_(softmax_backward_(grad_probs_GQK, probs_GQK), 0.0)
+            grad_k.next()[:, columns].add_(product_over_rows(grad_logits_GQK, query_GQD))
+            grad_query_GQD = scaled_product(grad_logits_GQK, context.keys[:, columns], scale)
             m = tile.stop - tile.start
-            grad_q[rows].unflatten(1, (num_groups, -1)).copy_(ungroup_queries(grad_query, m))
-        grad_keys = grad_k.result().mul_(scale).transpose(0, 1).to(k.dtype)
-        grad_values = grad_v.result().transpose(0, 1).to(v.dtype)
-        return grad_q, grad_keys, grad_values, None, None, None
+            grad_q_NHD[rows].unflatten(1, (num_groups, -1)).copy_(
+                ungroup_queries(grad_query_GQD, m)
+            )
+        grad_k_EGD = grad_k.result().mul_(scale).transpose(0, 1).to(k_EGD.dtype)
+        grad_v_EGD = grad_v.result().transpose(0, 1).to(v_EGD.dtype)
+        return grad_q_NHD, grad_k_EGD, grad_v_EGD, None, None, None

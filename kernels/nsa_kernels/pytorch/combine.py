@@ -1,4 +1,7 @@
-"""The gated sum of the branches (Eq. 5, arXiv 2502.11089)."""
+"""The gated sum of the branches (Eq. 5, arXiv 2502.11089).
+
+Letters: N local rows, H query heads, D width, b branches.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +20,31 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @exact
-    def forward(ctx: Any, gates: Tensor, *outputs: Tensor) -> Tensor:
+    def forward(ctx: Any, gates_NHb: Tensor, *outputs: Tensor) -> Tensor:
         dtype = accumulation_dtype(outputs[0])
-        weights = gates.to(dtype).unsqueeze(-2).unbind(-1)  # [N, H, 1] each
-        total = outputs[0].to(dtype) * weights[0]
-        for output, weight in zip(outputs[1:], weights[1:], strict=True):
-            total = total.addcmul(output.to(dtype), weight)
-        ctx.save_for_backward(gates, *outputs)
-        return total.to(outputs[0].dtype)
+        weights = gates_NHb.to(dtype).unsqueeze(-2).unbind(-1)  # [N, H, 1] each
+        total_NHD = outputs[0].to(dtype) * weights[0]
+        for output_NHD, weight_NH1 in zip(outputs[1:], weights[1:], strict=True):
+            total_NHD = total_NHD.addcmul(output_NHD.to(dtype), weight_NH1)
+        ctx.save_for_backward(gates_NHb, *outputs)
+        return total_NHD.to(outputs[0].dtype)
 
     @staticmethod
     @first_order
     @exact
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        gates, *outputs = ctx.saved_tensors
+    def backward(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor, ...]:
+        gates_NHb, *outputs = ctx.saved_tensors
         dtype = accumulation_dtype(outputs[0])
-        wide = grad.to(dtype)
-        weights = gates.to(dtype).unsqueeze(-2).unbind(-1)
-        grad_gates = torch.stack([(wide * o.to(dtype)).sum(dim=-1) for o in outputs], dim=-1)
+        wide_NHD = grad_NHD.to(dtype)
+        weights = gates_NHb.to(dtype).unsqueeze(-2).unbind(-1)
+        grad_gates_NHb = torch.stack(
+            [(wide_NHD * o_NHD.to(dtype)).sum(dim=-1) for o_NHD in outputs], dim=-1
+        )
         grad_outputs = [
-            (wide * weight).to(output.dtype)
-            for output, weight in zip(outputs, weights, strict=True)
+            (wide_NHD * weight_NH1).to(output_NHD.dtype)
+            for output_NHD, weight_NH1 in zip(outputs, weights, strict=True)
         ]
-        return grad_gates.to(gates.dtype), *grad_outputs
+        return grad_gates_NHb.to(gates_NHb.dtype), *grad_outputs
 
 
 def combine(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:

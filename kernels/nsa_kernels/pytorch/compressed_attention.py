@@ -20,12 +20,12 @@ def num_visible(position: int, block: int, stride: int) -> int:
 def hidden_blocks(
     segment: Segment, first: int, last: int, block: int, stride: int, device: torch.device
 ) -> Tensor:
-    """bool [length, last - first]: compression block first.. that the query does not see."""
-    position = torch.arange(
+    """bool [m, C]: which of the compression blocks [first, last) each query does not see."""
+    position_m1 = torch.arange(
         segment.position, segment.position + segment.length, device=device
     ).unsqueeze(1)
-    ends = torch.arange(first, last, device=device) * stride + (block - 1)
-    return ends > position
+    ends_C = torch.arange(first, last, device=device) * stride + (block - 1)
+    return ends_C > position_m1
 
 
 def compressed_attention(
@@ -55,9 +55,9 @@ def compressed_attention(
             for part in seeing.split(tile_rows(num_heads * most)):
                 first = num_visible(part.position, block, stride)
                 last = num_visible(part.position + part.length - 1, block, stride)
-                hidden = hidden_blocks(part, first, last, block, stride, q.device)
+                hidden_mC = hidden_blocks(part, first, last, block, stride, q.device)
                 base = part.compressed_base
                 stop = part.start + part.length
-                yield Tile(part.start, stop, base, base + last, ((first, hidden),))
+                yield Tile(part.start, stop, base, base + last, ((first, hidden_mC),))
 
     return TiledAttention.apply(q, k, v, tiles, scale)

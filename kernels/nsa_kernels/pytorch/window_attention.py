@@ -30,14 +30,14 @@ def window_attention(
             for part in segment.split(size):
                 end = part.position + part.length
                 oldest = max(0, part.position - window + 1)
-                query = torch.arange(part.position, end, device=q.device).unsqueeze(1)
+                query_m1 = torch.arange(part.position, end, device=q.device).unsqueeze(1)
                 # Columns before `shared` are too old for the last query, those after the first
                 # query's own are too new for it; columns between are seen by all.
                 shared = max(oldest, end - window)
-                old = torch.arange(oldest, shared, device=q.device) <= query - window
-                new = torch.arange(part.position + 1, end, device=q.device) > query
+                old_mK = torch.arange(oldest, shared, device=q.device) <= query_m1 - window
+                new_mK = torch.arange(part.position + 1, end, device=q.device) > query_m1
                 base = part.window_base
-                hidden = ((0, old), (part.position + 1 - oldest, new))
+                hidden = ((0, old_mK), (part.position + 1 - oldest, new_mK))
                 stop = part.start + part.length
                 yield Tile(part.start, stop, base + oldest, base + end, hidden)
 
