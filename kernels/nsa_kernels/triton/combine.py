@@ -3,7 +3,7 @@
 A program takes BM of the N*H rows of width D, with their gates. The products are added by fused
 multiply-adds in the order of the branches, so that a row's bits depend on that row alone.
 
-Letters: N local rows, H query heads, D width, NB branches (1 to 3).
+Letters: N local rows, H query heads, D width, b branches (NB of them, 1 to 3).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nsa_kernels.triton.shared.shapes import padded, rows_of_tile
 
 
 class Gates(NamedTuple):
-    """Gates [N, H, NB]: their pointer and strides."""
+    """Gates [N, H, b]: their pointer and strides."""
 
     p: Any
     stride_row: Any
@@ -67,8 +67,8 @@ def _forward_kernel(branches, gates, out, num_rows, C: tl.constexpr):
     b_out = b_x * b_g[:, None]
     NB: tl.constexpr = C.NB
     for branch in tl.static_range(1, NB):
-        b_g = _load_gate(gates, n, h, m_row, branch)
-        b_x = load_head_rows(branches[branch], n, h, m_row, C.D, C.PD).to(tl.float32)
+        b_g = _load_gate(gates, n, h, m_row, branch)  # [BM]
+        b_x = load_head_rows(branches[branch], n, h, m_row, C.D, C.PD).to(tl.float32)  # [BM, PD]
         b_out = tl.fma(b_x, tl.broadcast_to(b_g[:, None], b_x.shape), b_out)
     o_d = tl.arange(0, C.PD)
     p_out = out + o_row[:, None] * C.D + o_d[None, :]
@@ -89,7 +89,7 @@ def _backward_kernel(do, branches, gates, grads, dgates, num_rows, C: tl.constex
         dx = grads[branch]
         b_dx = (b_do * b_g[:, None]).to(dx.dtype.element_ty)
         tl.store(dx + o_row[:, None] * C.D + o_d[None, :], b_dx, mask=mask)
-        b_dg = tl.sum(b_do * b_x, 1).to(dgates.dtype.element_ty)
+        b_dg = tl.sum(b_do * b_x, 1).to(dgates.dtype.element_ty)  # [BM]
         tl.store(dgates + o_row * NB + branch, b_dg, mask=m_row)
 
 
@@ -104,13 +104,13 @@ def _branches(outputs: Sequence[Tensor]) -> tuple[HeadRows, ...]:
 
 @register("combine(Tensor[] outputs, Tensor gates) -> Tensor")
 def _combine(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
-    out = empty_as(outputs[0])
-    if out.numel():
-        C, num_rows = _constants(out, len(outputs)), out.shape[0] * out.shape[1]
+    out_NHD = empty_as(outputs[0])
+    if out_NHD.numel():
+        C, num_rows = _constants(out_NHD, len(outputs)), out_NHD.shape[0] * out_NHD.shape[1]
         _forward_kernel[(triton.cdiv(num_rows, C.BM),)](
-            _branches(outputs), Gates(gates, *gates.stride()), out, num_rows, C=C, num_warps=4
+            _branches(outputs), Gates(gates, *gates.stride()), out_NHD, num_rows, C=C, num_warps=4
         )
-    return out
+    return out_NHD
 
 
 @_combine.register_fake
@@ -121,15 +121,15 @@ def _(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
 @register("combine_backward(Tensor do, Tensor[] outputs, Tensor gates) -> Tensor[]")
 def _combine_backward(do: Tensor, outputs: Sequence[Tensor], gates: Tensor) -> list[Tensor]:
     """do_b = g_b do of each branch, and dg_b = sum over channels of do o_b, in their dtypes."""
-    dgates = torch.zeros(gates.shape, dtype=gates.dtype, device=gates.device)
+    dgates_NHb = torch.zeros(gates.shape, dtype=gates.dtype, device=gates.device)
     grads = [empty_as(x) for x in outputs]
     if do.numel():
         C, num_rows = _constants(do, len(outputs)), do.shape[0] * do.shape[1]
         _backward_kernel[(triton.cdiv(num_rows, C.BM),)](
             head_rows(last_dim_contiguous(do)), _branches(outputs), Gates(gates, *gates.stride()),
-            tuple(grads), dgates, num_rows, C=C, num_warps=4,
+            tuple(grads), dgates_NHb, num_rows, C=C, num_warps=4,
         )  # fmt: skip
-    return [*grads, dgates]
+    return [*grads, dgates_NHb]
 
 
 @_combine_backward.register_fake
@@ -142,10 +142,10 @@ def _save(ctx: Any, inputs: tuple[list[Tensor], Tensor], output: Tensor) -> None
     ctx.save_for_backward(*outputs, gates)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], Tensor]:
-    *outputs, gates = ctx.saved_tensors
-    *grads, dgates = _combine_backward(grad, outputs, gates)
-    return grads, dgates
+def _backward(ctx: Any, do_NHD: Tensor) -> tuple[list[Tensor], Tensor]:
+    *outputs, gates_NHb = ctx.saved_tensors
+    *grads, dgates_NHb = _combine_backward(do_NHD, outputs, gates_NHb)
+    return grads, dgates_NHb
 
 
 _combine.register_autograd(_backward, setup_context=_save)

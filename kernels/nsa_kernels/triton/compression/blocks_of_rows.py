@@ -1,4 +1,7 @@
-"""Which compression blocks contain a row of the buffer, found on the device without a wait."""
+"""Which compression blocks contain a row of the buffer, found on the device without a wait.
+
+Letters: C blocks, l rows of a block, E rows of the buffer.
+"""
 
 from __future__ import annotations
 
@@ -30,32 +33,32 @@ class BlocksOfRows(NamedTuple):
     step: Tensor
 
     @classmethod
-    def of(cls, block_rows: Tensor, block: int, num_rows: int) -> BlocksOfRows:
-        """block_rows int64 [C], of a buffer of num_rows rows; C at least 1.
+    def of(cls, block_rows_C: Tensor, block: int, num_rows: int) -> BlocksOfRows:
+        """Of a buffer of num_rows = E rows, block_rows int64; C at least 1.
 
         Kept with the tensor: keys, values and all layers of a batch have the same blocks.
         """
-        if block_rows.is_inference():  # whose changes are not counted
-            return cls._made(block_rows, block, num_rows)
-        cache = block_rows.__dict__.setdefault("_blocks_of_rows", {})
-        name = (block, num_rows, block_rows._version)
-        device = block_rows.device
-        return cached_in(cache, name, device, lambda: cls._made(block_rows, block, num_rows))
+        if block_rows_C.is_inference():  # whose changes are not counted
+            return cls._made(block_rows_C, block, num_rows)
+        cache = block_rows_C.__dict__.setdefault("_blocks_of_rows", {})
+        name = (block, num_rows, block_rows_C._version)
+        device = block_rows_C.device
+        return cached_in(cache, name, device, lambda: cls._made(block_rows_C, block, num_rows))
 
     @classmethod
-    def _made(cls, block_rows: Tensor, block: int, num_rows: int) -> BlocksOfRows:
-        starts, order = block_rows.sort(stable=True)
-        gaps = torch.cat([starts.diff(), starts.new_full((1,), block)])
-        lowest_bit = torch.where(gaps < block, gaps & -gaps, block)
-        rows = torch.arange(num_rows, device=block_rows.device)
-        latest = torch.searchsorted(starts, rows, right=True) - 1
-        at = latest.clamp(min=0)
-        starts_here = (latest >= 0) & (starts[at] == rows)
+    def _made(cls, block_rows_C: Tensor, block: int, num_rows: int) -> BlocksOfRows:
+        starts_C, order_C = block_rows_C.sort(stable=True)
+        gaps_C = torch.cat([starts_C.diff(), starts_C.new_full((1,), block)])
+        lowest_bit_C = torch.where(gaps_C < block, gaps_C & -gaps_C, block)
+        rows_E = torch.arange(num_rows, device=block_rows_C.device)
+        latest_E = torch.searchsorted(starts_C, rows_E, right=True) - 1
+        at_E = latest_E.clamp(min=0)
+        starts_here_E = (latest_E >= 0) & (starts_C[at_E] == rows_E)
         return cls(
-            starts=starts,
-            order=order,
-            owned=gaps.clamp(max=block).int(),
-            latest=latest.int(),
-            block_at=torch.where(starts_here, order[at], -1).int(),
-            step=lowest_bit.min().clamp(min=1).int().reshape(1),
+            starts=starts_C,
+            order=order_C,
+            owned=gaps_C.clamp(max=block).int(),
+            latest=latest_E.int(),
+            block_at=torch.where(starts_here_E, order_C[at_E], -1).int(),
+            step=lowest_bit_C.min().clamp(min=1).int().reshape(1),
         )

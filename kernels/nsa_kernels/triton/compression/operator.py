@@ -1,6 +1,8 @@
 """One token for each compression block (phi of Eq. 7, arXiv 2502.11089), and blocks for a module.
 
 No two blocks may start at the same row.
+
+Letters: E rows of x, G KV heads, D width, C blocks, l rows of a block.
 """
 
 from __future__ import annotations
@@ -63,9 +65,9 @@ def _compress_backward(
     weights = _sets(params, per_head)
     sets = weights[0].shape[0] if weights else 1
     blocks = Blocks(_aligned(x), block_rows, block, sets)
-    dx, grads = KINDS[kind].backward(do.contiguous(), blocks, *weights)
+    dx_EGD, grads = KINDS[kind].backward(do.contiguous(), blocks, *weights)
     return [
-        dx,
+        dx_EGD,
         *(
             (grad if per_head else grad.squeeze(0)).to(p.dtype).contiguous()
             for grad, p in zip(grads, params, strict=True)
@@ -87,10 +89,10 @@ def _save_compress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, block_rows, *params)
 
 
-def _compress_gradients(ctx: Any, do: Tensor) -> tuple[Any, ...]:
-    x, block_rows, *params = ctx.saved_tensors
-    dx, *grads = _compress_backward(do, x, block_rows, ctx.block, ctx.kind, params)
-    return dx, None, None, None, grads
+def _compress_gradients(ctx: Any, do_CGD: Tensor) -> tuple[Any, ...]:
+    x_EGD, block_rows_C, *params = ctx.saved_tensors
+    dx_EGD, *grads = _compress_backward(do_CGD, x_EGD, block_rows_C, ctx.block, ctx.kind, params)
+    return dx_EGD, None, None, None, grads
 
 
 _compress.register_autograd(_compress_gradients, setup_context=_save_compress)
@@ -98,6 +100,7 @@ _compress.register_autograd(_compress_gradients, setup_context=_save_compress)
 
 @register("gather_blocks(Tensor x, Tensor block_rows, int block) -> Tensor")
 def _gather_blocks(x: Tensor, block_rows: Tensor, block: int) -> Tensor:
+    """x [E, G, D] -> [C, G, l, D]."""
     return pool(_aligned(x), block_rows, block, COPY)
 
 
@@ -108,7 +111,7 @@ def _(x: Tensor, block_rows: Tensor, block: int) -> Tensor:
 
 @register("gather_blocks_backward(Tensor do, Tensor block_rows, SymInt num_rows) -> Tensor")
 def _gather_blocks_backward(do: Tensor, block_rows: Tensor, num_rows: int) -> Tensor:
-    """dx [num_rows, G, D] from do [C, G, block, D]."""
+    """dx [E, G, D] from do [C, G, l, D], E = num_rows."""
     if not do.numel():
         return do.new_zeros(num_rows, do.shape[1], do.shape[3])
     block = do.shape[2]
@@ -127,9 +130,9 @@ def _save_gather(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -
     ctx.num_rows = x.shape[0]
 
 
-def _gather_gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-    (block_rows,) = ctx.saved_tensors
-    return _gather_blocks_backward(do, block_rows, ctx.num_rows), None, None
+def _gather_gradients(ctx: Any, do_CGlD: Tensor) -> tuple[Tensor | None, ...]:
+    (block_rows_C,) = ctx.saved_tensors
+    return _gather_blocks_backward(do_CGlD, block_rows_C, ctx.num_rows), None, None
 
 
 _gather_blocks.register_autograd(_gather_gradients, setup_context=_save_gather)

@@ -60,7 +60,7 @@ def _block_tile(x, block_rows, i_c, i_g, o_l, o_d, mask):
 @triton.jit
 def _shares(b_x, b_u, b_bias):
     """softmax over the rows [PL] of x u + bias; the bias of rows that are none is -inf."""
-    b_logits = tl.sum(b_x * b_u[None, :], 1) + b_bias
+    b_logits = tl.sum(b_x * b_u[None, :], 1) + b_bias  # [PL]
     b_p = tl.exp(b_logits - tl.max(b_logits, 0))
     return b_p / tl.sum(b_p, 0)
 
@@ -71,22 +71,22 @@ def _pool_kernel(x, block_rows, w, bias, out, C: tl.constexpr):
     i_p = i_g if C.PER_HEAD else 0
     o_l, o_d = tl.arange(0, C.PL), tl.arange(0, C.PD)
     mask = (o_l < C.L)[:, None] & (o_d < C.D)[None, :]
-    b_x = _block_tile(x, block_rows, i_c, i_g, o_l, o_d, mask)
+    b_x = _block_tile(x, block_rows, i_c, i_g, o_l, o_d, mask)  # [PL, PD]
     i_out = i_c * C.G + i_g
     if C.KIND == 3:
         p_out = out + i_out * (C.L * C.D) + o_l[:, None] * C.D + o_d[None, :]
         tl.store(p_out, b_x.to(out.dtype.element_ty), mask=mask)
     else:
         if C.KIND == 0:
-            b_out = tl.sum(b_x, 0) / C.L
+            b_out = tl.sum(b_x, 0) / C.L  # [PD]
         elif C.KIND == 1:
             p_w = w + i_p * (C.L * C.D) + o_l[:, None] * C.D + o_d[None, :]
-            b_out = tl.sum(b_x * tl.load(p_w, mask=mask, other=0.0), 0)
+            b_out = tl.sum(b_x * tl.load(p_w, mask=mask, other=0.0), 0)  # [PD]
             b_out += tl.load(bias + i_p * C.D + o_d, mask=o_d < C.D, other=0.0)
         else:
-            b_u = tl.load(w + i_p * C.D + o_d, mask=o_d < C.D, other=0.0)
+            b_u = tl.load(w + i_p * C.D + o_d, mask=o_d < C.D, other=0.0)  # [PD]
             b_bias = tl.load(bias + i_p * C.L + o_l, mask=o_l < C.L, other=-float("inf"))
-            b_out = tl.sum(b_x * _shares(b_x, b_u, b_bias)[:, None], 0)
+            b_out = tl.sum(b_x * _shares(b_x, b_u, b_bias)[:, None], 0)  # [PD]
         tl.store(out + i_out * C.D + o_d, b_out.to(out.dtype.element_ty), mask=o_d < C.D)
 
 
@@ -111,7 +111,7 @@ def _conv1d_weight_kernel(
     for piece in tl.range(begin, end, PIECE_BLOCKS):
         b_part = zeros(C.PL, C.PD)
         for i_c in tl.range(piece, tl.minimum(piece + PIECE_BLOCKS, end)):
-            b_x = _block_tile(x, block_rows, i_c, i_g, o_l, o_d, mask)
+            b_x = _block_tile(x, block_rows, i_c, i_g, o_l, o_d, mask)  # [PL, PD]
             p_do = do + (i_c * C.G + i_g.to(tl.int64)) * C.D + o_d
             b_part += b_x * tl.load(p_do, mask=o_d < C.D, other=0.0).to(tl.float32)[None, :]
         b_dw += b_part
@@ -142,7 +142,7 @@ def _attention_pool_backward_kernel(
     i_p = i_g if C.PER_HEAD else 0
     o_l, o_d = tl.arange(0, C.PL), tl.arange(0, C.PD)
     mask = (o_l < C.L)[:, None] & (o_d < C.D)[None, :]
-    b_u = tl.load(w + i_p * C.D + o_d, mask=o_d < C.D, other=0.0)
+    b_u = tl.load(w + i_p * C.D + o_d, mask=o_d < C.D, other=0.0)  # [PD]
     b_bias = tl.load(bias + i_p * C.L + o_l, mask=o_l < C.L, other=-float("inf"))
     begin = i_run * blocks_a_program
     end = tl.minimum(begin + blocks_a_program, num_blocks)
@@ -150,15 +150,15 @@ def _attention_pool_backward_kernel(
     for piece in tl.range(begin, end, PIECE_BLOCKS):
         b_part = filled(C.PD, 0.0)
         for i_c in tl.range(piece, tl.minimum(piece + PIECE_BLOCKS, end)):
-            b_x = _block_tile(x, block_rows, i_c, i_g, o_l, o_d, mask)
+            b_x = _block_tile(x, block_rows, i_c, i_g, o_l, o_d, mask)  # [PL, PD]
             i_row = i_c * C.G + i_g.to(tl.int64)
             b_do = tl.load(do + i_row * C.D + o_d, mask=o_d < C.D, other=0.0).to(tl.float32)
-            b_a = _shares(b_x, b_u, b_bias)
-            b_da = tl.sum(b_x * b_do[None, :], 1)
+            b_a = _shares(b_x, b_u, b_bias)  # [PL]
+            b_da = tl.sum(b_x * b_do[None, :], 1)  # [PL]
             b_dl = b_a * (b_da - tl.sum(b_a * b_da, 0))
             tl.store(shares + i_row * C.L + o_l, b_a, mask=o_l < C.L)
             tl.store(dlogits + i_row * C.L + o_l, b_dl, mask=o_l < C.L)
-            b_part += tl.sum(b_x * b_dl[:, None], 0)
+            b_part += tl.sum(b_x * b_dl[:, None], 0)  # [PD]
         b_du += b_part
     tl.store(du + (i_run * C.G + i_g) * C.D + o_d, b_du, mask=o_d < C.D)
 
@@ -180,14 +180,14 @@ def _pool_row_gradient_kernel(
     for before in tl.range(0, tl.cdiv(C.L, tl.load(blocks.step))):
         at = latest_at - before
         m_first = at >= 0
-        i_c = tl.load(blocks.order + at, mask=m_first, other=0)
+        i_c = tl.load(blocks.order + at, mask=m_first, other=0)  # [BM]
         r = (o_e - tl.load(blocks.starts + at, mask=m_first, other=0)).to(tl.int32)
         m_at = m_first & (r < C.L)
         row = i_c * C.G + i_g
         mask = m_at[:, None] & m_d
         if C.KIND == 3:
             p_do = do + (row * C.L + r)[:, None] * C.D + o_d[None, :]
-            b_dx += tl.load(p_do, mask=mask, other=0.0).to(tl.float32)
+            b_dx += tl.load(p_do, mask=mask, other=0.0).to(tl.float32)  # [BM, PD]
         else:
             p_do = do + row[:, None] * C.D + o_d[None, :]
             b_do = tl.load(p_do, mask=mask, other=0.0).to(tl.float32)  # [BM, PD]
@@ -195,18 +195,18 @@ def _pool_row_gradient_kernel(
                 b_dx += b_do / C.L
             elif C.KIND == 1:
                 p_w = w + (i_p * C.L + r)[:, None] * C.D + o_d[None, :]
-                b_dx += b_do * tl.load(p_w, mask=mask, other=0.0)
+                b_dx += b_do * tl.load(p_w, mask=mask, other=0.0)  # [BM, PD]
             else:
                 b_a = tl.load(shares + row * C.L + r, mask=m_at, other=0.0)[:, None]
                 b_dl = tl.load(dlogits + row * C.L + r, mask=m_at, other=0.0)[:, None]
-                b_dx += b_a * b_do + b_dl * b_u
+                b_dx += b_a * b_do + b_dl * b_u  # [BM, 1] times [BM, PD], and times [1, PD]
     p_dx = dx + (o_e * C.G + i_g)[:, None] * C.D + o_d[None, :]
     tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=m_e[:, None] & m_d)
 
 
 def pool(
-    x: Tensor,
-    block_rows: Tensor,
+    x_EGD: Tensor,
+    block_rows_C: Tensor,
     block: int,
     kind: int,
     weight: Tensor | None = None,
@@ -216,14 +216,14 @@ def pool(
 
     Float32: CONV1D weight [P, l, D], bias [P, D]; ATTENTION_POOL weight [P, D], bias [P, l].
     """
-    count, (_, groups, width) = block_rows.shape[0], x.shape
+    count, (_, groups, width) = block_rows_C.shape[0], x_EGD.shape
     rows = (block,) if kind == COPY else ()
-    out = x.new_empty(count, groups, *rows, width)
+    out = x_EGD.new_empty(count, groups, *rows, width)
     if count:
         sets = 1 if weight is None else weight.shape[0]
         _pool_kernel[(count * groups,)](
-            head_rows(x), block_rows, x if weight is None else weight, x if bias is None else bias,
-            out, C=_constants(groups, block, width, kind, sets),
+            head_rows(x_EGD), block_rows_C, x_EGD if weight is None else weight,
+            x_EGD if bias is None else bias, out, C=_constants(groups, block, width, kind, sets),
             num_warps=pooling_warps(block, width), maxnreg=MOST_REGISTERS,
         )  # fmt: skip
     return out
@@ -241,13 +241,13 @@ def _sum(sums: Tensor, sets: int) -> Tensor:
 
 
 def conv1d_weight_gradient(
-    do: Tensor, x: Tensor, block_rows: Tensor, block: int, sets: int
+    do_CGD: Tensor, x_EGD: Tensor, block_rows_C: Tensor, block: int, sets: int
 ) -> Tensor:
     """Float32 sum over blocks of do [C, G, D] times their rows -> [P, l, D]."""
-    (count, groups, width), (runs, blocks) = do.shape, _runs(do.shape[0])
-    sums = torch.empty(runs, groups, block, width, dtype=torch.float32, device=x.device)
+    (count, groups, width), (runs, blocks) = do_CGD.shape, _runs(do_CGD.shape[0])
+    sums = torch.empty(runs, groups, block, width, dtype=torch.float32, device=x_EGD.device)
     _conv1d_weight_kernel[(runs, groups)](
-        head_rows(x), block_rows, do, sums, count, blocks, PIECE_BLOCKS=PIECE,
+        head_rows(x_EGD), block_rows_C, do_CGD, sums, count, blocks, PIECE_BLOCKS=PIECE,
         C=_constants(groups, block, width, CONV1D, 1), num_warps=pooling_warps(block, width),
         maxnreg=MOST_REGISTERS,
     )  # fmt: skip
@@ -255,20 +255,20 @@ def conv1d_weight_gradient(
 
 
 def attention_pool_backward(
-    do: Tensor, x: Tensor, block_rows: Tensor, query: Tensor, bias: Tensor
+    do_CGD: Tensor, x_EGD: Tensor, block_rows_C: Tensor, query_PD: Tensor, bias_Pl: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shares [C, G, l], gradients of the logits [C, G, l], and sum of those times rows [P, D]."""
-    (count, groups, width), (runs, blocks) = do.shape, _runs(do.shape[0])
-    sets, block = bias.shape
-    shares = torch.empty(count, groups, block, dtype=torch.float32, device=x.device)
-    dlogits = torch.empty_like(shares)
-    sums = torch.empty(runs, groups, width, dtype=torch.float32, device=x.device)
+    (count, groups, width), (runs, blocks) = do_CGD.shape, _runs(do_CGD.shape[0])
+    sets, block = bias_Pl.shape
+    shares_CGl = torch.empty(count, groups, block, dtype=torch.float32, device=x_EGD.device)
+    dlogits_CGl = torch.empty_like(shares_CGl)
+    sums = torch.empty(runs, groups, width, dtype=torch.float32, device=x_EGD.device)
     _attention_pool_backward_kernel[(runs, groups)](
-        head_rows(x), block_rows, query, bias, do, shares, dlogits, sums, count, blocks,
-        PIECE_BLOCKS=PIECE, C=_constants(groups, block, width, ATTENTION_POOL, sets),
+        head_rows(x_EGD), block_rows_C, query_PD, bias_Pl, do_CGD, shares_CGl, dlogits_CGl, sums,
+        count, blocks, PIECE_BLOCKS=PIECE, C=_constants(groups, block, width, ATTENTION_POOL, sets),
         num_warps=pooling_warps(block, width), maxnreg=MOST_REGISTERS,
     )  # fmt: skip
-    return shares, dlogits, _sum(sums, sets)
+    return shares_CGl, dlogits_CGl, _sum(sums, sets)
 
 
 def pool_row_gradient(
@@ -277,18 +277,18 @@ def pool_row_gradient(
     kind: int,
     blocks: BlocksOfRows,
     weight: Tensor | None = None,
-    shares: Tensor | None = None,
-    dlogits: Tensor | None = None,
+    shares_CGl: Tensor | None = None,
+    dlogits_CGl: Tensor | None = None,
 ) -> Tensor:
     """dx [E, G, D] from do [C, G, D], for COPY [C, G, l, D]; the rest as `pool` takes it."""
     groups, width, num_rows = do.shape[1], do.shape[-1], blocks.latest.shape[0]
-    dx = do.new_empty(num_rows, groups, width)
+    dx_EGD = do.new_empty(num_rows, groups, width)
     size = rows_of_tile(width)
-    if dx.numel():
+    if dx_EGD.numel():
         sets = 1 if weight is None else weight.shape[0]
         _pool_row_gradient_kernel[(triton.cdiv(num_rows, size), groups)](
-            do, do if weight is None else weight, do if shares is None else shares,
-            do if dlogits is None else dlogits, dx, blocks, num_rows, BM=size,
+            do, do if weight is None else weight, do if shares_CGl is None else shares_CGl,
+            do if dlogits_CGl is None else dlogits_CGl, dx_EGD, blocks, num_rows, BM=size,
             C=_constants(groups, block, width, kind, sets), num_warps=4, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
-    return dx
+    return dx_EGD

@@ -1,16 +1,16 @@
 """Products of compression blocks with a matrix: the `mlp` and `linear` kinds, and their gradients.
 
 Blocks are read where they stand: row (block, head) of the left matrix is the block's l rows of x
-one after another, K = l*D long, gathered tile by tile and never stored. The position embedding e
-adds the same to every block, W vec(e), so it enters as a bias. A row's sum runs over K in tiles of
+one after another, I = l*D long, gathered tile by tile and never stored. The position embedding e
+adds the same to every block, W vec(e), so it enters as a bias. A row's sum runs over I in tiles of
 a size given by widths and dtype, so its bits depend on that block alone.
 
 The gradient of a row of x is a product too, with one term for each block that contains the row:
 rows are taken by the block that starts last before them, so that a tile of rows at the same offset
 from their blocks meets one slice of the matrix at a time. Nothing is added atomically.
 
-Letters: C blocks, G heads, P sets of weights (G or 1), l rows of a block, D width, K = l*D, O
-columns of the product, E rows of x.
+Letters: C blocks, G heads, P sets of weights (G or 1), l rows of a block, D width, I = l*D inputs
+(K in kernels) and O outputs of the product, E rows of x.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _multiply_blocks(b_acc, p_x, p_w, m_m, m_n, begin, end, stride_row, C: tl.co
         o_x = (o_k // C.D).to(tl.int64) * stride_row + o_k % C.D
         b_x = tl.load(p_x[:, None] + o_x[None, :], mask=m_x, other=0.0)  # [BM, BK]
         b_w = tl.load(p_w[:, None] + o_k[None, :], mask=m_w, other=0.0)  # [BN, BK]
-        b_acc = add_dot(b_acc, b_x, tl.trans(b_w), C)
+        b_acc = add_dot(b_acc, b_x, tl.trans(b_w), C)  # [BM, BN]
     return b_acc
 
 
@@ -100,7 +100,7 @@ def _project_kernel(
     o_m = i_m.to(tl.int64) * C.BM + tl.arange(0, C.BM)
     m_m = o_m < num_rows
     block, head = _block_and_head(o_m, i_p, C)
-    first = tl.load(block_rows + block, mask=m_m, other=0)
+    first = tl.load(block_rows + block, mask=m_m, other=0)  # [BM]
     o_n = i_n * C.BN + tl.arange(0, C.BN)
     m_n = o_n < C.O
     p_x = x.p + first * x.stride_row + head * x.stride_head
@@ -117,7 +117,7 @@ def _project_kernel(
     else:
         b_h = _multiply_blocks(b_h, p_x, p_w, m_m, m_n, 0, num_k, x.stride_row, C)
     if HAS_BIAS:
-        b_h += tl.load(bias + i_p * C.O + o_n, mask=m_n, other=0.0)[None, :]
+        b_h += tl.load(bias + i_p * C.O + o_n, mask=m_n, other=0.0)[None, :]  # [1, BN]
 
     row = block * C.G + head
     o_out = row[:, None] * C.O + o_n[None, :]
@@ -128,7 +128,7 @@ def _project_kernel(
         b_gate = tl.sigmoid(b_h)
         tl.store(out + o_out, (b_h * b_gate).to(out.dtype.element_ty), mask=m_out)
         if ACTIVATION == 2:
-            b_dout = tl.load(dout + o_out, mask=m_out, other=0.0)
+            b_dout = tl.load(dout + o_out, mask=m_out, other=0.0)  # [BM, BN]
             b_dh = b_dout * (b_gate + b_gate * b_h * (1.0 - b_gate))
             tl.store(dh + o_out, b_dh.to(dh.dtype.element_ty), mask=m_out)
 
@@ -142,7 +142,7 @@ def _add_blocks(
     for i_tile in tl.range(begin, end):
         r = i_r + i_tile // num_tiles * step
         m_at = m_m & (row >= r)
-        at = tl.load(block_at + (row - r), mask=m_at, other=-1)
+        at = tl.load(block_at + (row - r), mask=m_at, other=-1)  # [BM]
         m_at = at >= 0
         o_k = i_tile % num_tiles * C.BK + tl.arange(0, C.BK)
         m_dh, m_w = m_at[:, None], m_n[None, :]
@@ -152,7 +152,7 @@ def _add_blocks(
         p_dh = dh + (at.to(tl.int64) * C.G + head) * C.O
         b_dh = tl.load(p_dh[:, None] + o_k[None, :], mask=m_dh, other=0.0)  # [BM, BK]
         b_w = tl.load(p_w[None, :] + (o_k * (C.L * C.D) + r * C.D)[:, None], mask=m_w, other=0.0)
-        b_dx = add_dot(b_dx, b_dh, b_w, C)  # b_w [BK, BN]
+        b_dx = add_dot(b_dx, b_dh, b_w, C)  # [BM, BN] from b_w [BK, BN]
     return b_dx
 
 
@@ -214,7 +214,7 @@ def _project_weight_gradient_kernel(
             o_k = i_k * C.BK + tl.arange(0, C.BK).to(tl.int64)
             m_k = o_k < num_rows
             block, head = _block_and_head(o_k, i_p, C)
-            first = tl.load(block_rows + block, mask=m_k, other=0)
+            first = tl.load(block_rows + block, mask=m_k, other=0)  # [BK]
             p_dh = dh + (block * C.G + head) * C.O
             b_dh = tl.load(
                 p_dh[:, None] + o_o[None, :], mask=m_k[:, None] & m_o[None, :], other=0.0
@@ -223,7 +223,7 @@ def _project_weight_gradient_kernel(
             b_x = tl.load(
                 p_x[:, None] + o_x[None, :], mask=m_k[:, None] & m_n[None, :], other=0.0
             )  # [BK, BN]
-            b_part = add_dot(b_part, tl.trans(b_dh), b_x, C)
+            b_part = add_dot(b_part, tl.trans(b_dh), b_x, C)  # [BM, BN]
         b_dw += b_part
     row = (i_run * tl.num_programs(2) + i_p).to(tl.int64) * C.O + o_o
     tl.store(dw + row[:, None] * K + o_n[None, :], b_dw, mask=m_o[:, None] & m_n[None, :])
@@ -239,95 +239,100 @@ def _constants(
 
 
 def project(
-    x: Tensor,
-    block_rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    x_EGD: Tensor,
+    block_rows_C: Tensor,
+    weight_POI: Tensor,
+    bias_PO: Tensor | None = None,
     activation: int = PLAIN,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x [E, G, D] at blocks [C], weight [P, O, l*D] in x.dtype, bias float32 [P, O] -> [C, G, O].
+    """x [E, G, D] at blocks [C], weight [P, O, I] in x.dtype, bias float32 [P, O] -> [C, G, O].
 
     activation: PLAIN or SILU; dtype: of the result, x's if None.
     """
-    out = x.new_empty(block_rows.shape[0], x.shape[1], weight.shape[1], dtype=dtype or x.dtype)
-    _project(x, block_rows, weight, bias, activation, out, out, out)
-    return out
+    out_CGO = x_EGD.new_empty(
+        block_rows_C.shape[0], x_EGD.shape[1], weight_POI.shape[1], dtype=dtype or x_EGD.dtype
+    )
+    _project(x_EGD, block_rows_C, weight_POI, bias_PO, activation, out_CGO, out_CGO, out_CGO)
+    return out_CGO
 
 
 def project_backward(
-    x: Tensor, block_rows: Tensor, weight: Tensor, bias: Tensor, dout: Tensor
+    x_EGD: Tensor, block_rows_C: Tensor, weight_POI: Tensor, bias_PO: Tensor, dout_CGO: Tensor
 ) -> tuple[Tensor, Tensor]:
     """silu(h) and the gradient of h = x W^T + bias, both [C, G, O] in x.dtype.
 
     dout: float32 [C, G, O], the gradient of silu(h).
     """
-    out, dh = (torch.empty_like(dout, dtype=x.dtype) for _ in range(2))
-    _project(x, block_rows, weight, bias, SILU_BACKWARD, out, dout, dh)
-    return out, dh
+    out_CGO, dh_CGO = (torch.empty_like(dout_CGO, dtype=x_EGD.dtype) for _ in range(2))
+    _project(x_EGD, block_rows_C, weight_POI, bias_PO, SILU_BACKWARD, out_CGO, dout_CGO, dh_CGO)
+    return out_CGO, dh_CGO
 
 
 def _project(
-    x: Tensor,
-    block_rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    x_EGD: Tensor,
+    block_rows_C: Tensor,
+    weight_POI: Tensor,
+    bias_PO: Tensor | None,
     activation: int,
-    out: Tensor,
-    dout: Tensor,
-    dh: Tensor,
+    out_CGO: Tensor,
+    dout_CGO: Tensor,
+    dh_CGO: Tensor,
 ) -> None:
-    (_, groups, width), (sets, columns, depth) = x.shape, weight.shape
-    num_rows = out.shape[0] * groups // sets
-    tile = product_tile(x, columns, depth)
+    (_, groups, width), (sets, columns, depth) = x_EGD.shape, weight_POI.shape
+    num_rows = out_CGO.shape[0] * groups // sets
+    tile = product_tile(x_EGD, columns, depth)
     grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(columns, tile.columns), sets)
     if num_rows:
         _project_kernel[grid](
-            head_rows(x), block_rows, weight, weight if bias is None else bias, out, dout, dh,
-            num_rows, HAS_BIAS=bias is not None, ACTIVATION=activation,
-            C=_constants(x, groups, depth // width, width, columns, sets, tile),
+            head_rows(x_EGD), block_rows_C, weight_POI, weight_POI if bias_PO is None else bias_PO,
+            out_CGO, dout_CGO, dh_CGO, num_rows,
+            HAS_BIAS=bias_PO is not None, ACTIVATION=activation,
+            C=_constants(x_EGD, groups, depth // width, width, columns, sets, tile),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
-def project_row_gradient(dh: Tensor, weight: Tensor, block: int, blocks: BlocksOfRows) -> Tensor:
-    """dx [E, G, D] of h = x W^T from dh [C, G, O] and weight [P, O, l*D]."""
-    (count, groups, columns), sets = dh.shape, weight.shape[0]
-    width = weight.shape[2] // block
-    dx = dh.new_zeros(blocks.latest.shape[0], groups, width)
+def project_row_gradient(
+    dh_CGO: Tensor, weight_POI: Tensor, block: int, blocks: BlocksOfRows
+) -> Tensor:
+    """dx [E, G, D] of h = x W^T from dh [C, G, O] and weight [P, O, I]."""
+    (count, groups, columns), sets = dh_CGO.shape, weight_POI.shape[0]
+    width = weight_POI.shape[2] // block
+    dx_EGD = dh_CGO.new_zeros(blocks.latest.shape[0], groups, width)
     num_rows = count * groups // sets
-    tile = product_tile(dh, width, columns)
+    tile = product_tile(dh_CGO, width, columns)
     if (block + 1) // 2 * triton.cdiv(columns, tile.depth) > PIECE:
         tile = tile._replace(stages=2)  # A sum in pieces leaves no registers for more.
     grid = (triton.cdiv(num_rows, tile.rows) * block * triton.cdiv(width, tile.columns), sets)
     if num_rows:
         _project_row_gradient_kernel[grid](
-            dh, weight, dx, blocks, num_rows,
-            C=_constants(dh, groups, block, width, columns, sets, tile),
+            dh_CGO, weight_POI, dx_EGD, blocks, num_rows,
+            C=_constants(dh_CGO, groups, block, width, columns, sets, tile),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return dx
+    return dx_EGD
 
 
 def project_weight_gradient(
-    dh: Tensor, x: Tensor, block_rows: Tensor, depth: int, sets: int
+    dh_CGO: Tensor, x_EGD: Tensor, block_rows_C: Tensor, depth: int, sets: int
 ) -> Tensor:
-    """Float32 dW [P, O, l*D] of h = x W^T from dh [C, G, O] and x [E, G, D]; depth = l*D."""
-    count, groups, columns = dh.shape
+    """Float32 dW [P, O, I] of h = x W^T from dh [C, G, O] and x [E, G, D]; depth = I."""
+    count, groups, columns = dh_CGO.shape
     num_rows = count * groups // sets
     if not num_rows:
-        return torch.zeros(sets, columns, depth, dtype=torch.float32, device=x.device)
-    tile = product_tile(x, depth, 64, columns)
+        return torch.zeros(sets, columns, depth, dtype=torch.float32, device=x_EGD.device)
+    tile = product_tile(x_EGD, depth, 64, columns)
     tiles = triton.cdiv(columns, tile.rows) * triton.cdiv(depth, tile.columns)
     num_tiles = triton.cdiv(num_rows, tile.depth)
     runs = max(1, min(PROGRAMS // (tiles * sets), triton.cdiv(num_tiles, 8)))
     tiles_a_program = triton.cdiv(num_tiles, runs)
     runs = triton.cdiv(num_tiles, tiles_a_program)
-    sums = torch.empty(runs, sets, columns, depth, dtype=torch.float32, device=x.device)
-    width = x.shape[2]
+    sums = torch.empty(runs, sets, columns, depth, dtype=torch.float32, device=x_EGD.device)
+    width = x_EGD.shape[2]
     _project_weight_gradient_kernel[(tiles, runs, sets)](
-        dh, head_rows(x), block_rows, sums, num_rows, tiles_a_program,
-        C=_constants(x, groups, depth // width, width, columns, sets, tile),
+        dh_CGO, head_rows(x_EGD), block_rows_C, sums, num_rows, tiles_a_program,
+        C=_constants(x_EGD, groups, depth // width, width, columns, sets, tile),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return sums.sum(dim=0)

@@ -137,27 +137,27 @@ def _block_lists_kernel(
 
 
 def block_lists(
-    selected: Tensor,
-    block_rows: Tensor,
-    block_lengths: Tensor,
+    selected_NGn: Tensor,
+    block_rows_GB: Tensor,
+    block_lengths_B: Tensor,
     tiles: Tensor,
     tokens: int,
     select_block: int,
 ) -> BlockLists:
-    """selected [N, G, n], block_rows [G, B], block_lengths [B], tiles of at most `tokens` rows."""
-    _, groups, num = selected.shape
+    """The lists of tiles of at most `tokens` rows."""
+    _, groups, num = selected_NGn.shape
     candidates = triton.next_power_of_2(tokens * num)
     length = EDGES + tokens * num
     warps = max(1, min(8, candidates // 64))
     at_once = min(candidates, max(2, 1024 * warps // candidates))
-    shape, device = (len(tiles), groups), selected.device
+    shape, device = (len(tiles), groups), selected_NGn.device
     blocks = BlockLists(
         torch.empty(*shape, length, dtype=torch.int64, device=device),
         torch.empty(shape, dtype=torch.int32, device=device),
     )
     _block_lists_kernel[shape](
-        head_rows(selected), block_rows, block_rows.stride(0), block_lengths, tiles, blocks,
-        C=ListConstants(groups, num, select_block, length, EDGES, candidates, at_once),
+        head_rows(selected_NGn), block_rows_GB, block_rows_GB.stride(0), block_lengths_B, tiles,
+        blocks, C=ListConstants(groups, num, select_block, length, EDGES, candidates, at_once),
         num_warps=warps,
     )  # fmt: skip
     return blocks
@@ -184,25 +184,27 @@ class QueryLists(NamedTuple):
 
 
 def query_lists(
-    selected: Tensor,
-    block_lengths: Tensor,
+    selected_NGn: Tensor,
+    block_lengths_B: Tensor,
     segments: QuerySegments,
     select_block: int,
     most: int,
     launch: int,
 ) -> QueryLists:
     """For programs that walk over at most `most` queries of a block each, `launch` at a time."""
-    num_rows, groups, num = selected.shape
-    num_blocks = block_lengths.shape[0]
-    device = selected.device
+    num_rows, groups, num = selected_NGn.shape
+    num_blocks = block_lengths_B.shape[0]
+    device = selected_NGn.device
     none = groups * num_blocks
-    chosen = selected >= 0
-    ids = (selected + selected_bases(segments)[:, None, None]).where(chosen, 0)
-    seen = positions(segments)[:, None, None] + 1 - selected.long() * select_block
-    seen = seen.clamp(min=0).minimum(block_lengths[ids]).where(chosen, 0).to(torch.int16)
-    seen += (seen.sum(dim=-1, keepdim=True) > 1).to(torch.int16) * 256
+    chosen_NGn = selected_NGn >= 0
+    ids_NGn = (selected_NGn + selected_bases(segments)[:, None, None]).where(chosen_NGn, 0)
+    seen_NGn = positions(segments)[:, None, None] + 1 - selected_NGn.long() * select_block
+    seen_NGn = (
+        seen_NGn.clamp(min=0).minimum(block_lengths_B[ids_NGn]).where(chosen_NGn, 0).to(torch.int16)
+    )
+    seen_NGn += (seen_NGn.sum(dim=-1, keepdim=True) > 1).to(torch.int16) * 256
     offset = torch.arange(groups, device=device) * num_blocks
-    keys = (ids + offset[:, None]).where(chosen, none).to(torch.int32)
+    keys = (ids_NGn + offset[:, None]).where(chosen_NGn, none).to(torch.int32)
     # Equal keys stay in the order of rows.
     keys, by_block = keys.flatten().sort(stable=True)
     rows = (by_block // (groups * num)).to(torch.int32)
@@ -217,4 +219,4 @@ def query_lists(
     first = rows[(starts[last] + (programs - before) * most).clamp(max=len(rows) - 1)]
     first = first.where(owner < none, num_rows)
     order = ((programs // launch * groups + last // num_blocks) * (num_rows + 1) + first).argsort()
-    return QueryLists(rows, seen.flatten()[by_block], starts, ends, owner, order)
+    return QueryLists(rows, seen_NGn.flatten()[by_block], starts, ends, owner, order)

@@ -1,4 +1,8 @@
-"""The highest scores of each query, by bisection over their bits: see scores.py."""
+"""The highest scores of each query, by bisection over their bits: see scores.py.
+
+Letters: N local rows, G KV heads, n chosen blocks; of a program L lines, W blocks of a line, PN
+places (n padded).
+"""
 
 from __future__ import annotations
 
@@ -61,7 +65,7 @@ def _choose_kernel(
     o_n = tl.arange(0, C.PN)
     line = tl.program_id(0) * L + tl.arange(0, L)
     m_l = line < num_lines
-    t = tl.load(positions + begin_row + line // C.G, mask=m_l, other=0).to(tl.int32)
+    t = tl.load(positions + begin_row + line // C.G, mask=m_l, other=0).to(tl.int32)  # [L]
     num_blocks = t // C.SELECT_BLOCK + 1
     # Eligible blocks: forced [0, first), free [first, end), forced [end, num_blocks).
     first = tl.minimum(num_blocks, C.INIT)
@@ -80,17 +84,19 @@ def _choose_kernel(
             b_own = tl.load(p_s + o_w, mask=m_l[:, None] & (o_w < bound), other=0.0)
         else:
             o_p = i_part * W * 2 + tl.arange(0, W * 2)
+            # [L, 2 W], then twice [L, W]
             b_both = tl.load(p_s + o_p, mask=m_l[:, None] & (o_p < bound * 2), other=0.0)
             b_own, b_passed = tl.split(tl.reshape(b_both, [L, W, 2]))
     else:
         p_found = found + (o_line * num_found)[:, None]
+        # All [L, W].
         b_block = tl.load(p_found + o_w, mask=m_l[:, None] & (o_w < num_found), other=-1)
         b_own = tl.load(p_s + b_block * C.PARTS, mask=b_block >= 0, other=0.0)
         if C.PARTS == 2:
             b_passed = tl.load(p_s + b_block * 2 + 1, mask=b_block >= 0, other=0.0)
     # Nothing was written where no visible key begins: in front of block 0, and, as l <= l', in the
     # query's own block and after, of which none is free.
-    b_score = b_own
+    b_score = b_own  # [L, W]
     if C.PARTS == 2:
         b_score += tl.where(b_block > 0, b_passed, 0.0)
     # Bits of floats that are not negative are in the order of the floats; NaN scores 0.
@@ -98,10 +104,10 @@ def _choose_kernel(
     m_free = (b_block >= first[:, None]) & (b_block < end[:, None]) & (want[:, None] > 0)
     b_key = tl.where(m_free, b_key, -1)
 
-    b_column, count = top_keys(b_key, want, C.PN, C.WORDS, C.RUN)
+    b_column, count = top_keys(b_key, want, C.PN, C.WORDS, C.RUN)  # [L, PN], [L]
     m_n = m_l[:, None] & (o_n < count[:, None])
     if C.FIRST:
-        b_chosen = i_part * W + b_column
+        b_chosen = i_part * W + b_column  # [L, PN]
     else:
         b_chosen = tl.load(p_found + i_part * W + b_column, mask=m_n, other=-1)
     if C.LAST:
@@ -109,7 +115,7 @@ def _choose_kernel(
         p_out = out + ((begin_row * C.G + o_line) * C.NUM_SELECTED)[:, None] + o_n
         tl.store(p_out + first[:, None], b_chosen, mask=m_n)
         m_first = o_n < first[:, None]
-        b_local = (end - first - count)[:, None] + o_n
+        b_local = (end - first - count)[:, None] + o_n  # [L, PN]
         b_rest = tl.where(m_first, o_n, tl.where(b_local < num_blocks[:, None], b_local, -1))
         m_rest = (m_first | (o_n >= (first + count)[:, None])) & (o_n < C.NUM_SELECTED)
         tl.store(p_out, b_rest, mask=m_rest & m_l[:, None])
@@ -122,8 +128,8 @@ def _choose_kernel(
 
 def choose_blocks(
     scores: Tensor,
-    selected: Tensor,
-    positions: Tensor,
+    selected_NGn: Tensor,
+    positions_N: Tensor,
     chunk: Chunk,
     score_parts: int,
     select_block: int,
@@ -131,18 +137,18 @@ def choose_blocks(
     num_local_blocks: int,
 ) -> None:
     """Ranks the scores of a chunk, and what their parts hand on until there is one part."""
-    _, groups, num_selected = selected.shape
+    _, groups, num_selected = selected_NGn.shape
     rows = chunk.end - chunk.begin
     blocks = chunk.last // select_block + 1
-    found, count = selected, blocks
+    found, count = selected_NGn, blocks
     while True:
-        first = found is selected
+        first = found is selected_NGn
         parts = triton.cdiv(count, MOST_COLUMNS)
         # Powers of 4: few kernels to compile.
         width = min(1 << max(6, -(-(count - 1).bit_length() // 2) * 2), MOST_COLUMNS)
-        out = selected
+        out = selected_NGn
         if parts > 1:
-            out = selected.new_empty(rows * groups * parts * num_selected)
+            out = selected_NGn.new_empty(rows * groups * parts * num_selected)
         lines = max(1, LINE_ELEMENTS // width)
         run = 4 // score_parts  # Blocks in the 16 bytes that a thread loads at once.
         C = Constants(
@@ -151,7 +157,7 @@ def choose_blocks(
             min(max(32, width // 32), width // run), run,
         )  # fmt: skip
         _choose_kernel[(triton.cdiv(rows * groups, lines), parts)](
-            scores, found, out, positions, chunk.begin, rows * groups, count, pitch(blocks), C=C,
+            scores, found, out, positions_N, chunk.begin, rows * groups, count, pitch(blocks), C=C,
             num_warps=max(1, width // LINE_ELEMENTS), maxnreg=choose_registers(scores, first),
         )  # fmt: skip
         if parts == 1:

@@ -1,4 +1,7 @@
-"""Runs of query rows whose scores fit the workspace."""
+"""Runs of query rows whose scores fit the workspace.
+
+Letters: M segments that have rows.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,15 @@ def chunks(segments: QuerySegments, size: int, tokens: int, column: str) -> list
 
 
 def _chunks(segments: QuerySegments, size: int, tokens: int, column: str) -> list[Chunk]:
-    start, length, position = segments.host[segments.host[:, 1] > 0][:, :3].unbind(1)
+    start_M, length_M, position_M = segments.host[segments.host[:, 1] > 0][:, :3].unbind(1)
+    # One of each for a chunk, like those below without a letter.
     begin = torch.arange(0, segments.num_queries, size, device="cpu")
     end = (begin + size).clamp(max=segments.num_queries)
     # Positions ascend in a segment: the highest of a chunk ends it, or ends a segment in it.
-    at_end = torch.searchsorted(start + length, end - 1, right=True)
-    last = (position - start)[at_end] + end - 1
-    of_end = (start + length - 1) // size
-    last = last.scatter_reduce(0, of_end, position + length - 1, "amax")
+    at_end = torch.searchsorted(start_M + length_M, end - 1, right=True)
+    last = (position_M - start_M)[at_end] + end - 1
+    chunk_M = (start_M + length_M - 1) // size
+    last = last.scatter_reduce(0, chunk_M, position_M + length_M - 1, "amax")
     first_rows = query_tiles(segments, tokens, column).host[:, 0].contiguous()
     first_tile = torch.searchsorted(first_rows, begin, right=True) - 1
     end_tile = torch.searchsorted(first_rows, end)

@@ -55,9 +55,11 @@ def _select_blocks(
     scale: float,
 ) -> Tensor:
     groups, at = k.shape[1], segments_of(segments, q.device)
-    selected = torch.empty((q.shape[0], groups, num_selected), dtype=torch.int32, device=q.device)
-    if not selected.numel():
-        return selected
+    selected_NGn = torch.empty(
+        (q.shape[0], groups, num_selected), dtype=torch.int32, device=q.device
+    )
+    if not selected_NGn.numel():
+        return selected_NGn
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     lse = lse.contiguous()
     parts = score_parts(block, stride)
@@ -86,7 +88,7 @@ def _select_blocks(
         )
         choose_blocks(
             workspace,
-            selected,
+            selected_NGn,
             positions(at),
             chunk,
             parts,
@@ -94,7 +96,7 @@ def _select_blocks(
             num_init_blocks,
             num_local_blocks,
         )
-    return selected
+    return selected_NGn
 
 
 @_select_blocks.register_fake

@@ -3,7 +3,7 @@
 All comparisons of a line are made by few threads that keep its keys in registers: what a search
 costs grows with the length of the line, and n hardly matters. The result is exact, ties included.
 
-Letters: L lines, W keys of a line, WORDS times BITS = W.
+Letters: L lines, W keys of a line, WORDS times BITS = W, PN places.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _least_taken(b_key, b_top, want, low, NUM_KEYS: tl.constexpr):
     word; low [L] >= 0 a lower bound, returned where no more than `want` keys reach that.
     """
     # Invariant: count = keys >= low, and fewer than `want` keys are >= high.
-    high = tl.max(b_top, 1) + 1
+    high = tl.max(b_top, 1) + 1  # [L], as are low, count, middle and above
     if len(b_key.shape) == 3:
         count = _sum_of_line((b_key >= low[:, None, None]).to(tl.int32))
     else:
@@ -65,7 +65,7 @@ def top_keys(b_key, want, PN: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constex
     b_key = tl.reshape(b_key, [L, WORDS, BITS])
     o_word = tl.arange(0, WORDS) * RUN
     o_bit = tl.arange(0, BITS)
-    b_top = tl.max(b_key, 2)
+    b_top = tl.max(b_key, 2)  # [L, WORDS]
     # At least `want` keys reach what that many of the words' highest reach.
     low, count = _least_taken(b_top, b_top, want, want * 0, WORDS)
     low, count = _least_taken(b_key, b_top, want, low, W)
@@ -76,6 +76,7 @@ def top_keys(b_key, want, PN: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constex
         b_key = tl.where(b_key > low[:, None, None], W + 1, b_turn)
         low, count = _least_taken(b_key, tl.max(b_key, 2), want, want * 0, W)
 
+    # [L, WORDS, BITS]
     b_taken = (b_key >= low[:, None, None]).to(tl.uint32) << o_bit.to(tl.uint32)[None, None, :]
     b_word = tl.sum(b_taken, 2)  # [L, WORDS]
     o_n = tl.arange(0, PN)
@@ -84,8 +85,8 @@ def top_keys(b_key, want, PN: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constex
         b_bit = b_word & (0 - b_word)  # The lowest; its exponent as a float is its number.
         b_bit = (b_bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
         b_next = b_bit // RUN * (WORDS * RUN) + o_word + b_bit % RUN
-        b_next = tl.where(b_word == 0, W, b_next)
-        first = tl.min(b_next, 1)
+        b_next = tl.where(b_word == 0, W, b_next)  # [L, WORDS]
+        first = tl.min(b_next, 1)  # [L]
         b_word = tl.where(b_next == first[:, None], b_word & (b_word - 1), b_word)
         b_column = tl.where(o_n == i, first[:, None], b_column)
     return b_column, count
