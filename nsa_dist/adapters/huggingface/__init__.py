@@ -20,6 +20,7 @@ from nsa_dist.adapters.huggingface.attention import NSAAttention
 from nsa_dist.adapters.huggingface.auto import register
 from nsa_dist.adapters.huggingface.cache import NSACacheLayer
 from nsa_dist.adapters.huggingface.convert import convert_to_nsa, from_pretrained
+from nsa_dist.adapters.huggingface.heads import register_heads
 from nsa_dist.adapters.huggingface.models import (
     FAMILIES,
     NSALlamaConfig,
@@ -29,6 +30,7 @@ from nsa_dist.adapters.huggingface.models import (
 )
 
 register(FAMILIES.values())
+register_heads()
 
 __all__ = [
     "NSAAttention",

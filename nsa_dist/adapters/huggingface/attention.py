@@ -44,6 +44,9 @@ class NSAAttention(nn.Module):
             With independent K, V each set starts as a copy of the dense one.
         config: the attention.
 
+    Raises:
+        ValueError: if another library has replaced the function that rotates queries and keys.
+
     Parameters, with h hidden size, d head_dim, H heads, G KV heads, nk and nv sets of keys and
     values (1 with shared K, V):
         q_proj.weight [H d, h], o_proj.weight [h, H d], and their biases: the dense module's.
@@ -59,6 +62,13 @@ class NSAAttention(nn.Module):
         weight = dense.q_proj.weight
         factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.dense_type = type(dense)
+        rotary = ROTARY[self.dense_type].__module__
+        if not rotary.startswith("transformers."):  # It may expect heads in another place.
+            raise ValueError(
+                "apply_rotary_pos_emb must be transformers' own when "
+                "nsa_dist.adapters.huggingface is imported (import it before Liger's kernels are "
+                f"applied), got one of {rotary}"
+            )
         self.q_proj, self.o_proj = dense.q_proj, dense.o_proj
         self.k_proj = _repeat_rows(dense.k_proj, config.num_key_sets)
         self.v_proj = _repeat_rows(dense.v_proj, config.num_value_sets)
@@ -99,15 +109,15 @@ class NSAAttention(nn.Module):
 
         Args:
             attention_mask: ignored; ``nsa_batch`` holds the same information.
-            nsa_batch: from the model's ``forward``.
+            nsa_batch: from the decoder's ``forward``.
 
         Raises:
             ValueError: without ``nsa_batch``, or if a tensor parallel plan split a projection.
         """
         if nsa_batch is None or position_embeddings is None:
             raise ValueError(
-                "nsa_batch must be what the model's forward passes on, got None; call the model, "
-                "not its layers or its .model"
+                "nsa_batch must be what the decoder's forward passes on, got None; call the model "
+                "or its .model, not its layers"
             )
         config = self.config
         q_shape = (config.num_heads, config.head_dim)

@@ -1,8 +1,8 @@
 """The data of a batch that attention layers share, computed once per forward.
 
 transformers passes attention modules a mask of queries x keys, which this attention does not use.
-Instead the model's ``forward`` reads padding, documents and the cache, and passes a ``Batch`` with
-the keyword arguments.
+Instead the decoder's ``forward`` reads padding, documents and the cache, and passes a ``Batch``
+with the keyword arguments.
 
 Letters: B rows, T tokens per row (with cached ones), N new tokens without padding.
 """
@@ -178,11 +178,10 @@ def plan_stream(
     *,
     exact_positions: bool,
     dtype: torch.dtype,
-    problem: str | None,
 ) -> tuple[Batch, Tensor]:
     """The batch of a forward without a cache, and its positions.
 
-    A collective if the sequence is split.
+    A collective if the sequence is split, after ``documents_of_split``.
 
     Args:
         tokens: [B, L] or [B, L, hidden]; only shape and device are used.
@@ -190,9 +189,8 @@ def plan_stream(
         cu_seqlens: int32 boundaries of packed documents, of the whole padded stream.
         position_ids: positions from the caller.
         exact_positions: whether these must be the positions within the documents of
-            ``cu_seqlens``, as they must be on a split sequence.
+            ``cu_seqlens``.
         dtype: dtype of the model.
-        problem: an error of this rank, raised on every rank.
 
     Returns:
         The batch, and integer positions [B, L].
@@ -200,11 +198,6 @@ def plan_stream(
     rows_given, length = tokens.shape[:2]
     device = tokens.device
     communication = runtime.communication
-    if runtime.context.size > 1:
-        given = "None" if position_ids is None else "given"
-        statement = Statement({"call": "model's forward", "position_ids": given})
-        agree(statement, problem, runtime.context, communication)
-        problem = None
     rows, batch = None, rows_given
     if ranges is not None:
         lengths = torch.tensor([0] + [end - start for start, end in ranges])
@@ -226,7 +219,6 @@ def plan_stream(
         device=device,
         counter=communication,
         inputs={"backend": runtime.backend, "model": "transformers"},
-        problem=problem,
     )
     shape = tokens.shape[:2]
     positions = plan.positions
@@ -234,7 +226,7 @@ def plan_stream(
         positions = positions.new_zeros(shape.numel()).index_copy(0, rows, positions)
     positions = positions.view(shape)
     if position_ids is not None:
-        if exact_positions or runtime.context.size > 1:
+        if exact_positions:
             _check_positions(position_ids, positions, runtime.context, communication)
         positions = position_ids.expand(shape)
     return Batch(runtime, rows, plan, None), positions

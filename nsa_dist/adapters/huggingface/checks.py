@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from nsa_dist.adapters.huggingface.attention import ROTARY
+from nsa_dist.adapters.huggingface.parallelism import Split
 from nsa_dist.adapters.huggingface.weights import check_parameter
-from nsa_dist.checks import check, describe
+from nsa_dist.checks import check, describe, is_plain
 from nsa_dist.config import NSAConfig
 from nsa_kernels import get_backend
 
@@ -192,17 +193,18 @@ def check_call(
     *,
     split: bool,
     rows: int,
+    length: int,
     attention_mask: Any,
     past_key_values: Any,
     use_cache: bool | None,
     cu_seqlens: Any,
-    labels: Any,
     kwargs: Mapping[str, Any],
 ) -> str | None:
-    """The error in the arguments of a model's ``forward``, or None.
+    """The error in the arguments of a decoder's ``forward``, or None.
 
     Args:
         split: whether the sequence is split over ranks.
+        rows, length: of the tokens on this rank.
         cu_seqlens: from the caller, or ``cu_seq_lens_q`` of ``kwargs``.
     """
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
@@ -220,17 +222,44 @@ def check_call(
         if past_key_values is not None:
             must = f"None with {why} (generate needs whole sequences: model.use_group(None))"
             return f"past_key_values must be {must}, got {describe(past_key_values)}"
-        if attention_mask is not None:
-            return f"attention_mask must be None with {why}, got {describe(attention_mask)}"
         if use_cache:
             return f"use_cache must be None or False with {why}, got True"
-    if split and labels is not None:
-        for option, must in (
-            ("shift_labels", "the labels of nsa_dist.shard_batch, which it shifts before the cut"),
-            ("num_items_in_batch", "num_targets of nsa_dist.shard_batch"),
-        ):
-            if kwargs.get(option) is None:
-                return f"{option} must be {must}, for labels with {why}, got None"
+    if attention_mask is not None and (split or packed):
+        given = describe(attention_mask)
+        mask_shape = (rows, length)
+        if not is_plain(attention_mask) or tuple(attention_mask.shape) != mask_shape:
+            return f"attention_mask must be None or of shape {mask_shape} with {why}, got {given}"
+        if packed and not bool(attention_mask.bool().all()):
+            return (
+                "attention_mask must be None or all ones with packed documents (cu_seqlens, of "
+                f"which padding is one more), got zeros in {given}"
+            )
     if packed and rows != 1:
         return f"cu_seqlens must come with batch size 1, got batch size {rows}"
+    return None
+
+
+def check_labels(by_others: Split | None, labels: Any, kwargs: Mapping[str, Any]) -> str | None:
+    """The error in the labels of a split sequence, or None.
+
+    Args:
+        by_others: who splits the sequence, if not the caller of ``use_group``.
+    """
+    shifted = kwargs.get("shift_labels")
+    if labels is None:
+        if shifted is not None and by_others is not None and not by_others.mean_of_parts:
+            # The Trainer takes labels out of the batch for these, and shifts a part of them.
+            return (
+                "labels must come with shift_labels where context_parallel splits sequences (the "
+                "Trainer's label_smoothing_factor must be 0.0 and compute_loss_func None: they "
+                "shift a rank's part of the labels), got None"
+            )
+        return None
+    why = "for labels with a sequence split over ranks"
+    if shifted is None:
+        must = "the labels of nsa_dist.shard_batch, which it shifts before the cut"
+        return f"shift_labels must be {must}, {why}, got None"
+    if by_others is None and kwargs.get("num_items_in_batch") is None:
+        must = "num_targets of nsa_dist.shard_batch, the number of labels of all ranks"
+        return f"num_items_in_batch must be {must}, {why}, got None"
     return None

@@ -20,12 +20,9 @@ from nsa_dist.adapters.huggingface.checks import (
     check_model,
     check_modules,
 )
-from nsa_dist.adapters.huggingface.models import (
-    FAMILIES,
-    make_attention,
-    make_runtime,
-    write_config,
-)
+from nsa_dist.adapters.huggingface.decoder import make_runtime
+from nsa_dist.adapters.huggingface.heads import HEADS
+from nsa_dist.adapters.huggingface.models import FAMILIES, make_attention, write_config
 from nsa_dist.adapters.huggingface.weights import whole
 from nsa_dist.checks import check
 from nsa_dist.comm.group import ContextGroup, GroupLike
@@ -57,12 +54,13 @@ def convert_to_nsa(
     computes the same as before.
 
     Args:
-        model: a ``LlamaForCausalLM`` or ``Qwen3ForCausalLM``, on one device.
+        model: a ``LlamaForCausalLM`` or ``Qwen3ForCausalLM``, or a classifier of sequences or
+            tokens of these families, on one device.
         config: the attention; heads and widths must be the model's. Leave its ``gate_init`` at the
             default.
         layers: indices of the layers to convert, default all. The others stay dense.
         group: process group or one-dimensional DeviceMesh over which sequences are split, which
-            needs all layers converted; None for one rank.
+            needs a language model and all layers converted; None for one rank.
         layout: "contiguous", "zigzag" or "zigzag_per_document", as given to ``shard_batch``.
         backend: "auto" or a name that ``nsa_kernels.get_backend`` knows.
         gate_init: initial gate logits of (compressed, selected, window).
@@ -74,7 +72,8 @@ def convert_to_nsa(
     Raises:
         ValueError: if an argument has a value that is not allowed; the model is then unchanged.
     """
-    check_model(model, FAMILIES)
+    families = {**FAMILIES, **HEADS}
+    check_model(model, families)
     check_config(config, model.config, gate_init)
     chosen = check_layers(layers, model.config)
     check_modules(model, chosen)
@@ -84,7 +83,7 @@ def convert_to_nsa(
     config = replace(config, gate_init=gate_init)
 
     # Do everything that can fail before the first change of the model.
-    sparse, config_type = FAMILIES[type(model)]
+    sparse, config_type = families[type(model)]
     dense_config = model.config
     new_config = write_config(dense_config, config_type, config, chosen)
     attention = make_attention(model, config, chosen)

@@ -1,8 +1,8 @@
 """Llama and Qwen3 with Native Sparse Attention, as subclasses of transformers' classes.
 
 The classes give checkpoints a ``model_type`` of their own, so that they cannot be loaded as dense
-models, and their ``forward`` reads a batch's padding, documents and cache. Everything else is
-transformers', including ``forward`` of the decoder and its layers.
+models. Their decoders read a batch's padding, documents and cache (``SparseDecoder``). Everything
+else is transformers', including ``forward`` of the head, of the decoder and of its layers.
 """
 
 from __future__ import annotations
@@ -12,40 +12,23 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
+    MODEL_MAPPING,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from nsa_dist.adapters.huggingface.attention import NSAAttention
-from nsa_dist.adapters.huggingface.batch import (
-    Batch,
-    Runtime,
-    cache_tables,
-    check_position_ids,
-    check_positions_count_on,
-    packed_boundaries,
-    plan_stream,
-    read_mask,
-)
-from nsa_dist.adapters.huggingface.cache import adopt_cache
-from nsa_dist.adapters.huggingface.checks import (
-    check_attention,
-    check_call,
-    check_config,
-    check_layers,
-)
-from nsa_dist.adapters.huggingface.parallelism import split_without_group
-from nsa_dist.checks import describe
-from nsa_dist.comm import CommunicationCounter
-from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
+from nsa_dist.adapters.huggingface.batch import Runtime
+from nsa_dist.adapters.huggingface.checks import check_config, check_labels, check_layers
+from nsa_dist.adapters.huggingface.decoder import SparseDecoder, make_runtime
+from nsa_dist.adapters.huggingface.split import targets_per_rank
+from nsa_dist.comm.group import ContextGroup, GroupLike
 from nsa_dist.config import NSAConfig
-from nsa_dist.plan.layout import make_layout
 
 SPARSE = "native_sparse_attention"
 """The name of these layers in ``layer_types`` of configs that older versions saved."""
@@ -102,21 +85,36 @@ class NSAQwen3Config(_NSAConfigMixin, Qwen3Config):
         super().__post_init__(**kwargs)
 
 
-class _NSAMixin:
-    """Attributes and methods that both families add to their dense class."""
+class SparseModel:
+    """What models with a head add to their dense class; the decoder does the rest."""
 
-    nsa_config: NSAConfig
-    nsa_layers: tuple[int, ...]
-    nsa_runtime: Runtime
+    @property
+    def nsa_config(self) -> NSAConfig:
+        """The attention."""
+        return self._decoder.nsa_config
+
+    @property
+    def nsa_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have it."""
+        return self._decoder.nsa_layers
+
+    @property
+    def nsa_runtime(self) -> Runtime:
+        """Group, layout and backend, as set."""
+        return self._decoder.nsa_runtime
+
+    @property
+    def _decoder(self) -> SparseDecoder:
+        decoder: SparseDecoder = self.base_model  # type: ignore[attr-defined]
+        return decoder
 
     def _become_sparse(
         self, config: NSAConfig, attention: Mapping[int, NSAAttention], runtime: Runtime
     ) -> None:
-        """Install attention modules, by layer index."""
-        self.nsa_config, self.nsa_layers, self.nsa_runtime = config, tuple(attention), runtime
-        decoder: Any = self.model  # type: ignore[attr-defined]
-        for index, module in attention.items():
-            decoder.layers[index].self_attn = module
+        """Make the decoder a sparse one, with attention modules by layer index."""
+        decoder: Any = self._decoder
+        decoder.__class__ = DECODERS[type(self.config)]  # type: ignore[attr-defined]
+        decoder.become_sparse(config, attention, runtime)
 
     def use_group(
         self,
@@ -129,7 +127,7 @@ class _NSAMixin:
 
         Args:
             group: process group or one-dimensional DeviceMesh; None if each rank has whole
-                sequences, which overrides accelerate's and DeepSpeed's settings.
+                sequences, which overrides accelerate's, DeepSpeed's and torch's.
             layout: "contiguous", "zigzag" or "zigzag_per_document", as given to ``shard_batch``.
             backend: "auto" or a name that ``nsa_kernels.get_backend`` knows.
 
@@ -141,18 +139,11 @@ class _NSAMixin:
     def _use(
         self, group: GroupLike | ContextGroup, layout: str, backend: str, *, group_is_set: bool
     ) -> None:
-        model: Any = self
-        runtime = make_runtime(
-            group,
-            layout,
-            backend,
-            self.nsa_layers,
-            model.config.num_hidden_layers,
-            group_is_set=group_is_set,
-        )
-        first = model.model.layers[self.nsa_layers[0]].self_attn
-        check_attention(self.nsa_config, backend, first)
-        self.nsa_runtime = runtime
+        self._decoder.use_runtime(group, layout, backend, group_is_set=group_is_set)
+
+
+class _NSAMixin(SparseModel):
+    """``forward`` of all families' language models, whose loss is that of whole sequences."""
 
     def forward(
         self,
@@ -173,10 +164,14 @@ class _NSAMixin:
             input_ids, inputs_embeds, labels, logits_to_keep: as in the dense model. Labels of a
                 split sequence cannot be shifted here: also pass ``shift_labels`` and
                 ``num_items_in_batch`` from ``shard_batch``. The loss is then this rank's share.
-            attention_mask: [B, cached and new tokens], zeros only before and after a row's tokens.
+                Where torch's ``context_parallel`` splits the sequence, ``num_items_in_batch`` may
+                be left out: the mean over ranks of their losses is then that of the whole. Where
+                DeepSpeed does, the loss is then the mean over this rank's targets.
+            attention_mask: [B, cached and new tokens], zeros only before and after a row's tokens;
+                on a split sequence this rank's part, zeros only at the end of whole rows.
             position_ids: positions in the document, [B, L]; computed by default. Positions that
                 start again within a row mark packed documents, as in the dense model; these allow
-                neither padding nor a cache.
+                neither padding nor a cache. On a split sequence they start at 0.
             past_key_values: a ``DynamicCache``, empty or filled by this model.
             use_cache: default ``config.use_cache`` outside of training with one document per row,
                 else False.
@@ -187,119 +182,27 @@ class _NSAMixin:
         Raises:
             ValueError: if an argument has a value that is not allowed.
         """
-        tokens = inputs_embeds if inputs_embeds is not None else input_ids
-        if not isinstance(tokens, Tensor) or tokens.ndim < 2:
-            raise ValueError(
-                "input_ids must be integers [batch, tokens] where inputs_embeds is None, got "
-                f"{describe(input_ids)}"
-            )
-        with torch.device("cpu"):  # Tables are made on the host; the default device may be another.
-            batch, positions, past_key_values, attention_mask = self._read_batch(
-                tokens,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                use_cache,
-                cu_seqlens,
-                labels,
-                kwargs,
-            )
-        if len(self.nsa_layers) == self.config.num_hidden_layers:  # type: ignore[attr-defined]
-            # transformers passes on a mask of four dimensions, and so makes no L x L mask.
-            attention_mask = tokens.new_zeros(1, 1, 1, 1)
+        runtime, by_others = self._decoder.split_of_call()
+        problem = None
+        if runtime.context.size > 1:
+            problem = check_labels(by_others, labels, kwargs)
+            given = labels is None or kwargs.get("num_items_in_batch") is not None
+            if problem is None and not given and by_others and not by_others.mean_of_parts:
+                targets = targets_per_rank(runtime, kwargs["shift_labels"])
+                kwargs["num_items_in_batch"] = targets
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=positions,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
-            use_cache=past_key_values is not None,
+            use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            nsa_batch=batch,
+            cu_seqlens=cu_seqlens,
+            nsa_problem=problem,
             **kwargs,
         )
-
-    def _read_batch(
-        self,
-        tokens: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Any,
-        use_cache: bool | None,
-        cu_seqlens: Tensor | None,
-        labels: Tensor | None,
-        kwargs: Mapping[str, Any],
-    ) -> tuple[Batch, Tensor, Any, Tensor | None]:
-        """The batch, its positions, the cache in use, and the mask if there is padding."""
-        model: Any = self
-        runtime, config, hf_config = self.nsa_runtime, self.nsa_config, model.config
-        rows, length = tokens.shape[:2]
-        split = runtime.context.size > 1
-        if cu_seqlens is None:
-            cu_seqlens = kwargs.get("cu_seq_lens_q")
-        problem = None if runtime.group_is_set else split_without_group()
-        problem = problem or check_call(
-            hf_config,
-            split=split,
-            rows=rows,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            cu_seqlens=cu_seqlens,
-            labels=labels,
-            kwargs=kwargs,
-        )
-        problem = problem or check_position_ids(position_ids, (rows, length))
-        # On a split sequence all ranks raise together, when they make the plan.
-        if problem is not None and not split:
-            raise ValueError(problem)
-        caching = past_key_values is not None or use_cache
-        if caching and model.training and model.is_gradient_checkpointing and not split:
-            raise ValueError(
-                "use_cache must be False with gradient checkpointing in training, got True"
-            )
-        documents, ranges, past = cu_seqlens, None, 0
-        if not split:
-            if past_key_values is not None:
-                adopt_cache(past_key_values, self.nsa_layers, config, rows)
-                past = past_key_values.get_seq_length(self.nsa_layers[0])
-            ranges = read_mask(attention_mask, rows, past + length)
-            if ranges is None:
-                # Dense layers look for packed documents only without a mask.
-                attention_mask = None
-            if position_ids is not None and cu_seqlens is None:
-                if ranges is None and past_key_values is None:
-                    documents = packed_boundaries(position_ids, rows)
-                else:
-                    check_positions_count_on(position_ids, rows, ranges, past)
-            if documents is not None and use_cache:
-                raise ValueError(
-                    "use_cache must be False with packed documents (cu_seqlens, or position_ids "
-                    "that start again at 0), got True"
-                )
-        if use_cache is None:
-            use_cache = hf_config.use_cache and not model.training and documents is None
-        if split or (past_key_values is None and not use_cache):
-            batch, positions = plan_stream(
-                config,
-                runtime,
-                tokens,
-                ranges,
-                documents,
-                position_ids,
-                exact_positions=cu_seqlens is not None,
-                dtype=model.dtype,
-                problem=problem,
-            )
-            return batch, positions, None, attention_mask
-        if past_key_values is None:
-            past_key_values = DynamicCache(config=hf_config)
-            adopt_cache(past_key_values, self.nsa_layers, config, rows)
-        batch, positions = cache_tables(config, runtime, tokens, ranges, past)
-        if position_ids is not None:
-            positions = position_ids
-        return batch, positions, past_key_values, attention_mask
 
 
 class NSALlamaForCausalLM(_NSAMixin, LlamaForCausalLM):
@@ -331,35 +234,41 @@ FAMILIES: Mapping[type, tuple[Any, Any]] = {
 """Dense model classes, and the model and config classes of their converted models."""
 
 
+class _NSADecoder(SparseDecoder):
+    """A decoder that is made from a converted model's config, as by ``AutoModel``."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        nsa, layers, runtime = read_config(config)
+        self.become_sparse(nsa, make_attention(self, nsa, layers), runtime)
+
+
+def _decoder_class(dense: Any, config_type: type) -> Any:
+    """The decoder class of a family, a subclass of the decoder class of the model ``dense``."""
+    decoder = MODEL_MAPPING[dense.config_class]
+    text = f"``{decoder.__name__}`` with Native Sparse Attention in the layers of the config."
+    fields = {"__module__": __name__, "__doc__": text, "config_class": config_type}
+    made: Any = type(f"NSA{decoder.__name__}", (_NSADecoder, decoder), fields)
+    # A dense decoder's constructor does this, by name; a converted one only changes its class.
+    _CAN_RECORD_REGISTRY[str(made)] = made._can_record_outputs
+    return made
+
+
+DECODERS: Mapping[type, Any] = {
+    config: _decoder_class(dense, config) for dense, (_, config) in FAMILIES.items()
+}
+"""Decoder classes by the config class of a converted model."""
+
+# Pickles look classes up here.
+globals().update({decoder.__name__: decoder for decoder in DECODERS.values()})
+
+
 def make_attention(
     model: Any, config: NSAConfig, layers: tuple[int, ...]
 ) -> dict[int, NSAAttention]:
-    """New attention modules by layer index; ``model`` does not change."""
-    return {i: NSAAttention(model.model.layers[i].self_attn, config) for i in layers}
-
-
-def make_runtime(
-    group: GroupLike | ContextGroup,
-    layout: str,
-    backend: str,
-    layers: tuple[int, ...],
-    num_layers: int,
-    *,
-    group_is_set: bool,
-) -> Runtime:
-    """A ``Runtime`` from checked arguments.
-
-    Raises:
-        ValueError: if an argument has a value that is not allowed.
-    """
-    context = context_group(group)
-    make_layout(layout, context.size)
-    if context.size > 1 and len(layers) < num_layers:
-        raise ValueError(
-            f"layers must be all {num_layers} to split a sequence over {context.size} ranks "
-            f"(transformers' dense layers need whole sequences), got {len(layers)}"
-        )
-    return Runtime(context, layout, backend, CommunicationCounter(), group_is_set)
+    """New attention modules by layer index; ``model``, or its decoder, does not change."""
+    decoder = model.base_model
+    return {i: NSAAttention(decoder.layers[i].self_attn, config) for i in layers}
 
 
 def read_config(config: Any) -> tuple[NSAConfig, tuple[int, ...], Runtime]:
@@ -382,9 +291,14 @@ def read_config(config: Any) -> tuple[NSAConfig, tuple[int, ...], Runtime]:
 
 
 def write_config(dense: Any, config_type: type, nsa: NSAConfig, layers: tuple[int, ...]) -> Any:
-    """A config of ``config_type`` with all fields of ``dense``, including private ones."""
+    """A config of ``config_type`` with all fields of ``dense``, including private ones.
+
+    Except for the path: there is the dense model, which PEFT and TRL would load as the base of an
+    adapter or as a reference.
+    """
     config: Any = copy.deepcopy(dense)
     config.__class__ = config_type
+    config._name_or_path = ""
     config.nsa = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(nsa).items()}
     config.nsa_layers = list(layers)
     return config

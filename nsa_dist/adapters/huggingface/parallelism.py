@@ -1,18 +1,87 @@
-"""Detection of sequence parallelism by accelerate, DeepSpeed and torch.
+"""Sequences that accelerate, DeepSpeed or torch split, without a call of ``use_group``.
 
-None of them passes its group to the model. Without ``use_group`` the model would treat each rank's
-part as a document of its own, and could not notice. But all three keep settings, equal on all
-ranks, that show whether sequences are split, and over how many ranks.
+None of them passes its group to the model. But while one of them splits sequences, it has replaced
+an attention function of torch or transformers by one that knows the group. A dense model would run
+that function; a converted one takes the group from it:
+
+    torch's ``context_parallel`` (``cp_size`` of accelerate): ``scaled_dot_product_attention`` of
+        torch, while the context is active; the layout is zigzag, or contiguous without torch's
+        load balancer
+    DeepSpeed's ALST (``sp_size`` of accelerate): the attention function of transformers; the
+        layout is contiguous
+
+Where sizes are stated but no function is replaced, the parts of a sequence are unknown.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nsa_dist.comm.group import GroupLike
 
 
-def _accelerate() -> tuple[str, int] | None:
+@dataclass(frozen=True)
+class Split:
+    """Who splits the sequences of a call, and how.
+
+    Attributes:
+        option: the name that its users know.
+        group: the ranks that share a sequence.
+        layout: the layout of parts.
+        mean_of_parts: whether losses are means over a rank's own targets, which the caller weighs
+            by their numbers.
+    """
+
+    option: str
+    group: GroupLike
+    layout: str
+    mean_of_parts: bool
+
+
+def find_split(attention: str, training: bool) -> Split | None:
+    """How torch or DeepSpeed splits the sequences of the next call; None if neither does.
+
+    Equal on all ranks.
+
+    Args:
+        attention: ``attn_implementation`` of the model.
+        training: whether the model is in training mode; in evaluation DeepSpeed may be told to
+            leave sequences whole.
+    """
+    return _torch() or _deepspeed(attention, training)
+
+
+def _torch() -> Split | None:
+    function = F.scaled_dot_product_attention
+    module = getattr(function, "__module__", None) or ""
+    if not module.startswith("torch.distributed.tensor.experimental"):
+        return None
+    mesh = inspect.getclosurevars(function).nonlocals["device_mesh"]
+    balanced = sys.modules[module]._cp_options.enable_load_balance
+    layout = "zigzag" if balanced else "contiguous"
+    return Split("torch's context_parallel", mesh, layout, mean_of_parts=False)
+
+
+def _deepspeed(attention: str, training: bool) -> Split | None:
+    function: Any = ALL_ATTENTION_FUNCTIONS.get(attention)
+    if getattr(function, "__module__", None) != "deepspeed.runtime.sequence_parallel.ulysses_sp":
+        return None
+    ulysses = inspect.getclosurevars(function).nonlocals["uattn"]
+    if ulysses.disable_in_eval and not training:
+        return None
+    return Split(
+        "DeepSpeed's sequence parallelism", ulysses.process_group, "contiguous", mean_of_parts=True
+    )
+
+
+def _stated_by_accelerate() -> tuple[str, int] | None:
     state = sys.modules.get("accelerate.state")
     if state is None or not state.is_initialized():
         return None
@@ -24,7 +93,7 @@ def _accelerate() -> tuple[str, int] | None:
     return None
 
 
-def _deepspeed() -> tuple[str, int] | None:
+def _stated_by_deepspeed() -> tuple[str, int] | None:
     option = "sequence_parallel_size of DeepSpeed"
     # ``UlyssesSPAttentionHF.register_with_transformers`` makes this group, with or without engine.
     ulysses = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
@@ -36,27 +105,31 @@ def _deepspeed() -> tuple[str, int] | None:
     return None
 
 
-def _torch() -> tuple[str, int] | None:
-    # torch's context manager replaces this function while it is active.
-    module = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
-    if module.startswith("torch.distributed.tensor.experimental"):
-        return "torch's context_parallel", 2  # At least 2; torch does not expose the number.
-    return None
+def unknown_split(
+    training: bool, position_ids: Tensor | None, shift_labels: Tensor | None
+) -> str | None:
+    """The error if a split is stated but ``find_split`` finds none, or None.
 
+    In training it is an error on every rank. In evaluation rows are whole, as for a dense model,
+    unless the arguments show a part: labels that are shifted already, which accelerate's data
+    loaders make as they split rows, or positions that start after 0 (not on the first rank).
 
-def split_without_group() -> str | None:
-    """The error if sequences are split although ``use_group`` was not called, or None.
-
-    Equal on all ranks.
+    Args:
+        position_ids: integer [1 or B, L]; None if they were not given or continue a cache.
+        shift_labels: from the caller.
     """
-    for stated in (_accelerate, _deepspeed, _torch):
-        split = stated()
-        if split is not None and split[1] > 1:
-            option, size = split
-            return (
-                f"{option} must be 1 without a call of use_group, got {size}: each rank would "
-                "take its part of a sequence for a whole one; call use_group(group, layout=...) "
-                "and cut batches by nsa_dist.shard_batch, or call use_group(None) where every "
-                "rank has whole sequences"
-            )
+    for stated in (_stated_by_accelerate, _stated_by_deepspeed):
+        option, size = stated() or ("", 1)
+        if size == 1:
+            continue
+        if not training and shift_labels is None:
+            late = position_ids is not None and bool((position_ids[:, :1] > 0).any())
+            if not late:
+                continue
+        return (
+            f"{option} must be 1 without a call of use_group where neither torch's "
+            f"context_parallel nor DeepSpeed's attention is active, got {size}: each rank would "
+            "take its part of a sequence for a whole one; call use_group(group, layout=...) if "
+            "ranks have parts, or use_group(None) if every rank has whole sequences"
+        )
     return None

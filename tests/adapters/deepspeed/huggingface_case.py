@@ -90,39 +90,63 @@ def zero3_differences(folder: str, case: str) -> dict[str, float]:
     return found
 
 
-def refusals_of_ulysses() -> dict[str, str]:
-    """Errors of a model on a part of a sequence, by what DeepSpeed knows of Ulysses; two ranks."""
+def ulysses_on_rank() -> dict[str, Any]:
+    """What a model does while DeepSpeed states that sequences are split; two ranks.
+
+    Errors or "", and the largest difference of logits from those of whole sequences.
+    """
     prepare()
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
     from deepspeed.utils import groups
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    model = sparse_model("llama").eval()
-    part = some_tokens(1, 64).chunk(2, dim=1)[dist.get_rank()].contiguous()
+    model = sparse_model("llama", dtype=torch.float64)
+    tokens, rank = some_tokens(2, 64), dist.get_rank()
+    part = tokens.chunk(2, dim=1)[rank].contiguous()
+    with torch.no_grad():
+        whole = model.eval()(tokens).logits
+    expected = whole.chunk(2, dim=1)[rank]
 
-    def refusal() -> str:
+    def refusal(training: bool, **options: Any) -> str:
         try:
             with torch.no_grad():
-                model(part)
+                model.train(training)(part, **options)
         except ValueError as error:
             return str(error)
         return ""
 
-    found = {"before": refusal()}
+    def difference(training: bool, tokens: Tensor, expected: Tensor) -> float:
+        with torch.no_grad():
+            return float((model.train(training)(tokens).logits - expected).abs().max())
+
+    found: dict[str, Any] = {"before": refusal(True)}
     dense = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    mpu = UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", 2, 1)
+
+    def register(**options: Any) -> Any:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = dense
+        parallel_state_sp._release_sequence_parallel_groups()
+        return UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", 2, 2, **options)
+
     try:
-        found["registered"] = refusal()
+        register()
+        found["training"] = difference(True, part, expected)
+        found["evaluation"] = difference(False, part, expected)
+        register(disable_in_eval=True)
+        found["training, evaluation whole"] = difference(True, part, expected)
+        found["evaluation whole"] = difference(False, tokens, whole)
+        found["evaluation of labels that were cut"] = refusal(False, shift_labels=part)
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = dense
+        found["a group alone"] = refusal(True)
         parallel_state_sp._release_sequence_parallel_groups()
         groups.mpu = _Sizes()
-        found["initialised"] = refusal()
+        found["an mpu alone"] = refusal(True)
         model.use_group(None)
-        found["use_group(None)"] = refusal()
+        found["use_group(None)"] = refusal(True)
     finally:
         groups.mpu = None
         ALL_ATTENTION_FUNCTIONS["sdpa"] = dense
-        mpu._release_sequence_parallel_groups()
+        parallel_state_sp._release_sequence_parallel_groups()
     return found
 
 

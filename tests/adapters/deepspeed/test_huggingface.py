@@ -12,7 +12,7 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
 
 from tests.adapters.deepspeed.huggingface_case import (
-    refusals_of_ulysses,
+    ulysses_on_rank,
     write_models,
     zero3_differences,
 )
@@ -35,9 +35,13 @@ def test_independent_keys_under_zero_3(
         assert max(found.values()) <= 100 * torch.finfo(torch.float32).eps, found
 
 
-def test_a_group_of_ulysses_that_the_model_is_not_told_of(deepspeed_ranks: GetRanks) -> None:
-    for answer in deepspeed_ranks(2).run(refusals_of_ulysses):
+def test_the_group_of_ulysses(deepspeed_ranks: GetRanks) -> None:
+    """Taken from DeepSpeed's attention where that is in use; refused where it is not."""
+    for answer in deepspeed_ranks(2).run(ulysses_on_rank):
         assert answer.pop("before") == answer.pop("use_group(None)") == ""
+        for name in ("training", "evaluation", "training, evaluation whole", "evaluation whole"):
+            assert answer.pop(name) <= 1e-10, name
+        assert len(answer) == 3
         for message in answer.values():
             assert message.startswith("sequence_parallel_size of DeepSpeed must be 1 ")
             assert ", got 2" in message

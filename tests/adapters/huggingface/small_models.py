@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,6 +20,7 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -118,6 +120,7 @@ def sparse_model(
     **options: Any,
 ) -> Any:
     """A converted model; with ``trained`` its new weights are as if training had moved them."""
+    options = {"num_key_value_heads": config.num_kv_heads, **options}
     model = convert_to_nsa(dense_model(family, **options), config, layers, group, layout=layout)
     if trained:
         generator = torch.Generator().manual_seed(7)
@@ -201,41 +204,126 @@ def gradients_on_rank(*args: Any, **kwargs: Any) -> tuple[float, dict[str, Tenso
     return result if dist.get_rank() == 0 else None
 
 
+def read_by(batch: str) -> dict[str, Tensor]:
+    """A batch as a collator makes it, of whole rows: input_ids, labels and what marks documents."""
+    if batch == "packed":
+        positions = torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
+        tokens = some_tokens(1, sum(DOCUMENTS))
+        labels = torch.where(positions == 0, -100, tokens)
+        return {"input_ids": tokens, "labels": labels, "position_ids": positions}
+    tokens = some_tokens(2, 64)
+    if batch == "rows":
+        return {"input_ids": tokens, "labels": tokens}
+    # TRL pads positions with zeros.
+    is_token = torch.arange(64) < torch.tensor([[64], [27]])
+    return {
+        "input_ids": torch.where(is_token, tokens, 0),
+        "labels": torch.where(is_token, tokens, -100),
+        "position_ids": torch.where(is_token, torch.arange(64), 0),
+        "attention_mask": is_token.long(),
+    }
+
+
+def batch_gradients(
+    family: str, config: NSAConfig, batch: str, dtype: torch.dtype
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and every gradient of a batch of ``read_by``, on one rank."""
+    model = sparse_model(family, config, dtype=dtype).train()
+    loss = model(**read_by(batch)).loss
+    loss.backward()
+    return float(loss.detach()), {name: x.grad for name, x in model.named_parameters()}
+
+
+def context_parallel_gradients(
+    family: str, config: NSAConfig, batch: str, dtype: torch.dtype, balanced: bool, counted: bool
+) -> tuple[float, dict[str, Tensor]] | None:
+    """As ``batch_gradients``, of a batch that torch's context_parallel splits; on rank 0.
+
+    The sum over ranks where targets are ``counted`` by the caller, else the mean.
+    """
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import _cp_options
+
+    model = sparse_model(family, config, dtype=dtype).train()
+    inputs = read_by(batch)
+    shifted = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    inputs["shift_labels"] = shifted.clone()
+    buffers = list(inputs.values())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    before, _cp_options.enable_load_balance = _cp_options.enable_load_balance, balanced
+    try:
+        with context_parallel(
+            mesh,
+            buffers=buffers,
+            buffer_seq_dims=[1] * len(buffers),
+            no_restore_buffers=set(buffers),
+        ):
+            targets = (shifted != -100).sum() if counted else None
+            loss = model(**inputs, num_items_in_batch=targets).loss
+            loss.backward()
+    finally:
+        _cp_options.enable_load_balance = before
+    total, grads = loss.detach(), {name: x.grad for name, x in model.named_parameters()}
+    for whole in (*grads.values(), total):
+        dist.all_reduce(whole)
+        whole /= 1 if counted else dist.get_world_size()
+    return (float(total), grads) if dist.get_rank() == 0 else None
+
+
 def refusals_on_rank() -> dict[str, str]:
     """Errors of bad calls over two ranks, by the option that they name."""
     group, rank = dist.group.WORLD, dist.get_rank()
     model = sparse_model("llama", group=group)
     batch = shard_batch(some_tokens(1, 64), group=group)
     ones = torch.ones_like(batch.tokens)
+    hole = torch.where(torch.arange(32) == 3, 0, ones)
     positions = batch.position_ids
+    anew = positions % 7
+    documents = torch.tensor([0, 16, 64], dtype=torch.int32)
     calls: dict[str, dict[str, Any]] = {
-        "attention_mask": {"attention_mask": ones},
+        "attention_mask, with a hole": {"attention_mask": hole},
+        "attention_mask, on one rank only": {"attention_mask": ones if rank else None},
+        "attention_mask, of the whole": {"attention_mask": ones.repeat(1, 2)},
+        "attention_mask, with documents": {"attention_mask": hole, "cu_seqlens": documents},
         "use_cache": {"use_cache": True},
         "past_key_values": {"past_key_values": DynamicCache()},
         "position_ids, of contiguous shards": {"position_ids": torch.arange(32)[None] + 32 * rank},
         "position_ids, wrong on rank 1": {"position_ids": positions + rank},
         "position_ids, on one rank only": {"position_ids": None if rank else positions},
-        "attention_mask, on one rank only": {"attention_mask": ones if rank else None},
+        "position_ids, of documents in two rows": {
+            "input_ids": batch.tokens.repeat(2, 1),
+            "position_ids": anew.repeat(2, 1),
+        },
         "shift_labels": {"labels": batch.labels, "num_items_in_batch": batch.num_targets},
         "num_items_in_batch": {"labels": batch.labels, "shift_labels": batch.labels},
         "cu_seqlens, of the shard": {"cu_seqlens": torch.tensor([0, 32], dtype=torch.int32)},
+        "cu_seqlens, on one rank only": {"cu_seqlens": documents if rank else None},
     }
     found = {}
-    for name, options in calls.items():
+
+    def refusal(call: Callable[[], Any]) -> str:
         try:
-            model(batch.tokens, **options)
-            found[name] = ""
+            call()
         except ValueError as error:
-            found[name] = str(error)
+            return str(error)
+        return ""
+
+    for name, options in calls.items():
+        options = {"input_ids": batch.tokens, **options}
+        found[name] = refusal(lambda options=options: model(**options))
     model(batch.tokens)  # And the next good call works.
-    try:
-        sparse_model("llama", layers=[0], group=group)
-    except ValueError as error:
-        found["layers"] = str(error)
-    try:
-        model.generate(batch.tokens, max_new_tokens=2)
-    except ValueError as error:
-        found["past_key_values, of generate"] = str(error)
+    per_document = sparse_model("llama", group=group, layout="zigzag_per_document")
+    found["cu_seqlens, which the layout needs"] = refusal(
+        lambda: per_document(batch.tokens, position_ids=anew)
+    )
+    found["layers"] = refusal(lambda: sparse_model("llama", layers=[0], group=group))
+    found["past_key_values, of generate"] = refusal(
+        lambda: model.generate(batch.tokens, max_new_tokens=2)
+    )
+    classifier = convert_to_nsa(
+        LlamaForSequenceClassification(dense_model("llama").config), SMALL, group=group
+    )
+    found["sequences"] = refusal(lambda: classifier(batch.tokens))
     return found
 
 
@@ -246,20 +334,20 @@ def stated_splits_on_rank() -> dict[str, str]:
     from accelerate.utils import TorchDynamoPlugin
     from torch.distributed.tensor.experimental import context_parallel
 
-    model = sparse_model("llama").eval()
+    model = sparse_model("llama").train()
     whole, group = some_tokens(1, 64), dist.group.WORLD
     part = whole.chunk(2, dim=1)[dist.get_rank()].contiguous()
     places = torch.arange(64)[None].chunk(2, dim=1)[dist.get_rank()].contiguous()
 
-    def refusal(tokens: Tensor, positions: Tensor) -> str:
+    def refusal(tokens: Tensor, **options: Any) -> str:
         try:
             with torch.no_grad():
-                model(tokens, position_ids=positions)
+                model(tokens, **options)
         except ValueError as error:
             return str(error)
         return ""
 
-    found = {"nothing stated": refusal(part, places)}
+    found = {"nothing stated": refusal(part, position_ids=places)}
     for option in ("cp_size", "sp_size"):
         sizes = ParallelismConfig(**{option: 2})
         # What Accelerator makes: it itself takes these sizes for no CPU.
@@ -270,18 +358,26 @@ def stated_splits_on_rank() -> dict[str, str]:
             _from_accelerator=True,
         )
         try:
-            found[option] = refusal(part, places)
+            found[option] = refusal(part, position_ids=places)
+            model.eval()
+            found[f"{option}, evaluation of whole rows"] = refusal(part)
+            found[f"{option}, evaluation of parts"] = refusal(part, shift_labels=part)
+            found[f"{option}, evaluation of a later part"] = refusal(part, position_ids=places)
+            model.train()
             if option == "cp_size":
                 model.use_group(None)
-                found["cp_size, use_group(None)"] = refusal(part, places)
+                found["cp_size, use_group(None)"] = refusal(part, position_ids=places)
                 model.use_group(group, layout="contiguous")
-                found["cp_size, use_group(group)"] = refusal(part, places)
-                model = sparse_model("llama").eval()
+                found["cp_size, use_group(group)"] = refusal(part, position_ids=places)
+                model = sparse_model("llama").train()
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
     mesh = init_device_mesh("cpu", (2,))
     positions = torch.arange(64)[None]
     with context_parallel(mesh, buffers=[whole, positions], buffer_seq_dims=[1, 1]):
-        found["context_parallel"] = refusal(whole, positions)
-    found["context_parallel is over"] = refusal(whole, positions)
+        found["labels"] = refusal(whole, shift_labels=whole)
+        found["context_parallel"] = refusal(whole, position_ids=positions)
+        model = sparse_model("llama", layers=[1]).train()
+        found["layers"] = refusal(whole, position_ids=positions)
+    found["context_parallel is over"] = refusal(whole, position_ids=positions)
     return found

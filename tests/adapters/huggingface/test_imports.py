@@ -44,6 +44,9 @@ def seen():
         "attention": MODULES["modeling_utils"].ALL_ATTENTION_FUNCTIONS._global_mapping,
         "configs": MODULES["models.auto.configuration_auto"].CONFIG_MAPPING._extra_content,
         "models": AUTO.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content,
+        "decoders": AUTO.MODEL_MAPPING._extra_content,
+        "classifiers": AUTO.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING._extra_content,
+        "classifiers of tokens": AUTO.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING._extra_content,
         "names of models": AUTO.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     }
     # Entries of our own names are all that is added.

@@ -1,105 +1,172 @@
-"""Sequences that someone else splits, unknown to the model, are refused on every rank alike."""
+"""Sequences that accelerate, DeepSpeed or torch split: as one process, or refused."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
-from tests.adapters.huggingface.small_models import stated_splits_on_rank
+from tests.adapters.huggingface.small_models import (
+    INDEPENDENT,
+    SMALL,
+    batch_gradients,
+    context_parallel_gradients,
+    stated_splits_on_rank,
+)
 from tests.distributed.ranks import Ranks
+from tests.ops.accuracy import assert_2x
 from tests.traps.mutation import Replaced, catches
 
 HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+GetRanks = Callable[[int], Ranks]
 ROOT = Path(__file__).resolve().parents[3]
 
-TRAINER = """
-import os
-import sys
 
-import deepspeed
-import torch
-from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DeepSpeedSequenceParallelConfig
-from transformers import Trainer, TrainingArguments
-
-from tests.adapters.huggingface.small_models import some_tokens, sparse_model
-
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-places = torch.arange(32)
-rows = [{"input_ids": x, "labels": x, "position_ids": places} for x in some_tokens(8, 32)]
-handler = DeepSpeedSequenceParallelConfig(
-    sp_seq_length_is_variable=True, sp_attn_implementation="sdpa"
-)
-arguments = TrainingArguments(
-    sys.argv[1],
-    max_steps=1,
-    per_device_train_batch_size=1,
-    report_to=[],
-    save_strategy="no",
-    parallelism_config=ParallelismConfig(sp_size=2, sp_handler=handler),
-    deepspeed={
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 2},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    },
-)
-try:
-    Trainer(sparse_model("llama"), arguments, train_dataset=rows).train()
-except ValueError as error:
-    print(f"rank {os.environ['RANK']}: {error}")
-"""
-
-
-def not_looked_at(accelerate: Any) -> None:
+def not_looked_at() -> None:
     return None
 
 
 @catches(
     "a part of a sequence taken for a whole one",
     "sizes that accelerate states are not looked at",
-    Replaced("nsa_dist.adapters.huggingface:_accelerate", not_looked_at),
+    Replaced("nsa_dist.adapters.huggingface:_stated_by_accelerate", not_looked_at),
 )
 @pytest.mark.skipif(not HAS_ACCELERATE, reason="needs accelerate")
-def test_sizes_that_others_state(ranks_of: Callable[[int], Ranks]) -> None:
-    for answer in ranks_of(2).run(stated_splits_on_rank):
-        assert answer.pop("nothing stated") == ""
-        assert answer.pop("cp_size, use_group(None)") == ""
-        assert answer.pop("cp_size, use_group(group)") == ""
-        assert answer.pop("context_parallel is over") == ""
-        assert answer.keys() == {"cp_size", "sp_size", "context_parallel"}
-        for option, message in answer.items():
-            assert option in message, message
-            assert "must be 1 without a call of use_group, got 2" in message, message
+def test_sizes_that_others_state(ranks_of: GetRanks) -> None:
+    works = {
+        "nothing stated",
+        "cp_size, evaluation of whole rows",
+        "sp_size, evaluation of whole rows",
+        "cp_size, use_group(None)",
+        "cp_size, use_group(group)",
+        "context_parallel",
+        "context_parallel is over",
+    }
+    answers = ranks_of(2).run(stated_splits_on_rank)
+    for option in ("cp_size", "sp_size"):  # The first rank cannot tell.
+        assert answers[0].pop(f"{option}, evaluation of a later part") == ""
+    for answer in answers:
+        assert {name for name, message in answer.items() if not message} == works
+        assert re.search("labels must come with shift_labels .*, got None", answer.pop("labels"))
+        assert re.match("layers must be all 2 to split .*, got 1", answer.pop("layers"))
+        for name in answer.keys() - works:
+            message, option = answer[name], name.partition(", ")[0]
+            assert re.match(f"{option} of accelerate's .* must be 1 .*, got 2: ", message), message
             assert "use_group" in message, message
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (HAS_ACCELERATE and HAS_DEEPSPEED), reason="needs accelerate, deepspeed")
-def test_the_trainer_with_ulysses(tmp_path: Path) -> None:
-    """DeepSpeed's ALST as the Trainer starts it."""
-    script = tmp_path / "train.py"
-    script.write_text(TRAINER, encoding="utf-8")
+def one_document(*args: Any) -> None:
+    return None
+
+
+# Family, config, batch, whether torch balances its load, whether the caller counts targets.
+CASES = {
+    "llama-rows": ("llama", SMALL, "rows", True, True),
+    "qwen3-packed": ("qwen3", INDEPENDENT, "packed", True, True),
+    "llama-padded-uncounted": ("llama", INDEPENDENT, "padded", True, False),
+    "qwen3-packed-contiguous": ("qwen3", SMALL, "packed", False, True),
+    "one-KV-head": ("llama", replace(SMALL, num_kv_heads=1), "rows", True, True),
+}
+
+
+@catches(
+    "packed documents joined where a sequence is split",
+    "positions of a part are not read for documents",
+    Replaced("nsa_dist.adapters.huggingface:_boundaries", one_document),
+    case="qwen3-packed",
+)
+@pytest.mark.parametrize("case", CASES)
+def test_context_parallel_of_torch(case: str, ranks_of: GetRanks) -> None:
+    """Without a call of use_group: loss and gradients of one process, by the 2x rule."""
+    family, config, batch, balanced, counted = CASES[case]
+    x64_loss, x64 = batch_gradients(family, config, batch, torch.float64)
+    plain_loss, plain = batch_gradients(family, config, batch, torch.float32)
+    arguments = (family, config, batch)
+    for dtype in (torch.float32, torch.float64):
+        options = (dtype, balanced, counted)
+        loss, ours = ranks_of(2).run(context_parallel_gradients, *arguments, *options)[0]
+        assert ours.keys() == x64.keys()
+        for name in x64:
+            assert_2x(ours[name], plain[name], x64[name], dtype, name)
+        losses = (torch.tensor([x], dtype=torch.float64) for x in (loss, plain_loss, x64_loss))
+        ours_loss, plain32, exact = losses
+        assert_2x(ours_loss, plain32.float(), exact, torch.float32, "loss")
+
+
+def _over_ranks(folder: Path, processes: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What ``trainer_runs`` writes."""
+    out = folder / "run.pt"
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = str(ROOT / "tests" / "adapters" / "huggingface" / "trainer_runs.py")
     finished = subprocess.run(
-        [sys.executable, *command, str(script), str(tmp_path)],
+        [sys.executable, *command, script, json.dumps({**settings, "out": str(out)})],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=500,
         check=False,
     )
-    for rank in range(2):
-        told = f"rank {rank}: sp_size of accelerate's ParallelismConfig must be 1"
-        assert told in finished.stdout
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    return torch.load(out)
+
+
+def _alone(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    folder.mkdir()
+    if torch.cuda.device_count() > 1:  # All of which the Trainer would take.
+        return _over_ranks(folder, 1, settings)
+    from tests.adapters.huggingface.trainer_runs import train
+
+    return train(settings, folder)
+
+
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "sp-ZeRO1": (2, {"mode": "sp", "stage": 1, "batch": 1}),
+    "sp-ZeRO2-masked": (2, {"mode": "sp", "stage": 2, "rows": "masked", "batch": 1}),
+    "sp-ZeRO3-packed": (2, {"mode": "sp", "stage": 3, "rows": "packed", "batch": 1}),
+    "sp-flattened": (2, {"mode": "sp", "stage": 2, "rows": "rows", "flatten": True}),
+    "sp-one-KV-head": (2, {"mode": "sp", "stage": 2, "batch": 1, "kv_heads": 1}),
+    "sp-independent-4-ranks": (4, {"mode": "sp", "stage": 2, "batch": 1, "independent_kv": True}),
+    "cp": (2, {"mode": "cp"}),
+    "cp-masked-accumulated": (
+        2,
+        {"mode": "cp", "rows": "masked", "options": {"gradient_accumulation_steps": 2}},
+    ),
+    "cp-packed": (2, {"mode": "cp", "rows": "packed", "batch": 1}),
+    "cp-one-KV-head-4-ranks": (4, {"mode": "cp", "kv_heads": 1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(not (HAS_ACCELERATE and HAS_DEEPSPEED), reason="needs accelerate, deepspeed")
+@pytest.mark.parametrize("case", RUNS)
+def test_runs_of_the_trainer(case: str, tmp_path: Path) -> None:
+    """With no line about groups: losses by their rule, movement of weights by the 2x rule."""
+    processes, settings = RUNS[case]
+    # accelerate gives every sp rank each batch, and DeepSpeed trains on those of all ranks in turn.
+    repeats = processes if settings["mode"] == "sp" else 1
+    alone = {**settings, "mode": "one", "repeats": repeats}
+    plain = _alone(tmp_path / "plain", alone)
+    exact = _alone(tmp_path / "exact", {**alone, "float64": True})
+    found = _over_ranks(tmp_path, processes, settings)
+    for name in ("losses", "evaluations") if found["evaluations"] else ("losses",):
+        ours, one = torch.tensor(found[name]), torch.tensor(plain[name])
+        assert ours.shape == one.shape
+        assert bool(((ours - one).abs() <= 1e-5 * one.abs()).all()), (name, ours, one)
+    assert found["movement"].keys() == exact["movement"].keys()
+    for name, x64 in exact["movement"].items():
+        assert_2x(found["movement"][name], plain["movement"][name], x64, torch.float32, name)

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from transformers import (
     DynamicCache,
     LlamaConfig,
-    LlamaForSequenceClassification,
+    LlamaForQuestionAnswering,
     MistralConfig,
     MistralForCausalLM,
     StaticCache,
@@ -24,6 +24,7 @@ from transformers import (
 
 from nsa_dist import NSAConfig
 from nsa_dist.adapters.huggingface import convert, convert_to_nsa, models
+from nsa_dist.adapters.huggingface.attention import ROTARY
 from nsa_dist.adapters.huggingface.batch import check_positions_count_on
 from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
@@ -148,10 +149,10 @@ def test_full_attention_layers_beside_sliding_ones() -> None:
 
 def test_other_models() -> None:
     mistral = MistralForCausalLM(MistralConfig(**TINY))
-    classifier = LlamaForSequenceClassification(LlamaConfig(**TINY))
+    answers = LlamaForQuestionAnswering(LlamaConfig(**TINY))
     for model, name in (
         (mistral, "MistralForCausalLM"),
-        (classifier, "LlamaForSequenceClassification"),
+        (answers, "LlamaForQuestionAnswering"),
         (sparse_model("llama"), "NSALlamaForCausalLM"),
         (nn.Linear(2, 2), "Linear"),
     ):
@@ -182,6 +183,18 @@ def test_modules_that_were_replaced() -> None:
         model = type(model)(copy.deepcopy(model.config))
     message = _refusal(lambda: convert_to_nsa(model, SMALL))
     assert re.search(r"device must be .*, got \['meta'\]", message)
+
+
+def test_rotary_functions_that_were_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Liger before the adapter is imported, whose function takes heads in another place."""
+    model = dense_model("llama")
+    table = {**ROTARY, type(model.model.layers[0].self_attn): _refusal}
+    monkeypatch.setattr("nsa_dist.adapters.huggingface.attention.ROTARY", table)
+    seen = _state(model)
+    message = _refusal(lambda: convert_to_nsa(model, SMALL))
+    assert message.startswith("apply_rotary_pos_emb must be transformers' own"), message
+    assert message.endswith(f", got one of {__name__}")
+    assert _state(model) == seen
 
 
 class _Quantised(torch.Tensor):
@@ -301,9 +314,14 @@ def test_calls() -> None:
             "past_key_values": copy.deepcopy(ours),
         },
         "attention_mask must be .*, got a dict": {"attention_mask": {"full_attention": None}},
-        r"attention_mask must be None with packed .*, got torch.int64 of shape \(1, 12\)": {
+        r"attention_mask must be None or all ones with packed .*, got zeros in torch.int64 of": {
             **one,
-            "attention_mask": torch.ones(1, 12, dtype=torch.int64),
+            "attention_mask": hole[1:],
+            "cu_seqlens": bounds,
+        },
+        r"attention_mask must be None or of shape \(1, 12\) with packed .*, got torch.bool of": {
+            **one,
+            "attention_mask": torch.ones(1, 11, dtype=torch.bool),
             "cu_seqlens": bounds,
         },
         "cu_seqlens must come with batch size 1, got batch size 2": {"cu_seqlens": bounds},
@@ -374,7 +392,10 @@ def test_calls() -> None:
     for message, options in calls.items():
         found = _refusal(lambda options=options: model(**{"input_ids": tokens, **options}))
         assert re.match(message, found), found
-    assert re.match("nsa_batch must be .*, got None", _refusal(lambda: model.model(tokens)))
+    hidden, rotary = torch.zeros(2, 12, 48), (torch.zeros(2, 12, 16), torch.zeros(2, 12, 16))
+    layer = model.model.layers[0]
+    found = _refusal(lambda: layer(hidden, position_embeddings=rotary))
+    assert re.match("nsa_batch must be .*, got None", found)
     model.train()
     model.gradient_checkpointing_enable()
     found = _refusal(lambda: model(tokens, use_cache=True))
