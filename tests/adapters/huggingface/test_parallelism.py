@@ -155,7 +155,7 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.skipif(not (HAS_ACCELERATE and HAS_DEEPSPEED), reason="needs accelerate, deepspeed")
 @pytest.mark.parametrize("case", RUNS)
 def test_runs_of_the_trainer(case: str, tmp_path: Path) -> None:
-    """With no line about groups: losses by their rule, movement of weights by the 2x rule."""
+    """With no line about groups: losses by their rule, weights by the 2x rule."""
     processes, settings = RUNS[case]
     # accelerate gives every sp rank each batch, and DeepSpeed trains on those of all ranks in turn.
     repeats = processes if settings["mode"] == "sp" else 1
@@ -167,6 +167,6 @@ def test_runs_of_the_trainer(case: str, tmp_path: Path) -> None:
         ours, one = torch.tensor(found[name]), torch.tensor(plain[name])
         assert ours.shape == one.shape
         assert bool(((ours - one).abs() <= 1e-5 * one.abs()).all()), (name, ours, one)
-    assert found["movement"].keys() == exact["movement"].keys()
-    for name, x64 in exact["movement"].items():
-        assert_2x(found["movement"][name], plain["movement"][name], x64, torch.float32, name)
+    assert found["weights"].keys() == exact["weights"].keys()
+    for name, x64 in exact["weights"].items():
+        assert_2x(found["weights"][name], plain["weights"][name], x64, torch.float32, name)

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 trainer_runs.py '{"mode": "sp", "out": "run.pt", ...}'
 
-Rank 0 writes the losses of steps and of evaluations, and the movement of weights, to ``out``.
+Rank 0 writes the losses of steps and of evaluations, and the weights after them, to ``out``.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Losses of steps and of evaluations, and how far each weight moved."""
+    """Losses of steps and of evaluations, and the weights after them."""
     if settings["mode"] == "sp" and not torch.cuda.is_available():
         import deepspeed
 
@@ -152,7 +152,6 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     data, model = rows(settings.get("rows", "rows")), build(settings)
     size, times = settings.get("batch", 2), settings.get("repeats", 1)
     batches = [data[i : i + size] for i in range(0, len(data), size)]
-    before = {name: x.detach().clone() for name, x in model.named_parameters()}
     trainer = Trainer(
         model,
         options,
@@ -161,11 +160,11 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         data_collator=DataCollatorWithFlattening() if settings.get("flatten") else None,
     )
     trainer.train()
-    history, after = trainer.state.log_history, weights(trainer.model)
+    history = trainer.state.log_history
     return {
         "losses": [x["loss"] for x in history if "loss" in x],
         "evaluations": [x["eval_loss"] for x in history if "eval_loss" in x],
-        "movement": {name: after[name] - x for name, x in before.items()},
+        "weights": weights(trainer.model),
     }
 
 
