@@ -1,14 +1,10 @@
-"""Liger's kernels on a converted model: the loss and gradients of its own head.
-
-Without a GPU they run in Triton's interpreter, in a process of its own.
-"""
+"""Liger's forward of a language model on a converted one: its own loss and gradients."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,26 +13,22 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("liger_kernel")
 
-from tests.adapters.huggingface.small_models import SMALL, read_by, sparse_model
-
-pytestmark = pytest.mark.slow
+from tests.adapters.huggingface.small_models import INDEPENDENT, read_by, sparse_model
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def differences() -> dict[str, float]:
-    """How far loss and gradients are from those of the model's own head, relative."""
+def differences(device: str, **kernels: bool) -> dict[str, float]:
+    """How far loss and gradients are from those of the model's own forward, relative."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = replace(SMALL, num_kv_heads=1)
-    batch = {name: x.to(device) for name, x in read_by("padded").items()}
     results = []
     for liger in (False, True):
-        model = sparse_model("llama", config).to(device).train()
-        model.use_group(None, backend="pytorch")
+        model = sparse_model("llama", INDEPENDENT).to(device).train()
+        batch = {name: x.to(device) for name, x in read_by("padded").items()}
         if liger:
-            apply_liger_kernel_to_llama(model=model)
+            apply_liger_kernel_to_llama(model=model, **kernels)
+            batch["skip_logits"] = not kernels  # Without kernels the loss is transformers'.
         loss = model(**batch).loss
         loss.backward()
         gradients = {name: x.grad for name, x in model.named_parameters()}
@@ -45,15 +37,20 @@ def differences() -> dict[str, float]:
     return {name: float((found[name] - x).abs().max() / x.abs().max()) for name, x in own.items()}
 
 
-def test_loss_and_gradients() -> None:
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
+def test_the_forward_without_kernels() -> None:
+    """Which reads the batch in the decoder, as it does with them."""
+    found = differences("cpu", rope=False, rms_norm=False, swiglu=False)
+    assert max(found.values()) == 0.0, found
+
+
+@pytest.mark.gpu
+def test_the_forward_with_kernels() -> None:
+    """In a process of its own: Liger replaces functions of transformers."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    code = f"from {__name__} import differences; print(max(differences().values()))"
+    code = f"from {__name__} import differences; print(max(differences('cuda').values()))"
     finished = subprocess.run(
         [sys.executable, "-c", code],
-        env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=170,

@@ -75,7 +75,7 @@ def arguments(settings: dict[str, Any], folder: Path) -> TrainingArguments:
     options: dict[str, Any] = {
         "max_steps": settings.get("steps", 3),
         "per_device_train_batch_size": settings.get("batch", 2),
-        "per_device_eval_batch_size": 2,
+        "per_device_eval_batch_size": settings.get("batch", 2),
         "train_sampling_strategy": "sequential",
         "learning_rate": settings.get("rate", 0.02),
         "lr_scheduler_type": "constant",
