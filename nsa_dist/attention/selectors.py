@@ -23,7 +23,7 @@ from nsa_dist.checks import describe
 from nsa_dist.comm import Work, begin_gather
 from nsa_dist.comm.agreement import agree
 from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
-from nsa_dist.nn.compressor import BlockCompressor, apply_compressor, compressor_options
+from nsa_dist.nn.compressor import apply_compressor, compressor_options, is_built_in
 from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
 from nsa_dist.plan import Grid
 from nsa_dist.plan.grid import compression_grid
@@ -288,17 +288,15 @@ def compressors_problem(
             continue
         built_in = config.compress != "custom"
         must = "a BlockCompressor" if built_in else "a module of your own"
-        if (
-            not isinstance(compressor, nn.Module)
-            or isinstance(compressor, BlockCompressor) != built_in
-        ):
+        if not isinstance(compressor, nn.Module) or is_built_in(compressor) != built_in:
             return (
                 f"{name} must be {must} with compress={config.compress!r} and "
                 f"branches={config.branches}, got {describe(compressor)}"
             )
-        if isinstance(compressor, BlockCompressor):
+        if built_in:
+            options: Any = compressor.options
             for option, value in compressor_options(config, width).items():
-                got = compressor.options[option]
+                got = options[option]
                 if got != value:
                     return f"{name} must be made for {option}={value!r}, got one for {got!r}"
     return None

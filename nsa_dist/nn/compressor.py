@@ -107,6 +107,16 @@ class BlockCompressor(nn.Module):
         return f"kind={self.kind}, block={self.block}, dim={self.dim}"
 
 
+def is_built_in(compressor: object) -> bool:
+    """Whether it is a ``BlockCompressor``, or a wrapper that passes calls and attributes on to one.
+
+    PEFT wraps a module to train a copy of it (``modules_to_save``), as ``original_module``.
+    """
+    if isinstance(compressor, BlockCompressor):
+        return True
+    return isinstance(getattr(compressor, "original_module", None), BlockCompressor)
+
+
 def check_custom(name: str, given: Any, config: NSAConfig, in_use: bool) -> None:
     """Raise ValueError if a custom compressor is missing, or given where none is used.
 
@@ -131,8 +141,9 @@ def apply_compressor(
     Raises:
         ValueError: if the custom module returns anything else.
     """
-    if isinstance(compressor, BlockCompressor):
-        return compressor(x, block_rows, backend)
+    if is_built_in(compressor):
+        made: Tensor = compressor(x, block_rows, backend)
+        return made
     blocks: Any = backend.gather_blocks(x, block_rows, block)
     out = compressor(blocks)
     expected = (*blocks.shape[:2], x.shape[-1])
