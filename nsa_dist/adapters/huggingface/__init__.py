@@ -1,4 +1,4 @@
-"""Native Sparse Attention for Llama and Qwen3 of Hugging Face transformers.
+"""Native Sparse Attention for decoders of Hugging Face transformers.
 
     from nsa_dist.adapters.huggingface import convert_to_nsa, from_pretrained
 

@@ -1,23 +1,28 @@
-"""The attention module of a converted model, which replaces Llama's or Qwen3's own.
+"""The attention module of a converted model, which replaces the dense one.
 
 It keeps the dense module's projections and norms and the model's rotary embedding, and adds gates
 and compressors. Without a cache it calls ``native_sparse_attention``. With a cache it runs the same
-operators over the cached rows, so that a new token only costs its own queries.
+operators over the cached rows, so that a new token only costs its own queries. What differs between
+models is in ``families``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama import modeling_llama
-from transformers.models.qwen3 import modeling_qwen3
 
 from nsa_dist.adapters.huggingface.batch import Batch
 from nsa_dist.adapters.huggingface.cache import NSACacheLayer
+from nsa_dist.adapters.huggingface.families import (
+    NORMS_OVER_HEADS,
+    ROTARY,
+    norm_epsilon,
+    norm_offset,
+    split_projections,
+)
 from nsa_dist.adapters.huggingface.weights import whole
 from nsa_dist.attention.flow import ZeroGradient
 from nsa_dist.attention.functional import native_sparse_attention
@@ -29,19 +34,14 @@ from nsa_dist.nn.norm import SetNorm
 from nsa_dist.nn.tensor_parallel import project
 from nsa_kernels import get_backend
 
-ROTARY: Mapping[type[nn.Module], Any] = {
-    modeling_llama.LlamaAttention: modeling_llama.apply_rotary_pos_emb,
-    modeling_qwen3.Qwen3Attention: modeling_qwen3.apply_rotary_pos_emb,
-}
-"""The attention modules that can be replaced, and the functions that rotate their queries, keys."""
-
 
 class NSAAttention(nn.Module):
     """Native Sparse Attention with the weights and interface of transformers' attention modules.
 
     Args:
-        dense: a ``LlamaAttention`` or ``Qwen3Attention``, whose projections and norms are reused.
-            With independent K, V each set starts as a copy of the dense one.
+        dense: an attention module of ``families.ROTARY``, whose projections and norms are reused.
+            A fused projection is split into copies. With independent K, V each set starts as a
+            copy of the dense one.
         config: the attention.
 
     Raises:
@@ -52,15 +52,14 @@ class NSAAttention(nn.Module):
         q_proj.weight [H d, h], o_proj.weight [h, H d], and their biases: the dense module's.
         k_proj.weight [nk G d, h], v_proj.weight [nv G d, h]: rows (set, head, channel); a single
             set is the dense module's.
-        q_norm.weight [d], k_norm.weight [d] ([nk, d] with independent K, V): Qwen3 only.
+        q_norm.weight [n], k_norm.weight [m] ([nk, m] with independent K, V): where the dense module
+            has them; n = m = d, or n = H d and m = G d if its norms are over all heads (OLMo 2, 3).
         gate.*, k_compressor.*, v_compressor.*: as in ``NativeSparseAttention``.
     """
 
     def __init__(self, dense: Any, config: NSAConfig) -> None:
         super().__init__()
         self.config, self.layer_idx = config, dense.layer_idx
-        weight = dense.q_proj.weight
-        factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.dense_type = type(dense)
         rotary = ROTARY[self.dense_type].__module__
         if not rotary.startswith("transformers."):  # It may expect heads in another place.
@@ -69,21 +68,31 @@ class NSAAttention(nn.Module):
                 "nsa_dist.adapters.huggingface is imported (import it before Liger's kernels are "
                 f"applied), got one of {rotary}"
             )
-        self.q_proj, self.o_proj = dense.q_proj, dense.o_proj
-        self.k_proj = _repeat_rows(dense.k_proj, config.num_key_sets)
-        self.v_proj = _repeat_rows(dense.v_proj, config.num_value_sets)
+        self.rotates = bool(getattr(dense, "use_rope", True))  # SmolLM3 has layers that do not.
+        kv_width = config.num_kv_heads * config.head_dim
+        sizes = (config.num_heads * config.head_dim, kv_width, kv_width)
+        q_proj, k_proj, v_proj = split_projections(dense, sizes)
+        weight = q_proj.weight
+        factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        self.q_proj, self.o_proj = q_proj, dense.o_proj
+        self.k_proj = _repeat_rows(k_proj, config.num_key_sets)
+        self.v_proj = _repeat_rows(v_proj, config.num_value_sets)
         self.q_norm: nn.Module | None = getattr(dense, "q_norm", None)
         self.k_norm: nn.Module | None = getattr(dense, "k_norm", None)
         if self.k_norm is not None and config.independent_kv:
             dense_norm: Any = self.k_norm
             norm = SetNorm(
-                config.num_key_sets, config.head_dim, dense_norm.variance_epsilon, **factory
+                config.num_key_sets,
+                kv_width if self.dense_type in NORMS_OVER_HEADS else config.head_dim,
+                norm_epsilon(dense_norm),
+                offset=norm_offset(dense_norm),
+                **factory,
             )
             with torch.no_grad(), whole([dense_norm.weight, norm.weight]):
                 norm.weight.copy_(dense_norm.weight.expand_as(norm.weight))
             norm.weight.requires_grad_(dense_norm.weight.requires_grad)
             self.k_norm = norm.train(dense_norm.training)
-        self.gate = make_gate(dense.q_proj.in_features, config, **factory)
+        self.gate = make_gate(q_proj.in_features, config, **factory)
         self.k_compressor = self.v_compressor = None
         if config.uses_compression:
             self.k_compressor = BlockCompressor(config, config.head_dim, **factory)
@@ -131,10 +140,10 @@ class NSAAttention(nn.Module):
                 ("v_proj", self.v_proj, value_shape),
             )
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        rotate = ROTARY[self.dense_type]
-        q, k = rotate(q, k.flatten(2, 3), *position_embeddings, unsqueeze_dim=2)
+        q, k = self._normalise(q, k)
+        k = k.flatten(2, 3)
+        if self.rotates:
+            q, k = ROTARY[self.dense_type](q, k, *position_embeddings, unsqueeze_dim=2)
         # Under autocast the rotary embedding computes in float32.
         q, k = q.to(v.dtype), k.to(v.dtype)
         gates = self.gate(hidden_states)
@@ -144,6 +153,15 @@ class NSAAttention(nn.Module):
             layer = past_key_values.layers[self.layer_idx]
             out = self._attend_cached(q, k, v, gates, nsa_batch, layer)
         return project("o_proj", self.o_proj, out.flatten(2), hidden_states.shape[-1]), None
+
+    def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, L, H, D] and keys [B, L, sets, G, D] after the dense module's norms."""
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        if self.dense_type not in NORMS_OVER_HEADS:
+            return self.q_norm(q), self.k_norm(k)
+        wide_k = k.flatten(3).unsqueeze(3)  # [B, L, sets, 1, G * D]: all heads as one
+        return self.q_norm(q.flatten(2)).view_as(q), self.k_norm(wide_k).view_as(k)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, batch: Batch) -> Tensor:
         """[B, L, heads, D] and gates to [B, L, H, D], without a cache."""

@@ -7,9 +7,17 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from nsa_dist.adapters.huggingface.attention import ROTARY
+from nsa_dist.adapters.huggingface.families import (
+    NORMS_OVER_HEADS,
+    REASONS,
+    ROTARY,
+    full_rope,
+    head_dim,
+    projection_names,
+)
 from nsa_dist.adapters.huggingface.parallelism import Split
 from nsa_dist.adapters.huggingface.weights import check_parameter
 from nsa_dist.checks import check, describe, is_plain
@@ -18,6 +26,17 @@ from nsa_kernels import get_backend
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary types whose frequencies depend only on the config, not on the positions of a call."""
+
+SWITCHED_OFF = (
+    ("attention_dropout", "0.0", "Native Sparse Attention has no dropout of probabilities"),
+    ("residual_dropout", "0.0", "the converted attention has no dropout behind its projection"),
+    ("attn_logit_softcapping", "None", "Native Sparse Attention does not cap logits"),
+    ("use_bidirectional_attention", "False", "Native Sparse Attention is causal"),
+)
+"""Fields of configs that change the attention: name, value without it, reason."""
+
+WEIGHTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
+"""Children of attention modules that ``NSAAttention`` computes with."""
 
 DENSE_GATE_INIT = (0.0, 0.0, 0.0)
 """The default of ``NSAConfig``, which a conversion replaces."""
@@ -44,6 +63,14 @@ def check_layers(layers: Iterable[int] | None, config: Any) -> tuple[int, ...]:
     )
     indices = sorted(map(int, given))
     types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    check(
+        types is not None or not window,
+        "sliding_window",
+        window,
+        "None (it limits every layer; set it in model.config before the conversion if the layers "
+        "shall look further back)",
+    )
     for index in indices:
         kind = "full_attention" if types is None else types[index]
         check(
@@ -57,8 +84,10 @@ def check_layers(layers: Iterable[int] | None, config: Any) -> tuple[int, ...]:
 
 def check_model(model: Any, families: Mapping[type, Any]) -> None:
     """Raise ValueError unless it is a dense model of ``families`` on one device."""
+    kind = type(model).__name__
     names = ", ".join(family.__name__ for family in families)
-    check(type(model) in families, "model", type(model).__name__, f"a model of class {names}")
+    reason = f" (not {kind}, {REASONS[kind]})" if kind in REASONS else ""
+    check(type(model) in families, "model", kind, f"a model of class {names}{reason}")
     config = model.config
     check(
         getattr(config, "quantization_config", None) is None,
@@ -66,13 +95,10 @@ def check_model(model: Any, families: Mapping[type, Any]) -> None:
         getattr(config, "quantization_config", None),
         "None (convert first, then quantise)",
     )
-    check(
-        config.attention_dropout == 0,
-        "attention_dropout",
-        config.attention_dropout,
-        "0.0 (Native Sparse Attention has no dropout of probabilities)",
-    )
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    for option, off, why in SWITCHED_OFF:
+        value = getattr(config, option, None)
+        check(not value, option, value, f"{off} ({why}; set it in model.config before)")
+    rope = full_rope(config).get("rope_type", "default")
     check(rope in ROPE_TYPES, "rope_type", rope, f"one of {ROPE_TYPES}")
     check(
         not getattr(config, "output_attentions", False),
@@ -99,7 +125,14 @@ def check_modules(model: Any, layers: tuple[int, ...]) -> None:
             type(attention).__name__,
             f"one of {', '.join(x.__name__ for x in ROTARY)}",
         )
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        others = {name.split(".")[0] for name, _ in attention.named_parameters()} - WEIGHTS
+        check(
+            not others,
+            where,
+            f"weights {', '.join(sorted(others))}",
+            "one with weights of projections and norms only",
+        )
+        for name in projection_names(attention):
             linear, option = getattr(attention, name), f"{where}.{name}"
             check(
                 type(linear) is nn.Linear,
@@ -112,31 +145,28 @@ def check_modules(model: Any, layers: tuple[int, ...]) -> None:
             )
             if linear.bias is not None:
                 check_parameter(f"{option}.bias", linear.bias, (linear.out_features,))
-        for name in ("q_norm", "k_norm"):
+        for name, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
             if hasattr(attention, name):
                 weight = getattr(attention, name).weight
-                check_parameter(f"{where}.{name}.weight", weight, (attention.head_dim,))
+                width = attention.head_dim
+                if type(attention) in NORMS_OVER_HEADS:
+                    width = getattr(attention, projection).out_features
+                check_parameter(f"{where}.{name}.weight", weight, (width,))
 
 
 def check_config(config: Any, hf_config: Any, gate_init: tuple[float, float, float]) -> None:
     """Raise ValueError for an ``NSAConfig`` that does not fit the dense model's weights."""
     check(isinstance(config, NSAConfig), "config", config, "an NSAConfig")
     gate_init = replace(config, gate_init=gate_init).gate_init  # NSAConfig checks it.
-    for option, theirs, value in (
-        ("num_heads", "num_attention_heads", config.num_heads),
-        ("num_kv_heads", "num_key_value_heads", config.num_kv_heads),
-        ("head_dim", "head_dim", config.head_dim),
-        ("v_head_dim", "head_dim", config.value_dim),
+    width = head_dim(hf_config)
+    for option, theirs, wanted, value in (
+        ("num_heads", "num_attention_heads", hf_config.num_attention_heads, config.num_heads),
+        ("num_kv_heads", "num_key_value_heads", hf_config.num_key_value_heads, config.num_kv_heads),
+        ("head_dim", "head_dim", width, config.head_dim),
+        ("v_head_dim", "head_dim", width, config.value_dim),
     ):
-        wanted = getattr(hf_config, theirs)
         must = f"{wanted} as the model's {theirs}"
         check(value == wanted, f"NSAConfig.{option}", value, must)
-    check(
-        config.softmax_scale == config.head_dim**-0.5,
-        "scale",
-        config.scale,
-        f"None, which gives the model's {config.head_dim**-0.5}",
-    )
     check(
         config.compress != "custom",
         "compress",
@@ -155,11 +185,11 @@ def check_config(config: Any, hf_config: Any, gate_init: tuple[float, float, flo
         config.branches,
         "a choice with 'selected' and 'window', which together start as the dense attention",
     )
-    width = config.compress_hidden
+    hidden = config.compress_hidden
     check(
-        width is None or width >= 2 * config.head_dim,
+        hidden is None or hidden >= 2 * config.head_dim,
         "compress_hidden",
-        width,
+        hidden,
         f"None or at least 2 * head_dim = {2 * config.head_dim}, which can start as a mean",
     )
     check(
@@ -170,14 +200,37 @@ def check_config(config: Any, hf_config: Any, gate_init: tuple[float, float, flo
     )
 
 
+def check_scale(config: NSAConfig, attention: Any) -> None:
+    """Raise ValueError unless the config has the softmax scale of a dense attention module."""
+    scale = attention.scaling
+    usual = scale == config.head_dim**-0.5
+    must = f"None, which gives the model's {scale!r}" if usual else f"the model's, {scale!r}"
+    check(config.softmax_scale == scale, "scale", config.scale, must)
+
+
 def check_attention(config: NSAConfig, backend: str, attention: Any) -> None:
     """Raise ValueError if ``backend`` cannot compute the config with an attention's weights."""
-    weight = attention.q_proj.weight
+    weight = attention.o_proj.weight
     # A weight on the host may be moved to a GPU later; one on a GPU stays there.
     device = weight.device if weight.is_cuda else None
     refused = get_backend(backend, device).refuses(weight.dtype, config.kernel_options)
     if refused is not None:
         raise ValueError(refused)
+
+
+def refuse_export() -> None:
+    """Raise ValueError in a program that torch.export traces."""
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "a converted model must be run or compiled with torch.compile, got torch.export: the "
+            "tables of a batch follow from its lengths and padding, which are read at each call"
+        )
+
+
+def balances_experts(config: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call adds the loss that balances a mixture of experts."""
+    given = kwargs.get("output_router_logits")
+    return bool(getattr(config, "output_router_logits", False) if given is None else given)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -234,6 +287,11 @@ def check_call(
                 "attention_mask must be None or all ones with packed documents (cu_seqlens, of "
                 f"which padding is one more), got zeros in {given}"
             )
+    if split and balances_experts(config, kwargs):
+        return (
+            "output_router_logits must be False with a sequence split over ranks (the loss that "
+            "balances experts is not one of parts of a sequence), got True"
+        )
     if packed and rows != 1:
         return f"cu_seqlens must come with batch size 1, got batch size {rows}"
     return None

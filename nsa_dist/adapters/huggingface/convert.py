@@ -54,7 +54,7 @@ def convert_to_nsa(
     computes the same as before.
 
     Args:
-        model: a ``LlamaForCausalLM`` or ``Qwen3ForCausalLM``, or a classifier of sequences or
+        model: a dense model of a class in ``families.DENSE``, or a classifier of sequences or
             tokens of these families, on one device.
         config: the attention; heads and widths must be the model's. Leave its ``gate_init`` at the
             default.
@@ -66,8 +66,8 @@ def convert_to_nsa(
         gate_init: initial gate logits of (compressed, selected, window).
 
     Returns:
-        ``model``, now a ``NSALlamaForCausalLM`` or ``NSAQwen3ForCausalLM`` with a new
-        ``NSALlamaConfig`` or ``NSAQwen3Config``. The old config object does not change.
+        ``model``, now of the class ``NSA...`` of its family, such as ``NSALlamaForCausalLM``, with
+        a new config, such as ``NSALlamaConfig``. The old config object does not change.
 
     Raises:
         ValueError: if an argument has a value that is not allowed; the model is then unchanged.
@@ -155,7 +155,7 @@ def from_pretrained(
         options: for the ``from_pretrained`` of transformers, such as ``dtype`` and ``device_map``.
 
     Returns:
-        A ``NSALlamaForCausalLM`` or ``NSAQwen3ForCausalLM`` in eval mode; with
+        A model, such as an ``NSALlamaForCausalLM``, in eval mode; with
         ``output_loading_info=True`` also transformers' loading info.
 
     Raises:

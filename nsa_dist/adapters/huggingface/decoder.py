@@ -27,7 +27,7 @@ from nsa_dist.adapters.huggingface.batch import (
     read_mask,
 )
 from nsa_dist.adapters.huggingface.cache import adopt_cache
-from nsa_dist.adapters.huggingface.checks import check_attention, check_call
+from nsa_dist.adapters.huggingface.checks import check_attention, check_call, refuse_export
 from nsa_dist.adapters.huggingface.parallelism import Split, find_split, unknown_split
 from nsa_dist.adapters.huggingface.split import documents_of_split
 from nsa_dist.checks import describe
@@ -103,8 +103,9 @@ class SparseDecoder:
         """How the next forward runs, and who splits its sequences where ``use_group`` did not.
 
         Raises:
-            ValueError: on every rank, if dense layers stand beside sparse ones.
+            ValueError: on every rank, if dense layers stand beside sparse ones; under torch.export.
         """
+        refuse_export()
         runtime, split = self.nsa_runtime, None
         model: Any = self
         if not runtime.group_is_set:

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from nsa_dist.adapters.huggingface.auto import register_model
 from nsa_dist.adapters.huggingface.models import DECODERS, FAMILIES, SparseModel
 
 
@@ -88,8 +89,8 @@ globals().update({model.__name__: model for model, _ in HEADS.values()})
 def register_heads() -> None:
     """Register decoders and classifiers with transformers' Auto classes."""
     for config, decoder in DECODERS.items():
-        AutoModel.register(config, decoder)
+        register_model(AutoModel, config, decoder)
     for model, config in _OF_SEQUENCES.values():
-        AutoModelForSequenceClassification.register(config, model)
+        register_model(AutoModelForSequenceClassification, config, model)
     for model, config in _OF_TOKENS.values():
-        AutoModelForTokenClassification.register(config, model)
+        register_model(AutoModelForTokenClassification, config, model)

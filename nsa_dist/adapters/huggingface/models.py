@@ -1,4 +1,4 @@
-"""Llama and Qwen3 with Native Sparse Attention, as subclasses of transformers' classes.
+"""Dense models with Native Sparse Attention, as subclasses of transformers' classes.
 
 The classes give checkpoints a ``model_type`` of their own, so that they cannot be loaded as dense
 models. Their decoders read a batch's padding, documents and cache (``SparseDecoder``). Everything
@@ -8,25 +8,29 @@ else is transformers', including ``forward`` of the head, of the decoder and of 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers import (
-    MODEL_MAPPING,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import MODEL_MAPPING, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers.utils import CONFIG_NAME
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from nsa_dist.adapters.huggingface.attention import NSAAttention
 from nsa_dist.adapters.huggingface.batch import Runtime
-from nsa_dist.adapters.huggingface.checks import check_config, check_labels, check_layers
+from nsa_dist.adapters.huggingface.checks import (
+    check_config,
+    check_labels,
+    check_layers,
+    check_scale,
+)
 from nsa_dist.adapters.huggingface.decoder import SparseDecoder, make_runtime
+from nsa_dist.adapters.huggingface.families import DENSE, activation_field
 from nsa_dist.adapters.huggingface.split import targets_per_rank
+from nsa_dist.checks import check
 from nsa_dist.comm.group import ContextGroup, GroupLike
 from nsa_dist.config import NSAConfig
 
@@ -34,55 +38,54 @@ SPARSE = "native_sparse_attention"
 """The name of these layers in ``layer_types`` of configs that older versions saved."""
 
 MARK = f" with {SPARSE} (nsa_dist.adapters.huggingface.from_pretrained loads this model)"
-"""Suffix of ``hidden_act`` in a saved config. A dense model looks this name up and so raises
+"""Suffix of the activation in a saved config. A dense model looks this name up and so raises
 KeyError with these words before it loads weights. transformers' base config, with which tokenizers
 and the Trainer read ``config.json``, accepts any string."""
 
+MODELING_FILE = "modeling_nsa"
+"""Module beside ``config.json`` from which transformers takes the classes, if it is trusted."""
+
 
 class _NSAConfigMixin:
-    """Two more fields, and a ``hidden_act`` in the file that dense models refuse."""
+    """Two more fields, and a ``config.json`` that names our classes and dense models refuse."""
 
-    hidden_act: str
     nsa: dict[str, Any] | None
     nsa_layers: list[int] | None
+    classes: ClassVar[dict[str, type]]  # By the name of the Auto class that loads them.
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the dense config, with ``hidden_act`` marked."""
+        """As in the dense config, with its activation marked, and ``auto_map``."""
         values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         if self.nsa is not None:
-            values["hidden_act"] = self.hidden_act + MARK
+            field = activation_field(self)
+            values[field] = getattr(self, field) + MARK
+            values["auto_map"] = {
+                auto: f"{MODELING_FILE}.{made.__name__}" for auto, made in self.classes.items()
+            }
         return values
 
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """As in the dense config; beside a ``config.json`` also the module that it names."""
+        super().to_json_file(json_file_path, use_diff)  # type: ignore[misc]
+        path = Path(json_file_path)
+        if self.nsa is not None and path.name == CONFIG_NAME:
+            lines = [f"from {x.__module__} import {x.__name__}\n" for x in self.classes.values()]
+            path.with_name(f"{MODELING_FILE}.py").write_text("".join(lines), encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: transformers would save a copy of our source in place of the import."""
+
     def __post_init__(self, **kwargs: Any) -> None:
-        self.hidden_act = self.hidden_act.removesuffix(MARK)
-        super().__post_init__(**kwargs)  # type: ignore[misc]
-
-
-class NSALlamaConfig(_NSAConfigMixin, LlamaConfig):
-    """``LlamaConfig`` with ``nsa``, the fields of an ``NSAConfig``, and ``nsa_layers``."""
-
-    model_type = "nsa_llama"
-    nsa: dict[str, Any] | None = None
-    nsa_layers: list[int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
+        field = activation_field(self)
+        setattr(self, field, getattr(self, field).removesuffix(MARK))
+        # Older versions named our layers in layer_types, which not all families have.
         if SPARSE in (kwargs.get("layer_types") or ()):
-            del kwargs["layer_types"]  # Older versions wrote it; Llama itself has none.
-        super().__post_init__(**kwargs)
-
-
-class NSAQwen3Config(_NSAConfigMixin, Qwen3Config):
-    """``Qwen3Config`` with ``nsa``, the fields of an ``NSAConfig``, and ``nsa_layers``."""
-
-    model_type = "nsa_qwen3"
-    nsa: dict[str, Any] | None = None
-    nsa_layers: list[int] | None = None
-    layer_types: list[str] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.layer_types is not None:  # Older versions named NSA layers there.
-            self.layer_types = ["full_attention" if x == SPARSE else x for x in self.layer_types]
-        super().__post_init__(**kwargs)
+            del kwargs["layer_types"]
+        types = getattr(self, "layer_types", None)
+        if types is not None:
+            self.layer_types = ["full_attention" if x == SPARSE else x for x in types]
+        super().__post_init__(**kwargs)  # type: ignore[misc]
 
 
 class SparseModel:
@@ -107,6 +110,10 @@ class SparseModel:
     def _decoder(self) -> SparseDecoder:
         decoder: SparseDecoder = self.base_model  # type: ignore[attr-defined]
         return decoder
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Does nothing, as in the config."""
 
     def _become_sparse(
         self, config: NSAConfig, attention: Mapping[int, NSAAttention], runtime: Runtime
@@ -144,6 +151,38 @@ class SparseModel:
 
 class _NSAMixin(SparseModel):
     """``forward`` of all families' language models, whose loss is that of whole sequences."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        nsa, layers, runtime = read_config(config)
+        self._become_sparse(nsa, make_attention(self, nsa, layers), runtime)
+
+    def generate(
+        self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in the dense model, without ``assistant_early_exit``.
+
+        Raises:
+            ValueError: if an argument has a value that is not allowed.
+        """
+        model: Any = self
+        settings = model.generation_config if generation_config is None else generation_config
+        option = "assistant_early_exit"
+        early = kwargs.get(option, getattr(settings, option, None))
+        must = "None (a smaller model, as assistant_model=, works)"
+        check(early is None, option, early, must)
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refused: also what ``generate_batch`` calls.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generation must be by generate, which takes a padded batch, got continuous batching "
+            "(generate_batch), whose paged cache these layers do not read"
+        )
 
     def forward(
         self,
@@ -205,33 +244,43 @@ class _NSAMixin(SparseModel):
         )
 
 
-class NSALlamaForCausalLM(_NSAMixin, LlamaForCausalLM):
-    """``LlamaForCausalLM`` with Native Sparse Attention in the layers ``config.nsa_layers``."""
+def _sparse_classes(dense: Any) -> tuple[Any, Any]:
+    """The model and the config class of a family, subclasses of ``dense`` and its config class."""
+    dense_config = dense.config_class
+    config_type = type(
+        f"NSA{dense_config.__name__}",
+        (_NSAConfigMixin, dense_config),
+        {
+            "__module__": __name__,
+            "__doc__": f"``{dense_config.__name__}`` with ``nsa``, the fields of an ``NSAConfig``, "
+            "and ``nsa_layers``.",
+            "__annotations__": {"nsa": dict[str, Any] | None, "nsa_layers": list[int] | None},
+            "model_type": f"nsa_{dense_config.model_type}",
+            "nsa": None,
+            "nsa_layers": None,
+            "classes": {},
+        },
+    )
+    model_type = type(
+        f"NSA{dense.__name__}",
+        (_NSAMixin, dense),
+        {
+            "__module__": __name__,
+            "__doc__": f"``{dense.__name__}`` with Native Sparse Attention in the layers "
+            "``config.nsa_layers``.",
+            "config_class": config_type,
+        },
+    )
+    return model_type, config_type
 
-    config_class = NSALlamaConfig
 
-    def __init__(self, config: NSALlamaConfig) -> None:
-        super().__init__(config)
-        nsa, layers, runtime = read_config(config)
-        self._become_sparse(nsa, make_attention(self, nsa, layers), runtime)
-
-
-class NSAQwen3ForCausalLM(_NSAMixin, Qwen3ForCausalLM):
-    """``Qwen3ForCausalLM`` with Native Sparse Attention in the layers ``config.nsa_layers``."""
-
-    config_class = NSAQwen3Config
-
-    def __init__(self, config: NSAQwen3Config) -> None:
-        super().__init__(config)
-        nsa, layers, runtime = read_config(config)
-        self._become_sparse(nsa, make_attention(self, nsa, layers), runtime)
-
-
-FAMILIES: Mapping[type, tuple[Any, Any]] = {
-    LlamaForCausalLM: (NSALlamaForCausalLM, NSALlamaConfig),
-    Qwen3ForCausalLM: (NSAQwen3ForCausalLM, NSAQwen3Config),
-}
+FAMILIES: Mapping[type, tuple[Any, Any]] = {dense: _sparse_classes(dense) for dense in DENSE}
 """Dense model classes, and the model and config classes of their converted models."""
+
+# Pickles and the modules of saved folders look classes up here.
+globals().update({made.__name__: made for pair in FAMILIES.values() for made in pair})
+NSALlamaForCausalLM, NSALlamaConfig = FAMILIES[LlamaForCausalLM]
+NSAQwen3ForCausalLM, NSAQwen3Config = FAMILIES[Qwen3ForCausalLM]
 
 
 class _NSADecoder(SparseDecoder):
@@ -266,9 +315,15 @@ globals().update({decoder.__name__: decoder for decoder in DECODERS.values()})
 def make_attention(
     model: Any, config: NSAConfig, layers: tuple[int, ...]
 ) -> dict[int, NSAAttention]:
-    """New attention modules by layer index; ``model``, or its decoder, does not change."""
-    decoder = model.base_model
-    return {i: NSAAttention(decoder.layers[i].self_attn, config) for i in layers}
+    """New attention modules by layer index; ``model``, or its decoder, does not change.
+
+    Raises:
+        ValueError: if the config has another softmax scale than the model.
+    """
+    dense = {i: model.base_model.layers[i].self_attn for i in layers}
+    for attention in dense.values():
+        check_scale(config, attention)
+    return {i: NSAAttention(attention, config) for i, attention in dense.items()}
 
 
 def read_config(config: Any) -> tuple[NSAConfig, tuple[int, ...], Runtime]:

@@ -80,7 +80,7 @@ def dense_model(
     seed: int = 0,
     **options: Any,
 ) -> Any:
-    """A random model in eval mode, with logits and choices that are not all alike."""
+    """A random model in eval mode."""
     model_type, config_type = FAMILIES[family]
     values: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -97,7 +97,11 @@ def dense_model(
         "pad_token_id": 0,
     }
     torch.manual_seed(seed)
-    model = cast(model_type(config_type(**(values | options))).eval(), dtype)
+    return randomised(cast(model_type(config_type(**(values | options))).eval(), dtype))
+
+
+def randomised(model: Any) -> Any:
+    """The model with weights so large that logits and choices are not all alike."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

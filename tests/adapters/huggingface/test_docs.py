@@ -32,12 +32,23 @@ def loss_of_example(index: int) -> float:
 
 
 def test_examples_on_one_rank() -> None:
-    convert, _, save = _examples()
+    convert, _, save, _ = _examples()
     names: dict[str, Any] = {}
     exec(compile(convert, "converting", "exec"), names)
     exec(compile(save, "checkpoints", "exec"), names)
     tokens = torch.randint(512, (1, 20))
     assert torch.equal(names["again"](tokens).logits, names["model"].eval()(tokens).logits)
+
+
+def test_example_of_peft() -> None:
+    pytest.importorskip("peft")
+    convert, _, _, recipe = _examples()
+    names: dict[str, Any] = {}
+    exec(compile(convert, "converting", "exec"), names)
+    exec(compile(recipe, "PEFT", "exec"), names)
+    trained = [name for name, x in names["model"].named_parameters() if x.requires_grad]
+    for kind in ("lora_", "self_attn.gate", "k_compressor", "v_compressor"):
+        assert any(kind in name for name in trained), kind
 
 
 def test_example_on_two_ranks(ranks_of: Callable[[int], Ranks]) -> None:

@@ -15,10 +15,10 @@ pytest.importorskip("transformers")
 
 from transformers import (
     DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForQuestionAnswering,
-    MistralConfig,
-    MistralForCausalLM,
     StaticCache,
 )
 
@@ -148,10 +148,10 @@ def test_full_attention_layers_beside_sliding_ones() -> None:
 
 
 def test_other_models() -> None:
-    mistral = MistralForCausalLM(MistralConfig(**TINY))
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11))
     answers = LlamaForQuestionAnswering(LlamaConfig(**TINY))
     for model, name in (
-        (mistral, "MistralForCausalLM"),
+        (gpt2, "GPT2LMHeadModel"),
         (answers, "LlamaForQuestionAnswering"),
         (sparse_model("llama"), "NSALlamaForCausalLM"),
         (nn.Linear(2, 2), "Linear"),
@@ -452,3 +452,25 @@ def test_projections_that_were_cut(name: str) -> None:
     setattr(attention, name, nn.Linear(whole.in_features, whole.out_features // 2, bias=False))
     with pytest.raises(ValueError, match=rf"^{name} must return a plain tensor of width .*, got "):
         model(some_tokens(1, 8))
+
+
+def test_ways_to_generate_that_do_not_fit() -> None:
+    model = sparse_model("llama")
+    tokens = some_tokens(1, 9)
+    expected = model.generate(tokens, max_new_tokens=5, do_sample=False)
+    early = copy.deepcopy(model.generation_config)
+    early.assistant_early_exit = 1
+    for options in ({"assistant_early_exit": 1}, {"generation_config": early}):
+        message = _refusal(lambda options=options: model.generate(tokens, **options))
+        assert re.match(r"assistant_early_exit must be None .*assistant_model.*, got 1$", message)
+    found = _refusal(lambda: model.generate_batch([[1, 2, 3]], max_new_tokens=2))
+    assert re.match("generation must be by generate, .*, got continuous batching", found)
+    assert torch.equal(model.generate(tokens, max_new_tokens=5, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_torch_export(strict: bool) -> None:
+    model = sparse_model("llama")
+    with pytest.raises(Exception, match=r"must be run or compiled .*, got torch\.export") as caught:
+        torch.export.export(model, (some_tokens(1, 20),), strict=strict)
+    assert strict or isinstance(caught.value, ValueError)
