@@ -161,6 +161,11 @@ def start_ranks(settings: Settings) -> Ranks:
     )
 
 
+def place_on_machine() -> tuple[int, int]:
+    """Number of this process on its machine, and of the run's processes there, by torchrun."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def check_place(settings: Settings) -> tuple[str, torch.device, int]:
     """Check that this process has what the settings need, without asking other ranks.
 
@@ -173,10 +178,10 @@ def check_place(settings: Settings) -> tuple[str, torch.device, int]:
     cuda = torch.cuda.is_available()
     kind = settings.run.device if settings.run.device != "auto" else ("cuda" if cuda else "cpu")
     check(kind != "cuda" or cuda, "run.device", kind, "'cpu' where no GPU is usable")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, processes = place_on_machine()
     device = torch.device(kind)
     if kind == "cuda":
-        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
         must = f"'cpu' with {processes} processes on {gpus} GPUs (each needs a GPU of its own)"
         check(processes <= gpus, "run.device", kind, must)
         device = torch.device("cuda", local_rank)

@@ -240,14 +240,15 @@ def hash_files(
     own: dict[str, tuple[int, str] | str] = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
         try:
-            own[name] = _hash(path / name, sync)
+            own[name] = hash_file(path / name, sync)
         except OSError as error:
             own[name] = str(error)
     found = {name: result for part in gather(own) for name, result in part.items()}
     return {name: found[name] for name in names}
 
 
-def _hash(path: Path, sync: bool) -> tuple[int, str]:
+def hash_file(path: Path, sync: bool = False) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file, which is also synced to the disk if asked."""
     sha256, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while piece := file.read(_PIECE):

@@ -55,7 +55,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def seal(path: Path) -> None:
     """Make a manifest that of the files that lie in the checkpoint's folder now."""
     names = set(manifest._files(path)) - {manifest.MANIFEST}
-    files = {name: list(manifest._hash(path / name, sync=False)) for name in names}
+    files = {name: list(manifest.hash_file(path / name)) for name in names}
     reseal(path, lambda table: table.update(files=files))
 
 
