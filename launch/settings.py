@@ -99,8 +99,11 @@ class ModelSettings:
 class DataSettings:
     """Where documents come from and how they are packed."""
 
-    source: Literal["stdlib", "folder", "jsonl"] = "stdlib"  # stdlib: this Python's own sources
+    # stdlib: this Python's own sources; prepared: what prepare_data.py wrote
+    source: Literal["stdlib", "folder", "jsonl", "prepared"] = "stdlib"
     path: str = ""  # the folder, or the JSONL file
+    # documents for validation, as path; empty: those of path that held_out keeps for it
+    validation_path: str = ""
     pattern: str = "**/*.txt"  # which files of the folder are documents
     field: str = "text"  # the JSONL field that holds a document's text
     tokenizer: str = "bytes"  # bytes, a tokenizer.json, or a name that transformers loads
@@ -108,6 +111,8 @@ class DataSettings:
     global_batch: int = 8  # streams in an optimizer step, over all ranks
     micro_batch: int = 1  # streams in one forward, joined end to end
     held_out: float = 0.05  # fraction of documents kept for validation
+    # prepared: compare all files with their checksums at the start, about a second a GB and process
+    verify: bool = True
 
     def __post_init__(self) -> None:
         _check_values("data", self)
@@ -119,13 +124,30 @@ class DataSettings:
         must = f"at most {most} with data.micro_batch = {self.micro_batch} (positions have 32 bits)"
         check(self.length <= most, "data.length", self.length, must)
         check(0 < self.held_out < 1, "data.held_out", self.held_out, "above 0 and below 1")
+        self._check_unused()
         if self.source == "stdlib":
-            check(not self.path, "data.path", self.path, "empty with data.source = 'stdlib'")
+            must = "empty with data.source = 'stdlib'"
+            check(not self.path, "data.path", self.path, must)
+            check(not self.validation_path, "data.validation_path", self.validation_path, must)
         else:
             # That it exists is checked when it is read: settings of a run whose data has moved
             # must stay readable.
             must = f"an existing path with data.source = {self.source!r}"
             check(bool(self.path), "data.path", self.path, must)
+
+    def _check_unused(self) -> None:
+        """Refuse options that would do nothing."""
+        unused: dict[str, str] = {}
+        if self.validation_path:
+            unused["held_out"] = "with data.validation_path"
+        if self.source == "prepared":
+            case = "with data.source = 'prepared' (the folder's own holds)"
+            unused |= dict.fromkeys(("pattern", "field", "tokenizer", "held_out"), case)
+        else:
+            unused["verify"] = "unless data.source = 'prepared'"
+        for option, case in unused.items():
+            value, default = getattr(self, option), getattr(type(self), option)
+            check(value == default, f"data.{option}", value, f"{default!r} {case}")
 
 
 @dataclass(frozen=True)

@@ -27,18 +27,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from launch.data.corpus import (
-    Corpus,
-    PackedStreams,
-    Stream,
-    join,
-    load_corpus,
-    unigram_loss,
-)
+from launch.data.corpus import Corpus, load_corpus, unigram_loss
+from launch.data.streams import Stream, Streams, join
 from launch.engines.base import Engine
 from launch.engines.registry import engine_spec, make_engine
 from launch.processes import mistakes
-from launch.processes.ranks import Ranks, start_ranks
+from launch.processes.ranks import Ranks, place_on_machine, start_ranks
 from launch.processes.startup import describe, join_store
 from launch.processes.stopping import STOPPED, Stopping
 from launch.reporting.health import Health, check_state, check_validation, finite_mean
@@ -64,7 +58,7 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
 
 
 def step_batches(
-    settings: Settings, streams: PackedStreams, step: int, ranks: Ranks
+    settings: Settings, streams: Streams, step: int, ranks: Ranks
 ) -> Iterator[ShardedBatch]:
     """This rank's shards of its replica's micro-batches of one step.
 
@@ -151,7 +145,7 @@ def validate(
 
 def held_out_streams(corpus: Corpus, settings: Settings) -> list[Stream]:
     """The streams that validations read, spread evenly over the held-out documents."""
-    packed = PackedStreams(corpus.held_out, settings.data.length, seed=None)
+    packed = corpus.held_out.streams(settings.data.length, seed=None)
     count = min(settings.run.validation_streams, packed.per_epoch)
     return [packed[i * packed.per_epoch // count] for i in range(count)]
 
@@ -170,7 +164,7 @@ class Run:
     ) -> None:
         self.settings, self.ranks, self.stopping = settings, ranks, stopping
         self.corpus, self.folder = corpus, folder
-        self.streams = PackedStreams(corpus.training, settings.data.length, settings.run.seed)
+        self.streams = corpus.training.streams(settings.data.length, settings.run.seed)
         self.held_out = held_out_streams(corpus, settings)
         self.unigram = unigram_loss(corpus.training, self.held_out, corpus.tokenizer.vocab_size)
 
@@ -217,8 +211,8 @@ class Run:
         training, device = self.corpus.training, self.ranks.device
         report.line(
             f"{self.engine.parameters:,} parameters; "
-            f"{training.tokens.numel():,} {report.unit}s in "
-            f"{len(training.names)} documents, {len(self.corpus.held_out.names)} held out; "
+            f"{training.num_tokens:,} {report.unit}s in "
+            f"{training.num_documents} documents, {self.corpus.held_out.num_documents} held out; "
             f"{engine.describe(settings, self.ranks)} on {device.type}; "
             f"{attention_name(settings, device)} attention; {self.folder}"
         )
@@ -339,7 +333,7 @@ def train(settings: Settings, ranks: Ranks, stopping: Stopping | None = None) ->
     started = time.perf_counter()
     check_folder_options(settings.run)
     with ranks.agreed():
-        corpus = load_corpus(settings.data)
+        corpus = load_corpus(settings.data, place_on_machine())
         check_prompt(settings, corpus.tokenizer)
     must = "the same documents (and Python) on every machine"
     ranks.check_equal("data.source", corpus.digest[:16], must)

@@ -30,8 +30,8 @@ import tyro
 from torch import Tensor, nn
 
 from launch.bench.options import first_bad_choice
+from launch.data.corpus import load_tokenizer
 from launch.data.sources import read_file
-from launch.data.tokenizer import make_tokenizer
 from launch.engines.fsdp2 import load_weights
 from launch.model import Decoder, build_model
 from launch.processes.mistakes import end, read_once
@@ -109,7 +109,7 @@ def read_tokens(options: RecordOptions, settings: Settings) -> Tensor:
     for path in options.text:
         check(path.is_file(), "text", str(path), "existing files")
     text = b"".join(read_file(path, "text") for path in options.text)
-    tokens = make_tokenizer(settings.data.tokenizer).encode(text, str(options.text[0]))
+    tokens = load_tokenizer(settings.data).encode(text, str(options.text[0]))
     most = tokens.numel()
     length = most if options.length is None else options.length
     check(most > 0, "text", ", ".join(map(str, options.text)), "files with some text")
@@ -188,7 +188,7 @@ def run(options: RecordOptions) -> Recording:
     ranks = start_ranks(settings)
     ranks.check_equal("step", path.name, "a checkpoint that every process sees")
     open_checkpoint(path, "folder")
-    tokenizer = make_tokenizer(settings.data.tokenizer)
+    tokenizer = load_tokenizer(settings.data)
     if ranks.is_main and tokenizer.note:
         print(tokenizer.note)
     model = build_model(settings, tokenizer.vocab_size, ranks)

@@ -1,20 +1,21 @@
-"""Documents, packed end to end into streams of equal length.
+"""The corpus of a run: documents to train on, documents held out, and their tokenizer.
 
-A stream is [1, T] tokens with the document boundaries inside it (``cu_seqlens``). A document cut
-by a stream's end continues in another stream as a document of its own: nothing attends across.
-Which tokens stream i holds depends on the data, the length and the seed alone, never on ranks.
+Documents of text are tokenised at the start and stay in memory, packed end to end into streams of
+equal length. Those of a prepared folder (prepared.py) stay on the disk.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from launch.data.prepared import open_prepared
 from launch.data.sources import read_documents
+from launch.data.streams import Split, Stream
 from launch.data.tokenizer import Tokenizer, make_tokenizer
 from launch.seeds import mix_seed
 from launch.settings import DataSettings
@@ -35,6 +36,25 @@ class Documents:
     starts: Tensor
     names: tuple[str, ...]
 
+    @property
+    def num_documents(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.numel()
+
+    def streams(self, length: int, seed: int | None) -> PackedStreams:
+        return PackedStreams(self, length, seed)
+
+    def counts(self, vocab_size: int) -> Tensor:
+        """float64 [vocab_size], how often each token is there."""
+        counts = torch.zeros(vocab_size, dtype=torch.float64)
+        # In pieces: bincount works on a copy in int64.
+        for piece in self.tokens.split(1 << 22):
+            counts += torch.bincount(piece.to(torch.int64), minlength=vocab_size)
+        return counts
+
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
@@ -45,8 +65,8 @@ class Corpus:
             It does not depend on where the documents and the tokenizer lie.
     """
 
-    training: Documents
-    held_out: Documents
+    training: Split
+    held_out: Split
     tokenizer: Tokenizer
     digest: str
 
@@ -57,12 +77,31 @@ def is_held_out(name: str, fraction: float) -> bool:
     return int.from_bytes(head, "big") < fraction * 2**64
 
 
-def load_corpus(settings: DataSettings) -> Corpus:
-    """Read and tokenise every document; all of them stay in memory.
+def load_corpus(settings: DataSettings, share: tuple[int, int] = (0, 1)) -> Corpus:
+    """The corpus that the settings name.
+
+    Args:
+        share: number of this process and of all processes that check a prepared folder's files
+            together; each of them must learn what another finds.
 
     Raises:
-        ValueError: if either split ends up empty, or the source or the tokenizer cannot be read.
+        ValueError: if either split ends up empty, the source or the tokenizer cannot be read, or
+            a prepared folder is not whole.
     """
+    if settings.source == "prepared":
+        return _open_corpus(settings, share)
+    return _read_corpus(settings)
+
+
+def load_tokenizer(settings: DataSettings) -> Tokenizer:
+    """The tokenizer of a run's data."""
+    if settings.source == "prepared":
+        return open_prepared(settings.path, "data.path").tokenizer()
+    return make_tokenizer(settings.tokenizer)
+
+
+def _read_corpus(settings: DataSettings) -> Corpus:
+    """Read and tokenise every document; all of them stay in memory."""
     tokenizer = make_tokenizer(settings.tokenizer)
     digest = hashlib.sha256(f"vocabulary {tokenizer.vocab_size}\0".encode())
     splits: dict[bool, list[tuple[str, Tensor]]] = {False: [], True: []}
@@ -70,26 +109,68 @@ def load_corpus(settings: DataSettings) -> Corpus:
         tokens = tokenizer.encode(text, name)
         if tokens.numel():
             _add_document(digest, name, tokens)
-            splits[is_held_out(name, settings.held_out)].append((name, tokens))
-    where = settings.path or settings.source
-    check(any(splits.values()), "data.path", where, "documents with some text")
-    counts = f"{len(splits[False])} documents to train on and {len(splits[True])} held out"
-    for split in splits.values():
-        must = f"a fraction that leaves some documents in both splits ({where} gives {counts})"
-        check(bool(split), "data.held_out", settings.held_out, must)
-        # A document's first token is not a target.
-        targets = any(tokens.numel() > 1 for _, tokens in split)
-        must = "documents of two tokens or more in both splits"
-        check(targets, "data.path", where, must)
-    training, held_out = (
+            held_out = not settings.validation_path and is_held_out(name, settings.held_out)
+            splits[held_out].append((name, tokens))
+    if settings.validation_path:
+        digest.update(b"validation\0")
+        for name, text in read_documents(replace(settings, path=settings.validation_path)):
+            tokens = tokenizer.encode(text, name)
+            if tokens.numel():
+                _add_document(digest, name, tokens)
+                splits[True].append((name, tokens))
+    training, held_out_documents = (
         Documents(
-            tokens=torch.cat([tokens for _, tokens in split]),
+            tokens=torch.cat([tokens for _, tokens in split]) if split else torch.empty(0),
             starts=_starts([tokens.numel() for _, tokens in split]),
             names=tuple(name for name, _ in split),
         )
         for split in (splits[False], splits[True])
     )
-    return Corpus(training, held_out, tokenizer, digest.hexdigest())
+    corpus = Corpus(training, held_out_documents, tokenizer, digest.hexdigest())
+    _check_splits(settings, corpus)
+    return corpus
+
+
+def _open_corpus(settings: DataSettings, share: tuple[int, int]) -> Corpus:
+    """The corpus of a prepared folder, and of another one for validation."""
+    folder = open_prepared(settings.path, "data.path")
+    folder.check_files(settings.verify, share)
+    tokenizer = folder.tokenizer()
+    digest, held_out = folder.digest, folder.split("held_out")
+    if settings.validation_path:
+        other = open_prepared(settings.validation_path, "data.validation_path")
+        other.check_same_tokenizer(folder)
+        other.check_files(settings.verify, share)
+        digest = hashlib.sha256(f"{digest}\0validation\0{other.digest}".encode()).hexdigest()
+        # Whatever was held out of it when it was prepared: all of it is for validation.
+        held_out = other.split("training", "held_out")
+    corpus = Corpus(folder.split("training"), held_out, tokenizer, digest)
+    _check_splits(settings, corpus)
+    return corpus
+
+
+def _check_splits(settings: DataSettings, corpus: Corpus) -> None:
+    """Refuse splits without documents, or without a target."""
+    training, held_out = corpus.training, corpus.held_out
+    where, validation = settings.path or settings.source, settings.validation_path
+    some = training.num_documents or held_out.num_documents
+    check(bool(some), "data.path", where, "documents with some text")
+    # A document's first token is not a target, and no document is empty.
+    targets = [split.num_tokens > split.num_documents for split in (training, held_out)]
+    if validation:
+        must = "documents of two tokens or more"
+        check(targets[0], "data.path", where, must)
+        check(targets[1], "data.validation_path", validation, must)
+        return
+    counts = f"{training.num_documents} documents to train on and {held_out.num_documents} held out"
+    both = bool(training.num_documents and held_out.num_documents)
+    if settings.source == "prepared":
+        must = f"a folder with documents in both splits, without data.validation_path ({counts})"
+        check(both, "data.path", where, must)
+    else:
+        must = f"a fraction that leaves some documents in both splits ({where} gives {counts})"
+        check(both, "data.held_out", settings.held_out, must)
+    check(all(targets), "data.path", where, "documents of two tokens or more in both splits")
 
 
 def _add_document(digest: hashlib._Hash, name: str, tokens: Tensor) -> None:
@@ -101,27 +182,6 @@ def _add_document(digest: hashlib._Hash, name: str, tokens: Tensor) -> None:
 
 def _starts(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
-
-
-@dataclass(frozen=True, eq=False)
-class Stream:
-    """Packed documents.
-
-    Args:
-        tokens: int64 [1, T].
-        cu_seqlens: int32 [documents + 1] on the CPU, where each document starts; the last is T.
-    """
-
-    tokens: Tensor
-    cu_seqlens: Tensor
-
-
-def join(streams: Sequence[Stream]) -> Stream:
-    """Streams end to end as one; the documents stay the same."""
-    offsets = _starts([stream.tokens.numel() for stream in streams])
-    pieces = [s.cu_seqlens[1:] + offset for s, offset in zip(streams, offsets, strict=False)]
-    cu_seqlens = torch.cat([torch.zeros(1), *pieces]).to(torch.int32)
-    return Stream(torch.cat([stream.tokens for stream in streams], dim=1), cu_seqlens)
 
 
 class PackedStreams:
@@ -172,16 +232,13 @@ class PackedStreams:
         )
 
 
-def unigram_loss(training: Documents, streams: Iterable[Stream], vocab_size: int) -> float:
+def unigram_loss(training: Split, streams: Iterable[Stream], vocab_size: int) -> float:
     """Cross-entropy of the streams' targets under the training tokens' frequencies, nats.
 
     What a model without any context reaches. Targets are every token but each document's first;
     one is added to each count, so that a token never seen costs a finite number.
     """
-    counts = torch.zeros(vocab_size, dtype=torch.float64)
-    # In pieces: bincount works on a copy in int64.
-    for piece in training.tokens.split(1 << 22):
-        counts += torch.bincount(piece.to(torch.int64), minlength=vocab_size)
+    counts = training.counts(vocab_size)
     log_p = ((counts + 1) / (counts + 1).sum()).log()
     total, targets = 0.0, 0
     for stream in streams:

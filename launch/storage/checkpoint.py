@@ -381,8 +381,10 @@ def check_same_run(found: Checkpoint, now: Settings, data: str) -> None:
         check(old == new, option, new, f"{old!r}, the checkpoint's value")
     if found.data not in ("", data):
         option = "tokenizer" if saved.data.tokenizer != now.data.tokenizer else "path"
-        value = getattr(now.data, option) or now.data.source
+        value = repr(getattr(now.data, option) or now.data.source)
+        if now.data.validation_path:
+            value += f" and data.validation_path = {now.data.validation_path!r}"
         raise ValueError(
             f"data.{option} must give the checkpoint's tokens (digest {found.data[:16]}), got "
-            f"{value!r} with digest {data[:16]}; the same documents and tokenizer may lie elsewhere"
+            f"{value} with digest {data[:16]}; the same documents and tokenizer may lie elsewhere"
         )

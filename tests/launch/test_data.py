@@ -14,12 +14,11 @@ from launch.data.corpus import (
     Corpus,
     Documents,
     PackedStreams,
-    Stream,
     is_held_out,
-    join,
     load_corpus,
     unigram_loss,
 )
+from launch.data.streams import Stream, join
 from launch.seeds import mix_seed
 from launch.settings import DataSettings
 

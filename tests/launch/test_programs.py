@@ -26,6 +26,7 @@ with open(os.environ["IMPORTED"], "a") as file:
 HELP = {
     "train.py": ("configs/default.toml", "--help"),
     "convert.py": (),
+    "prepare_data.py": ("--help",),
     "bench/operators.py": ("--help",),
     "bench/distributed.py": ("--help",),
     "bench/record_choices.py": ("--help",),

@@ -61,7 +61,7 @@ def test_odd_values_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     """Also over the command line, which takes what it is not given from the file."""
     rng = random.Random(0)
     for index in range(100):
-        names = ("pattern", "field", "path")
+        names = ("pattern", "field", "path", "validation_path")
         texts = {name: "x" + odd_texts(rng).replace("\0", "") for name in names}
         settings = Settings(
             attention=NSAConfig(
@@ -225,6 +225,31 @@ REFUSED = {
     ),
     "missing path": ('[data]\nsource = "folder"\n', "data.path must be an existing path", "got ''"),
     "needless path": ('[data]\npath = "x"\n', "data.path must be empty with", "got 'x'"),
+    "needless validation path": (
+        '[data]\nvalidation_path = "x"\n',
+        "data.validation_path must be empty with data.source = 'stdlib'",
+        "got 'x'",
+    ),
+    "held_out beside validation_path": (
+        '[data]\nsource = "folder"\npath = "x"\nvalidation_path = "y"\nheld_out = 0.1\n',
+        "data.held_out must be 0.05 with data.validation_path",
+        "got 0.1",
+    ),
+    "held_out of a prepared folder": (
+        '[data]\nsource = "prepared"\npath = "x"\nheld_out = 0.1\n',
+        "data.held_out must be 0.05 with data.source = 'prepared' (the folder's own holds)",
+        "got 0.1",
+    ),
+    "tokenizer of a prepared folder": (
+        '[data]\nsource = "prepared"\npath = "x"\ntokenizer = "t.json"\n',
+        "data.tokenizer must be 'bytes' with data.source = 'prepared'",
+        "got 't.json'",
+    ),
+    "verify of text": (
+        "[data]\nverify = false\n",
+        "data.verify must be True unless data.source = 'prepared'",
+        "got False",
+    ),
     "micro_batch": (
         "[data]\nglobal_batch = 4\nmicro_batch = 3\n",
         "data.micro_batch must be a divisor of data.global_batch = 4",
