@@ -90,6 +90,36 @@ class BlockCompressor(nn.Module):
                 bound = 1.0 / math.sqrt(parameter.shape[-1])
                 parameter.uniform_(-bound, bound)
 
+    @torch.no_grad()
+    def start_as_mean(self) -> None:
+        """Set the weights so that a block's token is the mean of its rows."""
+        if self.kind not in ("mlp", "linear"):
+            drawn = [n for n, p in self._parameters_of_kind.items() if p.init == "linear"]
+            assert not drawn, f"{self.kind} needs a start as the mean of a block for {drawn}"
+            self.reset_parameters()
+            return
+        parameters, dim = dict(self.named_parameters()), self.dim
+        parameters["position"].zero_()
+        if self.kind == "linear":
+            self._set_mean(parameters["weight"], 1.0)
+            return
+        # silu(a) - silu(-a) = a: the first 2D hidden channels give the mean, the others give 0.
+        up, down = parameters["up"], parameters["down"]
+        must = f"at least 2 * width = {2 * dim} to start as the mean of a block"
+        check(up.shape[-2] >= 2 * dim, "compress_hidden", up.shape[-2], must)
+        self._set_mean(up[..., :dim, :], 1.0)
+        self._set_mean(up[..., dim : 2 * dim, :], -1.0)
+        down.zero_()
+        channel = torch.arange(dim, device=down.device)
+        down[..., channel, channel] = 1.0
+        down[..., channel, dim + channel] = -1.0
+
+    def _set_mean(self, weight: Tensor, sign: float) -> None:
+        """Fill [..., D, l * D], columns (row of the block, channel), with sign times the mean."""
+        channel = torch.arange(self.dim, device=weight.device)
+        weight.zero_()
+        weight.unflatten(-1, (self.block, self.dim))[..., channel, :, channel] = sign / self.block
+
     def forward(self, x: Tensor, block_rows: Tensor, backend: Backend) -> Tensor:
         """Compress the blocks that start at ``block_rows``.
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.utils import cached_file
 
 from nsa_dist.adapters.huggingface.attention import NSAAttention
@@ -27,9 +26,7 @@ from nsa_dist.adapters.huggingface.weights import whole
 from nsa_dist.checks import check
 from nsa_dist.comm.group import ContextGroup, GroupLike
 from nsa_dist.config import NSAConfig
-from nsa_dist.nn.compressor import BlockCompressor
 from nsa_dist.nn.gates import LinearGate, MLPGate
-from nsa_kernels.compressors import COMPRESSORS
 
 GATE_INIT = (-10.0, 0.0, 0.0)
 """Gate logits of (compressed, selected, window): 0.5 + 0.5 + 4.5e-5, one dense attention."""
@@ -109,34 +106,7 @@ def start_from_dense(attention: NSAAttention) -> None:
         elif isinstance(gate, MLPGate):
             gate.down.weight.zero_()
         for compressor in compressors:
-            _start_as_mean(compressor)
-
-
-def _start_as_mean(compressor: BlockCompressor) -> None:
-    """Set a compressor to the mean of a block; conv1d, attention_pool and mean start as that."""
-    dim, block = compressor.dim, compressor.block
-    parameters = dict(compressor.named_parameters())
-    if compressor.kind == "linear":
-        _set_mean(parameters["weight"], dim, block, 1.0)
-    elif compressor.kind == "mlp":
-        # silu(a) - silu(-a) = a: the first 2D hidden channels give the mean, the others give 0.
-        up, down = parameters["up"], parameters["down"]
-        _set_mean(up[..., :dim, :], dim, block, 1.0)
-        _set_mean(up[..., dim : 2 * dim, :], dim, block, -1.0)
-        down.zero_()
-        channel = torch.arange(dim, device=down.device)
-        down[..., channel, channel] = 1.0
-        down[..., channel, dim + channel] = -1.0
-    else:
-        drawn = [n for n, p in COMPRESSORS[compressor.kind](1, 1, 1).items() if p.init == "linear"]
-        assert not drawn, f"{compressor.kind} needs a start as the mean of a block for {drawn}"
-
-
-def _set_mean(weight: Tensor, dim: int, block: int, sign: float) -> None:
-    """Fill [..., D, l * D], columns (row of the block, channel), with sign times the mean."""
-    channel = torch.arange(dim, device=weight.device)
-    weight.zero_()
-    weight.unflatten(-1, (block, dim))[..., channel, :, channel] = sign / block
+            compressor.start_as_mean()
 
 
 def from_pretrained(
