@@ -9,7 +9,8 @@ tokens (under sequence parallelism) is marked ``sequence_parallel``, and Megatro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from megatron.core.tensor_parallel.mappings import (
     all_to_all_sp2hp,
     copy_to_tensor_model_parallel_region,
     scatter_to_tensor_model_parallel_region,
+)
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -52,6 +57,20 @@ def whole_gradient(weight: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
     if tp_group.size() == 1:
         return weight
     return copy_to_tensor_model_parallel_region(weight, group=tp_group)
+
+
+@contextmanager
+def whole_draws(config: TransformerConfig) -> Iterator[None]:
+    """Draw as every rank does: from Megatron's random state for weights that are not split.
+
+    Megatron's programs draw from the default generator of a GPU before they build a model, in
+    amounts that depend on the layout. On the host every rank draws whole weights anyway.
+    """
+    if config.use_cpu_initialization:
+        yield
+    else:
+        with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
+            yield
 
 
 @torch.no_grad()
@@ -165,7 +184,8 @@ class ParallelCompressor(BlockCompressor):
                 shape = parameter.shape
                 if self.per_head:
                     shape = torch.Size((whole.num_kv_heads, *shape[1:]))
-                _draw(parameter, shape, own, megatron.init_method)
+                with whole_draws(megatron):
+                    _draw(parameter, shape, own, megatron.init_method)
 
     def forward(self, x: Tensor, block_rows: Tensor, backend: Backend) -> Tensor:
         """[E, G, D] to [C, G, D], as in ``BlockCompressor``."""
@@ -202,7 +222,8 @@ def make_parallel_gate(config: NSAConfig, megatron: TransformerConfig) -> nn.Mod
     if megatron.perform_initialization:
         for name, parameter in gate.named_parameters():
             if name.endswith("weight"):
-                _draw(parameter, parameter.shape, slice(None), megatron.init_method)
+                with whole_draws(megatron):
+                    _draw(parameter, parameter.shape, slice(None), megatron.init_method)
         if isinstance(gate, MLPGate):
             nn.init.zeros_(gate.up.bias)
     if megatron.sequence_parallel and config.gate != "static":

@@ -240,12 +240,20 @@ def specs_agree() -> bool:
         return torch.equal(*(model(tokens, tokens, None) for model in (swapped, expected)))
 
 
+def _start(layout: Layout, variant: str, on_gpu: bool) -> nn.Module:
+    """A new model, drawn on the host or where Megatron's GPU is."""
+    config = transformer_config(VARIANTS[variant], layout, use_cpu_initialization=not on_gpu)
+    if on_gpu:
+        # Programs try fused kernels on tensors of the layout's shapes before they build a model.
+        torch.rand(7 * layout.cp + 64 // layout.tp, device="cuda")
+    return build_model(config, VARIANTS[variant])
+
+
 def fresh_weights(variant: str, on_gpu: bool) -> dict[str, Tensor]:
-    """What a model on one rank starts with, drawn on the host or where Megatron's GPU is."""
+    """What a model on one rank starts with."""
     with megatron(Layout()):
-        config = transformer_config(VARIANTS[variant], use_cpu_initialization=not on_gpu)
-        model = build_model(config, VARIANTS[variant])
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
+        model = _start(Layout(), variant, on_gpu)
+        return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
 
 
 def differing_starts(
@@ -253,12 +261,10 @@ def differing_starts(
 ) -> list[str]:
     """Parameters that start otherwise on this layout than on one rank."""
     with megatron(layout):
-        config = transformer_config(VARIANTS[variant], layout, use_cpu_initialization=not on_gpu)
-        model = build_model(config, VARIANTS[variant])
         return [
             name
-            for name, p in model.named_parameters()
-            if not torch.equal(p, own_part(name, weights[whole_name(name)], p))
+            for name, p in _start(layout, variant, on_gpu).named_parameters()
+            if not torch.equal(p.cpu(), own_part(name, weights[whole_name(name)], p))
         ]
 
 

@@ -101,7 +101,8 @@ class Case:
 def megatron(layout: Layout) -> Iterator[None]:
     """Megatron's groups for ``layout`` over all ranks, and its random state."""
     warnings.simplefilter("ignore")  # Of what is not installed beside it.
-    shim.install()
+    if dist.get_backend() == "gloo":
+        shim.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

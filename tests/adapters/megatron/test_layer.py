@@ -50,15 +50,16 @@ def test_padded_boundaries_are_where_tokens_lie(megatron_ranks: GetRanks) -> Non
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["host", "GPU"])
-def test_start_does_not_depend_on_tensor_parallel_size(
+def test_every_layout_starts_from_the_same_weights(
     variant: str, on_gpu: bool, megatron_ranks: GetRanks
 ) -> None:
     weights = megatron_ranks(1).run(fresh_weights, variant, on_gpu)[0]
-    layout = Layout(tp=2, sp=True)
-    for names in megatron_ranks(4).run(differing_starts, layout, variant, on_gpu, weights):
-        # On a GPU Megatron draws its own layers' weights on each rank apart.
-        ours = [name for name in names if not on_gpu or "gate" in name or "compressor" in name]
-        assert ours == []
+    for layout in (Layout(tp=2, sp=True), Layout(cp=2), Layout(cp=4), Layout(tp=2, cp=2)):
+        for names in megatron_ranks(4).run(differing_starts, layout, variant, on_gpu, weights):
+            # On a GPU Megatron draws what it splits on each tensor parallel rank apart.
+            is_split = on_gpu and layout.tp > 1
+            ours = [n for n in names if not is_split or "gate" in n or "compressor" in n]
+            assert ours == [], layout
 
 
 def test_init_methods_draw_the_weights(megatron_ranks: GetRanks) -> None:
