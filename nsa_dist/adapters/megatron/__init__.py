@@ -4,6 +4,10 @@
 
     spec = get_gpt_layer_nsa_spec(nsa_config)     # instead of get_gpt_layer_local_spec()
 
+For Megatron-LM's ``pretrain_gpt.py`` there are a model builder, its flags, and a spec by name:
+
+    from nsa_dist.adapters.megatron import add_nsa_args, nsa_gpt_builder as gpt_builder
+
 Tensor parallel ranks hold whole groups of heads. Context parallel ranks split the sequence in
 Megatron's own order: of 2P chunks rank r holds r and 2P-1-r, in packed batches of each document.
 ``docs/adapters/megatron.md`` lists options, limits and the layout of weights.
@@ -30,19 +34,32 @@ With shared K, V both nk and nv are 1, as in Megatron's own ``SelfAttention``: a
 loads, and only gates and compressors are new.
 """
 
+from nsa_dist.adapters.megatron.arguments import add_nsa_args, nsa_config_from_args
 from nsa_dist.adapters.megatron.attention import NSACoreAttention, NSASelfAttention
 from nsa_dist.adapters.megatron.modules import Norm
+from nsa_dist.adapters.megatron.packed import make_packed_seq_params
+from nsa_dist.adapters.megatron.program import (
+    nsa_config_overrides,
+    nsa_gpt_builder,
+    nsa_spec,
+)
 from nsa_dist.adapters.megatron.spec import (
     get_gpt_decoder_block_nsa_spec,
     get_gpt_layer_nsa_spec,
-    make_packed_seq_params,
+    get_gpt_mtp_block_nsa_spec,
 )
 
 __all__ = [
     "NSACoreAttention",
     "NSASelfAttention",
     "Norm",
+    "add_nsa_args",
     "get_gpt_decoder_block_nsa_spec",
     "get_gpt_layer_nsa_spec",
+    "get_gpt_mtp_block_nsa_spec",
     "make_packed_seq_params",
+    "nsa_config_from_args",
+    "nsa_config_overrides",
+    "nsa_gpt_builder",
+    "nsa_spec",
 ]

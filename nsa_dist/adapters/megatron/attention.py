@@ -31,8 +31,8 @@ from nsa_dist.adapters.megatron.checks import (
     check_build,
     check_call,
     check_experts,
+    check_from_dense,
     check_no_mask,
-    check_packed,
 )
 from nsa_dist.adapters.megatron.masks import check_mask
 from nsa_dist.adapters.megatron.modules import (
@@ -40,6 +40,13 @@ from nsa_dist.adapters.megatron.modules import (
     ParallelCompressor,
     local_gate_logits,
     make_parallel_gate,
+)
+from nsa_dist.adapters.megatron.packed import (
+    LAYOUTS,
+    check_packed,
+    for_layer,
+    layout_of,
+    stream_angles,
 )
 from nsa_dist.attention.functional import native_sparse_attention
 from nsa_dist.comm import CommunicationCounter
@@ -118,18 +125,14 @@ class NSACoreAttention(MegatronModule):
         Args:
             query, key, value: as in the module's docstring; without b for packed batches.
             attention_mask: ignored; ``NSASelfAttention`` has checked it.
+            packed_seq_params: as ``packed.for_layer`` makes them.
 
         Returns:
             [s, b, own heads * d]; [t, own heads * d] for packed batches.
         """
         config = self.nsa_config
-        packed = packed_seq_params is not None
-        cu_seqlens = None
-        if packed_seq_params is not None:
-            try:
-                cu_seqlens = check_packed(packed_seq_params)
-            except ValueError as error:
-                self.refuse(error)
+        packed: Any = packed_seq_params  # As ``packed.for_layer`` makes them.
+        if packed is not None:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         # [s, b, ...] -> [b, s, ...]
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -148,14 +151,14 @@ class NSACoreAttention(MegatronModule):
             self.k_compressor,
             self.v_compressor,
             config=config,
-            cu_seqlens=cu_seqlens,
-            layout="zigzag_per_document" if packed else "zigzag",
+            cu_seqlens=None if packed is None else packed.nsa_cu_seqlens,
+            layout="zigzag" if packed is None else packed.nsa_layout,
             group=self.context,
             backend=self.backend,
             communication=self.communication,
         )
         out = out.transpose(0, 1).flatten(2)
-        return out.squeeze(1) if packed else out
+        return out if packed is None else out.squeeze(1)
 
     def refuse(self, error: ValueError) -> None:
         """Raise the error in this rank's input on every rank of the group."""
@@ -171,6 +174,8 @@ class NSASelfAttention(Attention):
         nsa_config: the attention; its heads and widths must be those of ``config``.
         backend: "auto" or a name that ``nsa_kernels.get_backend`` knows.
         experts: whether the layer's MLP is a mixture of experts; None if unknown.
+        from_dense: start gates as constants, at ``nsa_config.gate_init``, and compressors as the
+            mean of a block, for the weights of a dense model.
 
     Raises:
         ValueError: if an option has a value that is not allowed.
@@ -188,12 +193,14 @@ class NSASelfAttention(Attention):
         nsa_config: NSAConfig,
         backend: str = "auto",
         experts: bool | None = None,
+        from_dense: bool = False,
         **_: Any,
     ) -> None:
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         check_build(config, nsa_config, submodules, attn_mask_type, pg_collection, backend)
         check_experts(config, layer_number, experts)
+        check_from_dense(nsa_config, from_dense)
         core = ModuleSpec(
             module=submodules.core_attention,
             params={"nsa_config": nsa_config, "backend": backend},
@@ -238,6 +245,18 @@ class NSASelfAttention(Attention):
                 norm["num_sets"] = nsa_config.num_key_sets
             self.k_layernorm = build_module(submodules.k_layernorm, **norm)
         self.gate = make_parallel_gate(nsa_config, config)
+        if from_dense:
+            self._start_from_dense()
+
+    @torch.no_grad()
+    def _start_from_dense(self) -> None:
+        for name, parameter in self.gate.named_parameters():
+            if name in ("proj.weight", "down.weight"):
+                parameter.zero_()
+        core: Any = self.core_attention
+        for compressor in (core.k_compressor, core.v_compressor):
+            if compressor is not None:
+                compressor.start_as_mean()
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -252,17 +271,40 @@ class NSASelfAttention(Attention):
                 mask that is not plain causal.
         """
         core: Any = self.core_attention
+        packed = kwargs.get("packed_seq_params")
         try:
             check_call(kwargs)
             if attention_mask is not None:
                 check_no_mask(attention_mask, kwargs)
+            if packed is not None:
+                check_packed(packed, predicts_more=self.config.mtp_num_layers is not None)
         except ValueError as error:
             core.refuse(error)
+        tokens = hidden_states.shape[0] * (self.tp_group.size() if self.split_sequence else 1)
         if attention_mask is not None:
-            tokens = hidden_states.shape[0] * (self.tp_group.size() if self.split_sequence else 1)
             check_mask(attention_mask, tokens, core.context, core.communication)
+        if packed is not None:
+            kwargs = self._for_packed(kwargs, tokens * core.context.size, hidden_states.device)
         output, bias = super().forward(hidden_states, attention_mask, **kwargs)
         return output, bias
+
+    def _for_packed(
+        self, given: dict[str, Any], length: int, device: torch.device
+    ) -> dict[str, Any]:
+        """Arguments of Megatron's forward for a packed stream of ``length`` tokens."""
+        packed: PackedSeqParams = given["packed_seq_params"]
+        core: Any = self.core_attention
+        # On one rank both layouts are the stream itself.
+        layout = LAYOUTS[0] if core.context.size == 1 else layout_of(packed)
+        own: Any = for_layer(packed, layout, length, device)
+        changed = given | {"packed_seq_params": own}
+        angles = given.get("rotary_pos_emb")
+        if layout == "zigzag" and angles is not None:
+            pair = angles if isinstance(angles, tuple) else (angles,) * 2
+            changed["rotary_pos_emb"] = tuple(
+                None if x is None else stream_angles(x, own.nsa_cu_seqlens, length) for x in pair
+            )
+        return changed
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, **_: Any

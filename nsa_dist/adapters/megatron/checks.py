@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -16,7 +14,9 @@ from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nsa_dist.adapters.megatron.arguments import program_arguments
 from nsa_dist.adapters.megatron.modules import parameter_device
+from nsa_dist.adapters.megatron.packed import layout_of_program
 from nsa_dist.checks import check, describe
 from nsa_dist.config import NSAConfig
 from nsa_kernels import get_backend
@@ -25,7 +25,7 @@ UNTRIED = "anything else is untested with this attention"
 
 # Options of TransformerConfig, the one value allowed, and why. Versions of Megatron lack some.
 ONLY: tuple[tuple[str, Any, str], ...] = (
-    ("attention_dropout", 0.0, "Native Sparse Attention has no dropout of probabilities"),
+    ("attention_dropout", 0.0, "there is no dropout of probabilities; --attention-dropout 0"),
     ("softmax_type", "vanilla", "a softmax with an offset is a different function"),
     ("window_size", None, "NSAConfig sets the window"),
     ("window_attn_skip_freq", None, "layers= of the block spec says which layers are dense"),
@@ -39,12 +39,11 @@ ONLY: tuple[tuple[str, Any, str], ...] = (
     ("fp4", None, "the attention needs 16 bits or more"),
     ("fp8_dot_product_attention", False, "the attention needs 16 bits or more"),
     ("fp8_multi_head_attention", False, "the attention needs 16 bits or more"),
-    ("apply_rope_fusion", False, "the fused kernel is TransformerEngine's and untested here"),
+    ("apply_rope_fusion", False, "TransformerEngine's kernel is untested here; --no-rope-fusion"),
     ("fused_single_qkv_rope", False, "it expects one key and one value per KV head"),
     ("mrope_section", None, UNTRIED),
     ("hybrid_context_parallel", False, "there is one context parallel group"),
     ("hierarchical_context_parallel_sizes", None, "there is one context parallel group"),
-    ("mtp_num_layers", None, UNTRIED),
     ("flash_decode", False, "this attention is for training only"),
     ("cuda_graph_impl", "none", "the host makes plans while the model runs"),
     ("enable_cuda_graph", False, "the host makes plans while the model runs"),
@@ -77,7 +76,7 @@ def check_build(
         # Some versions turn an option off by None, others by False.
         off = not value and isinstance(value, (bool, type(None))) and given in (False, None)
         check(given == value or off, option, given, f"{value!r} ({why})")
-    _check_arguments()
+    _check_arguments(config)
     _check_shapes(config, nsa_config)
     _check_groups(config, pg_collection)
     check_comm_type(config)
@@ -95,16 +94,30 @@ def check_build(
         raise ValueError(refused)
 
 
-def _check_arguments() -> None:
+def _check_arguments(config: TransformerConfig) -> None:
     """Raise ValueError for arguments of Megatron-LM's programs that its layers do not see."""
-    variables = sys.modules.get("megatron.training.global_vars")
-    arguments = getattr(variables, "_GLOBAL_ARGS", None)
+    arguments = program_arguments()
     check(
         not getattr(arguments, "reset_attention_mask", False),
         "reset_attention_mask",
         True,
         "False (masks are not read; give packed documents as packed_seq_params)",
     )
+    is_shifted_wrong = config.context_parallel_size > 1 and layout_of_program() == "zigzag"
+    check(
+        config.mtp_num_layers is None or not is_shifted_wrong,
+        "mtp_num_layers",
+        config.mtp_num_layers,
+        "None with dataloader_inter_document_masking and context_parallel_size > 1 (Megatron "
+        "shifts labels as if each document were split on its own)",
+    )
+
+
+def has_experts(config: TransformerConfig, layer_number: int) -> bool:
+    """Whether the config makes the MLP of a layer, counted from 1, a mixture of experts."""
+    every, at = config.moe_layer_freq, layer_number - 1
+    wanted = every[at] if isinstance(every, list) else at % every == 0
+    return config.num_moe_experts is not None and bool(wanted)
 
 
 def check_experts(config: TransformerConfig, layer_number: int, experts: bool | None) -> None:
@@ -117,8 +130,7 @@ def check_experts(config: TransformerConfig, layer_number: int, experts: bool | 
     if experts is None:
         return
     count, every = config.num_moe_experts, config.moe_layer_freq
-    at = layer_number - 1
-    wanted = count is not None and bool(every[at] if isinstance(every, list) else at % every == 0)
+    wanted = has_experts(config, layer_number)
     if wanted and not experts:
         raise ValueError(
             f"num_moe_experts must be None with a dense MLP in the spec of layer {layer_number}, "
@@ -131,6 +143,16 @@ def check_experts(config: TransformerConfig, layer_number: int, experts: bool | 
             f"{option} must be one that gives layer {layer_number} experts as its spec does, got "
             f"{value!r}; get_gpt_decoder_block_nsa_spec makes specs that follow the config"
         )
+
+
+def check_from_dense(nsa_config: NSAConfig, from_dense: bool) -> None:
+    """Raise ValueError for an attention that a dense layer's weights do not fit."""
+    check(
+        not (from_dense and nsa_config.independent_kv),
+        "independent_kv",
+        nsa_config.independent_kv,
+        "False with from_dense (a dense layer has one key and one value per head)",
+    )
 
 
 def check_comm_type(config: TransformerConfig) -> None:
@@ -237,21 +259,3 @@ def check_no_mask(mask: Tensor, given: Mapping[str, Any]) -> None:
             "attention_mask must be None with packed_seq_params, whose boundaries separate the "
             f"documents, got {describe(mask)}"
         )
-
-
-def check_packed(packed: PackedSeqParams) -> Tensor:
-    """The document boundaries of the padded stream of a packed batch.
-
-    Raises:
-        ValueError: unless it is a packed batch over the layer's own context parallel group.
-    """
-    check(packed.qkv_format == "thd", "qkv_format", packed.qkv_format, "'thd'")
-    for option in ("local_cp_size", "cp_group"):
-        value = getattr(packed, option, None)
-        must = "None (a batch is split over the layer's context parallel group)"
-        check(value is None, f"packed_seq_params.{option}", value, must)
-    padded = packed.cu_seqlens_q_padded
-    cu_seqlens = packed.cu_seqlens_q if padded is None else padded
-    if cu_seqlens is None:
-        raise ValueError("packed_seq_params.cu_seqlens_q must be int32 boundaries, got None")
-    return cu_seqlens

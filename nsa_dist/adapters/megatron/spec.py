@@ -5,23 +5,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor
 
 from nsa_dist.adapters.megatron.attention import NSACoreAttention, NSASelfAttention
 from nsa_dist.adapters.megatron.checks import check_comm_type
@@ -31,13 +32,19 @@ from nsa_dist.config import NSAConfig
 
 
 def get_gpt_layer_nsa_spec(
-    nsa_config: NSAConfig, *args: Any, backend: str = "auto", **kwargs: Any
+    nsa_config: NSAConfig,
+    *args: Any,
+    backend: str = "auto",
+    from_dense: bool = False,
+    **kwargs: Any,
 ) -> ModuleSpec:
     """A GPT layer with Native Sparse Attention, to use instead of ``get_gpt_layer_local_spec``.
 
     Args:
         nsa_config: the attention; heads and widths must be those of the ``TransformerConfig``.
         backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a backend's name.
+        from_dense: start gates as constants, at ``nsa_config.gate_init``, and compressors as the
+            mean of a block, for the weights of a dense model.
         args, kwargs: as for ``get_gpt_layer_local_spec``. ``normalization`` defaults to the
             TransformerConfig's.
 
@@ -57,7 +64,8 @@ def get_gpt_layer_nsa_spec(
     # All norms are replaced below, so Megatron's global choice of norm does not matter.
     normalization = given.pop("normalization", None)
     layer = get_gpt_layer_local_spec(*bound.args, **bound.kwargs)
-    return _with_our_norms(_with_nsa(layer, nsa_config, backend), normalization)
+    layer = _with_nsa(layer, nsa_config, backend=backend, from_dense=from_dense)
+    return _with_our_norms(layer, normalization)
 
 
 def get_gpt_decoder_block_nsa_spec(
@@ -66,6 +74,7 @@ def get_gpt_decoder_block_nsa_spec(
     *,
     layers: Sequence[int | bool] | None = None,
     backend: str = "auto",
+    from_dense: bool = False,
     qk_l2_norm: bool = False,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
@@ -75,7 +84,7 @@ def get_gpt_decoder_block_nsa_spec(
 
     Args:
         config: sets the number of layers, which of them are mixtures of experts, and the norm.
-        nsa_config, backend: as for ``get_gpt_layer_nsa_spec``.
+        nsa_config, backend, from_dense: as for ``get_gpt_layer_nsa_spec``.
         layers: for each layer of the whole model, 1 for Native Sparse Attention or 0 for
             Megatron's dense attention; default 1 for all.
         qk_l2_norm, vp_stage, pp_rank: as for ``get_gpt_decoder_block_spec``.
@@ -109,8 +118,9 @@ def get_gpt_decoder_block_nsa_spec(
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
+    options: dict[str, Any] = {"backend": backend, "from_dense": from_dense}
     specs = [
-        _with_our_norms(_with_nsa(spec, nsa_config, backend) if layers[at] else spec)
+        _with_our_norms(_with_nsa(spec, nsa_config, **options) if layers[at] else spec)
         for at, spec in zip(
             _layers_of_stage(config, len(block.layer_specs), vp_stage, pp_rank),
             block.layer_specs,
@@ -120,22 +130,35 @@ def get_gpt_decoder_block_nsa_spec(
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
 
 
-def make_packed_seq_params(cu_seqlens: Tensor) -> PackedSeqParams:
-    """Megatron's arguments for a packed batch.
+def get_gpt_mtp_block_nsa_spec(
+    config: TransformerConfig,
+    spec: ModuleSpec | TransformerBlockSubmodules,
+    *,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """Layers of multi-token prediction, to use instead of ``get_gpt_mtp_block_spec``.
 
     Args:
-        cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream over all context
-            parallel ranks, such as ``shard_batch(..., layout="zigzag_per_document").cu_seqlens``.
-            Boundaries on the CPU avoid a copy from the device.
+        config: sets the number of layers, ``mtp_num_layers``.
+        spec: of ``get_gpt_layer_nsa_spec`` or ``get_gpt_decoder_block_nsa_spec``; of the latter
+            the last layer is taken.
+        vp_stage, pp_rank: as for ``get_gpt_mtp_block_spec``.
+
+    Returns:
+        ``GPTModel``'s ``mtp_block_spec``; None on stages without such layers.
     """
-    longest = int(cu_seqlens.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+    layer = spec.layer_specs[-1] if isinstance(spec, TransformerBlockSubmodules) else spec
+    # They are numbered after the decoder's layers, which moe_layer_freq may list.
+    layer = _with_params(layer, experts=None)
+    block = get_gpt_mtp_block_spec(
+        config, layer, use_transformer_engine=False, vp_stage=vp_stage, pp_rank=pp_rank
     )
+    if block is None:
+        return None
+    norms = dict.fromkeys(("enorm", "hnorm", "layer_norm"), Norm)
+    layers = [replace(x, submodules=replace(x.submodules, **norms)) for x in block.layer_specs]
+    return replace(block, layer_specs=layers)
 
 
 def _layers_of_stage(
@@ -151,7 +174,9 @@ def _layers_of_stage(
     return range(first, first + count)
 
 
-def _with_nsa(layer: ModuleSpec, nsa_config: NSAConfig, backend: str) -> ModuleSpec:
+def _with_nsa(
+    layer: ModuleSpec, nsa_config: NSAConfig, *, backend: str, from_dense: bool
+) -> ModuleSpec:
     """A layer with its self-attention replaced."""
     dense = layer.submodules.self_attention
     assert dense.module is SelfAttention
@@ -161,6 +186,7 @@ def _with_nsa(layer: ModuleSpec, nsa_config: NSAConfig, backend: str) -> ModuleS
             "attn_mask_type": AttnMaskType.causal,
             "nsa_config": nsa_config,
             "backend": backend,
+            "from_dense": from_dense,
             "experts": _has_experts(layer.submodules.mlp),
         },
         submodules=SelfAttentionSubmodules(
@@ -174,8 +200,17 @@ def _with_nsa(layer: ModuleSpec, nsa_config: NSAConfig, backend: str) -> ModuleS
     return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
 
 
+def _with_params(layer: ModuleSpec, **params: Any) -> ModuleSpec:
+    """A layer with other arguments of its attention."""
+    attention = layer.submodules.self_attention
+    attention = replace(attention, params=attention.params | params)
+    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+
+
 def _has_experts(mlp: Any) -> bool:
     module = mlp.module if isinstance(mlp, ModuleSpec) else mlp
+    if isinstance(module, partial):  # Megatron's from 0.18 on.
+        module = module.func
     return isinstance(module, type) and issubclass(module, MoELayer)
 
 

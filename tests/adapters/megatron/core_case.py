@@ -34,6 +34,7 @@ def core_bits(layout: Layout, packed: bool, changes: dict[str, Any]) -> bool:
         from megatron.core.transformer.enums import AttnMaskType
 
         from nsa_dist.adapters.megatron import NSACoreAttention, make_packed_seq_params
+        from nsa_dist.adapters.megatron.packed import for_layer
         from tests.ops.triton.guard import fixed_order_dot
 
         nsa = replace(TRITON, **changes)
@@ -94,7 +95,9 @@ def core_bits(layout: Layout, packed: bool, changes: dict[str, Any]) -> bool:
             given = [mine(q), torch.cat([mine(x) for x in k], dim=2), value]
             if packed:
                 given = [x.squeeze(1) for x in given]
-            params = None if bounds is None else make_packed_seq_params(bounds)
+            params = None
+            if bounds is not None:
+                params = for_layer(make_packed_seq_params(bounds), name, length, q.device)
             out = core(*given, None, packed_seq_params=params)
         expected = mine(expected).flatten(2)
         return torch.equal(out, expected.squeeze(1) if packed else expected)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -84,11 +82,14 @@ def refusal_of_call(option: str) -> str:
     with megatron(Layout()):
         from megatron.core.packed_seq_params import PackedSeqParams
 
-        layer = build_layer(transformer_config(Variant()), SMALL)
+        mtp = 1 if option == "mtp_num_layers" else None
+        layer = build_layer(transformer_config(Variant(mtp=mtp)), SMALL)
         packed: dict[str, Any] = {
             "qkv_format": {"qkv_format": "bshd"},
             "local_cp_size": {"qkv_format": "thd", "local_cp_size": 2},
             "cu_seqlens_q": {"qkv_format": "thd"},
+            "cu_seqlens_q of two rows": {"qkv_format": "thd", "cu_seqlens_q": torch.zeros(2, 2)},
+            "mtp_num_layers": {"qkv_format": "thd", "cu_seqlens_q": torch.tensor([[0, 8]])},
         }
         given: dict[str, Any] = {option: torch.zeros(1)}
         if option in packed:
@@ -142,14 +143,6 @@ def refusals_of_masks(layout: Layout) -> dict[str, str]:
         except ValueError as error:
             found["packed"] = str(error)
         return found
-
-
-def refusal_of_argument(value: bool) -> str:
-    """The message with which a layer is refused under Megatron-LM's own argument."""
-    variables: Any = ModuleType("megatron.training.global_vars")
-    variables._GLOBAL_ARGS = Namespace(reset_attention_mask=value)
-    with mock.patch.dict("sys.modules", {"megatron.training.global_vars": variables}):
-        return refusal(Layout(), {}, {}, {})
 
 
 def refusals_of_experts() -> dict[str, str]:
@@ -383,6 +376,25 @@ def padding_changes() -> bool:
         params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = padded
         found, _ = layer(x, None, packed_seq_params=params)
         return not torch.allclose(found[real], expected, rtol=0, atol=1e-12)
+
+
+def rows_of_boundaries(layout: Layout) -> bool:
+    """Whether boundaries [1, documents + 1], as Megatron's loaders make them, give the bits of
+    those without a batch, also padded ones."""
+    with megatron(layout):
+        from nsa_dist.adapters.megatron import make_packed_seq_params
+
+        model = build_model(transformer_config(Variant(), layout), Variant())
+        draw_weights(model)
+        tokens = torch.arange(64 // layout.cp)[None] % 48
+        params = make_packed_seq_params(torch.tensor([0, 24, 32, 64], dtype=torch.int32))
+        expected = model(tokens, tokens, None, packed_seq_params=params)
+        row = params.cu_seqlens_q[None]
+        params.cu_seqlens_q = params.cu_seqlens_kv = row
+        found = [model(tokens, tokens, None, packed_seq_params=params)]
+        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = row
+        found.append(model(tokens, tokens, None, packed_seq_params=params))
+        return all(torch.equal(x, expected) for x in found)
 
 
 def rotated_like_ours() -> tuple[float, float]:

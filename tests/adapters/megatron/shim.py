@@ -13,6 +13,23 @@ import torch
 FACTORIES = "zeros empty tensor ones full arange rand randn zeros_like empty_like".split()
 
 
+class Stream:
+    """A stream or an event whose work is done when it is asked for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.cuda_stream = 0
+
+    def nothing(self, *_: Any, **__: Any) -> None: ...
+
+    record = wait = synchronize = wait_stream = wait_event = record_event = nothing
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
+
 def _on_cpu(factory: Any) -> Any:
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -52,6 +69,7 @@ def install() -> None:
     answers = {
         "current_device": lambda: cpu,
         "synchronize": lambda *_: None,
+        "current_stream": lambda *_: Stream(),
         "get_rng_state": get_rng_state,
         "default_generators": Generators(),
         "manual_seed": lambda seed: torch.manual_seed(seed),

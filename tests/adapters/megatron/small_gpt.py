@@ -57,6 +57,7 @@ class Variant:
     qk_layernorm: bool = False
     bias: bool = False
     layers: tuple[int, ...] | None = None
+    mtp: int | None = None
 
 
 VARIANTS = {
@@ -80,14 +81,19 @@ VARIANTS = {
 SHORT = "long-blocks"
 """With ``SHORT_DOCUMENTS`` nothing is ever compressed."""
 SHORT_DOCUMENTS = (8,) * 8
+PREDICTS_MORE = "multi-token prediction"
 ALL_VARIANTS = VARIANTS | {
-    SHORT: Variant(replace(SMALL, compress_block=16, compress_stride=8, select_block=16))
+    SHORT: Variant(replace(SMALL, compress_block=16, compress_stride=8, select_block=16)),
+    PREDICTS_MORE: Variant(mtp=2),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run."""
+    """One run.
+
+    stream: whether a packed batch is split as one stream, and not by document.
+    """
 
     variant: str = "independent-mlp"
     layout: Layout = Layout()
@@ -95,6 +101,7 @@ class Case:
     recompute: str = "none"
     steps: int = 0
     documents: tuple[int, ...] = DOCUMENTS
+    stream: bool = False
 
 
 @contextmanager
@@ -143,6 +150,7 @@ def transformer_config(variant: Variant, layout: Layout = Layout(), **options: A
             attention_dropout=0.0,
             hidden_dropout=0.0,
             calculate_per_token_loss=True,
+            mtp_num_layers=variant.mtp,
             use_cpu_initialization=True,
             params_dtype=torch.float64,
             pipeline_dtype=torch.float64,
@@ -160,11 +168,17 @@ def build_model(config: Any, variant: Variant) -> nn.Module:
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    from nsa_dist.adapters.megatron import get_gpt_decoder_block_nsa_spec
+    from nsa_dist.adapters.megatron import (
+        get_gpt_decoder_block_nsa_spec,
+        get_gpt_mtp_block_nsa_spec,
+    )
 
-    return GPTModel(
+    block = get_gpt_decoder_block_nsa_spec(config, variant.nsa, layers=variant.layers)
+    mtp = None if variant.mtp is None else get_gpt_mtp_block_nsa_spec(config, block)
+    model = GPTModel(
         config,
-        get_gpt_decoder_block_nsa_spec(config, variant.nsa, layers=variant.layers),
+        block,
+        mtp_block_spec=mtp,
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -173,6 +187,15 @@ def build_model(config: Any, variant: Variant) -> nn.Module:
         parallel_output=False,
         share_embeddings_and_output_weights=False,
     )
+    if variant.mtp is not None:
+        model.compute_language_model_loss = _token_losses  # Megatron's is float32.
+    return model
+
+
+def _token_losses(labels: Tensor, logits: Tensor) -> Tensor:
+    """[b, s] and [s, b, vocabulary] to [b, s]."""
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.T.flatten(), reduction="none")
+    return losses.view(logits.shape[:2]).T
 
 
 def recompute_options(kind: str) -> dict[str, Any]:
@@ -244,7 +267,7 @@ def microbatch(number: int, case: Case, group: Any) -> ShardedBatch:
     documents = None
     if case.packed:
         documents = torch.tensor([0, *case.documents]).cumsum(0).int()
-    layout = "zigzag_per_document" if case.packed else "zigzag"
+    layout = "zigzag_per_document" if case.packed and not case.stream else "zigzag"
     return shard_batch(tokens, cu_seqlens=documents, labels=labels, layout=layout, group=group)
 
 
@@ -254,9 +277,23 @@ def forward_step(
     from nsa_dist.adapters.megatron import make_packed_seq_params
 
     batch = next(batches)
-    packed = None if batch.cu_seqlens is None else make_packed_seq_params(batch.cu_seqlens)
-    logits = model(batch.tokens, batch.position_ids, None, packed_seq_params=packed)
-    return logits, functools.partial(_loss, batch.labels)
+    packed = None
+    if batch.cu_seqlens is not None:
+        packed = make_packed_seq_params(batch.cu_seqlens, layout=batch.sharding.layout)
+    given: Any = {"packed_seq_params": packed}
+    config: Any = model.config
+    if config.mtp_num_layers is None:
+        logits = model(batch.tokens, batch.position_ids, None, **given)
+        return logits, functools.partial(_loss, batch.labels)
+    is_target = batch.labels != -100
+    given |= {"labels": batch.labels.clamp(min=0), "loss_mask": is_target.double()}
+    losses = model(batch.tokens, batch.position_ids, None, **given)
+    return losses, functools.partial(_sum_of_losses, is_target)
+
+
+def _sum_of_losses(is_target: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    loss = (losses * is_target).sum()
+    return loss, is_target.sum().int(), {"loss": loss.detach()}
 
 
 def _loss(labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -373,7 +410,7 @@ def run_split(
         return float(loss), errors
 
 
-def save_checkpoint(case: Case, weights: dict[str, Tensor], folder: str) -> None:
+def write_weights(model: Any, folder: str) -> None:
     """On every rank: write the model's weights as Megatron's distributed checkpoints are."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -382,12 +419,16 @@ def save_checkpoint(case: Case, weights: dict[str, Tensor], folder: str) -> None
     process = multiprocessing.current_process()
     process._config["daemon"] = False  # type: ignore[attr-defined]
     try:
-        with megatron(case.layout):
-            run = Run(case, weights)
-            dist_checkpointing.save(run.model.sharded_state_dict(), folder)
+        dist_checkpointing.save(model.sharded_state_dict(), folder)
     finally:
         process._config["daemon"] = True  # type: ignore[attr-defined]
         filesystem_async._results_queue = None  # Ends the process that served it.
+
+
+def save_checkpoint(case: Case, weights: dict[str, Tensor], folder: str) -> None:
+    """On every rank: write a model of these weights."""
+    with megatron(case.layout):
+        write_weights(Run(case, weights).model, folder)
 
 
 def load_checkpoint(case: Case, weights: dict[str, Tensor], folder: str) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.adapters.megatron.dense_case import load_dense, save_dense
 from tests.adapters.megatron.small_gpt import (
     Case,
     Layout,
@@ -41,3 +42,27 @@ def test_a_checkpoint_loads_on_other_layouts(
     assert four.run(load_checkpoint, Case(variant, PIPELINE), weights, str(split)) == [[]] * 4
     one.run(save_checkpoint, Case(variant), weights, str(whole))
     assert four.run(load_checkpoint, Case(variant, SPLIT), weights, str(whole)) == [[]] * 4
+
+
+@pytest.mark.parametrize(
+    "gate", ["linear", *(pytest.param(x, marks=pytest.mark.slow) for x in ("mlp", "static"))]
+)
+def test_a_dense_checkpoint_starts_a_sparse_model(
+    gate: str, megatron_ranks: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    """Weights as they are, gates and compressors new; near dense on request."""
+    (dense,) = megatron_ranks(1).run(save_dense, str(tmp_path))
+
+    def loaded(ranks: int, layout: Layout, flags: str) -> float:
+        flags = f"--nsa-gate {gate} {flags}"
+        answers = megatron_ranks(ranks).run(load_dense, layout, str(tmp_path), flags, dense)
+        for new, _ in answers:
+            assert new
+            assert all("gate" in name or "compressor" in name for name in new)
+        return max(error for _, error in answers)
+
+    # The compressed branch is let through by 4.5e-5, or by 4e-18.
+    for ranks, layout in ((1, Layout()), (4, SPLIT)):
+        assert loaded(ranks, layout, "--nsa-from-dense") < 1e-3
+        assert loaded(ranks, layout, "--nsa-from-dense --nsa-gate-init -40 0 0") < 1e-12
+    assert loaded(1, Layout(), "") > 1e-3

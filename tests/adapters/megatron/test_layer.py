@@ -15,6 +15,7 @@ from tests.adapters.megatron.layer_case import (
     layer_results,
     padding_changes,
     rotated_like_ours,
+    rows_of_boundaries,
     specs_agree,
     starts,
 )
@@ -42,6 +43,13 @@ def test_rotary_is_that_of_our_layer(megatron_ranks: GetRanks) -> None:
     radians, are float32."""
     error, largest = megatron_ranks(1).run(rotated_like_ours)[0]
     assert error <= max(DOCUMENTS) * torch.finfo(torch.float32).eps * largest
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, Layout()), (4, Layout(tp=2, cp=2, sp=True))])
+def test_boundaries_of_megatrons_loaders(
+    ranks: int, layout: Layout, megatron_ranks: GetRanks
+) -> None:
+    assert megatron_ranks(ranks).run(rows_of_boundaries, layout) == [True] * ranks
 
 
 def test_padded_boundaries_are_where_tokens_lie(megatron_ranks: GetRanks) -> None:

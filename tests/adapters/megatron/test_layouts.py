@@ -8,6 +8,7 @@ not split otherwise is data parallel: CP2 is DP2 x CP2 here.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,8 @@ import pytest
 import torch
 
 from tests.adapters.megatron.small_gpt import (
+    DOCUMENTS,
+    PREDICTS_MORE,
     SHORT,
     SHORT_DOCUMENTS,
     VARIANTS,
@@ -102,6 +105,50 @@ def test_gradients_equal_one_process_every_combination(
     row: tuple[str, str, str, str], megatron_ranks: Callable[[int], Ranks]
 ) -> None:
     _assert_equal(megatron_ranks, _case(*row))
+
+
+STREAMS = list(itertools.product((DOCUMENTS, (19, 3, 42)), ("CP2", "CP4", "TP2xCP2xSP")))
+
+
+@pytest.mark.parametrize(
+    ("documents", "layout"),
+    [
+        pytest.param(
+            *row,
+            id=f"{'-'.join(map(str, row[0]))}-{row[1]}",
+            marks=[] if at in (0, 4) else pytest.mark.slow,
+        )
+        for at, row in enumerate(STREAMS)
+    ],
+)
+@pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
+def test_packed_streams_split_as_a_whole(
+    documents: tuple[int, ...],
+    layout: str,
+    recompute: str,
+    megatron_ranks: Callable[[int], Ranks],
+) -> None:
+    """As ``--dataloader-inter-document-masking`` splits them, whether or not the documents' lengths
+    fit a split of each."""
+    case = _case(layout, recompute, "packed", "independent-mlp")
+    _assert_equal(megatron_ranks, replace(case, stream=True, documents=documents))
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute", "form"),
+    [
+        ("TP2xCP2xSP", "full", "rows"),
+        pytest.param("CP2", "selective", "packed", marks=pytest.mark.slow),
+        pytest.param("CP4", "none", "rows", marks=pytest.mark.slow),
+    ],
+)
+def test_multi_token_prediction(
+    layout: str, recompute: str, form: str, megatron_ranks: Callable[[int], Ranks]
+) -> None:
+    """Megatron 0.16.1 does not recompute its layers fully with packed batches."""
+    if not importlib.metadata.version("megatron-core").startswith("0.16."):
+        pytest.skip("later releases weigh these losses by each rank's own number of targets")
+    assert _assert_equal(megatron_ranks, _case(layout, recompute, form, PREDICTS_MORE)) == set()
 
 
 @pytest.mark.parametrize("layout", ["TP2xCP2xSP", "CP2xPP2"])
