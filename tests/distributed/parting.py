@@ -29,7 +29,7 @@ from tests.distributed.bad_call import (
 )
 from tests.distributed.layer_case import HIDDEN, SMALL
 
-TIMEOUT = timedelta(seconds=3)
+TIMEOUT = timedelta(seconds=6)
 
 # Two streams whose every message has one size: documents change inside the first rank's tokens.
 FIRST = (0, 8, 24, END)
