@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa_dist import NativeSparseAttention, NSAConfig, RotaryConfig, make_sharding
 from nsa_dist.plan.layout import chunk_starts, make_layout
+from nsa_dist.sharding import Sharding
 
 HIDDEN = 24
 SMALL = NSAConfig(
@@ -77,6 +78,11 @@ class LayerCase:
                     parameter.mul_(2.5)  # Softmaxes with something to choose.
         return layer.to(self.device, self.dtype)
 
+    def sharding(self, group: Any) -> Sharding:
+        return make_sharding(
+            self.whole_shape[1], cu_seqlens=self.cu_seqlens, layout=self.layout, group=group
+        )
+
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Hidden states and the gradient of the output, [B, T, hidden]."""
         generator = torch.Generator().manual_seed(self.seed + 1)
@@ -115,9 +121,7 @@ def run_layer(case: LayerCase, group: Any = None, **options: Any) -> LayerResult
 
 def run_built_layer(layer: NativeSparseAttention, case: LayerCase, group: Any) -> LayerResult:
     x, grad = case.inputs()
-    sharding = make_sharding(
-        x.shape[1], cu_seqlens=case.cu_seqlens, layout=case.layout, group=group
-    )
+    sharding = case.sharding(group)
     local = sharding.shard(x).requires_grad_()
 
     def forward(local: Tensor) -> Any:

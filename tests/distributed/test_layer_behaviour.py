@@ -114,9 +114,7 @@ def forward_modes(case: LayerCase) -> bool:
     group = dist.group.WORLD
     layer = case.layer(group)
     x, _ = case.inputs()
-    sharding = make_sharding(
-        x.shape[1], cu_seqlens=case.cu_seqlens, layout=case.layout, group=group
-    )
+    sharding = case.sharding(group)
     local = sharding.shard(x).requires_grad_()
     with_grad = layer(local, cu_seqlens=sharding.cu_seqlens)
     with torch.no_grad():
@@ -173,9 +171,7 @@ def in_flight(cases: list[LayerCase]) -> bool:
     for case in cases:
         layer = case.layer(group)
         x, grad = case.inputs()
-        sharding = make_sharding(
-            x.shape[1], cu_seqlens=case.cu_seqlens, layout=case.layout, group=group
-        )
+        sharding = case.sharding(group)
         local = sharding.shard(x).requires_grad_()
         out = layer(local, cu_seqlens=sharding.cu_seqlens)
         pending.append((layer, out, sharding.shard(grad), local, sharding))
@@ -215,9 +211,7 @@ def after_the_end_of_its_group(case: LayerCase) -> tuple[bool, str]:
     group = dist.new_group()
     layer = case.layer(group)
     x, grad = case.inputs()
-    sharding = make_sharding(
-        x.shape[1], cu_seqlens=case.cu_seqlens, layout=case.layout, group=group
-    )
+    sharding = case.sharding(group)
     local = sharding.shard(x).requires_grad_()
     out = layer(local, cu_seqlens=sharding.cu_seqlens)
     out.backward(sharding.shard(grad))
@@ -314,9 +308,7 @@ def dropout_run(case: LayerCase) -> Tensor:
     group: Any = dist.group.WORLD if dist.get_world_size() > 1 else None
     layer = case.layer(group, dropout=0.4)
     x, _ = case.inputs()
-    sharding = make_sharding(
-        x.shape[1], cu_seqlens=case.cu_seqlens, layout=case.layout, group=group
-    )
+    sharding = case.sharding(group)
     torch.manual_seed(11)
     return sharding.unshard(layer(sharding.shard(x), cu_seqlens=sharding.cu_seqlens))
 

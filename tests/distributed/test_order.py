@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nsa_dist import CommunicationCounter, make_sharding
+from nsa_dist import CommunicationCounter
 from nsa_dist.comm import Work
 from tests.distributed.layer_case import SMALL, LayerCase, variants
 from tests.distributed.ranks import Ranks
@@ -35,9 +35,7 @@ def messages(case: LayerCase) -> tuple[list[Message], list[Message]]:
     recorder = Recorder()
     layer.setup = replace(layer.setup, counter=recorder)
     x, grad = case.inputs()
-    sharding = make_sharding(
-        x.shape[1], cu_seqlens=case.cu_seqlens, layout=case.layout, group=dist.group.WORLD
-    )
+    sharding = case.sharding(dist.group.WORLD)
     local = sharding.shard(x).requires_grad_()
 
     def forward(local: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nsa_dist import NSABlock, make_sharding, shard_batch
+from nsa_dist import NSABlock, shard_batch
 from nsa_dist.comm.group import ContextGroup
 from nsa_dist.sharding import IGNORED_LABEL, ShardedBatch
 from tests.distributed.layer_case import (
@@ -264,9 +264,7 @@ def test_trap_rank_fully_masked(ranks_of: Callable[[int], Ranks]) -> None:
 def parameters_without_gradient(case: LayerCase) -> list[str]:
     layer = case.layer(dist.group.WORLD)
     x, grad = case.inputs()
-    sharding = make_sharding(
-        x.shape[1], cu_seqlens=case.cu_seqlens, layout=case.layout, group=dist.group.WORLD
-    )
+    sharding = case.sharding(dist.group.WORLD)
     layer(sharding.shard(x), cu_seqlens=sharding.cu_seqlens).backward(sharding.shard(grad))
     return [name for name, parameter in layer.named_parameters() if parameter.grad is None]
 
