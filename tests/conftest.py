@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -50,6 +51,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip_multi_gpu)
     items[:] = kept
     config.hook.pytest_deselected(items=deselected)
+
+
+def pytest_collection_finish() -> None:
+    # Modules and tests stay to the end: no collection need look through them again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -146,6 +146,7 @@ def _serve(
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # What repeatable gradients ask for.
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    frozen = False
     while True:
         try:
             function, args = pipe.recv()
@@ -157,6 +158,10 @@ def _serve(
             answer = (False, traceback.format_exc())
         if ends_groups:
             _end_groups()
+        if not frozen:  # What was imported stays, and need not be looked through again.
+            gc.collect()
+            gc.freeze()
+            frozen = True
         pipe.send(answer)
 
 

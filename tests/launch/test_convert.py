@@ -97,6 +97,7 @@ def test_a_checkpoint_of_fsdp2_goes_there_and_back(
         ranks.run(convert, source, tmp_path / "there")
 
 
+@pytest.mark.slow
 @needs_megatron
 def test_megatron_goes_on_from_a_checkpoint_of_fsdp2(
     ranks_of: RanksOf,

@@ -74,6 +74,7 @@ def test_a_run_resumes_on_any_ranks(
     assert expected.losses[-1] < expected.losses[0]
 
 
+@pytest.mark.slow
 def test_other_tokens_are_refused_and_moved_ones_are_not(
     ranks_of: RanksOf, root: Path, data: Path, unbroken: tuple[Settings, Result], tmp_path: Path
 ) -> None:

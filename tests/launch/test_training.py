@@ -141,7 +141,13 @@ def test_a_sample_is_drawn_from_the_logits_of_the_last_token(
         assert len(set(found)) > 1
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "zigzag_per_document"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "zigzag_per_document",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("contiguous", "zigzag")),
+    ],
+)
 def test_every_gradient_is_the_plain_one(ranks_of: RanksOf, root: Path, layout: str) -> None:
     settings = tiny(root, model={"qk_norm": True}, parallel={"layout": layout})
     (expected,) = ranks_of(1).run(plain_gradients, settings)

@@ -163,9 +163,20 @@ OPTIONS: dict[str, Case] = {
     "sums-ZeRO0": Case(0, dp=2, cp=2, options=(("gradient_allreduce_op", "sum"),)),
     "zigzag": Case(3, cp=4, layout="zigzag"),
 }
+# What divides by the same number as another row.
+SLOW_OPTIONS = (
+    "ZeRO3-all-reduce-of-one",
+    "ZeRO3-without-a-bucket",
+    "offload-ZeRO1",
+    "offload-ZeRO2",
+    "sums-ZeRO0",
+)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow if x in SLOW_OPTIONS else ()) for x in OPTIONS],
+)
 def test_one_step_is_that_of_one_process_with_options(deepspeed_ranks: GetRanks, name: str) -> None:
     case = replace(OPTIONS[name], lr=RATE)
     assert_a_step_of_one_process(deepspeed_ranks(case.size), case)

@@ -108,8 +108,8 @@ PUBLIC: dict[str, Run] = {
 }
 # The compressed branch runs the operator of the window branch.
 WITH_SEGMENTS = [
-    "window_attention",
     "selected_attention",
+    pytest.param("window_attention", marks=pytest.mark.slow),
     pytest.param("compressed_attention", marks=pytest.mark.slow),
 ]
 
