@@ -37,7 +37,7 @@ test: $(RUN_READY) ## run the tests, except those marked slow
 	$(PYTHON) -m tests.in_parts $(ARGS)
 
 test-all: $(RUN_READY) ## run the tests, slow ones included
-	$(PYTHON) -m pytest --run-slow $(ARGS)
+	$(PYTHON) -m tests.in_parts --run-slow $(ARGS)
 
 compile-all: $(RUN_READY) ## compile every kernel for every GPU, without one
 	$(PYTHON) -m tests.ops.triton.compiled $(ARGS)
