@@ -21,6 +21,9 @@ if not torch.cuda.is_available():
 # Also fills uninitialised tensors with NaN, so that a read of memory never written shows.
 torch.use_deterministic_algorithms(True)
 
+# A slow test's limit: ten times what one takes beside others on two cores.
+SLOW_SECONDS = 900
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
@@ -44,6 +47,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
             deselected.append(item)
             continue
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
         kept.append(item)
         if item.get_closest_marker("gpu") and gpus < 1:
             item.add_marker(skip_gpu)

@@ -15,6 +15,9 @@ from pathlib import Path
 from launch import local
 
 TRAIN = str(Path(local.__file__).with_name("train.py"))
+# Seconds: longer than busy cores take. A test's own limit ends it before, and says what it waits
+# for.
+PATIENCE = 600
 
 
 def torchrun(size: int, *options: str) -> list[str]:
@@ -52,14 +55,14 @@ class Process:
     def text(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """The exit status."""
         try:
             return self.popen.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still runs after {seconds} s:\n{self.text}") from None
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str, seconds: float = PATIENCE) -> None:
         """Until the output holds ``text``."""
         wait_until(lambda: text in self.text or self.popen.poll() is not None, seconds, self)
         assert text in self.text, f"ended without {text!r}:\n{self.text}"
@@ -106,6 +109,9 @@ def started(
     process = Process(line, folder, name, **variables)
     try:
         yield process
+    except BaseException:
+        print(process.text)  # pytest shows it; its time limit too raises here.
+        raise
     finally:
         process.end()
 

@@ -29,7 +29,7 @@ from tests.launch.checkpoints import (
 from tests.launch.common import replaced, tiny
 from tests.launch.deepspeed import needs_deepspeed, run_deepspeed
 from tests.launch.megatron import needs_megatron, run_megatron
-from tests.launch.processes import TRAIN, started, torchrun, wait_until
+from tests.launch.processes import TRAIN, started, torchrun
 from tests.launch.test_deepspeed_engine import by_deepspeed
 from tests.launch.test_megatron_engine import TP2, by_megatron
 
@@ -130,7 +130,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_bit_for_bit(
     script.write_text(text)
     line = [sys.executable, str(script), str(config(settings, tmp_path))]
     with started(line, tmp_path, "killed") as process:
-        wait_until(lambda: "now\n" in process.text, 150, process)
+        process.wait_for("now\n")
         os.kill(process.popen.pid, signal.SIGKILL)
         process.popen.wait()
     newest = checkpoints(tmp_path / "run")[-1].name

@@ -19,7 +19,7 @@ from launch.processes.stopping import INTERRUPTED, SIGNALS, STOPPED, Stopping
 from launch.settings import to_toml
 from launch.storage.checkpoint import checkpoints
 from tests.launch.common import tiny
-from tests.launch.processes import TRAIN, Process, started, torchrun, wait_until
+from tests.launch.processes import PATIENCE, TRAIN, Process, started, torchrun, wait_until
 
 ENDLESS = 100_000
 
@@ -54,7 +54,7 @@ def wait_for_step(process: Process, folder: Path, step: int = 1) -> None:
         text = path.read_text() if path.exists() else ""
         return f'"step": {step},' in text or process.popen.poll() is not None
 
-    wait_until(there, 170, process)
+    wait_until(there, PATIENCE, process)
     assert process.popen.poll() is None, process.text
 
 
@@ -138,7 +138,7 @@ def test_a_signal_after_the_last_step_cuts_the_rest_short(
         root = write_much(tmp_path)
     write_config(root, tmp_path, **options)
     with started([*torchrun(2), "run.toml"], tmp_path) as process:
-        wait_until(lambda: bool(checkpoints(tmp_path / "run")), 170, process)
+        wait_until(lambda: bool(checkpoints(tmp_path / "run")), PATIENCE, process)
         time.sleep(2)
         process.popen.send_signal(signal.SIGTERM)
         assert process.wait(60) == 1
@@ -153,7 +153,7 @@ def test_a_validation_that_was_cut_short_is_done_on_resume(root: Path, tmp_path:
     write_config(tmp_path, tmp_path, cp=1, validation_streams=10**6, **options)
     line = [sys.executable, TRAIN, "run.toml"]
     with started(line, tmp_path) as process:
-        wait_until(lambda: bool(checkpoints(tmp_path / "run")), 170, process)
+        wait_until(lambda: bool(checkpoints(tmp_path / "run")), PATIENCE, process)
         process.popen.send_signal(signal.SIGTERM)
         assert process.wait(60) == STOPPED
     assert saved_step(tmp_path) == 4
@@ -208,7 +208,7 @@ def test_a_killed_rank_takes_the_others_along_and_a_restart_goes_on(
 ) -> None:
     write_config(root, tmp_path, checkpoint_every=5, keep_checkpoints=0)
     with started([*torchrun(2, "--max-restarts=1"), "run.toml"], tmp_path) as process:
-        wait_until(lambda: bool(checkpoints(tmp_path / "run")), 170, process)
+        wait_until(lambda: bool(checkpoints(tmp_path / "run")), PATIENCE, process)
         first = process.ranks()
         os.kill(first[0], signal.SIGKILL)
 
