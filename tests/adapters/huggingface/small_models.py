@@ -41,6 +41,8 @@ SMALL = NSAConfig(
     independent_kv=False,
 )
 INDEPENDENT = replace(SMALL, independent_kv=True)
+# What Triton's kernels take at least.
+ON_GPU: dict[str, Any] = {"compress_block": 8, "compress_stride": 4, "select_block": 16}
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config),

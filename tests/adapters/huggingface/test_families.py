@@ -31,6 +31,7 @@ from nsa_dist.adapters.huggingface.heads import HEADS
 from nsa_dist.adapters.huggingface.models import FAMILIES
 from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
+    ON_GPU,
     SMALL,
     left_padded,
     randomised,
@@ -166,7 +167,7 @@ def test_family_on_a_gpu(family: str) -> None:
     tokens = some_tokens(2, SMALL.window).cuda()
     with torch.no_grad():
         expected = dense(tokens).logits
-    model = _convert(dense, family).train()
+    model = _convert(dense, family, replace(SMALL, **ON_GPU)).train()
     out = model(tokens, labels=tokens)
     assert largest(out.logits.detach() - expected) <= 1e-3 * largest(expected)
     out.loss.backward()

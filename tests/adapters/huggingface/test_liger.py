@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("liger_kernel")
 
-from tests.adapters.huggingface.small_models import INDEPENDENT, read_by, sparse_model
+from tests.adapters.huggingface.small_models import INDEPENDENT, ON_GPU, read_by, sparse_model
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -24,7 +25,7 @@ def differences(device: str, **kernels: bool) -> dict[str, float]:
 
     results = []
     for liger in (False, True):
-        model = sparse_model("llama", INDEPENDENT).to(device).train()
+        model = sparse_model("llama", replace(INDEPENDENT, **ON_GPU)).to(device).train()
         batch = {name: x.to(device) for name, x in read_by("padded").items()}
         if liger:
             apply_liger_kernel_to_llama(model=model, **kernels)

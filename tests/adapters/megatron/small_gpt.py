@@ -173,7 +173,10 @@ def build_model(config: Any, variant: Variant) -> nn.Module:
         get_gpt_mtp_block_nsa_spec,
     )
 
-    block = get_gpt_decoder_block_nsa_spec(config, variant.nsa, layers=variant.layers)
+    # Its widths and dtype are no Triton kernel's, on GPUs either.
+    block = get_gpt_decoder_block_nsa_spec(
+        config, variant.nsa, layers=variant.layers, backend="pytorch"
+    )
     mtp = None if variant.mtp is None else get_gpt_mtp_block_nsa_spec(config, block)
     model = GPTModel(
         config,
