@@ -72,5 +72,5 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def ranks_of() -> Iterator[Callable[[int], Ranks]]:
     """ranks_of(P): P gloo processes that all tests share, started at the first request."""
-    with rank_pool() as get:
+    with rank_pool(ends_groups=True) as get:
         yield get

@@ -11,5 +11,5 @@ from tests.distributed.ranks import Ranks, rank_pool
 
 @pytest.fixture(scope="package")
 def ranks_of() -> Iterator[Callable[[int], Ranks]]:
-    with rank_pool() as get:
+    with rank_pool(ends_groups=True) as get:
         yield get

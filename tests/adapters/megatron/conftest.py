@@ -22,5 +22,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="package")
 def megatron_ranks() -> Iterator[Callable[[int], Ranks]]:
     """As ``ranks_of``, but processes that answer for Megatron's GPUs."""
-    with rank_pool() as get:
+    with rank_pool(ends_groups=True) as get:
         yield get

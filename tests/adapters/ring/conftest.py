@@ -22,5 +22,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="package")
 def ranks_of() -> Iterator[Callable[[int], Ranks]]:
     """As everywhere, but processes of these tests alone: subgroups leave threads that poll."""
-    with rank_pool() as get:
+    with rank_pool(ends_groups=True) as get:
         yield get
