@@ -221,6 +221,7 @@ def shape_of(options: Sizes, gpu: str) -> Shape:
     """The shape of a row; rows of equal shapes are compared."""
     names = ["dtype", "heads", "kv_heads", "head_dim", "v_head_dim", "documents"]
     names += ["compress_block", "compress_stride", "select_block", "num_selected", "window"]
+    names += ["compress", "independent_kv", "data"]
     return Shape(gpu=gpu, **{name: getattr(options, name) for name in names})
 
 

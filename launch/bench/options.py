@@ -25,6 +25,8 @@ OPERATORS = (
     *("compression", "compressed_attention", "block_selection", "selected_attention"),
     *("window_attention", "combine", "whole"),
 )
+COMPRESSORS = ("mlp", "mean")
+DATA = ("random", "coherent")
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -48,6 +50,9 @@ class Sizes:
         select_block: tokens l' of a selection block.
         num_selected: chosen blocks n of a query.
         window: sliding window w.
+        compress: mlp or mean.
+        independent_kv: whether each branch has keys and values of its own.
+        data: random, or coherent: neighbouring tokens choose alike (``stream.py``).
         dtype: bfloat16, float16 or float32.
         backend: auto, triton or pytorch.
         repeats_ms: time spent on each measurement; three repeats at least.
@@ -68,6 +73,9 @@ class Sizes:
     select_block: int = 64
     num_selected: int = 16
     window: int = 512
+    compress: str = "mlp"
+    independent_kv: bool = True
+    data: str = "random"
     dtype: str = "bfloat16"
     backend: str = "triton"
     repeats_ms: int = 200
@@ -79,6 +87,8 @@ class Sizes:
         for length in self.lengths:
             must = f"positive multiples of documents = {self.documents}"
             check(length > 0 and length % self.documents == 0, "lengths", length, must)
+        as_choice("compress", self.compress, COMPRESSORS)
+        as_choice("data", self.data, DATA)
         as_choice("dtype", self.dtype, tuple(DTYPES))
         as_choice("backend", self.backend, tuple(BACKENDS))
         check(self.repeats_ms > 0, "repeats_ms", self.repeats_ms, "at least 1")
@@ -97,6 +107,8 @@ class Sizes:
             select_block=self.select_block,
             num_selected=self.num_selected,
             window=self.window,
+            compress=self.compress,
+            independent_kv=self.independent_kv,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +21,8 @@ from nsa_dist.attention.selectors import CompressedSelector
 from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.group import context_group
 from nsa_kernels import Backend, get_backend
+
+ByName = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def _whole(stream: Stream, label: str, choices: Tensor | None) -> Problem:
     )
 
     def run(q: Tensor, gates: Tensor, *rest: Tensor) -> Tensor:
-        keys, values = (dict(zip(BRANCHES, x, strict=True)) for x in (rest[:3], rest[3:6]))
+        keys, values, _ = by_branch(rest)
         if choices is not None:
             given = cast(Backend, GivenChoices(ops, choices))
             channel = Channel(context_group(None), CommunicationCounter(), plan)
@@ -200,11 +202,14 @@ def _whole(stream: Stream, label: str, choices: Tensor | None) -> Problem:
     def run_public(
         q: Tensor, gates: Tensor, keys: dict[str, Tensor], values: dict[str, Tensor], **more: Any
     ) -> Any:
-        k, v = ({b: x[None] for b, x in given.items()} for given in (keys, values))
+        def batch(given: dict[str, Tensor]) -> Any:
+            named = {branch: x[None] for branch, x in given.items()}
+            return named if config.independent_kv else named["selected"]
+
         return attention(
             q[None],
-            k,
-            v,
+            batch(keys),
+            batch(values),
             gates[None],
             *stream.compressors,
             config=config,
@@ -215,18 +220,21 @@ def _whole(stream: Stream, label: str, choices: Tensor | None) -> Problem:
 
     def reference(rows: Tensor, q: Tensor, gates: Tensor, *rest: Tensor) -> Tensor:
         exact, at = get_backend("pytorch"), stream.segments_of(rows)
-        (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), weights = rest[:3], rest[3:6], rest[6:]
+        keys, values, weights = by_branch(rest)
         half, blocks = len(names), stream.block_rows
         k_cmp, v_cmp = (
             exact.compress(
                 x, blocks, config.compress_block, config.compress, dict(zip(names, w, strict=True))
             )
-            for x, w in ((k_cmp, weights[:half]), (v_cmp, weights[half:]))
+            for x, w in (
+                (keys["compressed"], weights[:half]),
+                (values["compressed"], weights[half:]),
+            )
         )
         outputs = [
             exact.compressed_attention(q, k_cmp, v_cmp, at, **stream.band)[0],
-            stream.select(exact, q, k_slc, v_slc, chosen()[rows], at),
-            stream.slide(exact, q, k_win, v_win, at),
+            stream.select(exact, q, keys["selected"], values["selected"], chosen()[rows], at),
+            stream.slide(exact, q, keys["window"], values["window"], at),
         ]
         return exact.combine(outputs, gates)
 
@@ -234,18 +242,25 @@ def _whole(stream: Stream, label: str, choices: Tensor | None) -> Problem:
         """The blocks of this run. Whether they are right is checked by block_selection."""
         if choices is not None:
             return choices
-        keys, values = (dict(zip(BRANCHES, x, strict=True)) for x in (inputs[2:5], inputs[5:8]))
+        keys, values, _ = by_branch(inputs[2:])
         with torch.no_grad():
             q, gates = inputs[:2]
             details = run_public(q, gates, keys, values, return_details=True)[1]
         return details.selected[0]
 
-    groups = config.num_kv_heads
+    def by_branch(rest: Sequence[Tensor]) -> tuple[ByName, ByName, Sequence[Tensor]]:
+        """Keys and values by branch, and the compressors' weights."""
+        times = len(BRANCHES) // sets  # Branches share one set, or each has its own.
+        keys = dict(zip(BRANCHES, [*rest[:sets]] * times, strict=True))
+        values = dict(zip(BRANCHES, [*rest[sets : 2 * sets]] * times, strict=True))
+        return keys, values, rest[2 * sets :]
+
+    sets = len(BRANCHES) if config.independent_kv else 1
     names = [name for name, _ in stream.compressors[0].named_parameters()]
     inputs = [
         *(stream.q, stream.gates),
-        *(stream.draw(stream.length, groups, config.head_dim) for _ in BRANCHES),
-        *(stream.draw(stream.length, groups, config.value_dim) for _ in BRANCHES),
+        *(stream.draw_keys() for _ in range(sets)),
+        *(stream.draw(stream.length, config.num_kv_heads, config.value_dim) for _ in range(sets)),
         *(p for compressor in stream.compressors for p in compressor.parameters()),
     ]
     # Compression, attention and the gated sum round one after another.

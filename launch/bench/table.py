@@ -18,7 +18,7 @@ if __name__ == "__main__":  # Import from the checkout, not from this file's fol
 import csv
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -48,6 +48,9 @@ class Shape:
     select_block: int
     num_selected: int
     window: int
+    compress: str = "mlp"
+    independent_kv: bool = True
+    data: str = "random"
 
     def title(self) -> str:
         groups = "one group" if self.kv_heads == 1 else f"{self.kv_heads} groups"
@@ -55,6 +58,12 @@ class Shape:
         if self.v_head_dim != self.head_dim:
             widths = f"widths {self.head_dim} and {self.v_head_dim}"
         documents = "one document" if self.documents == 1 else f"{self.documents} documents"
+        if self.compress != "mlp":
+            documents += f", compression by {self.compress}"
+        if not self.independent_kv:
+            documents += ", shared keys and values"
+        if self.data != "random":
+            documents += f", {self.data} data"
         return (
             f"{self.gpu}: {self.heads} heads in {groups}, {widths}, {self.dtype}, "
             f"l{self.compress_block} d{self.compress_stride} l'{self.select_block} "
@@ -210,6 +219,8 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 R = TypeVar("R", bound=Row)
+ADDED = ("compress", "independent_kv", "data")
+"""Columns that older files lack; their rows have the defaults."""
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -242,10 +253,11 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
 
 
 def _typed(cls: type, line: dict[str, str]) -> dict[str, Any]:
-    kinds = {"str": str, "int": int, "float": float}
+    kinds: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
+    kinds["bool"] = "True".__eq__
     values: dict[str, Any] = {}
     for f in fields(cls):
-        if f.name == "shape":
+        if f.name == "shape" or (f.name in ADDED and f.name not in line):
             continue
         kind, text = str(f.type), line[f.name]
         values[f.name] = None if "None" in kind and not text else kinds[kind.split(" ")[0]](text)

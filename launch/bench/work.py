@@ -60,7 +60,12 @@ def attention_flops(options: Sizes, pairs: int) -> Flops:
 
 
 def compression_flops(options: Sizes, length: int, width: int) -> Flops:
-    """The ``mlp`` compressor of keys or values of that width, gradients of its weights included."""
+    """The ``mlp`` compressor of keys or values of that width, gradients of its weights included.
+
+    A mean multiplies nothing.
+    """
+    if options.compress == "mean":
+        return Flops(0.0, 0.0)
     config, size = options.config, length // options.documents
     blocks = max(0, (size - config.compress_block) // config.compress_stride + 1)
     tokens = options.documents * blocks * options.kv_heads
