@@ -34,9 +34,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def with_summand(
-    ctx: Any, o: Tensor, lse: Tensor, gate: Tensor | None
-) -> tuple[Tensor, ...]:
+def with_summand(ctx: Any, o: Tensor, lse: Tensor, gate: Tensor | None) -> tuple[Tensor, ...]:
     """What the forward of a branch's `torch.autograd.Function` returns, and which of it has grads.
 
     o and lse, and with a gate the summand. The gradient of backward is that of the first without a

@@ -363,7 +363,8 @@ def banded_backward(
     tiles = query_tiles(segments, C.BT, band.column)
     _dq_kernel[(len(tiles.host), C.G)](
         q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, gate, tiles.table, len(tiles.host),
-        scale, in_logits, FEW_KEYS=few_keys(q_NHD), C=C, num_warps=tile.warps, num_stages=tile.stages,
+        scale, in_logits, FEW_KEYS=few_keys(q_NHD), C=C, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
 
     C = constants(q_NHD, v_EGD, band, key_tile)
