@@ -181,6 +181,11 @@ def gated_branches(backend: Backend) -> Sequence[str]:
     return getattr(backend, "gated_branches", ())
 
 
+def as_gate(gate: Tensor | None) -> dict[str, Tensor]:
+    """How a branch's function is given a gate: not at all if there is none, as some know none."""
+    return {} if gate is None else {"gate": gate}
+
+
 def get_backend(name: str = "auto", device: torch.device | str | None = None) -> Backend:
     """The backend called `name`, for tensors on `device` (None where that is not known yet).
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nsa_kernels import QuerySegments, Segment, get_backend
+from nsa_kernels import QuerySegments, Segment, gated_branches, get_backend
 from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_all
 from tests.ops.op_cases import CASES, Layout, same_bits
 
@@ -62,19 +62,30 @@ def operators(backend: BackendOnDevice) -> dict[str, Operator]:
     def compressed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return ops.compressed_attention(q, k, v, at["segments"], **tail)
 
-    def selected(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def selected(q: Tensor, k: Tensor, v: Tensor, **gate: Tensor) -> tuple[Tensor, ...]:
         return ops.selected_attention(
             q, k, v, k[:0], v[:0], at["choice"], *at["table"], at["segments"],
-            select_block=SELECT, scale=0.3,
+            select_block=SELECT, scale=0.3, **gate,
         )  # fmt: skip
 
-    def window(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return ops.window_attention(q, k, v, at["segments"], window=30, scale=0.3)
+    def window(q: Tensor, k: Tensor, v: Tensor, **gate: Tensor) -> tuple[Tensor, ...]:
+        return ops.window_attention(q, k, v, at["segments"], window=30, scale=0.3, **gate)
 
     def combine(a: Tensor, b: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
         return (ops.combine([a, b], gates),)
 
+    def gated(branch: str, attend: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+        def run(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
+            if branch not in gated_branches(ops):
+                o, lse = attend(q, k, v)
+                return ops.combine([o], gates), lse
+            o, lse, summand = attend(q, k, v, gate=gates[..., 0])
+            return ops.combine([o], gates, [[summand]]), lse
+
+        return run
+
     attention = ((T, H, D), (T, G, D), (T, G, D))
+    gates = (T, H, 1)
     return {
         "compress": Operator(compress, ((T, G, D), (BLOCK, D), (2 * D, BLOCK * D), (D, 2 * D))),
         "gather_blocks": Operator(gather, ((T, G, D),)),
@@ -82,6 +93,8 @@ def operators(backend: BackendOnDevice) -> dict[str, Operator]:
         "selected_attention": Operator(selected, attention),
         "window_attention": Operator(window, attention),
         "combine": Operator(combine, ((T, H, D), (T, H, D), (T, H, 2))),
+        "gated_selected": Operator(gated("selected", selected), (*attention, gates)),
+        "gated_window": Operator(gated("window", window), (*attention, gates)),
     }
 
 
