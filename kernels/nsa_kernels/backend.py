@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -181,7 +181,7 @@ def gated_branches(backend: Backend) -> Sequence[str]:
     return getattr(backend, "gated_branches", ())
 
 
-def as_gate(gate: Tensor | None) -> dict[str, Tensor]:
+def as_gate(gate: Tensor | None) -> dict[str, Any]:
     """How a branch's function is given a gate: not at all if there is none, as some know none."""
     return {} if gate is None else {"gate": gate}
 

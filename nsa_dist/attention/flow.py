@@ -25,7 +25,8 @@ Today every transfer is finished right after it begins. In forward only this fil
 between the two.
 
 A branch whose function takes its gate gets the gradient of the gated sum itself, and makes that of
-its gate (``Backend``); so combine's backward runs only for branches without one.
+its gate (``Backend``); so combine's backward runs only for branches without one. What the branches
+give to q is added in one pass.
 
 Letters: N local queries, H query heads, G KV heads, D widths, b branches, E rows of a buffer with
 its halo, n selected blocks per query.
@@ -46,6 +47,7 @@ from nsa_dist.comm import begin_fetch, begin_halo, begin_request
 from nsa_dist.comm.agreement import AgreeInBackward
 from nsa_dist.nn.rotary import apply_rotary
 from nsa_kernels import Backend, gated_branches
+from nsa_kernels.autograd import first_order
 from nsa_kernels.backend import as_gate
 
 ByName = Mapping[str, Tensor]
@@ -77,15 +79,17 @@ def attend_branches(
     ops, config, plan = call.backend, call.config, call.plan
     scale, branches = config.softmax_scale, config.branches
     outputs, lse = {}, {}
+    selects = "selected" in branches or selector.branch in branches
+    readers = ("window" in branches, selects, "selected" in branches)
+    queries = iter(_for_readers(q_NHD, sum(readers), ops))
     summands: dict[str, Sequence[Tensor]] = dict.fromkeys(branches, ())
     gate_of = _gates_of_branches(ops, branches, gates_NHb)
 
     extended = _exchange_halos(call, _rotate(call, keys_NGD), values_NGD)
-    selects = "selected" in branches or selector.branch in branches
     gathered = selector.begin(call, extended).finish() if selects else None
     if "window" in branches:
         outputs["window"], lse["window"], *summands["window"] = ops.window_attention(
-            q_NHD,
+            next(queries),
             *extended["window"],
             plan.segments,
             window=config.window,
@@ -95,8 +99,8 @@ def attend_branches(
     # NSA's own selector attends to compressed tokens and selects by their probabilities.
     selection = Selection(None)
     if selects:
-        gate_NH = gate_of.get(selector.branch)
-        selection = run_selector(selector, call, q_NHD, gathered, gate_NH)
+        gate_NH = None if selector.branch is None else gate_of.get(selector.branch)
+        selection = run_selector(selector, call, next(queries), gathered, gate_NH)
     if selection.output is not None:
         assert selector.branch is not None and selection.lse is not None
         outputs[selector.branch], lse[selector.branch] = selection.output, selection.lse
@@ -104,7 +108,7 @@ def attend_branches(
             summands[selector.branch] = (selection.summand,)
     if selection.blocks is not None:
         outputs["selected"], lse["selected"], summands["selected"] = _attend_selected(
-            call, q_NHD, *extended["selected"], selection.blocks, gate_of.get("selected")
+            call, next(queries), *extended["selected"], selection.blocks, gate_of.get("selected")
         )
     of_branches = [outputs[branch] for branch in branches]
     if any(map(len, summands.values())):
@@ -131,6 +135,11 @@ def _gates_of_branches(ops: Backend, branches: Sequence[str], gates_NHb: Tensor)
         return {}
     gates = zip(branches, gates_NHb.unbind(-1), strict=True)
     return {branch: gate_NH for branch, gate_NH in gates if branch in taken}
+
+
+def _for_readers(x: Tensor, count: int, ops: Backend) -> tuple[Tensor, ...]:
+    """x once for each of its ``count`` readers, whose gradients are added in one pass."""
+    return (x,) * count if count < 2 else _ForReaders.apply(x, count, ops)
 
 
 def _rotate(call: Call, keys_NGD: ByName) -> ByName:
@@ -214,6 +223,28 @@ def _attend_selected(
     if len(outputs) == 1:
         return outputs[0], lses[0], tuple(summands)
     return torch.cat(outputs, dim=1), torch.cat(lses, dim=1), tuple(summands)
+
+
+class _ForReaders(torch.autograd.Function):
+    """Return x for each reader, and add their gradients in their order, rounded once.
+
+    autograd itself would add one after the other, with a pass over memory and a rounding each time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, ops: Backend) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.ops = ops
+        return tuple(x.view_as(x) for _ in range(count))
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        given = [grad for grad in grads if grad is not None]
+        if len(given) < 2:
+            return (given[0] if given else None), None, None
+        weights = given[0].new_ones(()).expand(*given[0].shape[:2], len(given))
+        return ctx.ops.combine(given, weights), None, None
 
 
 class ZeroGradient(torch.autograd.Function):

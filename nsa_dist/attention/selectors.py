@@ -131,8 +131,11 @@ def run_selector(
         ValueError: on every rank, if the selection of one is not what the flow needs.
     """
 
+    # A subclass with a choice of its own knows no gate.
+    overridden = type(selector).select is not CompressedSelector.select
+
     def select() -> Selection:
-        if type(selector).select is CompressedSelector.select:
+        if isinstance(selector, CompressedSelector) and not overridden:
             selection = selector.select(call, q_NHD, gathered, gate_NH)
         else:
             selection = selector.select(call, q_NHD, gathered)

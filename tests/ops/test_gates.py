@@ -13,7 +13,7 @@ from nsa_kernels import gated_branches
 from tests.ops import selected
 from tests.ops.accuracy import assert_2x, plain_dtype
 from tests.ops.backends import DTYPES as KERNEL_DTYPES
-from tests.ops.backends import PYTORCH, BackendOnDevice, over
+from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_all
 from tests.ops.banded import KERNEL_CASES, Branch
 from tests.ops.op_cases import (
     CASES,
@@ -150,9 +150,9 @@ def _names(backend: BackendOnDevice) -> list[str]:
     return [name for name, f in functions.items() if "gate" in f.__code__.co_varnames]
 
 
-@over("_", pytorch=[0], triton=[0])
+@over_all
 def test_gated_branches_are_those_whose_functions_take_a_gate(
-    backend: BackendOnDevice, _: int
+    backend: BackendOnDevice,
 ) -> None:
     assert list(gated_branches(backend.ops)) == _names(backend)
 

@@ -136,7 +136,7 @@ class TiledAttention(torch.autograd.Function):
             grad_logits_GQK, delta_GQ1 = softmax_backward_(grad_probs_GQK, probs_GQK)
             grad_logits_GQK = tile.mask_(grad_logits_GQK, 0.0)
             m = tile.stop - tile.start
-            if gate_NH is not None:
+            if gate_NH is not None and grad_gate_NH is not None:
                 gate_GQ1 = group_queries(gate_NH[rows].unsqueeze(-1), num_groups, dtype)
                 probs_GQK.mul_(gate_GQ1)
                 grad_logits_GQK.mul_(gate_GQ1)
