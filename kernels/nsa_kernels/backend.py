@@ -170,7 +170,7 @@ class Backend(Protocol):
         """Eq. 5, the gated sum: one [N, H, Dv] a branch, gates [N, H, branches] -> [N, H, Dv].
 
         summands: for each branch those of its function, of consecutive heads, and none for a branch
-        without a gate of its own; () says none for all. A branch with summands gets its gradient
+        that was given no gate; () says none for all. A branch with summands gets its gradient
         through these alone: none goes to its output and its column of gates. A backend without
         `gated_branches` is never given any.
         """

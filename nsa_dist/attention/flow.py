@@ -46,9 +46,9 @@ from nsa_dist.attention.selectors import Selection, Selector, cos_sin, run_selec
 from nsa_dist.comm import begin_fetch, begin_halo, begin_request
 from nsa_dist.comm.agreement import AgreeInBackward
 from nsa_dist.nn.rotary import apply_rotary
-from nsa_kernels import Backend, gated_branches
+from nsa_kernels import Backend
 from nsa_kernels.autograd import first_order
-from nsa_kernels.backend import as_gate
+from nsa_kernels.backend import as_gate, gated_branches
 
 ByName = Mapping[str, Tensor]
 Extended = Mapping[str, tuple[Tensor, Tensor]]

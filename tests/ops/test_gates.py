@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_kernels import gated_branches
+from nsa_kernels.backend import gated_branches
 from tests.ops import selected
 from tests.ops.accuracy import assert_2x, plain_dtype
 from tests.ops.backends import DTYPES as KERNEL_DTYPES

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nsa_kernels import QuerySegments, Segment, gated_branches, get_backend
+from nsa_kernels import QuerySegments, Segment, get_backend
+from nsa_kernels.backend import gated_branches
 from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_all
 from tests.ops.op_cases import CASES, Layout, same_bits
 
@@ -78,9 +79,9 @@ def operators(backend: BackendOnDevice) -> dict[str, Operator]:
         def run(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
             if branch not in gated_branches(ops):
                 o, lse = attend(q, k, v)
-                return ops.combine([o], gates), lse
+                return ops.combine([o], gates), o, lse
             o, lse, summand = attend(q, k, v, gate=gates[..., 0])
-            return ops.combine([o], gates, [[summand]]), lse
+            return summand, o, lse
 
         return run
 

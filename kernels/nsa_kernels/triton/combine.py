@@ -1,8 +1,8 @@
 """The gated sum of the branches (Eq. 5, arXiv 2502.11089), in one pass over memory each way.
 
-A program takes BM of the N*H rows of width D, with their gates; backward those of branches that did
-not take their gate themselves (shared/gates.py). The products are added by fused
-multiply-adds in the order of the branches, so that a row's bits depend on that row alone.
+A program takes BM of the N*H rows of width D, with their gates. The products are added by fused
+multiply-adds in the order of the branches, so that a row's bits depend on that row alone. Branches
+that took their gate themselves need no backward here: see shared/gates.py.
 
 Letters: N local rows, H query heads, D width, b branches (NB of them, 1 to 3).
 """

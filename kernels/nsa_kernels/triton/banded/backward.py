@@ -350,15 +350,20 @@ def banded_backward(
     of g o: see shared/gates.py. delta, the gate's gradient, is float32 [N, H].
     """
     dq_NHD = empty_as(q_NHD)
-    dk_EGD = torch.zeros(k_EGD.shape, dtype=k_EGD.dtype, device=k_EGD.device)
-    dv_EGD = torch.zeros(v_EGD.shape, dtype=v_EGD.dtype, device=v_EGD.device)
+    dk_EGD, dv_EGD = empty_as(k_EGD), empty_as(v_EGD)
     delta_NH = empty_as(lse_NH)
     if not q_NHD.shape[0]:
-        return dq_NHD, dk_EGD, dv_EGD, delta_NH
+        return dq_NHD, dk_EGD.zero_(), dv_EGD.zero_(), delta_NH
+    key_tile = banded_tiles(q_NHD, v_EGD).dkv
+    C = constants(q_NHD, v_EGD, band, key_tile)
+    programs = key_tiles(segments, band, C.BT, C.BN)
+    if programs.num_keys < k_EGD.shape[0]:  # Rows that no query sees.
+        dk_EGD.zero_()
+        dv_EGD.zero_()
     q, k, v, do = (head_rows(x) for x in (q_NHD, k_EGD, v_EGD, do_NHD))
     gate = gate_rows(gate_NH)
     in_logits = logit_scale(q_NHD, scale)
-    _, tile, key_tile = banded_tiles(q_NHD, v_EGD)
+    tile = banded_tiles(q_NHD, v_EGD).dq
     C = constants(q_NHD, v_EGD, band, tile)
     tiles = query_tiles(segments, C.BT, band.column)
     _dq_kernel[(len(tiles.host), C.G)](
@@ -369,7 +374,6 @@ def banded_backward(
 
     C = constants(q_NHD, v_EGD, band, key_tile)
     tiles = query_tiles(segments, C.BT, band.column)
-    programs = key_tiles(segments, band, C.BT, C.BN)
     count = len(programs.table)
     if not count:
         return dq_NHD, dk_EGD, dv_EGD, delta_NH
