@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SECOND_ORDER = (
     "create_graph must be False in a backward through Native Sparse Attention, which has first "
@@ -31,3 +32,14 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *grads)
 
     return run
+
+
+def summand_of(o: Tensor, gate: Tensor | None) -> Tensor:
+    """The summand g o of Eq. 5 as a node of the graph: the shape and dtype of o, without values.
+
+    A branch that is given its gate returns one beside o, which then carries no gradient. The
+    gradient of the summand is that of the gated sum, the same for every branch, so `combine` hands
+    it to all of them as it is. What it holds is one element that is never written. Without a gate
+    it is empty.
+    """
+    return o.new_empty(0) if gate is None else o.new_empty(()).expand(o.shape)
