@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nsa_kernels import QuerySegments, Segment, get_backend
-from nsa_kernels.backend import gated_branches
 from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_all
 from tests.ops.op_cases import CASES, Layout, same_bits
 
@@ -75,11 +74,8 @@ def operators(backend: BackendOnDevice) -> dict[str, Operator]:
     def combine(a: Tensor, b: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
         return (ops.combine([a, b], gates),)
 
-    def gated(branch: str, attend: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    def gated(attend: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
         def run(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
-            if branch not in gated_branches(ops):
-                o, lse = attend(q, k, v)
-                return ops.combine([o], gates), o, lse
             o, lse, summand = attend(q, k, v, gate=gates[..., 0])
             return summand, o, lse
 
@@ -94,8 +90,8 @@ def operators(backend: BackendOnDevice) -> dict[str, Operator]:
         "selected_attention": Operator(selected, attention),
         "window_attention": Operator(window, attention),
         "combine": Operator(combine, ((T, H, D), (T, H, D), (T, H, 2))),
-        "gated_selected": Operator(gated("selected", selected), (*attention, gates)),
-        "gated_window": Operator(gated("window", window), (*attention, gates)),
+        "gated_selected": Operator(gated(selected), (*attention, gates)),
+        "gated_window": Operator(gated(window), (*attention, gates)),
     }
 
 

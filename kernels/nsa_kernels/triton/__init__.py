@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 name = "triton"
-gated_branches = ("compressed", "window")
+gated_branches = ("compressed", "selected", "window")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_WIDTH = 256

@@ -161,11 +161,12 @@ def _calls(at: Packing) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "select_blocks", (q, k, lse, host, BLOCK, STRIDE, SELECT, NUM, 1, 1, scale)
     leaves = at.leaves("selected_attention")
     tables = (at.choice, at.blocks, at.sizes, host)
-    yield "selected_attention", (*leaves, *tables, SELECT, scale)
+    yield "selected_attention", (*leaves, *tables, SELECT, scale, None)
     tensors = [x.detach() for x in leaves]
-    o, _, log_sum = OPS.selected_attention(*tensors, *tables, SELECT, scale)
-    arguments = (*tensors, o, log_sum, torch.randn_like(o), *tables, SELECT, scale)
-    yield "selected_attention_backward", arguments
+    o, _, log_sum, _ = OPS.selected_attention(*tensors, *tables, SELECT, scale, None)
+    for gate in (None, torch.randn(at.tokens, H, device=DEVICE)):
+        arguments = (*tensors, o, log_sum, torch.randn_like(o), *tables, SELECT, scale, gate)
+        yield "selected_attention_backward", arguments
     a, b, gates = at.leaves("combine")
     yield "combine", ([a, b], gates, [], [0, 0])
     summand = torch.empty_like(a).requires_grad_()
