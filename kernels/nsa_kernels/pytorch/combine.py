@@ -43,8 +43,9 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor | None, ...]:
         grad_outputs: list[Tensor | None] = [None] * len(ctx.heads)
         grad_gates_NHb = None
-        if ctx.saved_tensors:
-            gates_NHb, *outputs = ctx.saved_tensors
+        saved = ctx.saved_tensors  # Once: recomputation refuses a second read.
+        if saved:
+            gates_NHb, *outputs = saved
             dtype = accumulation_dtype(outputs[0])
             wide_NHD = grad_NHD.to(dtype)
             weights = gates_NHb.to(dtype).unsqueeze(-2).unbind(-1)

@@ -153,8 +153,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, do_NHD: Tensor) -> tuple[Any, ...]:
     grads: list[Tensor | None] = [None] * len(ctx.heads)
     dgates_NHb = None
-    if ctx.saved_tensors:
-        *outputs, gates_NHb = ctx.saved_tensors
+    saved = ctx.saved_tensors  # Once: recomputation refuses a second read.
+    if saved:
+        *outputs, gates_NHb = saved
         plain = [b for b, of in enumerate(ctx.heads) if not of]
         if len(plain) == len(grads):
             *grads, dgates_NHb = _combine_backward(do_NHD, outputs, gates_NHb)

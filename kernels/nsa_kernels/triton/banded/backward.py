@@ -137,6 +137,7 @@ def _dq_kernel(
     delta,
     dq,
     gate,
+    dgate,
     tiles,
     num_tiles,
     scale,
@@ -144,7 +145,7 @@ def _dq_kernel(
     FEW_KEYS: tl.constexpr,
     C: tl.constexpr,
 ):
-    """dq of one tile of queries, and delta for dk and dv.
+    """dq of one tile of queries, delta for dk and dv, and with a gate the gate's gradient.
 
     With at most FEW_KEYS keys delta is the mean of dP under P, in a walk of its own: dP and delta
     may cancel there, and then the rounding of o and of the log-sum-exp would be what is left.
@@ -176,6 +177,9 @@ def _dq_kernel(
     keys = TileKeys(p_k, p_v, k.stride_row, v.stride_row, base, first, limit)
     b_o = load_rows(o, row_head * C.DV, tl.arange(0, C.PDV), m_m, C.DV, C.PDV)  # [BM, PDV]
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    if gate is not None:
+        tl.store(dgate + row_head, b_delta, mask=m_m)
+    b_total = filled(C.BM, 1.0)
     if limit - begin <= FEW_KEYS:
         b_delta = filled(C.BM, 0.0)
         b_sum = filled(C.BM, 0.0)
@@ -186,7 +190,8 @@ def _dq_kernel(
             )
             b_delta += b_delta_piece
             b_sum += b_sum_piece
-        b_delta /= tl.where(b_sum == 0.0, 1.0, b_sum)
+        b_total = tl.where(b_sum == 0.0, 1.0, b_sum)
+        b_delta /= b_total
     b_dq = zeros(C.BM, C.PDK)
     b_rest = filled(C.BM, 0.0)
     for piece in tl.range(begin, limit, C.PIECE * C.BN):
@@ -200,7 +205,8 @@ def _dq_kernel(
     tl.store(delta + row_head, b_delta + b_rest, mask=m_m)
     b_dq *= scale
     if gate is not None:
-        b_dq *= load_gate(gate, row, head, m_m)[:, None]
+        # Where the sum of P is known, what the rounding of the log-sum-exp leaves goes too.
+        b_dq *= (load_gate(gate, row, head, m_m) / b_total)[:, None]
     b_dq = tl.where(sees_several(b_t, C)[:, None], b_dq, 0.0)
     o_dk = tl.arange(0, C.PDK)
     p_dq = dq + row_head[:, None] * C.DK + o_dk[None, :]
@@ -343,17 +349,19 @@ def banded_backward(
     scale: float,
     gate_NH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q [N, H, Dk], k [E, G, Dk] and v [E, G, Dv] in their dtypes, and delta.
+    """Gradients of q [N, H, Dk], k [E, G, Dk] and v [E, G, Dv] in their dtypes, and of the gate.
 
     o and do [N, H, Dv], lse [N, H]; the last dimension of each contiguous. With a gate [N, H], of
     any floating dtype and strides, do is the gradient of the gated sum, and the gradients are those
-    of g o: see shared/gates.py. delta, the gate's gradient, is float32 [N, H].
+    of g o: see shared/gates.py. That of the gate, the sum of o do, is float32 [N, H]; without a
+    gate it says nothing.
     """
     dq_NHD = empty_as(q_NHD)
     dk_EGD, dv_EGD = empty_as(k_EGD), empty_as(v_EGD)
     delta_NH = empty_as(lse_NH)
+    dgate_NH = delta_NH if gate_NH is None else empty_as(lse_NH)
     if not q_NHD.shape[0]:
-        return dq_NHD, dk_EGD.zero_(), dv_EGD.zero_(), delta_NH
+        return dq_NHD, dk_EGD.zero_(), dv_EGD.zero_(), dgate_NH
     key_tile = banded_tiles(q_NHD, v_EGD).dkv
     C = constants(q_NHD, v_EGD, band, key_tile)
     programs = key_tiles(segments, band, C.BT, C.BN)
@@ -367,8 +375,8 @@ def banded_backward(
     C = constants(q_NHD, v_EGD, band, tile)
     tiles = query_tiles(segments, C.BT, band.column)
     _dq_kernel[(len(tiles.host), C.G)](
-        q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, gate, tiles.table, len(tiles.host),
-        scale, in_logits, FEW_KEYS=few_keys(q_NHD), C=C, num_warps=tile.warps,
+        q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, gate, dgate_NH, tiles.table,
+        len(tiles.host), scale, in_logits, FEW_KEYS=few_keys(q_NHD), C=C, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
 
@@ -376,7 +384,7 @@ def banded_backward(
     tiles = query_tiles(segments, C.BT, band.column)
     count = len(programs.table)
     if not count:
-        return dq_NHD, dk_EGD, dv_EGD, delta_NH
+        return dq_NHD, dk_EGD, dv_EGD, dgate_NH
     widths = (C.DK, C.DV)
 
     def empty(tiles: int) -> list[Tensor]:
@@ -399,4 +407,4 @@ def banded_backward(
                 maxnreg=MOST_REGISTERS,
             )  # fmt: skip
         carried, carry = carry, carried
-    return dq_NHD, dk_EGD, dv_EGD, delta_NH
+    return dq_NHD, dk_EGD, dv_EGD, dgate_NH
