@@ -75,11 +75,12 @@ class Branch:
         gate: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         segments, case, ops = segments or self.segments, self.case, self.backend.ops
-        options = {"scale": case.scale, "gate": gate}
         if self.name == "window":
-            return ops.window_attention(q, k, v, segments, window=case.window, **options)
+            return ops.window_attention(
+                q, k, v, segments, window=case.window, scale=case.scale, gate=gate
+            )
         return ops.compressed_attention(
-            q, k, v, segments, block=case.block, stride=case.stride, **options
+            q, k, v, segments, block=case.block, stride=case.stride, scale=case.scale, gate=gate
         )
 
     def results(self, buffers: Inputs, grad_o: Tensor) -> list[Tensor]:
