@@ -26,7 +26,6 @@ from nsa_kernels.pytorch._common import (
     TreeSum,
     accumulation_dtype,
     exact,
-    gate_gradient,
     product_over_rows,
     scaled_product,
     tile_rows,
@@ -151,6 +150,7 @@ class _SelectedAttention(torch.autograd.Function):
             selected_NGn,
             block_rows_GB,
         )
+        ctx.save_for_backward(*tensors, gate_NH)
         ctx.pool_arguments = (block_lengths_B, segments, select_block, dtype)
         ctx.scale = scale
         group = q_NHD.shape[1] // k_own_EGD.shape[1]
@@ -169,15 +169,15 @@ class _SelectedAttention(torch.autograd.Function):
                     lse.add(part.start, lse_mR)
             of_heads.append((o.joined(q_NHD.shape[0]), lse.joined(q_NHD.shape[0])))
         o_NHD, lse_NH = (torch.cat(parts, dim=1) for parts in zip(*of_heads, strict=True))
-        ctx.save_for_backward(*tensors, gate_NH, None if gate_NH is None else o_NHD)
         return with_summand(ctx, o_NHD, lse_NH, gate_NH)
 
     @staticmethod
     @first_order
     @exact
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, gate_NH, o_NHD = ctx.saved_tensors  # Once: recomputation refuses a second read.
+        *saved, gate_NH = ctx.saved_tensors  # Once: recomputation refuses a second read.
         grad_o_NHD = grads_out[0 if gate_NH is None else -1]
+        grad_gate_NH = None if gate_NH is None else torch.zeros_like(gate_NH)
         q_NHD, *sources = saved[:5]
         dtype = accumulation_dtype(q_NHD)
         num_own, num_groups, _ = sources[0].shape
@@ -189,7 +189,7 @@ class _SelectedAttention(torch.autograd.Function):
             heads = slice(g * group, (g + 1) * group)
             pool = _pool_of_head(ctx, tuple(saved), g)
             gate_NR = None if gate_NH is None else gate_NH[:, heads].to(dtype)
-            grad_q_NRD, *pool_grads = _backward_of_head(
+            grad_q_NRD, delta_NR, *pool_grads = _backward_of_head(
                 q_NHD[:, heads].to(dtype),
                 grad_o_NHD[:, heads].to(dtype),
                 gate_NR,
@@ -198,11 +198,12 @@ class _SelectedAttention(torch.autograd.Function):
                 ctx.scale,
             )
             grad_q_NHD[:, heads] = grad_q_NRD.to(q_NHD.dtype)
+            if grad_gate_NH is not None:
+                grad_gate_NH[:, heads] = delta_NR.to(grad_gate_NH.dtype)
             for x, pool_grad in enumerate(pool_grads):
                 rows = pool.scatter(pool_grad)
                 grads[x][:, g] = rows[:num_own].to(grads[x].dtype)
                 grads[x + 2][:, g] = rows[num_own:].to(grads[x + 2].dtype)
-        grad_gate_NH = gate_gradient(grad_o_NHD, o_NHD, gate_NH)
         return grad_q_NHD, *grads, *[None] * 6, grad_gate_NH
 
 
@@ -269,16 +270,17 @@ def _backward_of_head(
     pool: _Pool,
     segments: QuerySegments,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [N, R, Dk] and of the pool's keys and values [A - 1, s, D].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q [N, R, Dk], delta [N, R], gradients of the pool's keys, values [A - 1, s, D].
 
-    For a run of queries P is computed again, dP = do v^T, dS = P (dP - sum_k P dP), dq = scale
-    dS k, dk = scale dS^T q, dv = P^T do: products over the pairs of one block, sums over the pairs
-    of one query. A gate [N, R] multiplies P and dS, and do is then that of the gated sum.
+    For a run of queries P is computed again, dP = do v^T, delta = sum_k P dP, dS = P (dP - delta),
+    dq = scale dS k, dk = scale dS^T q, dv = P^T do: products over the pairs of one block, sums over
+    the pairs of one query. A gate multiplies P and dS, and delta is its gradient.
     """
     group, block = q_NRD.shape[1], pool.select_block
     keys_AsD, values_AsD, bad_As = pool.context
     grad_q_NRD = torch.zeros_like(q_NRD, memory_format=torch.contiguous_format)
+    delta_NR = q_NRD.new_zeros(q_NRD.shape[:2])
     key_sum, value_sum = TreeSum(keys_AsD), TreeSum(values_AsD)
     size = tile_rows(pool.slots_Nn.shape[1] * block * group, 2)
     for run in (part for segment in segments.rows for part in segment.split(size)):
@@ -309,6 +311,7 @@ def _backward_of_head(
         delta_mR = pairs.by_query((probs_pRs * grad_logits_pRs).sum(dim=-1)).sum(dim=1)
         grad_logits_pRs.sub_(pairs.of_query(delta_mR).unsqueeze(-1)).mul_(probs_pRs)
         pairs.mask_(grad_logits_pRs, 0.0)
+        delta_NR[rows] = delta_mR
         if gate_NR is not None:
             gate_pR1 = pairs.of_query(gate_NR[rows]).unsqueeze(-1)
             probs_pRs.mul_(gate_pR1)
@@ -324,7 +327,7 @@ def _backward_of_head(
             grad_keys_AsD[slot].add_(product_over_rows(block_grad[None], block_query[None])[0])
             grad_values_AsD[slot].add_(product_over_rows(block_probs[None], block_out[None])[0])
         grad_q_NRD[rows] = pairs.by_query(grad_query_pRD).sum(dim=1).mul_(scale)
-    return grad_q_NRD, key_sum.result()[:-1].mul_(scale), value_sum.result()[:-1]
+    return grad_q_NRD, delta_NR, key_sum.result()[:-1].mul_(scale), value_sum.result()[:-1]
 
 
 def selected_attention(

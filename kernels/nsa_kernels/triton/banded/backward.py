@@ -5,7 +5,9 @@ see it. Both compute the probabilities P again from the log-sum-exp: dP = do v^T
 dS = P (dP - delta) with delta = sum of o do, dq = scale dS k, dk = scale dS^T q, dv = P^T do. Each
 sum has one owner; long lists of query tiles are shared out and their sums added in order.
 
-A gate g makes g P of P, see shared/gates.py. Where queries are rows, it multiplies what is summed.
+A gate g makes g P of P, see shared/gates.py. Where queries are rows, it multiplies what is summed;
+dk and dv read it from where dq left it: with few keys divided by the sum of P, which is not quite
+1, since the log-sum-exp was rounded.
 """
 
 from __future__ import annotations
@@ -137,7 +139,7 @@ def _dq_kernel(
     delta,
     dq,
     gate,
-    dgate,
+    weights,
     tiles,
     num_tiles,
     scale,
@@ -145,7 +147,7 @@ def _dq_kernel(
     FEW_KEYS: tl.constexpr,
     C: tl.constexpr,
 ):
-    """dq of one tile of queries, delta for dk and dv, and with a gate the gate's gradient.
+    """dq of one tile of queries, and for dk and dv the weights and delta, a gate's gradient.
 
     With at most FEW_KEYS keys delta is the mean of dP under P, in a walk of its own: dP and delta
     may cancel there, and then the rounding of o and of the log-sum-exp would be what is left.
@@ -177,8 +179,6 @@ def _dq_kernel(
     keys = TileKeys(p_k, p_v, k.stride_row, v.stride_row, base, first, limit)
     b_o = load_rows(o, row_head * C.DV, tl.arange(0, C.PDV), m_m, C.DV, C.PDV)  # [BM, PDV]
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-    if gate is not None:
-        tl.store(dgate + row_head, b_delta, mask=m_m)
     b_total = filled(C.BM, 1.0)
     if limit - begin <= FEW_KEYS:
         b_delta = filled(C.BM, 0.0)
@@ -205,8 +205,9 @@ def _dq_kernel(
     tl.store(delta + row_head, b_delta + b_rest, mask=m_m)
     b_dq *= scale
     if gate is not None:
-        # Where the sum of P is known, what the rounding of the log-sum-exp leaves goes too.
-        b_dq *= (load_gate(gate, row, head, m_m) / b_total)[:, None]
+        b_weight = load_gate(gate, row, head, m_m) / b_total
+        tl.store(weights + row_head, b_weight, mask=m_m)
+        b_dq *= b_weight[:, None]
     b_dq = tl.where(sees_several(b_t, C)[:, None], b_dq, 0.0)
     o_dk = tl.arange(0, C.PDK)
     p_dq = dq + row_head[:, None] * C.DK + o_dk[None, :]
@@ -223,7 +224,7 @@ def _dkv_kernel(
     delta,
     dk,
     dv,
-    gate,
+    weights,
     tiles,
     programs,
     first_program,
@@ -281,8 +282,8 @@ def _dkv_kernel(
         if C.PRECISION == "ieee":
             b_p = tl.where(several, b_p, 1.0)
         b_p = tl.where(seen, b_p, 0.0)
-        if gate is not None:
-            b_p *= load_gate(gate, row, head, m_m)[None, :]
+        if weights is not None:
+            b_p *= tl.load(weights + row_head, mask=m_m, other=0.0)[None, :]
         b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, C)  # [BN, PDV]
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=C.PRECISION)  # [BN, BM]
         b_ds = tl.where(seen & several, b_p * (b_dp - b_delta[None, :]), 0.0)
@@ -349,19 +350,17 @@ def banded_backward(
     scale: float,
     gate_NH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q [N, H, Dk], k [E, G, Dk] and v [E, G, Dv] in their dtypes, and of the gate.
+    """Gradients of q [N, H, Dk], k [E, G, Dk] and v [E, G, Dv] in their dtypes, and delta.
 
     o and do [N, H, Dv], lse [N, H]; the last dimension of each contiguous. With a gate [N, H], of
     any floating dtype and strides, do is the gradient of the gated sum, and the gradients are those
-    of g o: see shared/gates.py. That of the gate, the sum of o do, is float32 [N, H]; without a
-    gate it says nothing.
+    of g o: see shared/gates.py. delta, the gate's gradient, is float32 [N, H].
     """
     dq_NHD = empty_as(q_NHD)
     dk_EGD, dv_EGD = empty_as(k_EGD), empty_as(v_EGD)
     delta_NH = empty_as(lse_NH)
-    dgate_NH = delta_NH if gate_NH is None else empty_as(lse_NH)
     if not q_NHD.shape[0]:
-        return dq_NHD, dk_EGD.zero_(), dv_EGD.zero_(), dgate_NH
+        return dq_NHD, dk_EGD.zero_(), dv_EGD.zero_(), delta_NH
     key_tile = banded_tiles(q_NHD, v_EGD).dkv
     C = constants(q_NHD, v_EGD, band, key_tile)
     programs = key_tiles(segments, band, C.BT, C.BN)
@@ -370,12 +369,13 @@ def banded_backward(
         dv_EGD.zero_()
     q, k, v, do = (head_rows(x) for x in (q_NHD, k_EGD, v_EGD, do_NHD))
     gate = gate_rows(gate_NH)
+    weights_NH = None if gate is None else empty_as(lse_NH)
     in_logits = logit_scale(q_NHD, scale)
     tile = banded_tiles(q_NHD, v_EGD).dq
     C = constants(q_NHD, v_EGD, band, tile)
     tiles = query_tiles(segments, C.BT, band.column)
     _dq_kernel[(len(tiles.host), C.G)](
-        q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, gate, dgate_NH, tiles.table,
+        q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, gate, weights_NH, tiles.table,
         len(tiles.host), scale, in_logits, FEW_KEYS=few_keys(q_NHD), C=C, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
@@ -384,7 +384,7 @@ def banded_backward(
     tiles = query_tiles(segments, C.BT, band.column)
     count = len(programs.table)
     if not count:
-        return dq_NHD, dk_EGD, dv_EGD, dgate_NH
+        return dq_NHD, dk_EGD, dv_EGD, delta_NH
     widths = (C.DK, C.DV)
 
     def empty(tiles: int) -> list[Tensor]:
@@ -395,8 +395,8 @@ def banded_backward(
     for first in range(0, count, launch):
         end = min(first + launch, count)
         _dkv_kernel[(end - first, C.G)](
-            q, k, v, do, lse_NH, delta_NH, *workspace, gate, tiles.table, programs.table, first,
-            scale, in_logits, C=C, num_warps=key_tile.warps, num_stages=key_tile.stages,
+            q, k, v, do, lse_NH, delta_NH, *workspace, weights_NH, tiles.table, programs.table,
+            first, scale, in_logits, C=C, num_warps=key_tile.warps, num_stages=key_tile.stages,
             maxnreg=key_tile.registers,
         )  # fmt: skip
         for i, out in enumerate((dk_EGD, dv_EGD)):
@@ -407,4 +407,4 @@ def banded_backward(
                 maxnreg=MOST_REGISTERS,
             )  # fmt: skip
         carried, carry = carry, carried
-    return dq_NHD, dk_EGD, dv_EGD, dgate_NH
+    return dq_NHD, dk_EGD, dv_EGD, delta_NH

@@ -54,7 +54,7 @@ def _attend_backward(
     segments: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and the gate's gradient; do: of o, or of the gated sum with a gate."""
+    """dq, dk, dv and delta, the gate's gradient; do: of o, or of the gated sum with a gate."""
     *band, scale = arguments
     q, k, v, do = (last_dim_contiguous(x) for x in (q, k, v, do))
     at = segments_of(segments, q.device)
@@ -81,8 +81,8 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     *saved, gate, segments = ctx.saved_tensors
     do = grad_o if gate is None else grad_summand
-    dq, dk, dv, dgate = _attend_backward(*saved, gate, do, segments, *ctx.arguments)
-    dgate = None if gate is None else dgate.to(gate.dtype)
+    dq, dk, dv, delta = _attend_backward(*saved, gate, do, segments, *ctx.arguments)
+    dgate = None if gate is None else delta.to(gate.dtype)
     return dq, dk, dv, dgate, *[None] * (1 + len(ctx.arguments))
 
 

@@ -5,8 +5,8 @@ the gradients of its summand g o. With P' = g P:
 
     dV = P'^T do,  dS = P' (dP - delta),  dP = do v^T,  delta = sum over channels of do o = dg
 
-So the sum of o do, which backward needs anyway, is the gradient of the gate, and no g do is ever
-written. The gate multiplies and is never moved into the log-sum-exp: it may be 0 or below.
+So delta, which backward needs anyway, is the gradient of the gate, and no g do is ever written. The
+gate multiplies and is never moved into the log-sum-exp: it may be 0 or below.
 """
 
 from __future__ import annotations
