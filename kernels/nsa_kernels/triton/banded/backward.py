@@ -4,6 +4,10 @@ dq has a program for each query tile, dk and dv one for each key tile and run of
 see it. Both compute the probabilities P again from the log-sum-exp: dP = do v^T,
 dS = P (dP - delta) with delta = sum of o do, dq = scale dS k, dk = scale dS^T q, dv = P^T do. Each
 sum has one owner; long lists of query tiles are shared out and their sums added in order.
+
+A gate g makes g P of P, see shared/gates.py. Where queries are rows, it multiplies what is summed;
+dk and dv read it from where dq left it: with few keys divided by the sum of P, which is not quite
+1, since the log-sum-exp was rounded.
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ from nsa_kernels.triton.shared.arithmetic import (
     power,
     zeros,
 )
+from nsa_kernels.triton.shared.custom_ops import empty_as
+from nsa_kernels.triton.shared.gates import gate_rows, load_gate
 from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, banded_tiles, padded
 from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
@@ -132,6 +138,8 @@ def _dq_kernel(
     lse,
     delta,
     dq,
+    gate,
+    weights,
     tiles,
     num_tiles,
     scale,
@@ -139,7 +147,7 @@ def _dq_kernel(
     FEW_KEYS: tl.constexpr,
     C: tl.constexpr,
 ):
-    """dq of one tile of queries, and delta for dk and dv.
+    """dq of one tile of queries, and for dk and dv the weights and delta, a gate's gradient.
 
     With at most FEW_KEYS keys delta is the mean of dP under P, in a walk of its own: dP and delta
     may cancel there, and then the rounding of o and of the log-sum-exp would be what is left.
@@ -171,6 +179,7 @@ def _dq_kernel(
     keys = TileKeys(p_k, p_v, k.stride_row, v.stride_row, base, first, limit)
     b_o = load_rows(o, row_head * C.DV, tl.arange(0, C.PDV), m_m, C.DV, C.PDV)  # [BM, PDV]
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    b_total = filled(C.BM, 1.0)
     if limit - begin <= FEW_KEYS:
         b_delta = filled(C.BM, 0.0)
         b_sum = filled(C.BM, 0.0)
@@ -181,7 +190,8 @@ def _dq_kernel(
             )
             b_delta += b_delta_piece
             b_sum += b_sum_piece
-        b_delta /= tl.where(b_sum == 0.0, 1.0, b_sum)
+        b_total = tl.where(b_sum == 0.0, 1.0, b_sum)
+        b_delta /= b_total
     b_dq = zeros(C.BM, C.PDK)
     b_rest = filled(C.BM, 0.0)
     for piece in tl.range(begin, limit, C.PIECE * C.BN):
@@ -193,7 +203,12 @@ def _dq_kernel(
         b_dq += b_dq_piece
         b_rest += b_rest_piece
     tl.store(delta + row_head, b_delta + b_rest, mask=m_m)
-    b_dq = tl.where(sees_several(b_t, C)[:, None], b_dq * scale, 0.0)
+    b_dq *= scale
+    if gate is not None:
+        b_weight = load_gate(gate, row, head, m_m) / b_total
+        tl.store(weights + row_head, b_weight, mask=m_m)
+        b_dq *= b_weight[:, None]
+    b_dq = tl.where(sees_several(b_t, C)[:, None], b_dq, 0.0)
     o_dk = tl.arange(0, C.PDK)
     p_dq = dq + row_head[:, None] * C.DK + o_dk[None, :]
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_m[:, None] & (o_dk < C.DK)[None, :])
@@ -209,6 +224,7 @@ def _dkv_kernel(
     delta,
     dk,
     dv,
+    weights,
     tiles,
     programs,
     first_program,
@@ -266,6 +282,8 @@ def _dkv_kernel(
         if C.PRECISION == "ieee":
             b_p = tl.where(several, b_p, 1.0)
         b_p = tl.where(seen, b_p, 0.0)
+        if weights is not None:
+            b_p *= tl.load(weights + row_head, mask=m_m, other=0.0)[None, :]
         b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, C)  # [BN, PDV]
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=C.PRECISION)  # [BN, BM]
         b_ds = tl.where(seen & several, b_p * (b_dp - b_delta[None, :]), 0.0)
@@ -330,33 +348,43 @@ def banded_backward(
     segments: QuerySegments,
     band: Band,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [N, H, Dk], k [E, G, Dk] and v [E, G, Dv] in their dtypes.
+    gate_NH: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q [N, H, Dk], k [E, G, Dk] and v [E, G, Dv] in their dtypes, and delta.
 
-    o and do [N, H, Dv], lse [N, H]; the last dimension of each contiguous.
+    o and do [N, H, Dv], lse [N, H]; the last dimension of each contiguous. With a gate [N, H], of
+    any floating dtype and strides, do is the gradient of the gated sum, and the gradients are those
+    of g o: see shared/gates.py. delta, the gate's gradient, is float32 [N, H].
     """
-    dq_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype, device=q_NHD.device)
-    dk_EGD = torch.zeros(k_EGD.shape, dtype=k_EGD.dtype, device=k_EGD.device)
-    dv_EGD = torch.zeros(v_EGD.shape, dtype=v_EGD.dtype, device=v_EGD.device)
+    dq_NHD = empty_as(q_NHD)
+    dk_EGD, dv_EGD = empty_as(k_EGD), empty_as(v_EGD)
+    delta_NH = empty_as(lse_NH)
     if not q_NHD.shape[0]:
-        return dq_NHD, dk_EGD, dv_EGD
-    delta_NH = torch.empty_like(lse_NH)
+        return dq_NHD, dk_EGD.zero_(), dv_EGD.zero_(), delta_NH
+    key_tile = banded_tiles(q_NHD, v_EGD).dkv
+    C = constants(q_NHD, v_EGD, band, key_tile)
+    programs = key_tiles(segments, band, C.BT, C.BN)
+    if programs.num_keys < k_EGD.shape[0]:  # Rows that no query sees.
+        dk_EGD.zero_()
+        dv_EGD.zero_()
     q, k, v, do = (head_rows(x) for x in (q_NHD, k_EGD, v_EGD, do_NHD))
+    gate = gate_rows(gate_NH)
+    weights_NH = None if gate is None else empty_as(lse_NH)
     in_logits = logit_scale(q_NHD, scale)
-    _, tile, key_tile = banded_tiles(q_NHD, v_EGD)
+    tile = banded_tiles(q_NHD, v_EGD).dq
     C = constants(q_NHD, v_EGD, band, tile)
     tiles = query_tiles(segments, C.BT, band.column)
     _dq_kernel[(len(tiles.host), C.G)](
-        q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, tiles.table, len(tiles.host), scale,
-        in_logits, FEW_KEYS=few_keys(q_NHD), C=C, num_warps=tile.warps, num_stages=tile.stages,
+        q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, gate, weights_NH, tiles.table,
+        len(tiles.host), scale, in_logits, FEW_KEYS=few_keys(q_NHD), C=C, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
 
     C = constants(q_NHD, v_EGD, band, key_tile)
     tiles = query_tiles(segments, C.BT, band.column)
-    programs = key_tiles(segments, band, C.BT, C.BN)
     count = len(programs.table)
     if not count:
-        return dq_NHD, dk_EGD, dv_EGD
+        return dq_NHD, dk_EGD, dv_EGD, delta_NH
     widths = (C.DK, C.DV)
 
     def empty(tiles: int) -> list[Tensor]:
@@ -367,8 +395,8 @@ def banded_backward(
     for first in range(0, count, launch):
         end = min(first + launch, count)
         _dkv_kernel[(end - first, C.G)](
-            q, k, v, do, lse_NH, delta_NH, *workspace, tiles.table, programs.table, first, scale,
-            in_logits, C=C, num_warps=key_tile.warps, num_stages=key_tile.stages,
+            q, k, v, do, lse_NH, delta_NH, *workspace, weights_NH, tiles.table, programs.table,
+            first, scale, in_logits, C=C, num_warps=key_tile.warps, num_stages=key_tile.stages,
             maxnreg=key_tile.registers,
         )  # fmt: skip
         for i, out in enumerate((dk_EGD, dv_EGD)):
@@ -379,4 +407,4 @@ def banded_backward(
                 maxnreg=MOST_REGISTERS,
             )  # fmt: skip
         carried, carry = carry, carried
-    return dq_NHD, dk_EGD, dv_EGD
+    return dq_NHD, dk_EGD, dv_EGD, delta_NH

@@ -68,19 +68,31 @@ def _many_rows(case: Case, long: int) -> int:
     return 1100 * 128 // case.ratio if long else 100
 
 
-def compressed(case: Case, long: int = 0) -> None:
+def _gate(case: Case, rows: int) -> Tensor:
+    """That of a branch, a column of all branches' gates."""
+    return torch.empty(rows, GROUPS * case.ratio, 3, requires_grad=True)[..., 1]
+
+
+def compressed(case: Case, long: int = 0, gate: int = 0) -> None:
+    """gate: whether the branch takes its gate, as it does in a layer."""
     rows = _many_rows(case, long)
     q, k, v = case.inputs(rows, 64)
     segments = _segments(rows, FAR if long else 0)
-    o, _ = triton.compressed_attention(q, k, v, segments, block=32, stride=16, scale=SCALE)
-    _backward(o, q, k, v)
+    found = triton.compressed_attention(
+        q, k, v, segments, block=32, stride=16, scale=SCALE,
+        gate=_gate(case, rows) if gate else None,
+    )  # fmt: skip
+    _backward(found[2 if gate else 0], q, k, v)
 
 
-def window(case: Case, window: int = 512) -> None:
+def window(case: Case, window: int = 512, gate: int = 0) -> None:
     rows = _many_rows(case, window > 512)
     q, k, v = case.inputs(rows, 64)
-    o, _ = triton.window_attention(q, k, v, _segments(rows), window=window, scale=SCALE)
-    _backward(o, q, k, v)
+    found = triton.window_attention(
+        q, k, v, _segments(rows), window=window, scale=SCALE,
+        gate=_gate(case, rows) if gate else None,
+    )  # fmt: skip
+    _backward(found[2 if gate else 0], q, k, v)
 
 
 def select(

@@ -56,6 +56,9 @@ def _banded() -> Iterator[Case]:
         for width in (96, 128):
             for ratio in RATIOS:
                 yield _options(Case(operator, "bf16", width, width, ratio), **far)
+        for width in (64, 96, 128):
+            for ratio in RATIOS:
+                yield _options(Case(operator, "bf16", width, width, ratio), gate=1)
 
 
 def _selected() -> Iterator[Case]:
@@ -146,8 +149,9 @@ def short_list() -> list[Entry]:
             Case("combine", dtype, width, width),
         ]
         if width == 128:
-            cases += [Case("window", dtype, width, width)]
-            cases += [Case("compressed", dtype, width, width)]
+            for operator in ("compressed", "window"):
+                case = Case(operator, dtype, width, width)
+                cases += [case, _options(case, gate=1)]
         seen = set()
         for entry in _entries((case, capability) for case in cases):
             # Of kernels that several kinds of compression share one each.

@@ -1,0 +1,167 @@
+"""What attention asks of the host: launches, no wait, and nothing at all in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nsa_dist import BlockCompressor, NSAConfig, native_sparse_attention
+from nsa_kernels.triton import combine
+from tests.ops.backends import DEVICE
+from tests.ops.op_cases import same_bits
+
+CONFIG = NSAConfig(64, 4, 128, compress="mean")
+MOST_LAUNCHES = {"forward": 15, "backward": 100}
+
+
+class Problem:
+    """One layer's attention over a document, forward and backward."""
+
+    def __init__(self, length: int) -> None:
+        torch.manual_seed(0)
+        self.compressors = [BlockCompressor(CONFIG, 128).cuda() for _ in range(2)]
+        shapes = [(64, 128), *[(4, 128)] * 6]
+        q, *kv = (torch.randn(1, length, *x, device="cuda").bfloat16() for x in shapes)
+        gates = torch.rand(1, length, 64, 3, device="cuda")
+        self.leaves = [x.requires_grad_() for x in (q, gates, *kv)]
+        self.do = torch.randn_like(q)
+
+    def forward(self) -> Tensor:
+        q, gates, *kv = self.leaves
+        k = dict(zip(CONFIG.key_branches, kv[:3], strict=True))
+        v = dict(zip(CONFIG.branches, kv[3:], strict=True))
+        out = native_sparse_attention(
+            q, k, v, gates, *self.compressors, config=CONFIG, backend="triton"
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    def backward(self, out: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(out, self.leaves, self.do))
+
+    def both(self) -> list[Tensor]:
+        out = self.forward()
+        return [out, *self.backward(out)]
+
+
+def launches(run: Callable[[], object]) -> list[str]:
+    """What the GPU was given to do, kernels, copies and fills."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return [event.name for event in found.events() if event.device_type == cuda]
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    problem = Problem(4096)
+    problem.both()
+    out: list[Tensor] = []
+    forward = launches(lambda: out.append(problem.forward()))
+    backward = launches(lambda: problem.backward(out[0]))
+    assert len(forward) <= MOST_LAUNCHES["forward"], forward
+    assert len(backward) <= MOST_LAUNCHES["backward"], backward
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_nothing() -> None:
+    problem = Problem(1000)
+    problem.both()
+    with no_waits():
+        problem.both()
+
+
+@pytest.mark.gpu
+def test_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the inputs, forward and backward: the formula of docs/performance.md."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    length = 16384
+    problem = Problem(length)
+    problem.both()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    problem.both()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= 1.1 * (5 * problem.do.nbytes + (256 << 20) + length * 5.4 * 1024)
+
+
+@pytest.mark.gpu
+def test_a_graph_gives_the_bits_of_eager_calls() -> None:
+    """Forward and backward captured once, and replayed on other values."""
+    problem = Problem(1500)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            problem.both()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = problem.both()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for x in problem.leaves:
+                x.copy_(torch.rand_like(x) if x.dtype == torch.float32 else torch.randn_like(x))
+        graph.replay()
+        found = [x.clone() for x in captured]
+        expected = problem.both()
+        assert [same_bits(x, y) for x, y in zip(found, expected, strict=True)] == [True] * 9
+
+
+class Seen(TorchDispatchMode):
+    """Notes which of our operators torch's dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        if func.namespace == "nsa_kernels":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_every_operator() -> None:
+    """Modes get torch's operators, of the same bits as what eager calls run without them."""
+    outputs = [torch.randn(5, 2, 16, device=DEVICE).requires_grad_() for _ in range(2)]
+    gates = torch.rand(5, 2, 2, device=DEVICE).requires_grad_()
+    leaves = [*outputs, gates]
+
+    def run() -> list[Tensor]:
+        out = combine(outputs, gates)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    straight = run()
+    assert "GeneratedBackward" not in str(combine(outputs, gates).grad_fn)
+    with Seen() as seen:
+        watched = run()
+    assert seen.names == ["nsa_kernels::combine", "nsa_kernels::combine_backward"]
+    assert [same_bits(x, y) for x, y in zip(straight, watched, strict=True)] == [True] * 4
+    fewer = combine([outputs[0], outputs[1].detach()], gates.detach())
+    assert torch.equal(
+        torch.autograd.grad(fewer.sum(), outputs[0])[0], gates[..., :1].expand(5, 2, 16)
+    )
+    assert not combine([x.detach() for x in outputs], gates.detach()).requires_grad
