@@ -352,12 +352,19 @@ def test_pointers_where_tma_cannot() -> None:
     assert not any(blocks.tiles_of([torch.zeros(16, 2, 16)] * 4, tile._replace(tma=False)))
 
 
+# The second one has kernels of its own on Hopper.
+GATE_CASES = [
+    Case("small", (37,), value_width=16),
+    Case("R16", (300,), (), 16, 1, 128, 128, select_block=64),
+]
+
+
+@pytest.mark.parametrize("case", GATE_CASES[: 1 if INTERPRETED else 2], ids=case_id)
 @pytest.mark.parametrize("dtype", natively_all(torch.float32), ids=case_id)
-def test_gate(dtype: torch.dtype) -> None:
-    """Gradients of g o and of g, for gates of both signs and 0, and unscaled ones without it."""
-    case = Case("one", (37,), value_width=16)
+def test_gate(case: Case, dtype: torch.dtype) -> None:
+    """Gradients of g o and of g, for gates of both signs and 0; o is that without a gate."""
     inputs, grad_o = make_inputs(case, dtype)
-    gates = random(37, case.heads, 3, dtype=torch.float32)
+    gates = random(case.documents[0], case.heads, 3, dtype=torch.float32)
     gates[5, 1] = 0
     gate, selected = gates[..., 1], random_choice(case)
     leaves = [x.to(DEVICE).requires_grad_() for x in (*inputs, gate)]

@@ -4,7 +4,8 @@ The probabilities P are computed again from the log-sum-exp: dP = do v^T, dS = P
 delta = sum of o do, dq = scale dS k, dk = scale dS^T q, dv = P^T do. dq walks the blocks of a tile
 of tokens, as forward does. dk and dv walk, for each block, the queries that chose it, BQ of them
 with their R heads at a time; long lists are shared out to programs whose float32 sums are then
-added in order. Each sum has one owner and one order.
+added in order. Each sum has one owner and one order. On Hopper dk and dv have a kernel of their
+own, see hopper_dkv.py.
 
 A gate g makes g P of P, see shared/gates.py. In dq, where queries are rows, it multiplies the sum.
 
@@ -36,6 +37,7 @@ from nsa_kernels.triton.selected.blocks import (
     store_tile,
     tiles_of,
 )
+from nsa_kernels.triton.selected.hopper_dkv import HopperDkv
 from nsa_kernels.triton.selected.lists import (
     EDGES,
     block_lists,
@@ -58,6 +60,7 @@ from nsa_kernels.triton.shared.gates import gate_rows, load_gate
 from nsa_kernels.triton.shared.shapes import (
     MOST_REGISTERS,
     padded,
+    selected_dkv_gluon,
     selected_dkv_tile,
     token_tile,
     walk_tiles,
@@ -422,9 +425,9 @@ def selected_backward(
     del lists
 
     tile = selected_dkv_tile(q_NHD, v_own_EGD, select_block)
-    C = constants(
-        q_NHD, v_own_EGD, select_block, tokens=tile.rows // ratio, rows=tile.rows, keys=tile.keys
-    )
+    gluon = selected_dkv_gluon(q_NHD, v_own_EGD, select_block) and any(map(len, tensors))
+    rows = 64 if gluon else tile.rows
+    C = constants(q_NHD, v_own_EGD, select_block, tokens=rows // ratio, rows=rows, keys=tile.keys)
     most, widths = C.BT * PIECE, (C.DK, C.DV)
     launch = max(1, WORKSPACE // (4 * select_block * sum(widths)) - 4)
     queries = query_lists(selected_NGn, block_lengths_B, segments, select_block, most, launch)
@@ -434,14 +437,22 @@ def selected_backward(
     def empty(tiles: int) -> list[Tensor]:
         return [q_NHD.new_empty(tiles, select_block, w, dtype=torch.float32) for w in widths]
 
+    if gluon:
+        run_programs = HopperDkv(
+            q_NHD, do_NHD, tensors, log_sum_NH, delta_NH, gate_NH, queries, blocks, scale,
+            in_logits, most,
+        )  # fmt: skip
     workspace, carried, carry = empty(min(launch, programs)), empty(1), empty(1)
     for first in range(0, programs, launch):
         end = min(first + launch, programs)
-        _dkv_kernel[(end - first, select_block // tile.keys)](
-            q, sources, num_own, do, gate, log_sum_NH, delta_NH, *workspace, queries, blocks,
-            num_blocks, first, scale, in_logits, MOST=most, C=C, num_warps=tile.warps,
-            num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
-        )  # fmt: skip
+        if gluon:
+            run_programs(workspace[0], workspace[1], first, end)
+        else:
+            _dkv_kernel[(end - first, select_block // tile.keys)](
+                q, sources, num_own, do, gate, log_sum_NH, delta_NH, *workspace, queries, blocks,
+                num_blocks, first, scale, in_logits, MOST=most, C=C, num_warps=tile.warps,
+                num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
+            )  # fmt: skip
         for i, width in enumerate(widths):
             _add_programs_kernel[(C.G * num_blocks, select_block // 8)](
                 PartialSums(workspace[i], carried[i], carry[i]), grads[i], grads[i + 2], num_own,
