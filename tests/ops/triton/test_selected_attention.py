@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from nsa_kernels.triton.selected import backward
+from nsa_kernels.triton.selected import backward, blocks
+from nsa_kernels.triton.shared import shapes
+from nsa_kernels.triton.shared.shapes import WalkTile
 from tests.ops.accuracy import assert_2x, plain_dtype
 from tests.ops.backends import DEVICE, DTYPES, INTERPRETED, TRITON, natively_all
 from tests.ops.op_cases import (
@@ -23,7 +25,14 @@ from tests.ops.op_cases import (
     random_choice,
     same_bits,
 )
-from tests.ops.selected import attend, attend_plain, check_against_the_oracle, make_inputs, pool
+from tests.ops.selected import (
+    attend,
+    attend_plain,
+    attention_results,
+    check_against_the_oracle,
+    make_inputs,
+    pool,
+)
 from tests.traps.mutation import Rewritten, catches
 
 
@@ -286,12 +295,76 @@ def test_offsets_past_two_to_the_31st(far: str) -> None:
         assert same_bits(x, y)
 
 
-@pytest.mark.parametrize("dtype", natively_all(torch.float32), ids=case_id)
-def test_gate(dtype: torch.dtype) -> None:
-    """Gradients of g o and of g, for gates of both signs and 0, and unscaled ones without it."""
-    case = Case("one", (37,), value_width=16)
+# Blocks own and fetched, behind each other in rows or mixed; short ones at the ends of documents;
+# tiles of a block; sums apart.
+TMA_CASES = [
+    Case("packed", (1, 37, 0, 7, 21), key_width=16, value_width=32),
+    Case("runs", (60, 90), ((1, 37, 21), (1, 70, 1)), 8, 1, 64, 64, select_block=32),
+    Case("many_keys", (280,), ((0, 240, 17),), 8, 1, 16, 16, select_block=128, num_selected=40),
+]
+LONG_TMA_CASES = [
+    Case("R16", (900, 31), (), 32, 2, 128, 128, select_block=64, num_selected=16),
+    Case("R1", (500, 20), (), 2, 2, 64, 128),
+    Case("R3", (500, 20), (), 6, 2, 32, 16, select_block=32),
+    Case("R32", (400,), (), 32, 1, 128, 64),
+    Case("block_128", (1500, 200), (), 8, 1, 128, 128, select_block=128, num_selected=6),
+    Case("apart", (6000,), ((0, 5000, 600),), 16, 1, 128, 128, select_block=64, num_selected=70),
+]
+
+
+@pytest.mark.parametrize("case", TMA_CASES + LONG_TMA_CASES * (not INTERPRETED), ids=case_id)
+@pytest.mark.parametrize("dtype", natively_all(torch.float16), ids=case_id)
+def test_tma_gives_the_bits_of_pointers(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where TMA is there, and in the interpreter, whose descriptors are pointers with bounds."""
+    if not INTERPRETED and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a GPU whose kernels use TMA")
     inputs, grad_o = make_inputs(case, dtype)
-    gates = random(37, case.heads, 3, dtype=torch.float32)
+    choice, made, results = random_choice(case), [], []
+    descriptor = blocks._descriptor
+    monkeypatch.setattr(blocks, "_descriptor", lambda *a: made.append(a) or descriptor(*a))
+    for tma in (False, True):
+        made.clear()
+        gpu = replace(shapes.HOPPER, selected_tma=tma)
+        monkeypatch.setattr(shapes, "INTERPRETER", gpu)
+        monkeypatch.setitem(shapes.GPUS, 9, gpu)
+        results.append(attention_results(TRITON, case, inputs, grad_o, choice))
+        assert len(made) == (8 if tma and dtype != torch.float32 else 0)
+    assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_pointers_where_tma_cannot() -> None:
+    """Addresses and strides of whole 16 bytes, widths that are not padded, blocks of one kind."""
+    tile = WalkTile(16, 4, 3, False, tma=True)
+
+    def found(rows: tuple[int, int], cut: tuple[int, int] = (0, 0), width: int = 16) -> list[bool]:
+        wide = [torch.zeros(row + 1, 2, 34 if cut[0] else 32, dtype=torch.float16) for row in rows]
+        x = [y[:-1, :, cut[1] : cut[1] + width] for y in wide]
+        return [y is not None for y in blocks.tiles_of([x[0], x[0], x[1], x[1]], tile)]
+
+    assert found((32, 16)) == [True] * 4
+    assert found((32, 16), (0, 8)) == [True] * 4
+    assert found((32, 0)) == [True, True, False, False]
+    assert found((0, 16)) == [True] * 4
+    for cannot in (((0, 0),), ((32, 16), (0, 4)), ((32, 16), (2, 0)), ((32, 16), (0, 0), 24)):
+        assert found(*cannot) == [False] * 4
+    assert not any(blocks.tiles_of([torch.zeros(16, 2, 16)] * 4, tile._replace(tma=False)))
+
+
+# The second one has kernels of its own on Hopper.
+GATE_CASES = [
+    Case("small", (37,), value_width=16),
+    Case("R16", (300,), (), 16, 1, 128, 128, select_block=64),
+]
+
+
+@pytest.mark.parametrize("case", GATE_CASES[: 1 if INTERPRETED else 2], ids=case_id)
+@pytest.mark.parametrize("dtype", natively_all(torch.float32), ids=case_id)
+def test_gate(case: Case, dtype: torch.dtype) -> None:
+    """Gradients of g o and of g, for gates of both signs and 0; o is that without a gate."""
+    inputs, grad_o = make_inputs(case, dtype)
+    gates = random(case.documents[0], case.heads, 3, dtype=torch.float32)
     gates[5, 1] = 0
     gate, selected = gates[..., 1], random_choice(case)
     leaves = [x.to(DEVICE).requires_grad_() for x in (*inputs, gate)]

@@ -4,7 +4,8 @@ The probabilities P are computed again from the log-sum-exp: dP = do v^T, dS = P
 delta = sum of o do, dq = scale dS k, dk = scale dS^T q, dv = P^T do. dq walks the blocks of a tile
 of tokens, as forward does. dk and dv walk, for each block, the queries that chose it, BQ of them
 with their R heads at a time; long lists are shared out to programs whose float32 sums are then
-added in order. Each sum has one owner and one order.
+added in order. Each sum has one owner and one order. On Hopper dk and dv have a kernel of their
+own, see hopper_dkv.py.
 
 A gate g makes g P of P, see shared/gates.py. In dq, where queries are rows, it multiplies the sum.
 
@@ -23,16 +24,20 @@ from torch import Tensor
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.selected.blocks import (
     Blocks,
+    Tiles,
     block_at,
     constants,
     first_of,
     load_block,
     load_columns,
     load_tile,
+    load_whole,
     sources_of,
     sources_of_head,
     store_tile,
+    tiles_of,
 )
+from nsa_kernels.triton.selected.hopper_dkv import HopperDkv
 from nsa_kernels.triton.selected.lists import (
     EDGES,
     block_lists,
@@ -55,6 +60,7 @@ from nsa_kernels.triton.shared.gates import gate_rows, load_gate
 from nsa_kernels.triton.shared.shapes import (
     MOST_REGISTERS,
     padded,
+    selected_dkv_gluon,
     selected_dkv_tile,
     token_tile,
     walk_tiles,
@@ -102,11 +108,11 @@ def _add_dq(
     b_dq,
     b_delta,
     queries,
-    block,
+    b_k,
+    b_v,
     first_key,
     chose,
     b_seen,
-    limit,
     logit_scale,
     EDGE: tl.constexpr,
     TO_DELTA: tl.constexpr,
@@ -114,9 +120,8 @@ def _add_dq(
 ):
     """Add dS K over BN keys of a block to b_dq, or with TO_DELTA the sum of P dP to b_delta.
 
-    For the rows that `chose` the block; EDGE, b_seen and limit as in forward.
+    For the rows that `chose` the block; EDGE and b_seen as in forward.
     """
-    b_k, b_v = load_block(block, first_key, limit, EDGE, C)  # [BN, PDK], [BN, PDV]
     seen = chose[:, None]
     if EDGE:
         seen = seen & (first_key + tl.arange(0, C.BN)[None, :] < b_seen[:, None])
@@ -136,6 +141,10 @@ def _dq_kernel(
     q,
     sources,
     num_own,
+    k_own_tiles,
+    v_own_tiles,
+    k_fetched_tiles,
+    v_fetched_tiles,
     o,
     do,
     gate,
@@ -176,6 +185,7 @@ def _dq_kernel(
         b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     queries = TileQueries(b_q, b_do, tl.load(log_sum + row_head, mask=m_m, other=0.0))
     sources = sources_of_head(sources, i_g)
+    kv_tiles = Tiles(k_own_tiles, v_own_tiles, k_fetched_tiles, v_fetched_tiles)
 
     b_dq = zeros(C.BM, C.PDK)
     b_dq_sum = b_dq  # With APART the tiles of a block are summed by themselves and then added.
@@ -189,11 +199,14 @@ def _dq_kernel(
             entry = tl.load(p_list + EDGE_BLOCKS)
             for i in tl.range(0, count * TILES):
                 following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
-                block = block_at(entry_row(entry), sources, num_own)
+                first_key = i % TILES * C.BN
+                b_k, b_v = load_whole(
+                    entry_row(entry), first_key, kv_tiles, sources, num_own, i_g, C
+                )
                 chose = entry_chosen_by(entry, token)
                 b_dq, b_delta = _add_dq(
-                    b_dq, b_delta, queries, block, i % TILES * C.BN, chose, token, C.BLOCK,
-                    logit_scale, False, i_pass == 0, C,
+                    b_dq, b_delta, queries, b_k, b_v, first_key, chose, token, logit_scale, False,
+                    i_pass == 0, C,
                 )  # fmt: skip
                 if C.APART:
                     ends = i % TILES == TILES - 1
@@ -205,12 +218,14 @@ def _dq_kernel(
             entry = tl.load(p_list + i // TILES)
             limit = entry_length(entry)
             if i % TILES * C.BN < limit:
+                first_key = i % TILES * C.BN
                 block = block_at(entry_row(entry), sources, num_own)
+                b_k, b_v = load_block(block, first_key, limit, True, C)  # [BN, PDK], [BN, PDV]
                 chose = entry_chosen_by(entry, token)
                 b_seen = position + token + 1 - (first_edge + i // TILES) * C.BLOCK
                 b_dq, b_delta = _add_dq(
-                    b_dq, b_delta, queries, block, i % TILES * C.BN, chose, b_seen, limit,
-                    logit_scale, True, i_pass == 0, C,
+                    b_dq, b_delta, queries, b_k, b_v, first_key, chose, b_seen, logit_scale, True,
+                    i_pass == 0, C,
                 )  # fmt: skip
                 several = several | (chose & (b_seen > 1))
             if C.APART and i % TILES == TILES - 1:
@@ -402,17 +417,17 @@ def selected_backward(
     tiles = query_tiles(segments, tokens, "selected_base").table
     lists = block_lists(selected_NGn, block_rows_GB, block_lengths_B, tiles, tokens, select_block)
     _dq_kernel[(len(tiles), C.G)](
-        q, sources, num_own, o_NHD, do, gate, log_sum_NH, delta_NH, dq_NHD, tiles, lists, scale,
-        in_logits, EXACT=q_NHD.dtype == torch.float32, EDGE_BLOCKS=EDGES,
-        LENGTH=lists.lists.shape[-1], C=C, num_warps=walk.warps, num_stages=walk.stages,
-        maxnreg=walk.registers, enable_fp_fusion=False,
+        q, sources, num_own, *tiles_of(tensors, walk), o_NHD, do, gate, log_sum_NH, delta_NH,
+        dq_NHD, tiles, lists, scale, in_logits, EXACT=q_NHD.dtype == torch.float32,
+        EDGE_BLOCKS=EDGES, LENGTH=lists.lists.shape[-1], C=C, num_warps=walk.warps,
+        num_stages=walk.stages, maxnreg=walk.registers, enable_fp_fusion=False,
     )  # fmt: skip
     del lists
 
     tile = selected_dkv_tile(q_NHD, v_own_EGD, select_block)
-    C = constants(
-        q_NHD, v_own_EGD, select_block, tokens=tile.rows // ratio, rows=tile.rows, keys=tile.keys
-    )
+    gluon = selected_dkv_gluon(q_NHD, v_own_EGD, select_block) and any(map(len, tensors))
+    rows = 64 if gluon else tile.rows
+    C = constants(q_NHD, v_own_EGD, select_block, tokens=rows // ratio, rows=rows, keys=tile.keys)
     most, widths = C.BT * PIECE, (C.DK, C.DV)
     launch = max(1, WORKSPACE // (4 * select_block * sum(widths)) - 4)
     queries = query_lists(selected_NGn, block_lengths_B, segments, select_block, most, launch)
@@ -422,14 +437,22 @@ def selected_backward(
     def empty(tiles: int) -> list[Tensor]:
         return [q_NHD.new_empty(tiles, select_block, w, dtype=torch.float32) for w in widths]
 
+    if gluon:
+        run_programs = HopperDkv(
+            q_NHD, do_NHD, tensors, log_sum_NH, delta_NH, gate_NH, queries, blocks, scale,
+            in_logits, most,
+        )  # fmt: skip
     workspace, carried, carry = empty(min(launch, programs)), empty(1), empty(1)
     for first in range(0, programs, launch):
         end = min(first + launch, programs)
-        _dkv_kernel[(end - first, select_block // tile.keys)](
-            q, sources, num_own, do, gate, log_sum_NH, delta_NH, *workspace, queries, blocks,
-            num_blocks, first, scale, in_logits, MOST=most, C=C, num_warps=tile.warps,
-            num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
-        )  # fmt: skip
+        if gluon:
+            run_programs(workspace[0], workspace[1], first, end)
+        else:
+            _dkv_kernel[(end - first, select_block // tile.keys)](
+                q, sources, num_own, do, gate, log_sum_NH, delta_NH, *workspace, queries, blocks,
+                num_blocks, first, scale, in_logits, MOST=most, C=C, num_warps=tile.warps,
+                num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
+            )  # fmt: skip
         for i, width in enumerate(widths):
             _add_programs_kernel[(C.G * num_blocks, select_block // 8)](
                 PartialSums(workspace[i], carried[i], carry[i]), grads[i], grads[i + 2], num_own,

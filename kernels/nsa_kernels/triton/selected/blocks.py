@@ -1,4 +1,11 @@
-"""Where a chosen block stands, and how kernels load and store one."""
+"""Where a chosen block stands, and how kernels load and store one.
+
+On Hopper whole blocks are loaded by TMA: the kernel names a tile by its row and column, and one
+thread has the hardware copy it, so that no thread spends registers and instructions on addresses,
+and more loads are under way. TMA zeroes what lies outside a tensor, not what lies behind the end of
+a document, so blocks of which a part is masked go through pointers. Both ways put the same numbers
+into shared memory; the bits of results do not tell which was taken.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +14,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa_kernels.triton.shared.arguments import HeadRows, KeyValues, head_rows, last_dim_contiguous
 from nsa_kernels.triton.shared.arithmetic import precision
-from nsa_kernels.triton.shared.shapes import padded
+from nsa_kernels.triton.shared.shapes import WalkTile, padded
 
 
 class Constants(NamedTuple):
@@ -72,6 +80,18 @@ class Sources(NamedTuple):
     v_fetched: HeadRows
 
 
+class Tiles(NamedTuple):
+    """Descriptors of keys and values for TMA, [rows, columns], KV heads beside each other.
+
+    All None where blocks are loaded through pointers, the last two where nothing was fetched.
+    """
+
+    k_own: Any
+    v_own: Any
+    k_fetched: Any
+    v_fetched: Any
+
+
 class Blocks(NamedTuple):
     """rows: int64 [G, B], where each block starts, counted through own and then fetched rows.
 
@@ -91,6 +111,40 @@ def with_int32_blocks(x: Tensor, select_block: int) -> Tensor:
 def sources_of(tensors: list[Tensor]) -> Sources:
     """k_own, v_own, k_fetched and v_fetched with the strides of `with_int32_blocks`."""
     return Sources(*map(head_rows, tensors))
+
+
+def tiles_of(tensors: list[Tensor], tile: WalkTile) -> Tiles:
+    """Of k_own, v_own, k_fetched and v_fetched, a tile being the keys of `tile` of one head.
+
+    All None where pointers are to be taken: where `tile` says so, and where TMA cannot. It takes
+    addresses and strides of whole 16 bytes and int32 offsets, and gives a padded tile the columns
+    of the next head.
+    """
+    keys, own, fetched = tile.keys, tensors[:2], tensors[2:]
+    rows = len(own[0]) + len(fetched[0])
+    if not tile.tma or not rows or not all(map(_fits_tma, tensors)):
+        return Tiles(None, None, None, None)
+    if not own[0].shape[0]:
+        own = fetched  # All blocks are fetched; a descriptor of nothing cannot be made.
+    k_own, v_own = (_descriptor(x, keys) for x in own)
+    if not fetched[0].shape[0]:
+        return Tiles(k_own, v_own, None, None)
+    return Tiles(k_own, v_own, *(_descriptor(x, keys) for x in fetched))
+
+
+def _columns(x: Tensor) -> int:
+    """Of x [rows, G, D] as a matrix whose row has all heads, each from its stride on."""
+    return (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+
+
+def _fits_tma(x: Tensor) -> bool:
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return aligned and padded(x.shape[2]) == x.shape[2] and max(len(x), _columns(x)) < 1 << 31
+
+
+def _descriptor(x: Tensor, keys: int) -> TensorDescriptor:
+    shape, strides = [x.shape[0], _columns(x)], [x.stride(0), 1]
+    return TensorDescriptor(x, shape, strides, [keys, x.shape[2]])
 
 
 @triton.jit
@@ -132,6 +186,37 @@ def block_at(row, sources, num_own):
     p_k, stride_k = first_of(sources.k_own, sources.k_fetched, row, num_own)
     p_v, stride_v = first_of(sources.v_own, sources.v_fetched, row, num_own)
     return KeyValues(p_k, p_v, stride_k, stride_v)
+
+
+@triton.jit
+def _load_tile_of(own, fetched, own_rows, fetched_rows, row, first, num_own, i_g):
+    """The tile from `first` on in the block that starts at `row`, by TMA."""
+    tile, start = own, row
+    column = i_g * own_rows.stride_head
+    if fetched is not None:  # noqa: SIM102 (known when this is compiled)
+        if row >= num_own:
+            tile = fetched
+            start = row - num_own
+            column = i_g * fetched_rows.stride_head
+    return tile.load([start.to(tl.int32) + first, column.to(tl.int32)])
+
+
+@triton.jit
+def load_whole(row, first, tiles, sources, num_own, i_g, C: tl.constexpr):
+    """BN keys of a whole block from `first` on, and their values: [BN, PDK] and [BN, PDV].
+
+    row: where the block starts; sources: of KV head i_g.
+    """
+    if tiles.k_own is not None:
+        b_k = _load_tile_of(
+            tiles.k_own, tiles.k_fetched, sources.k_own, sources.k_fetched, row, first, num_own, i_g
+        )
+        b_v = _load_tile_of(
+            tiles.v_own, tiles.v_fetched, sources.v_own, sources.v_fetched, row, first, num_own, i_g
+        )
+    else:
+        b_k, b_v = load_block(block_at(row, sources, num_own), first, C.BLOCK, False, C)
+    return b_k, b_v
 
 
 @triton.jit

@@ -24,11 +24,14 @@ from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.selected.blocks import (
+    Tiles,
     block_at,
     constants,
     load_block,
+    load_whole,
     sources_of,
     sources_of_head,
+    tiles_of,
     with_int32_blocks,
 )
 from nsa_kernels.triton.selected.lists import (
@@ -58,21 +61,20 @@ def _attend(
     b_max,
     b_sum,
     b_q,
-    block,
+    b_k,
+    b_v,
     first_key,
     chose,
     b_seen,
-    limit,
     logit_scale,
     EDGE: tl.constexpr,
     C: tl.constexpr,
 ):
     """One step of the online softmax, over BN keys of a block, for the rows that `chose` it.
 
-    With EDGE a row sees the block's keys before its b_seen, and keys from `limit` on are not
-    loaded. Without it every row sees all keys, and b_seen is not read.
+    With EDGE a row sees the block's keys before its b_seen. Without it every row sees all keys, and
+    b_seen is not read.
     """
-    b_k, b_v = load_block(block, first_key, limit, EDGE, C)  # [BN, PDK], [BN, PDV]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=C.PRECISION)  # [BM, BN]
     seen = chose[:, None]
     if EDGE:
@@ -94,6 +96,10 @@ def _forward_kernel(
     q,
     sources,
     num_own,
+    k_own_tiles,
+    v_own_tiles,
+    k_fetched_tiles,
+    v_fetched_tiles,
     o,
     lse,
     log_sum,
@@ -117,6 +123,7 @@ def _forward_kernel(
     row = first_row + token
     b_q = load_head_rows(q, row, head, m_m, C.DK, C.PDK)  # [BM, PDK]
     sources = sources_of_head(sources, i_g)
+    kv_tiles = Tiles(k_own_tiles, v_own_tiles, k_fetched_tiles, v_fetched_tiles)
 
     # With APART the tiles of a block are summed by themselves (b_a, b_m, b_l) and then added.
     b_a = zeros(C.BM, C.PDV)
@@ -130,12 +137,12 @@ def _forward_kernel(
         entry = tl.load(p_list + EDGE_BLOCKS)
         for i in tl.range(0, count * TILES):
             following = tl.load(p_list + EDGE_BLOCKS + tl.minimum((i + 1) // TILES, count - 1))
-            block = block_at(entry_row(entry), sources, num_own)
+            first_key = i % TILES * C.BN
+            b_k, b_v = load_whole(entry_row(entry), first_key, kv_tiles, sources, num_own, i_g, C)
             chose = entry_chosen_by(entry, token)
             b_a, b_m, b_l = _attend(
-                b_a, b_m, b_l, b_q, block, i % TILES * C.BN, chose, token, C.BLOCK, logit_scale,
-                False, C,
-            )  # fmt: skip
+                b_a, b_m, b_l, b_q, b_k, b_v, first_key, chose, token, logit_scale, False, C
+            )
             if C.APART:
                 # No branch, for which ptxas would make each wgmma wait for the one before.
                 ends = i % TILES == TILES - 1
@@ -152,13 +159,14 @@ def _forward_kernel(
         entry = tl.load(p_list + i // TILES)
         limit = entry_length(entry)  # 0 for a block that no token chose
         if i % TILES * C.BN < limit:
+            first_key = i % TILES * C.BN
             block = block_at(entry_row(entry), sources, num_own)
+            b_k, b_v = load_block(block, first_key, limit, True, C)  # [BN, PDK], [BN, PDV]
             chose = entry_chosen_by(entry, token)
             b_seen = position + token + 1 - (first_edge + i // TILES) * C.BLOCK
             b_a, b_m, b_l = _attend(
-                b_a, b_m, b_l, b_q, block, i % TILES * C.BN, chose, b_seen, limit, logit_scale,
-                True, C,
-            )  # fmt: skip
+                b_a, b_m, b_l, b_q, b_k, b_v, first_key, chose, b_seen, logit_scale, True, C
+            )
         if C.APART and i % TILES == TILES - 1:
             b_acc, b_max, b_sum = add_softmax(b_acc, b_max, b_sum, b_a, b_m, b_l, C)
             b_a = zeros(C.BM, C.PDV)
@@ -215,9 +223,9 @@ def selected_forward(
             selected_NGn, block_rows_GB, block_lengths_B, tiles, tokens, select_block
         )
         _forward_kernel[(len(tiles), C.G)](
-            head_rows(q_NHD), sources_of(tensors), k_own_EGD.shape[0], o_NHD, lse_NH, log_sum_NH,
-            tiles, blocks, logit_scale(q_NHD, scale), EDGE_BLOCKS=EDGES,
-            LENGTH=blocks.lists.shape[-1], C=C,
+            head_rows(q_NHD), sources_of(tensors), k_own_EGD.shape[0],
+            *tiles_of(tensors, tile), o_NHD, lse_NH, log_sum_NH, tiles, blocks,
+            logit_scale(q_NHD, scale), EDGE_BLOCKS=EDGES, LENGTH=blocks.lists.shape[-1], C=C,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -183,6 +183,77 @@ class QueryLists(NamedTuple):
     order: Tensor
 
 
+class EntryConstants(NamedTuple):
+    """BR rows of a program; NUM chosen blocks of a token, padded to PN, of BLOCK tokens each."""
+
+    G: int
+    NUM: int
+    PN: int
+    BLOCK: int
+    BR: int
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+def _entries_kernel(
+    selected, row_positions, bases, block_lengths, keys, seen, num_rows, num_blocks, C: tl.constexpr
+):
+    """For each choice of BR rows and a KV head: g*B + b, G*B without one, and `QueryLists.seen`."""
+    i_g = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * C.BR + tl.arange(0, C.BR)
+    o_n = tl.arange(0, C.PN)
+    m_row = row < num_rows
+    mask = m_row[:, None] & (o_n < C.NUM)[None, :]
+    p_j = selected.p + (row * selected.stride_row + i_g * selected.stride_head)[:, None]
+    b_j = tl.load(p_j + o_n[None, :], mask=mask, other=-1).to(tl.int64)  # [BR, PN]
+    chosen = b_j >= 0
+    b_id = b_j + tl.load(bases + row, mask=m_row, other=0)[:, None]
+    b_length = tl.load(block_lengths + b_id, mask=chosen, other=0)
+    b_seen = tl.load(row_positions + row, mask=m_row, other=0)[:, None] + 1 - b_j * C.BLOCK
+    b_seen = tl.where(chosen, tl.minimum(tl.maximum(b_seen, 0), b_length), 0)
+    several = tl.sum(b_seen, 1) > 1
+    b_seen += tl.where(several, 256, 0)[:, None]
+    b_key = tl.where(chosen, b_id + i_g * num_blocks, num_blocks * C.G)
+    o_out = ((row * C.G + i_g) * C.NUM)[:, None] + o_n[None, :]
+    tl.store(keys + o_out, b_key.to(tl.int32), mask=mask)
+    tl.store(seen + o_out, b_seen.to(tl.int16), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num", "num_choices"])
+def _sorted_entries_kernel(by_block, entry_seen, rows, seen, num, num_choices, SIZE: tl.constexpr):
+    """Row and `seen` of SIZE choices in the order of their blocks; num_choices: of a row."""
+    o = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    mask = o < num
+    entry = tl.load(by_block + o, mask=mask, other=0)
+    tl.store(rows + o, (entry // num_choices).to(tl.int32), mask=mask)
+    tl.store(seen + o, tl.load(entry_seen + entry, mask=mask, other=0), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_programs", "none", "num_blocks", "num_entries", "num_rows"])
+def _programs_kernel(
+    rows, starts, ends, owner, place, num_programs, none, num_blocks, num_entries, num_rows, launch,
+    most, STEPS: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """The block of each of SIZE programs, and what sorts them: launch, KV head, first query.
+
+    none: how many blocks there are, < 2**STEPS. Programs too many come after all others.
+    """
+    i_program = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    mask = i_program < num_programs
+    low = tl.zeros([SIZE], dtype=tl.int32)  # How many blocks end at or before this program.
+    for step in tl.static_range(STEPS):
+        middle = low + (1 << (STEPS - 1 - step))
+        end = tl.load(ends + middle - 1, mask=middle <= none, other=9223372036854775807)
+        low = tl.where(end <= i_program, middle, low)
+    last = tl.minimum(low, none - 1)
+    before = tl.load(ends + last - 1, mask=last > 0, other=0)
+    entry = tl.load(starts + last) + (i_program - before) * most
+    first = tl.load(rows + tl.minimum(entry, num_entries - 1)).to(tl.int64)
+    first = tl.where(low < none, first, num_rows)
+    group = (i_program // launch).to(tl.int64) * G + last // num_blocks
+    tl.store(owner + i_program, low.to(tl.int64), mask=mask)
+    tl.store(place + i_program, group * (num_rows + 1) + first, mask=mask)
+
+
 def query_lists(
     selected_NGn: Tensor,
     block_lengths_B: Tensor,
@@ -193,30 +264,32 @@ def query_lists(
 ) -> QueryLists:
     """For programs that walk over at most `most` queries of a block each, `launch` at a time."""
     num_rows, groups, num = selected_NGn.shape
-    num_blocks = block_lengths_B.shape[0]
-    device = selected_NGn.device
-    none = groups * num_blocks
-    chosen_NGn = selected_NGn >= 0
-    ids_NGn = (selected_NGn + selected_bases(segments)[:, None, None]).where(chosen_NGn, 0)
-    seen_NGn = positions(segments)[:, None, None] + 1 - selected_NGn.long() * select_block
-    seen_NGn = (
-        seen_NGn.clamp(min=0).minimum(block_lengths_B[ids_NGn]).where(chosen_NGn, 0).to(torch.int16)
-    )
-    seen_NGn += (seen_NGn.sum(dim=-1, keepdim=True) > 1).to(torch.int16) * 256
-    offset = torch.arange(groups, device=device) * num_blocks
-    keys = (ids_NGn + offset[:, None]).where(chosen_NGn, none).to(torch.int32)
+    num_blocks, device = block_lengths_B.shape[0], selected_NGn.device
+    none, entries = groups * num_blocks, selected_NGn.numel()
+    keys = torch.empty(entries, dtype=torch.int32, device=device)
+    entry_seen = torch.empty(entries, dtype=torch.int16, device=device)
+    width = triton.next_power_of_2(num)
+    at_once = max(1, 1024 // width)
+    _entries_kernel[(triton.cdiv(num_rows, at_once), groups)](
+        head_rows(selected_NGn), positions(segments), selected_bases(segments), block_lengths_B,
+        keys, entry_seen, num_rows, num_blocks,
+        C=EntryConstants(groups, num, width, select_block, at_once),
+    )  # fmt: skip
     # Equal keys stay in the order of rows.
-    keys, by_block = keys.flatten().sort(stable=True)
-    rows = (by_block // (groups * num)).to(torch.int32)
+    keys, by_block = keys.sort(stable=True)
+    rows = torch.empty_like(keys)
+    seen = torch.empty_like(entry_seen)
+    _sorted_entries_kernel[(triton.cdiv(entries, 1024),)](
+        by_block, entry_seen, rows, seen, entries, groups * num, SIZE=1024
+    )
     bounds = torch.arange(none + 1, dtype=torch.int32, device=device)
     starts = torch.searchsorted(keys, bounds)
     ends = ((starts.diff() + most - 1) // most).cumsum(0)
 
-    programs = torch.arange(min(none, len(rows)) + len(rows) // most, device=device)
-    owner = torch.searchsorted(ends, programs, right=True)
-    last = owner.clamp(max=none - 1)  # Programs too many stand behind all others.
-    before = torch.cat([ends.new_zeros(1), ends])[last]
-    first = rows[(starts[last] + (programs - before) * most).clamp(max=len(rows) - 1)]
-    first = first.where(owner < none, num_rows)
-    order = ((programs // launch * groups + last // num_blocks) * (num_rows + 1) + first).argsort()
-    return QueryLists(rows, seen_NGn.flatten()[by_block], starts, ends, owner, order)
+    programs = min(none, entries) + entries // most
+    owner, place = (torch.empty(programs, dtype=torch.int64, device=device) for _ in range(2))
+    _programs_kernel[(triton.cdiv(programs, 256),)](
+        rows, starts, ends, owner, place, programs, none, num_blocks, entries, num_rows, launch,
+        most, STEPS=none.bit_length(), G=groups, SIZE=256,
+    )  # fmt: skip
+    return QueryLists(rows, seen, starts, ends, owner, place.argsort())

@@ -153,8 +153,8 @@ def selected_attention(
     select_block: int,
     scale: float,
     gate: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """See `Backend.selected_attention`."""
+) -> Any:
+    """See `Backend.selected_attention`; with a gate [N, H] also the summand, see `summand_of`."""
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
     assert scale > 0, scale
     sources = (k_own, v_own, k_fetched, v_fetched)

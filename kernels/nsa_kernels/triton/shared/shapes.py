@@ -79,6 +79,8 @@ class Gpu:
     banded_dkv_two_masks: stages of dk and dv at widths above 64 where two widths are padded: their
         masks take registers. None: as other widths.
     banded_256, banded_float32_128, banded_float32_256: the larger widths in 16 bits, and float32.
+    selected_tma: whether forward and dq of widths up to 128 load whole blocks by TMA, in 16 bits.
+    selected_gluon: whether dk and dv have a kernel in Gluon: see `selected_dkv_gluon`.
     selected_dq_keys: most keys of a tile of dq in 16 bits.
     selected_dq_warps: of dq in 16 bits, where programs are small.
     selected_tall_registers: of a thread, where tiles are 64 rows high or more. None: the compiler's
@@ -100,6 +102,8 @@ class Gpu:
     banded_256: BandedTiles = _BANDED_256
     banded_float32_128: BandedTiles = _BANDED_FLOAT32_128
     banded_float32_256: BandedTiles = _BANDED_FLOAT32_256
+    selected_tma: bool = False
+    selected_gluon: bool = False
     selected_dq_keys: int = 64
     selected_dq_warps: int = 8
     selected_tall_registers: int | None = MOST_REGISTERS
@@ -145,6 +149,8 @@ HOPPER = Gpu(
     banded_128=_HOPPER_128,
     banded_odd_ratio=_HOPPER_ODD_RATIO,
     banded_dkv_two_masks=1,
+    selected_tma=True,
+    selected_gluon=True,
     # Two programs of 112 and 96 KB fit a multiprocessor; elsewhere dq would spill.
     selected_dq_warps=4,
     selected_tall_registers=None,
@@ -219,7 +225,7 @@ class WalkTile(NamedTuple):
     """Keys of a tile, the warps of a program, the tiles in flight.
 
     apart: whether the tiles of a block are summed by themselves, for too many to add in a row.
-    registers: of a thread, where the compiler is told.
+    registers: of a thread, where the compiler is told. tma: whether whole blocks are loaded by it.
     """
 
     keys: int
@@ -227,6 +233,7 @@ class WalkTile(NamedTuple):
     stages: int
     apart: bool
     registers: int | None = None
+    tma: bool = False
 
 
 def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -252,16 +259,29 @@ def walk_tiles(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkT
     registers = gpu.selected_tall_registers if tall else MOST_REGISTERS
     if width > 128:
         registers = None
+    tma = gpu.selected_tma and width <= 128
     if width > 128 or apart:
         return (
-            WalkTile(keys, 8, 3, apart, registers),
-            WalkTile(dq_keys, 8, 3, dq_apart, registers),
+            WalkTile(keys, 8, 3, apart, registers, tma),
+            WalkTile(dq_keys, 8, 3, dq_apart, registers, tma),
         )
     # What divides rows by a ratio that is no power of two would spill with fewer warps.
     forward_warps = 4 if _ratio_is_power_of_two(q, v) else 8
     return (
-        WalkTile(keys, forward_warps, 3, apart, registers),
-        WalkTile(dq_keys, gpu.selected_dq_warps, 2, dq_apart, registers),
+        WalkTile(keys, forward_warps, 3, apart, registers, tma),
+        WalkTile(dq_keys, gpu.selected_dq_warps, 2, dq_apart, registers, tma),
+    )
+
+
+def selected_dkv_gluon(q: Tensor, v: Tensor, select_block: int) -> bool:
+    """Whether dk and dv of the selected branch are the kernel's of selected/hopper_dkv.py."""
+    widths = {q.shape[-1], v.shape[-1]}
+    return (
+        gpu_of(q).selected_gluon
+        and q.dtype != torch.float32
+        and widths <= {64, 128}
+        and q.shape[1] // v.shape[1] in (8, 16, 32)
+        and select_block == 64
     )
 
 

@@ -116,12 +116,14 @@ def select(
     )
 
 
-def selected(case: Case, select_block: int = 64, n: int = 16) -> None:
+def selected(case: Case, select_block: int = 64, n: int = 16, gate: int = 0) -> None:
+    """gate: whether the branch is given its gate, which changes backward."""
     rows = 100
     q, *own = case.inputs(rows, rows)
     _, *fetched = case.inputs(0, 3 * select_block)
     blocks = -(-rows // select_block) + 3
-    o, _ = triton.selected_attention(
+    gates = torch.empty(rows, q.shape[1], requires_grad=True) if gate else None
+    results = triton.selected_attention(
         q,
         *own,
         *fetched,
@@ -131,8 +133,9 @@ def selected(case: Case, select_block: int = 64, n: int = 16) -> None:
         _segments(rows),
         select_block=select_block,
         scale=SCALE,
+        gate=gates,
     )
-    _backward(o, q, *own, *fetched)
+    _backward(results[2] if gate else results[0], q, *own, *fetched)
 
 
 def _blocks(case: Case, block: int, stride: int) -> tuple[Tensor, Tensor]:

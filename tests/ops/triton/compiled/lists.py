@@ -70,6 +70,7 @@ def _selected() -> Iterator[Case]:
                 for n in (16, 64):
                     yield _options(case, select_block=select_block, n=n)
             yield _options(replace(case, ratio=1), select_block=128, n=64)
+            yield _options(case, gate=1)
 
 
 def _select() -> Iterator[Case]:
@@ -132,6 +133,21 @@ SHORT = {
     256: (100, "bf16"),
 }
 
+# Kernels that are written for one generation of GPUs, by the start of their name.
+OF_ONE_GPU = {"hopper_": 90}
+# Cases with the kernels taken from them: at these widths Hopper has kernels of its own.
+SHORT_HOPPER = (
+    (Case("selected", "fp16", 64, 64), 90, "selected.hopper_dkv"),
+    (Case("selected", "bf16", 128, 128, options=(("gate", 1),)), 90, "selected.hopper_dkv"),
+    (Case("selected", "bf16", 128, 128), 80, "selected.dkv"),
+)
+
+
+def of_one_gpu(kernel: str) -> int | None:
+    """The compute capability that a kernel is written for, None for all of them."""
+    function = kernel.partition(".")[2]
+    return next((gpu for start, gpu in OF_ONE_GPU.items() if function.startswith(start)), None)
+
 
 def short_list() -> list[Entry]:
     """Each kernel for each GPU and at each width; the paper's R and lengths of blocks."""
@@ -159,6 +175,9 @@ def short_list() -> list[Entry]:
             if not once or entry.launch.name not in seen:
                 found.append(entry)
             seen.add(entry.launch.name)
+    for case, capability, kernel in SHORT_HOPPER:
+        entries = _entries([(case, capability)])
+        found += [entry for entry in entries if entry.launch.name == kernel]
     return found
 
 

@@ -89,8 +89,14 @@ def spills(entries: Iterable[Entry], compiled: Mapping[Launch, Compiled]) -> dic
     return found
 
 
+# Kernels whose accumulators leave too few registers at any tile: they may spill a little, outside
+# the loops that matter, and the record says how much.
+MAY_SPILL = {"selected.hopper_dkv"}
+
+
 def must_not_spill(key: Key) -> bool:
-    return key.dtype != "fp32" and max(key.key_width, key.value_width) <= 128
+    narrow = key.dtype != "fp32" and max(key.key_width, key.value_width) <= 128
+    return narrow and key.kernel not in MAY_SPILL
 
 
 class Defect(NamedTuple):

@@ -1,0 +1,146 @@
+"""dk and dv of the selected branch by Hopper's Gluon kernel, which nothing interprets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nsa_kernels.triton.selected import backward
+from nsa_kernels.triton.selected.hopper_dkv import HopperDkv
+from nsa_kernels.triton.shared import shapes
+from tests.ops.backends import DEVICE, INTERPRETED, TRITON
+from tests.ops.op_cases import Case, case_id, random_choice, same_bits
+from tests.ops.selected import (
+    attend_plain,
+    attention_results,
+    check_against_the_oracle,
+    make_inputs,
+)
+
+pytestmark = pytest.mark.skipif(
+    INTERPRETED or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+WORKSPACE = backward.WORKSPACE
+every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
+
+
+def case(name: str, documents: tuple[int, ...], ratio: int, *widths: int, groups: int = 1) -> Case:
+    sizes = {"select_block": 64, "num_selected": 16, "key_width": widths[0]}
+    heads = ratio * groups
+    return Case(name, documents, (), heads, groups, value_width=widths[1], **sizes)
+
+
+# Each ratio and pair of widths; documents and blocks shorter than a tile, and lists of many tiles.
+CASES = [
+    case("R8_packed", (1, 70, 0, 7, 33, 730), 8, 64, 64, groups=2),
+    case("R8_wide_keys", (700, 64), 8, 128, 64),
+    case("R16", (900, 31), 16, 128, 128, groups=2),
+    replace(
+        case("R16_pieces", (300, 500), 16, 64, 128),
+        runs=((1, 37, 350), (1, 450, 20), (0, 0, 213)),
+        num_selected=4,
+    ),
+    case("R32", (700,), 32, 128, 128),
+]
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A number for each backward that the kernel takes part in."""
+    found: list[int] = []
+
+    class Counted(HopperDkv):
+        def __call__(self, dk: torch.Tensor, dv: torch.Tensor, first: int, end: int) -> None:
+            found.append(end - first)
+            super().__call__(dk, dv, first, end)
+
+    monkeypatch.setattr(backward, "HopperDkv", Counted)
+    return found
+
+
+@every_dtype
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_against_the_oracle(case: Case, dtype: torch.dtype, made: list[int]) -> None:
+    check_against_the_oracle(TRITON, case, dtype)
+    assert made
+
+
+@every_dtype
+@pytest.mark.parametrize("workspace", [WORKSPACE, 40 * 64 * 256 * 4], ids=["all", "40"])
+def test_gradients_repeat(
+    workspace: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, made: list[int]
+) -> None:
+    """Also where most blocks have several programs, over one launch or several."""
+    long = case("long", (4000,), 16, 128, 128)
+    inputs, grad_o = make_inputs(long, dtype)
+    monkeypatch.setattr(backward, "WORKSPACE", workspace)
+    results = [
+        attention_results(TRITON, long, inputs, grad_o, random_choice(long)) for _ in range(2)
+    ]
+    assert (len(made) > 2) == (workspace != WORKSPACE)
+    assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
+
+
+@every_dtype
+def test_a_gate_of_ones_is_no_gate(dtype: torch.dtype) -> None:
+    one = case("one", (500,), 16, 128, 128)
+    inputs, grad_o = make_inputs(one, dtype)
+    leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
+    gate = torch.ones(500, 16, device=DEVICE)
+    grads = []
+    for options in ({}, {"gate": gate}):
+        results = attend_plain(TRITON, one, *leaves, random_choice(one), **options)
+        out = results[2] if options else results[0]
+        grads.append(torch.autograd.grad(out, leaves, grad_o.to(DEVICE)))
+    assert all(same_bits(x, y) for x, y in zip(*grads, strict=True))
+
+
+@every_dtype
+def test_views_that_tma_cannot_read(dtype: torch.dtype, made: list[int]) -> None:
+    """Strides and addresses that are not whole 16 bytes: the bits of copies."""
+    one = case("one", (300,), 16, 128, 128)
+    inputs, grad_o = make_inputs(one, dtype)
+    selected = random_choice(one)
+    grads = []
+    for odd in (False, True):
+        leaves = []
+        for x in inputs:
+            wide = torch.zeros(*x.shape[:2], x.shape[2] + 2 + odd, dtype=dtype, device=DEVICE)
+            leaf = wide[..., 1:129] if odd else wide[..., :128].contiguous()
+            leaves.append(leaf.copy_(x).requires_grad_())
+        o, _ = attend_plain(TRITON, one, *leaves, selected)
+        do = grad_o.to(DEVICE)[:, :1, :1].expand_as(o)
+        grads.append(torch.autograd.grad(o, leaves, do))
+    assert len(made) == 2
+    assert all(same_bits(x, y) for x, y in zip(*grads, strict=True))
+
+
+def test_nan_behind_the_last_query() -> None:
+    """Rows of a chosen block that nobody may see hold NaN: no bit of anything changes."""
+    one = case("one", (256,), 16, 128, 128)
+    (q, k, v), grad_o = make_inputs(one, torch.bfloat16)
+    leaves = [x.to(DEVICE).requires_grad_() for x in (q[:200], k, v)]
+    results = []
+    for value in (0.5, math.nan):
+        with torch.no_grad():
+            for x in leaves[1:]:
+                x[200:] = value
+        o, _ = attend_plain(TRITON, one, *leaves, random_choice(one)[:200])
+        results.append((o, *torch.autograd.grad(o, leaves, grad_o[:200].to(DEVICE))))
+    assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
+    for grad in results[1][2:]:
+        assert not grad[200:].any()
+
+
+def test_which_shapes_take_it() -> None:
+    def takes(ratio: int, dk: int, dv: int, block: int, dtype: torch.dtype) -> bool:
+        q = torch.empty(1, 2 * ratio, dk, dtype=dtype, device=DEVICE)
+        return shapes.selected_dkv_gluon(q, q.new_empty(1, 2, dv), block)
+
+    assert takes(16, 128, 64, 64, torch.bfloat16)
+    others = [(4, 128, 128, 64), (12, 64, 64, 64), (16, 192, 128, 64), (16, 128, 128, 32)]
+    assert not any(takes(*other, torch.float16) for other in others)
+    assert not takes(16, 128, 128, 64, torch.float32)
