@@ -13,6 +13,7 @@ from nsa_kernels.triton.banded.forward import banded_forward, empty_outputs
 from nsa_kernels.triton.shared.arguments import last_dim_contiguous
 from nsa_kernels.triton.shared.cache import segments_of
 from nsa_kernels.triton.shared.custom_ops import empty_as, register
+from nsa_kernels.triton.shared.shapes import runs_hopper_backward
 
 _BAND = "Tensor segments, int offset, int stride, int window, str column, float scale"
 
@@ -47,6 +48,11 @@ def _attend_backward(
     *band, scale = arguments
     q, k, v, grad_o = (last_dim_contiguous(x) for x in (q, k, v, grad_o))
     at = segments_of(segments, q.device)
+    if runs_hopper_backward(q, v):
+        # Imported where it runs: Gluon is not in every version of Triton.
+        from nsa_kernels.triton.banded.hopper_backward import hopper_backward
+
+        return hopper_backward(q, k, v, o, lse, grad_o, at, Band(*band), scale)[:3]
     return banded_backward(q, k, v, o, lse, grad_o, at, Band(*band), scale)
 
 

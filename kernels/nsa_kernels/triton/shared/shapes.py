@@ -197,6 +197,25 @@ def _ratio_is_power_of_two(q: Tensor, v: Tensor) -> bool:
     return ratio & (ratio - 1) == 0
 
 
+# Kernels in Gluon call it by the names that it has from this version of Triton on.
+_HAS_GLUON = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
+def runs_hopper_backward(q: Tensor, v: Tensor) -> bool:
+    """Whether banded/hopper_backward.py computes the gradients of the compressed and window branches.
+
+    It takes 16 bits at widths that need no padding, and ratios R that divide 64 rows.
+    """
+    return (
+        gpu_of(q) is HOPPER
+        and _HAS_GLUON
+        and q.dtype != torch.float32
+        and {q.shape[-1], v.shape[-1]} <= {64, 128}
+        and _ratio_is_power_of_two(q, v)
+        and q.shape[1] // v.shape[1] <= 32
+    )
+
+
 def banded_tiles(q: Tensor, v: Tensor) -> BandedTiles:
     """Of the compressed and window branches."""
     gpu, width = gpu_of(q), _padded_width(q, v)
