@@ -47,19 +47,30 @@ CASES = [
         stride=2,
         window=33,
     ),
-    Case("R8", (450, 200), ((0, 130, 320), (1, 0, 200)), 8, 1, 64, 64, window=1),
+    Case(
+        "R8",
+        (450, 200),
+        ((0, 130, 320), (1, 0, 200)),
+        heads=8,
+        groups=1,
+        key_width=64,
+        value_width=64,
+        window=1,
+    ),
     Case("R16", (900, 31, 5), heads=32, key_width=128, value_width=128, **PAPER),
-    Case("R16_few_keys", (260, 61), 16, 1, 128, 128, block=2, stride=1, window=60),
+    Case(
+        "R16_few_keys",
+        (260, 61),
+        heads=16,
+        groups=1,
+        key_width=128,
+        value_width=128,
+        block=2,
+        stride=1,
+        window=60,
+    ),
     Case("R32", (45, 361), heads=32, groups=1, key_width=128, value_width=128, window=65),
 ]
-CASES[4] = Case(
-    "R8", (450, 200), ((0, 130, 320), (1, 0, 200)), heads=8, groups=1, key_width=64,
-    value_width=64, window=1,
-)  # fmt: skip
-CASES[6] = Case(
-    "R16_few_keys", (260, 61), heads=16, groups=1, key_width=128, value_width=128, block=2,
-    stride=1, window=60,
-)  # fmt: skip
 each_branch = pytest.mark.parametrize("name", ["compressed", "window"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
 

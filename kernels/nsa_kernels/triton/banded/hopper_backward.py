@@ -171,7 +171,8 @@ def hopper_backward(
     first = 0
     for launch in keys.launches:
         _hopper_dkv_kernel[(min(programs, launch * groups),)](
-            q, do, k, v, *by_line, *workspace, keys.table, first, launch, count, *scales, C,
+            q, do, k, v, *by_line, *workspace, keys.table[first:], launch * groups, count,
+            *scales, C,
             num_warps=4, maxnreg=_LAUNCH_REGISTERS,
         )  # fmt: skip
         for i, out in enumerate((dk_EGD, dv_EGD)):

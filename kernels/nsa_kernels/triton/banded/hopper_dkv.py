@@ -22,68 +22,84 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_kernels.triton.shared.hopper import advance, keep_rows, new_barriers, to_16_bits
+from nsa_kernels.triton.shared.hopper import advance, keep_rows, to_16_bits
+
+# Places in one array of barriers and in one of lines, as each array takes a register of every
+# thread. Barriers of keys, by warpgroup, and those of a stage of queries, of which there are four.
+KV_FULL = gl.constexpr(0)
+KV_EMPTY = gl.constexpr(2)
+Q_FULL = gl.constexpr(4)
+Q_EMPTY = gl.constexpr(5)
+DO_FULL = gl.constexpr(6)
+DO_EMPTY = gl.constexpr(7)
+# Lines of a stage, of which there are three.
+LSE = gl.constexpr(0)
+DELTA = gl.constexpr(1)
+GATE = gl.constexpr(2)
 
 
 @gluon.jit
 def _producer(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, gate_desc, q_s, do_s, lse_s, delta_s,
-    gate_s, k_s, v_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty, work, first_program,
-    num_programs, num_tiles, C: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, gate_desc, q_s, do_s, lines_s, k_s,
+    v_s, ring, work, num_programs, num_tiles, C: gl.constexpr,
 ):  # fmt: skip
     s = gl.to_tensor(0)
     ph = gl.to_tensor(1)
     kv_ph = gl.to_tensor(1)
     BYTES_Q: gl.constexpr = 128 * C.DK + 256
     BYTES_DO: gl.constexpr = 128 * C.DV + (512 if C.GATED else 256)
-    for p in range(gl.program_id(0), num_programs * C.G, gl.num_programs(0)):
-        at = work + (first_program + p // C.G) * 10
+    for p in range(gl.program_id(0), num_programs, gl.num_programs(0)):
+        at = work + p // C.G * 10
         g = p % C.G
         key_row = gl.load(at)
         tile = gl.load(at + 2)
         row = gl.load(at + 3)
         count = gl.load(at + 6)
         for w in gl.static_range(2):
-            mbarrier.wait(kv_empty.index(w), kv_ph)
-            mbarrier.expect(kv_full.index(w), 128 * (C.DK + C.DV))
+            mbarrier.wait(ring.index(KV_EMPTY + w), kv_ph)
+            mbarrier.expect(ring.index(KV_FULL + w), 128 * (C.DK + C.DV))
             tma.async_copy_global_to_shared(
-                k_desc, [key_row + w * 64, g, 0], kv_full.index(w), k_s.index(w)
+                k_desc, [key_row + w * 64, g, 0], ring.index(KV_FULL + w), k_s.index(w)
             )
             tma.async_copy_global_to_shared(
-                v_desc, [key_row + w * 64, g, 0], kv_full.index(w), v_s.index(w)
+                v_desc, [key_row + w * 64, g, 0], ring.index(KV_FULL + w), v_s.index(w)
             )
         kv_ph ^= 1
         for i in range(0, count):
             line = (g * num_tiles + tile + i) * 64
-            mbarrier.wait(q_empty.index(s), ph)
-            mbarrier.expect(q_full.index(s), BYTES_Q)
+            mbarrier.wait(ring.index(4 * s + Q_EMPTY), ph)
+            mbarrier.expect(ring.index(4 * s + Q_FULL), BYTES_Q)
             tma.async_copy_global_to_shared(
-                q_desc, [row + i * C.BT, g * C.R, 0], q_full.index(s), q_s.index(s)
+                q_desc, [row + i * C.BT, g * C.R, 0], ring.index(4 * s + Q_FULL), q_s.index(s)
             )
-            tma.async_copy_global_to_shared(lse_desc, [line], q_full.index(s), lse_s.index(s))
-            mbarrier.wait(do_empty.index(s), ph)
-            mbarrier.expect(do_full.index(s), BYTES_DO)
             tma.async_copy_global_to_shared(
-                do_desc, [row + i * C.BT, g * C.R, 0], do_full.index(s), do_s.index(s)
+                lse_desc, [line], ring.index(4 * s + Q_FULL), lines_s.index(3 * s + LSE)
             )
-            tma.async_copy_global_to_shared(delta_desc, [line], do_full.index(s), delta_s.index(s))
+            mbarrier.wait(ring.index(4 * s + DO_EMPTY), ph)
+            mbarrier.expect(ring.index(4 * s + DO_FULL), BYTES_DO)
+            tma.async_copy_global_to_shared(
+                do_desc, [row + i * C.BT, g * C.R, 0], ring.index(4 * s + DO_FULL), do_s.index(s)
+            )
+            tma.async_copy_global_to_shared(
+                delta_desc, [line], ring.index(4 * s + DO_FULL), lines_s.index(3 * s + DELTA)
+            )
             if C.GATED:
                 tma.async_copy_global_to_shared(
-                    gate_desc, [line], do_full.index(s), gate_s.index(s)
+                    gate_desc, [line], ring.index(4 * s + DO_FULL), lines_s.index(3 * s + GATE)
                 )
             s, ph = advance(s, ph, C.Q_STAGES)
 
 
 @gluon.jit
 def _step(
-    i, more, b_s, b_dk, b_dv, k, v, q_s, do_s, lse_s, delta_s, gate_s, q_full, q_empty, do_full,
-    do_empty, s, ph, o_j, position, end, scale2, MASKED: gl.constexpr, C: gl.constexpr,
+    i, more, b_s, b_dk, b_dv, k, v, q_s, do_s, lines_s, ring, s, ph, o_j, position, end, scale2,
+    MASKED: gl.constexpr, C: gl.constexpr,
     S_L: gl.constexpr, P_L: gl.constexpr,
 ):  # fmt: skip
     """Add what query tile i gives to dk and dv. b_s: its scores; returns the next tile's."""
     COL_L: gl.constexpr = gl.SliceLayout(0, S_L)
     zero = gl.zeros([64, 64], gl.float32, S_L)
-    mbarrier.wait(do_full.index(s), ph)
+    mbarrier.wait(ring.index(4 * s + DO_FULL), ph)
     do = do_s.index(s).reshape((64, C.DV))
     if MASKED:
         here = position + i * C.BT
@@ -101,15 +117,15 @@ def _step(
             high = tokens
         seen = (token >= low) & (token < high)
     a_dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-    b_lse = lse_s.index(s).load(COL_L)
+    b_lse = lines_s.index(3 * s + LSE).load(COL_L)
     b_p = gl.exp2(gl.fma(b_s, scale2, gl.expand_dims(-b_lse, 0)))
     if C.GATED:
-        b_p = b_p * gl.expand_dims(gate_s.index(s).load(COL_L), 0)
+        b_p = b_p * gl.expand_dims(lines_s.index(3 * s + GATE).load(COL_L), 0)
     if MASKED:
         b_p = gl.where(seen, b_p, 0.0)
     b_p16 = gl.convert_layout(to_16_bits(b_p, do_s.dtype), P_L)
     a_dv = warpgroup_mma(b_p16, do, b_dv, is_async=True)
-    b_delta = delta_s.index(s).load(COL_L)
+    b_delta = lines_s.index(3 * s + DELTA).load(COL_L)
     b_dp = warpgroup_mma_wait(1, deps=(a_dp,))
     b_ds = b_p * (b_dp - gl.expand_dims(b_delta, 0))
     if MASKED:
@@ -124,21 +140,20 @@ def _step(
     # The last tile has its own scores computed again, which nobody reads.
     ns = gl.where(more, ns, s)
     nph = gl.where(more, nph, ph)
-    mbarrier.wait(q_full.index(ns), nph)
+    mbarrier.wait(ring.index(4 * ns + Q_FULL), nph)
     q = q_s.index(ns).reshape((64, C.DK))
     a_s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
     b_dv, b_p16 = warpgroup_mma_wait(2, deps=(a_dv, b_p16))
-    mbarrier.arrive(do_empty.index(s), count=1)
+    mbarrier.arrive(ring.index(4 * s + DO_EMPTY), count=1)
     b_dk, b_ds = warpgroup_mma_wait(1, deps=(a_dk, b_ds))
     b_s = warpgroup_mma_wait(0, deps=(a_s,))
-    mbarrier.arrive(q_empty.index(s), count=1)
+    mbarrier.arrive(ring.index(4 * s + Q_EMPTY), count=1)
     return b_s, b_dk, b_dv, ns, nph
 
 
 @gluon.jit
 def _consumer(
-    w: gl.constexpr, dk, dv, q_s, do_s, lse_s, delta_s, gate_s, k_s, v_s, kv_full, kv_empty,
-    q_full, q_empty, do_full, do_empty, work, first_program, num_programs, scale, scale2,
+    w: gl.constexpr, dk, dv, q_s, do_s, lines_s, k_s, v_s, ring, work, num_programs, scale, scale2,
     C: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: the sums of its 64 keys, to the program's place in the workspaces."""
@@ -153,46 +168,46 @@ def _consumer(
     kv_ph = gl.to_tensor(0)
     k = k_s.index(w).reshape((64, C.DK))
     v = v_s.index(w).reshape((64, C.DV))
-    for p in range(gl.program_id(0), num_programs * C.G, gl.num_programs(0)):
-        at = work + (first_program + p // C.G) * 10
-        g = p % C.G
+    for p in range(gl.program_id(0), num_programs, gl.num_programs(0)):
+        at = work + p // C.G * 10
         key = gl.load(at + 1)
         position = gl.load(at + 4)
         end = gl.load(at + 5)
         count = gl.load(at + 6)
         clear = gl.load(at + 7)
         late = gl.load(at + 8)
-        place = gl.load(at + 9)
         o_j = key + w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S_L))
         b_dk = gl.zeros([64, DK], gl.float32, K_L)
         b_dv = gl.zeros([64, DV], gl.float32, V_L)
-        mbarrier.wait(kv_full.index(w), kv_ph)
-        mbarrier.wait(q_full.index(s), ph)
+        mbarrier.wait(ring.index(KV_FULL + w), kv_ph)
+        mbarrier.wait(ring.index(4 * s + Q_FULL), ph)
         q = q_s.index(s).reshape((64, C.DK))
         zero = gl.zeros([64, 64], gl.float32, S_L)
         a_s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         b_s = warpgroup_mma_wait(0, deps=(a_s,))
         for i in range(0, clear):
             b_s, b_dk, b_dv, s, ph = _step(
-                i, i + 1 < count, b_s, b_dk, b_dv, k, v, q_s, do_s, lse_s, delta_s, gate_s,
-                q_full, q_empty, do_full, do_empty, s, ph, o_j, position, end, scale2, True, C,
+                i, i + 1 < count, b_s, b_dk, b_dv, k, v, q_s, do_s, lines_s, ring, s, ph, o_j,
+                position, end, scale2, True, C,
                 S_L, P_L,
             )  # fmt: skip
         for i in range(clear, late):
             b_s, b_dk, b_dv, s, ph = _step(
-                i, i + 1 < count, b_s, b_dk, b_dv, k, v, q_s, do_s, lse_s, delta_s, gate_s,
-                q_full, q_empty, do_full, do_empty, s, ph, o_j, position, end, scale2, False, C,
+                i, i + 1 < count, b_s, b_dk, b_dv, k, v, q_s, do_s, lines_s, ring, s, ph, o_j,
+                position, end, scale2, False, C,
                 S_L, P_L,
             )  # fmt: skip
         for i in range(late, count):
             b_s, b_dk, b_dv, s, ph = _step(
-                i, i + 1 < count, b_s, b_dk, b_dv, k, v, q_s, do_s, lse_s, delta_s, gate_s,
-                q_full, q_empty, do_full, do_empty, s, ph, o_j, position, end, scale2, True, C,
+                i, i + 1 < count, b_s, b_dk, b_dv, k, v, q_s, do_s, lines_s, ring, s, ph, o_j,
+                position, end, scale2, True, C,
                 S_L, P_L,
             )  # fmt: skip
         s, ph = advance(s, ph, C.Q_STAGES)
-        mbarrier.arrive(kv_empty.index(w), count=1)
+        mbarrier.arrive(ring.index(KV_EMPTY + w), count=1)
         kv_ph ^= 1
+        g = p % C.G
+        place = gl.load(work + p // C.G * 10 + 9)
         o_k = gl.arange(0, 64, layout=gl.SliceLayout(1, K_L))
         o_v = gl.arange(0, 64, layout=gl.SliceLayout(1, V_L))
         o_dk = gl.arange(0, C.DK, layout=gl.SliceLayout(0, K_L))
@@ -205,36 +220,40 @@ def _consumer(
         gl.store(p_dv, b_dv)
 
 
-@gluon.jit(do_not_specialize=["first_program", "num_programs", "num_tiles"])
+@gluon.jit(
+    do_not_specialize=["num_programs", "num_tiles"], do_not_specialize_on_alignment=["work"]
+)
 def _hopper_dkv_kernel(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, gate_desc, dk, dv, work, first_program,
-    num_programs, num_tiles, scale, scale2, C: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, gate_desc, dk, dv, work, num_programs,
+    num_tiles, scale, scale2, C: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv [programs, 128, G, D] in float32, of programs first_program.. of the table."""
+    """dk and dv [.., 128, G, D] in float32, of the first num_programs / G of the table."""
     q_s = gl.allocate_shared_memory(q_desc.dtype, [C.Q_STAGES, C.BT, C.R, C.DK], q_desc.layout)
     do_s = gl.allocate_shared_memory(q_desc.dtype, [C.Q_STAGES, C.BT, C.R, C.DV], do_desc.layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [C.Q_STAGES, 64], lse_desc.layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, [C.Q_STAGES, 64], lse_desc.layout)
-    gate_s = gl.allocate_shared_memory(gl.float32, [C.Q_STAGES, 64], lse_desc.layout)
+    lines_s = gl.allocate_shared_memory(gl.float32, [3 * C.Q_STAGES, 64], lse_desc.layout)
     k_s = gl.allocate_shared_memory(q_desc.dtype, [2, 64, 1, C.DK], k_desc.layout)
     v_s = gl.allocate_shared_memory(q_desc.dtype, [2, 64, 1, C.DV], v_desc.layout)
-    kv_full, kv_empty = new_barriers(2, 1), new_barriers(2, 1)
-    q_full, q_empty = new_barriers(C.Q_STAGES, 1), new_barriers(C.Q_STAGES, 2)
-    do_full, do_empty = new_barriers(C.Q_STAGES, 1), new_barriers(C.Q_STAGES, 2)
+    STAGES: gl.constexpr = C.Q_STAGES
+    ring = gl.allocate_shared_memory(gl.int64, [4 + 4 * STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(ring.index(KV_FULL + i), count=1)
+        mbarrier.init(ring.index(KV_EMPTY + i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ring.index(4 * i + Q_FULL), count=1)
+        mbarrier.init(ring.index(4 * i + Q_EMPTY), count=2)
+        mbarrier.init(ring.index(4 * i + DO_FULL), count=1)
+        mbarrier.init(ring.index(4 * i + DO_EMPTY), count=2)
     gl.warp_specialize(
         [
             (_consumer, (
-                0, dk, dv, q_s, do_s, lse_s, delta_s, gate_s, k_s, v_s, kv_full, kv_empty, q_full,
-                q_empty, do_full, do_empty, work, first_program, num_programs, scale, scale2, C,
+                0, dk, dv, q_s, do_s, lines_s, k_s, v_s, ring, work, num_programs, scale, scale2, C,
             )),
             (_consumer, (
-                1, dk, dv, q_s, do_s, lse_s, delta_s, gate_s, k_s, v_s, kv_full, kv_empty, q_full,
-                q_empty, do_full, do_empty, work, first_program, num_programs, scale, scale2, C,
+                1, dk, dv, q_s, do_s, lines_s, k_s, v_s, ring, work, num_programs, scale, scale2, C,
             )),
             (_producer, (
-                q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, gate_desc, q_s, do_s, lse_s,
-                delta_s, gate_s, k_s, v_s, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-                work, first_program, num_programs, num_tiles, C,
+                q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, gate_desc, q_s, do_s,
+                lines_s, k_s, v_s, ring, work, num_programs, num_tiles, C,
             )),
         ],
         [4, 1],
