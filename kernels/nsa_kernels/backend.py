@@ -13,13 +13,20 @@ logits and carries no gradient. Every length may be 0, also N, and then backward
 may have any strides. Rows that no query of the call may see may hold NaN. Given the positions of
 all, an output row depends bit for bit on nothing but what its query sees. Gradients are the same
 bits in each run. H and G may be a slice: one KV head and its R query heads.
+
+Gates. A branch's function may be given its gate [N, H], of any floating dtype and strides. It then
+returns `summand` beside o and lse, the node of the graph that stands for g o: of the shape and
+dtype of o, with no memory and no values. `combine` takes it, and hands the gradient of the gated
+sum to every summand uncopied. From that, the branch's backward makes the gradients of q, k, v and
+of the gate; o carries none. So nobody writes g do or reads o again for the gate. `gated_branches`
+names the branches whose functions take a gate; the others are weighed by `combine`, backward too.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +39,10 @@ LEAST_CAPABILITY = (8, 0)
 
 
 class Backend(Protocol):
-    """The functions a backend implements; all but `select_blocks` are differentiable."""
+    """The functions a backend implements; all but `select_blocks` are differentiable.
+
+    A backend may also have `gated_branches`, see `gated_branches` below.
+    """
 
     @property
     def name(self) -> str:
@@ -78,11 +88,12 @@ class Backend(Protocol):
         block: int,
         stride: int,
         scale: float,
-    ) -> tuple[Tensor, Tensor]:
+        gate: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """Attention to the compressed tokens i of the own document with i*d + l - 1 <= t.
 
         q [N, H, Dk], k [C, G, Dk], v [C, G, Dv] -> o [N, H, Dv] in q.dtype, lse [N, H] float32
-        (float64 for float64).
+        (float64 for float64); with a gate [N, H] also the summand, and o carries no gradient.
         """
 
     def select_blocks(
@@ -122,7 +133,8 @@ class Backend(Protocol):
         *,
         select_block: int,
         scale: float,
-    ) -> tuple[Tensor, Tensor]:
+        gate: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """Attention to the tokens <= t of the chosen blocks.
 
         q [N, H, Dk]; k_own [E, G, Dk], v_own [E, G, Dv]; k_fetched [F, G, Dk], v_fetched
@@ -130,16 +142,48 @@ class Backend(Protocol):
         where block id b = selected_base + j starts, counted through the own rows and then the
         fetched ones, -1 for a block that is not here and must not be chosen; block_lengths int64
         [B]: its tokens, l' or less for a document's last. No two blocks share a row.
-        -> o [N, H, Dv] in q.dtype, lse [N, H].
+        -> o [N, H, Dv] in q.dtype, lse [N, H]; with a gate [N, H] also the summand.
         """
 
     def window_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, *, window: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Attention to positions t-w+1..t: q [N, H, Dk], k [E, G, Dk], v [E, G, Dv] -> o, lse."""
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: QuerySegments,
+        *,
+        window: int,
+        scale: float,
+        gate: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Attention to positions t-w+1..t: q [N, H, Dk], k [E, G, Dk], v [E, G, Dv] -> o, lse.
 
-    def combine(self, outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
-        """Eq. 5, the gated sum: one [N, H, Dv] a branch, gates [N, H, branches] -> [N, H, Dv]."""
+        With a gate [N, H] also the summand.
+        """
+
+    def combine(
+        self,
+        outputs: Sequence[Tensor],
+        gates: Tensor,
+        summands: Sequence[Sequence[Tensor]] = (),
+    ) -> Tensor:
+        """Eq. 5, the gated sum: one [N, H, Dv] a branch, gates [N, H, branches] -> [N, H, Dv].
+
+        summands: for each branch those of its function, of consecutive heads, and none for a branch
+        that was given no gate; () says none for all. A branch with summands gets its gradient
+        through these alone: none goes to its output and its column of gates. A backend without
+        `gated_branches` is never given any.
+        """
+
+
+def gated_branches(backend: Backend) -> Sequence[str]:
+    """The branches whose functions take a gate and return a summand; others know no `gate`."""
+    return getattr(backend, "gated_branches", ())
+
+
+def as_gate(gate: Tensor | None) -> dict[str, Any]:
+    """How a branch's function is given a gate: not at all if there is none, as some know none."""
+    return {} if gate is None else {"gate": gate}
 
 
 def get_backend(name: str = "auto", device: torch.device | str | None = None) -> Backend:

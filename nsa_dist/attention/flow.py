@@ -24,13 +24,17 @@ transfer is a node that sends and one that receives (``nsa_dist.comm``).
 Today every transfer is finished right after it begins. In forward only this file decides what runs
 between the two.
 
+A branch whose function takes its gate gets the gradient of the gated sum itself, and makes that of
+its gate (``Backend``); so combine's backward runs only for branches without one. What the branches
+give to q is added in one pass.
+
 Letters: N local queries, H query heads, G KV heads, D widths, b branches, E rows of a buffer with
 its halo, n selected blocks per query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +46,9 @@ from nsa_dist.attention.selectors import Selection, Selector, cos_sin, run_selec
 from nsa_dist.comm import begin_fetch, begin_halo, begin_request
 from nsa_dist.comm.agreement import AgreeInBackward
 from nsa_dist.nn.rotary import apply_rotary
+from nsa_kernels import Backend
+from nsa_kernels.autograd import first_order
+from nsa_kernels.backend import as_gate, gated_branches
 
 ByName = Mapping[str, Tensor]
 Extended = Mapping[str, tuple[Tensor, Tensor]]
@@ -72,24 +79,42 @@ def attend_branches(
     ops, config, plan = call.backend, call.config, call.plan
     scale, branches = config.softmax_scale, config.branches
     outputs, lse = {}, {}
+    selects = "selected" in branches or selector.branch in branches
+    readers = ("window" in branches, selects, "selected" in branches)
+    queries = iter(_for_readers(q_NHD, sum(readers), ops))
+    summands: dict[str, Sequence[Tensor]] = dict.fromkeys(branches, ())
+    gate_of = _gates_of_branches(ops, branches, gates_NHb)
 
     extended = _exchange_halos(call, _rotate(call, keys_NGD), values_NGD)
-    selects = "selected" in branches or selector.branch in branches
     gathered = selector.begin(call, extended).finish() if selects else None
     if "window" in branches:
-        outputs["window"], lse["window"] = ops.window_attention(
-            q_NHD, *extended["window"], plan.segments, window=config.window, scale=scale
+        outputs["window"], lse["window"], *summands["window"] = ops.window_attention(
+            next(queries),
+            *extended["window"],
+            plan.segments,
+            window=config.window,
+            scale=scale,
+            **as_gate(gate_of.get("window")),
         )
     # NSA's own selector attends to compressed tokens and selects by their probabilities.
-    selection = run_selector(selector, call, q_NHD, gathered) if selects else Selection(None)
+    selection = Selection(None)
+    if selects:
+        gate_NH = None if selector.branch is None else gate_of.get(selector.branch)
+        selection = run_selector(selector, call, next(queries), gathered, gate_NH)
     if selection.output is not None:
         assert selector.branch is not None and selection.lse is not None
         outputs[selector.branch], lse[selector.branch] = selection.output, selection.lse
+        if selection.summand is not None:
+            summands[selector.branch] = (selection.summand,)
     if selection.blocks is not None:
-        outputs["selected"], lse["selected"] = _attend_selected(
-            call, q_NHD, *extended["selected"], selection.blocks
+        outputs["selected"], lse["selected"], summands["selected"] = _attend_selected(
+            call, next(queries), *extended["selected"], selection.blocks, gate_of.get("selected")
         )
-    out_NHD = ops.combine([outputs[branch] for branch in branches], gates_NHb)
+    of_branches = [outputs[branch] for branch in branches]
+    if any(map(len, summands.values())):
+        out_NHD = ops.combine(of_branches, gates_NHb, [summands[branch] for branch in branches])
+    else:
+        out_NHD = ops.combine(of_branches, gates_NHb)
 
     for tensor in selection.unused:
         out_NHD = ZeroGradient.apply(out_NHD, tensor)
@@ -101,6 +126,20 @@ def attend_branches(
         needs = tuple(name for name, needed in moved.items() if needed)
         out_NHD = AgreeInBackward.apply(out_NHD, plan.statement, needs, group, counter)
     return Attended(out_NHD, lse, selection.blocks)
+
+
+def _gates_of_branches(ops: Backend, branches: Sequence[str], gates_NHb: Tensor) -> ByName:
+    """The gate [N, H] of each branch whose function takes it; the others' stay with combine."""
+    taken = gated_branches(ops)
+    if not taken:
+        return {}
+    gates = zip(branches, gates_NHb.unbind(-1), strict=True)
+    return {branch: gate_NH for branch, gate_NH in gates if branch in taken}
+
+
+def _for_readers(x: Tensor, count: int, ops: Backend) -> tuple[Tensor, ...]:
+    """x once for each of its ``count`` readers, whose gradients are added in one pass."""
+    return (x,) * count if count < 2 else _ForReaders.apply(x, count, ops)
 
 
 def _rotate(call: Call, keys_NGD: ByName) -> ByName:
@@ -134,23 +173,40 @@ def _exchange_halos(call: Call, keys_NGD: ByName, values_NGD: ByName) -> Extende
 
 
 def _attend_selected(
-    call: Call, q_NHD: Tensor, k_EGD: Tensor, v_EGD: Tensor, blocks_NGn: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Fetch selected blocks and attend to them, one transfer of KV heads after another."""
+    call: Call,
+    q_NHD: Tensor,
+    k_EGD: Tensor,
+    v_EGD: Tensor,
+    blocks_NGn: Tensor,
+    gate_NH: Tensor | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Fetch selected blocks and attend to them, one transfer of KV heads after another.
+
+    Returns:
+        o [N, H, Dv], lse [N, H], and with a gate the summand of each transfer's heads.
+    """
     config, plan = call.config, call.plan
     fetch = begin_request(blocks_NGn, plan, call.channel).finish()
     width = fetch.heads_per_transfer
-    outputs, lses = [], []
-    for transfer, q_g, k_g, v_g, blocks_g, rows_g in zip(
+    query_width = width * config.heads_per_group
+
+    def heads(x: Tensor, of_transfer: int) -> tuple[Tensor, ...]:
+        # A split into one part would make its backward a copy.
+        return (x,) if len(fetch.transfers) == 1 else x.split(of_transfer, dim=1)
+
+    gates = [None] * len(fetch.transfers) if gate_NH is None else heads(gate_NH, query_width)
+    outputs, lses, summands = [], [], []
+    for transfer, q_g, k_g, v_g, gate_g, blocks_g, rows_g in zip(
         fetch.transfers,
-        q_NHD.split(width * config.heads_per_group, dim=1),
-        k_EGD.split(width, dim=1),
-        v_EGD.split(width, dim=1),
-        blocks_NGn.split(width, dim=1),
+        heads(q_NHD, query_width),
+        heads(k_EGD, width),
+        heads(v_EGD, width),
+        gates,
+        heads(blocks_NGn, width),
         fetch.block_rows.split(width),
         strict=True,
     ):
-        out_g, lse_g = call.backend.selected_attention(
+        out_g, lse_g, *summand_g = call.backend.selected_attention(
             q_g,
             *begin_fetch(k_g, v_g, transfer, call.channel).finish(),
             blocks_g,
@@ -159,10 +215,36 @@ def _attend_selected(
             plan.segments,
             select_block=config.select_block,
             scale=config.softmax_scale,
+            **as_gate(gate_g),
         )
         outputs.append(out_g)
         lses.append(lse_g)
-    return torch.cat(outputs, dim=1), torch.cat(lses, dim=1)
+        summands += summand_g
+    if len(outputs) == 1:
+        return outputs[0], lses[0], tuple(summands)
+    return torch.cat(outputs, dim=1), torch.cat(lses, dim=1), tuple(summands)
+
+
+class _ForReaders(torch.autograd.Function):
+    """Return x for each reader, and add their gradients in their order, rounded once.
+
+    autograd itself would add one after the other, with a pass over memory and a rounding each time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, ops: Backend) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.ops = ops
+        return tuple(x.view_as(x) for _ in range(count))
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        given = [grad for grad in grads if grad is not None]
+        if len(given) < 2:
+            return (given[0] if given else None), None, None
+        weights = given[0].new_ones(()).expand(*given[0].shape[:2], len(given))
+        return ctx.ops.combine(given, weights), None, None
 
 
 class ZeroGradient(torch.autograd.Function):

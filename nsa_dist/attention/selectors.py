@@ -28,6 +28,7 @@ from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
 from nsa_dist.plan import Grid
 from nsa_dist.plan.grid import compression_grid
 from nsa_kernels import Backend, QuerySegments
+from nsa_kernels.backend import as_gate
 
 # Errors of code that a user wrote. Not Exception: the one by which activation checkpointing ends a
 # recomputation early must pass.
@@ -57,6 +58,8 @@ class Selection:
             one of them, it must also be in ``unused``.
         unused: tensors that only select. They get a gradient of zeros, so that their parameters
             and collectives take part in every backward.
+        summand: what the backend returned beside ``output`` for the branch's gate. None if it was
+            not given the gate, and the gradient goes to ``output``.
     """
 
     blocks: Tensor | None
@@ -64,6 +67,7 @@ class Selection:
     lse: Tensor | None = None
     gathered: Mapping[str, Tensor] = field(default_factory=dict)
     unused: tuple[Tensor, ...] = ()
+    summand: Tensor | None = None
 
 
 class Selector(Protocol):
@@ -114,15 +118,27 @@ def selector_problem(selector: Selector, config: NSAConfig) -> str | None:
     )
 
 
-def run_selector(selector: Selector, call: Call, q_NHD: Tensor, gathered: Any) -> Selection:
+def run_selector(
+    selector: Selector, call: Call, q_NHD: Tensor, gathered: Any, gate_NH: Tensor | None = None
+) -> Selection:
     """The selection of ``selector``. A collective, except with NSA's own.
+
+    Args:
+        gate_NH: the gate of the selector's branch, for the ``select`` of NSA's own. Others know
+            none, and combine weighs their output.
 
     Raises:
         ValueError: on every rank, if the selection of one is not what the flow needs.
     """
 
+    # A subclass with a choice of its own knows no gate.
+    overridden = type(selector).select is not CompressedSelector.select
+
     def select() -> Selection:
-        selection = selector.select(call, q_NHD, gathered)
+        if isinstance(selector, CompressedSelector) and not overridden:
+            selection = selector.select(call, q_NHD, gathered, gate_NH)
+        else:
+            selection = selector.select(call, q_NHD, gathered)
         _check_selection(selection, selector, call.config, q_NHD)
         return selection
 
@@ -212,11 +228,21 @@ class CompressedSelector:
             k_own = apply_rotary(k_own, *cos_sin(call, middle))
         return begin_gather(k_own, v_own, blocks, call.channel)
 
-    def select(self, call: Call, q_NHD: Tensor, gathered: tuple[Tensor, Tensor]) -> Selection:
-        """The compressed branch, and the blocks with its highest probabilities."""
+    def select(
+        self,
+        call: Call,
+        q_NHD: Tensor,
+        gathered: tuple[Tensor, Tensor],
+        gate_NH: Tensor | None = None,
+    ) -> Selection:
+        """The compressed branch, and the blocks with its highest probabilities.
+
+        Args:
+            gate_NH: the branch's gate, if the backend takes it; the selection then has a summand.
+        """
         k_CGD, v_CGD = gathered
         return choose_by_compressed(
-            call.backend, call.config, call.plan.segments, q_NHD, k_CGD, v_CGD
+            call.backend, call.config, call.plan.segments, q_NHD, k_CGD, v_CGD, gate_NH
         )
 
 
@@ -227,6 +253,7 @@ def choose_by_compressed(
     q_NHD: Tensor,
     k_CGD: Tensor,
     v_CGD: Tensor,
+    gate_NH: Tensor | None = None,
 ) -> Selection:
     """Attend to compressed keys and select the blocks with the highest probabilities."""
     grid: dict[str, Any] = {
@@ -238,7 +265,7 @@ def choose_by_compressed(
     q, k, v = q_NHD, k_CGD, v_CGD
     if not in_use:  # Only the log-sum-exp is needed; pass keys as values.
         q, k, v = q.detach(), k.detach(), k.detach()
-    output, lse = ops.compressed_attention(q, k, v, segments, **grid)
+    output, lse, *summand = ops.compressed_attention(q, k, v, segments, **grid, **as_gate(gate_NH))
     blocks = None
     if "selected" in config.branches:
         with torch.no_grad():
@@ -259,6 +286,7 @@ def choose_by_compressed(
         lse if in_use else None,
         gathered={"compressed blocks": k_CGD},
         unused=() if in_use else (k_CGD,),
+        summand=summand[0] if summand else None,
     )
 
 

@@ -65,13 +65,12 @@ def begin_request(selected_NGn: Tensor, plan: Plan, channel: Channel) -> Work[Fe
     """
     group, blocks = channel.group, plan.grids["selected"]
     num_heads = selected_NGn.shape[1]
+    own_rows_GB = blocks.own_rows.expand(num_heads, -1)
+    if group.size == 1:  # All blocks are own, in the order of their ids.
+        transfer = Transfer(0, blocks.own_rows[:0], (0,), (0,))
+        return Work.done(FetchPlan((transfer,), num_heads, own_rows_GB))
     block_rows_GB = selected_NGn.new_full((num_heads, blocks.total), -1, dtype=torch.int64)
-    own_rows = blocks.own_rows.expand(num_heads, -1)
-    block_rows_GB = block_rows_GB.index_copy(1, blocks.own_ids, own_rows)
-    if group.size == 1:
-        nothing = blocks.own_rows.new_zeros(0)
-        transfer = Transfer(0, nothing, (0,), (0,))
-        return Work.done(FetchPlan((transfer,), num_heads, block_rows_GB))
+    block_rows_GB = block_rows_GB.index_copy(1, blocks.own_ids, own_rows_GB)
     wanted_GB = _wanted_blocks(selected_NGn, blocks, group.rank)
     halo_rows = plan.halos["selected"].num_rows
     return _begin_requests(wanted_GB, blocks, channel).then(

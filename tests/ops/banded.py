@@ -67,13 +67,19 @@ class Branch:
         return tuple(x.to(self.backend.device).requires_grad_() for x in local)  # type: ignore[return-value]
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: QuerySegments | None = None,
+        gate: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         segments, case, ops = segments or self.segments, self.case, self.backend.ops
+        options = {"scale": case.scale, "gate": gate}
         if self.name == "window":
-            return ops.window_attention(q, k, v, segments, window=case.window, scale=case.scale)
+            return ops.window_attention(q, k, v, segments, window=case.window, **options)
         return ops.compressed_attention(
-            q, k, v, segments, block=case.block, stride=case.stride, scale=case.scale
+            q, k, v, segments, block=case.block, stride=case.stride, **options
         )
 
     def results(self, buffers: Inputs, grad_o: Tensor) -> list[Tensor]:

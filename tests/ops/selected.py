@@ -62,14 +62,20 @@ def plain_table(length: int, case: Case) -> tuple[Tensor, Tensor]:
 
 
 def attend_plain(
-    backend: BackendOnDevice, case: Case, q: Tensor, k: Tensor, v: Tensor, selected: Tensor
-) -> tuple[Tensor, Tensor]:
+    backend: BackendOnDevice,
+    case: Case,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    **options: Tensor,
+) -> tuple[Tensor, ...]:
     """One document, all own, on the backend's device; its first tokens are the queries."""
     rows, lengths = (x.to(backend.device) for x in plain_table(k.shape[0], case))
     return backend.ops.selected_attention(
         q, k, v, k[:0], v[:0], selected.to(backend.device), rows, lengths,
         QuerySegments.from_rows([(0, q.shape[0], 0, 0, 0, 0)], backend.device),
-        select_block=case.select_block, scale=case.scale,
+        select_block=case.select_block, scale=case.scale, **options,
     )  # fmt: skip
 
 

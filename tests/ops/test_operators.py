@@ -62,19 +62,27 @@ def operators(backend: BackendOnDevice) -> dict[str, Operator]:
     def compressed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return ops.compressed_attention(q, k, v, at["segments"], **tail)
 
-    def selected(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def selected(q: Tensor, k: Tensor, v: Tensor, **gate: Tensor) -> tuple[Tensor, ...]:
         return ops.selected_attention(
             q, k, v, k[:0], v[:0], at["choice"], *at["table"], at["segments"],
-            select_block=SELECT, scale=0.3,
+            select_block=SELECT, scale=0.3, **gate,
         )  # fmt: skip
 
-    def window(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return ops.window_attention(q, k, v, at["segments"], window=30, scale=0.3)
+    def window(q: Tensor, k: Tensor, v: Tensor, **gate: Tensor) -> tuple[Tensor, ...]:
+        return ops.window_attention(q, k, v, at["segments"], window=30, scale=0.3, **gate)
 
     def combine(a: Tensor, b: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
         return (ops.combine([a, b], gates),)
 
+    def gated(attend: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+        def run(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
+            o, lse, summand = attend(q, k, v, gate=gates[..., 0])
+            return summand, o, lse
+
+        return run
+
     attention = ((T, H, D), (T, G, D), (T, G, D))
+    gates = (T, H, 1)
     return {
         "compress": Operator(compress, ((T, G, D), (BLOCK, D), (2 * D, BLOCK * D), (D, 2 * D))),
         "gather_blocks": Operator(gather, ((T, G, D),)),
@@ -82,6 +90,8 @@ def operators(backend: BackendOnDevice) -> dict[str, Operator]:
         "selected_attention": Operator(selected, attention),
         "window_attention": Operator(window, attention),
         "combine": Operator(combine, ((T, H, D), (T, H, D), (T, H, 2))),
+        "gated_selected": Operator(gated(selected), (*attention, gates)),
+        "gated_window": Operator(gated(window), (*attention, gates)),
     }
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "combine",
     "compress",
     "compressed_attention",
+    "gated_branches",
     "gather_blocks",
     "name",
     "refuses",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 name = "pytorch"
+gated_branches = ("compressed", "selected", "window")
 
 
 def refuses(dtype: torch.dtype | None, options: dict[str, int]) -> str | None:

@@ -139,11 +139,14 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
 
 
-def softmax_backward_(grad_probs: Tensor, probs: Tensor) -> Tensor:
-    """Gradient of the logits of a softmax over the last dimension, in the place of grad_probs."""
+def softmax_backward_(grad_probs: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the logits of a softmax over the last dimension, in the place of grad_probs.
+
+    With delta [.., 1], the sum of grad_probs under probs.
+    """
     delta = (grad_probs * probs).sum(dim=-1, keepdim=True)
     # The difference first: where one key has all the weight it is 0, and so is the gradient.
-    return grad_probs.sub_(delta).mul_(probs)
+    return grad_probs.sub_(delta).mul_(probs), delta
 
 
 def add_rows_(target: Tensor, index: Tensor, source: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_kernels.autograd import first_order
+from nsa_kernels.autograd import first_order, with_summand
 from nsa_kernels.pytorch._common import (
     SUMMANDS_IN_A_ROW,
     FiniteRows,
@@ -75,9 +75,11 @@ class Tile(NamedTuple):
 class TiledAttention(torch.autograd.Function):
     """o = softmax(scale q k^T) v over what the tiles show, with its log-sum-exp.
 
-    Backward computes the probabilities P of a tile again: dP = do v^T, dS = P (dP - sum_k P dP),
-    dq = scale dS k, dk = scale dS^T q, dv = P^T do. `tiles` makes the tiles anew at each call;
-    `in_a_row` bounds how many of them are added to the same key before pairs of sums are.
+    Backward computes the probabilities P of a tile again: dP = do v^T, dS = P (dP - delta) with
+    delta = sum_k P dP, dq = scale dS k, dk = scale dS^T q, dv = P^T do. With a gate g, do is the
+    gradient of the gated sum, P and dS are multiplied by g, and delta is the gradient of g. `tiles`
+    makes the tiles anew at each call; `in_a_row` bounds how many of them are added to the same key
+    before pairs of sums are.
     """
 
     @staticmethod
@@ -89,8 +91,9 @@ class TiledAttention(torch.autograd.Function):
         v_EGD: Tensor,
         tiles: Callable[[], Iterator[Tile]],
         scale: float,
+        gate_NH: Tensor | None,
         in_a_row: float = SUMMANDS_IN_A_ROW,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(q_NHD)
         context = FiniteRows.of(heads_first(k_EGD, dtype), heads_first(v_EGD, dtype))
         num_groups = k_EGD.shape[1]
@@ -107,21 +110,21 @@ class TiledAttention(torch.autograd.Function):
             out_GQD = torch.bmm(probs_GQK, context.values[:, columns])
             o.add(tile.start, ungroup_queries(out_GQD, m).flatten(1, 2))
             lse.add(tile.start, ungroup_queries(lse_GQ, m).flatten(1, 2))
-        ctx.save_for_backward(q_NHD, k_EGD, v_EGD)
+        ctx.save_for_backward(q_NHD, k_EGD, v_EGD, gate_NH)
         ctx.tiles, ctx.scale, ctx.in_a_row = tiles, scale, in_a_row
-        outputs = o.joined(q_NHD.shape[0]), lse.joined(q_NHD.shape[0])
-        ctx.mark_non_differentiable(outputs[1])
-        return outputs
+        return with_summand(ctx, o.joined(q_NHD.shape[0]), lse.joined(q_NHD.shape[0]), gate_NH)
 
     @staticmethod
     @first_order
     @exact
-    def backward(ctx: Any, grad_o_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q_NHD, k_EGD, v_EGD = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_NHD, k_EGD, v_EGD, gate_NH = ctx.saved_tensors
+        grad_o_NHD = grads[0 if gate_NH is None else -1]
         dtype, scale = accumulation_dtype(q_NHD), ctx.scale
         context = FiniteRows.of(heads_first(k_EGD, dtype), heads_first(v_EGD, dtype))
         num_groups = k_EGD.shape[1]
         grad_q_NHD = torch.zeros_like(q_NHD, memory_format=torch.contiguous_format)
+        grad_gate_NH = None if gate_NH is None else torch.zeros_like(gate_NH)
         grad_k = TreeSum(context.keys, ctx.in_a_row)
         grad_v = TreeSum(context.values, ctx.in_a_row)
         for tile in ctx.tiles():
@@ -129,15 +132,21 @@ class TiledAttention(torch.autograd.Function):
             query_GQD = group_queries(q_NHD[rows], num_groups, dtype)
             grad_out_GQD = group_queries(grad_o_NHD[rows], num_groups, dtype)
             probs_GQK = tile.mask_(tile.logits(query_GQD, context, scale).softmax(dim=-1), 0.0)
-            grad_v.next()[:, columns].add_(product_over_rows(probs_GQK, grad_out_GQD))
             grad_probs_GQK = tile.mask_(torch.bmm(grad_out_GQD, context.values[:, columns].mT), 0.0)
-            grad_logits_GQK = tile.mask_(softmax_backward_(grad_probs_GQK, probs_GQK), 0.0)
+            grad_logits_GQK, delta_GQ1 = softmax_backward_(grad_probs_GQK, probs_GQK)
+            grad_logits_GQK = tile.mask_(grad_logits_GQK, 0.0)
+            m = tile.stop - tile.start
+            if gate_NH is not None and grad_gate_NH is not None:
+                gate_GQ1 = group_queries(gate_NH[rows].unsqueeze(-1), num_groups, dtype)
+                probs_GQK.mul_(gate_GQ1)
+                grad_logits_GQK.mul_(gate_GQ1)
+                grad_gate_NH[rows] = ungroup_queries(delta_GQ1, m).flatten(1)
+            grad_v.next()[:, columns].add_(product_over_rows(probs_GQK, grad_out_GQD))
             grad_k.next()[:, columns].add_(product_over_rows(grad_logits_GQK, query_GQD))
             grad_query_GQD = scaled_product(grad_logits_GQK, context.keys[:, columns], scale)
-            m = tile.stop - tile.start
             grad_q_NHD[rows].unflatten(1, (num_groups, -1)).copy_(
                 ungroup_queries(grad_query_GQD, m)
             )
         grad_k_EGD = grad_k.result().mul_(scale).transpose(0, 1).to(k_EGD.dtype)
         grad_v_EGD = grad_v.result().transpose(0, 1).to(v_EGD.dtype)
-        return grad_q_NHD, grad_k_EGD, grad_v_EGD, None, None, None
+        return grad_q_NHD, grad_k_EGD, grad_v_EGD, None, None, grad_gate_NH, None

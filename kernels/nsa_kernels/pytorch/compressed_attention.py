@@ -37,7 +37,8 @@ def compressed_attention(
     block: int,
     stride: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    gate: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """See `Backend.compressed_attention`."""
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
     num_heads = q.shape[1]
@@ -60,4 +61,4 @@ def compressed_attention(
                 stop = part.start + part.length
                 yield Tile(part.start, stop, base, base + last, ((first, hidden_mC),))
 
-    return TiledAttention.apply(q, k, v, tiles, scale)
+    return TiledAttention.apply(q, k, v, tiles, scale, gate)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_kernels.autograd import first_order
+from nsa_kernels.autograd import first_order, with_summand
 from nsa_kernels.pytorch._common import (
     FiniteRows,
     Rows,
@@ -118,7 +118,10 @@ class _Pool:
 
 
 class _SelectedAttention(torch.autograd.Function):
-    """o = softmax(scale q k^T) v over the tokens <= t of the chosen blocks, and its log-sum-exp."""
+    """o = softmax(scale q k^T) v over the tokens <= t of the chosen blocks, and its log-sum-exp.
+
+    With a gate g the gradient that comes in is that of the gated sum, see `_backward_of_head`.
+    """
 
     @staticmethod
     @exact
@@ -135,7 +138,8 @@ class _SelectedAttention(torch.autograd.Function):
         segments: QuerySegments,
         select_block: int,
         scale: float,
-    ) -> tuple[Tensor, Tensor]:
+        gate_NH: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(q_NHD)
         tensors = (
             q_NHD,
@@ -146,7 +150,7 @@ class _SelectedAttention(torch.autograd.Function):
             selected_NGn,
             block_rows_GB,
         )
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, gate_NH)
         ctx.pool_arguments = (block_lengths_B, segments, select_block, dtype)
         ctx.scale = scale
         group = q_NHD.shape[1] // k_own_EGD.shape[1]
@@ -164,15 +168,16 @@ class _SelectedAttention(torch.autograd.Function):
                     o.add(part.start, out_mRD)
                     lse.add(part.start, lse_mR)
             of_heads.append((o.joined(q_NHD.shape[0]), lse.joined(q_NHD.shape[0])))
-        outputs = [torch.cat(parts, dim=1) for parts in zip(*of_heads, strict=True)]
-        ctx.mark_non_differentiable(outputs[1])
-        return outputs[0], outputs[1]
+        o_NHD, lse_NH = (torch.cat(parts, dim=1) for parts in zip(*of_heads, strict=True))
+        return with_summand(ctx, o_NHD, lse_NH, gate_NH)
 
     @staticmethod
     @first_order
     @exact
-    def backward(ctx: Any, grad_o_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # Once: recomputation refuses a second read.
+    def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, gate_NH = ctx.saved_tensors  # Once: recomputation refuses a second read.
+        grad_o_NHD = grads_out[0 if gate_NH is None else -1]
+        grad_gate_NH = None if gate_NH is None else torch.zeros_like(gate_NH)
         q_NHD, *sources = saved[:5]
         dtype = accumulation_dtype(q_NHD)
         num_own, num_groups, _ = sources[0].shape
@@ -182,20 +187,24 @@ class _SelectedAttention(torch.autograd.Function):
         )
         for g in range(num_groups):
             heads = slice(g * group, (g + 1) * group)
-            pool = _pool_of_head(ctx, saved, g)
-            grad_q_NRD, *pool_grads = _backward_of_head(
+            pool = _pool_of_head(ctx, tuple(saved), g)
+            gate_NR = None if gate_NH is None else gate_NH[:, heads].to(dtype)
+            grad_q_NRD, delta_NR, *pool_grads = _backward_of_head(
                 q_NHD[:, heads].to(dtype),
                 grad_o_NHD[:, heads].to(dtype),
+                gate_NR,
                 pool,
                 ctx.pool_arguments[1],
                 ctx.scale,
             )
             grad_q_NHD[:, heads] = grad_q_NRD.to(q_NHD.dtype)
+            if grad_gate_NH is not None:
+                grad_gate_NH[:, heads] = delta_NR.to(grad_gate_NH.dtype)
             for x, pool_grad in enumerate(pool_grads):
                 rows = pool.scatter(pool_grad)
                 grads[x][:, g] = rows[:num_own].to(grads[x].dtype)
                 grads[x + 2][:, g] = rows[num_own:].to(grads[x + 2].dtype)
-        return grad_q_NHD, *grads, None, None, None, None, None, None
+        return grad_q_NHD, *grads, *[None] * 6, grad_gate_NH
 
 
 def _pool_of_head(ctx: Any, tensors: tuple[Tensor, ...], g: int) -> _Pool:
@@ -255,17 +264,23 @@ class _Pairs:
 
 
 def _backward_of_head(
-    q_NRD: Tensor, grad_out_NRD: Tensor, pool: _Pool, segments: QuerySegments, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [N, R, Dk] and of the pool's keys and values [A - 1, s, D].
+    q_NRD: Tensor,
+    grad_out_NRD: Tensor,
+    gate_NR: Tensor | None,
+    pool: _Pool,
+    segments: QuerySegments,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q [N, R, Dk], delta [N, R], gradients of the pool's keys, values [A - 1, s, D].
 
-    For a run of queries P is computed again, dP = do v^T, dS = P (dP - sum_k P dP), dq = scale
-    dS k, dk = scale dS^T q, dv = P^T do: products over the pairs of one block, sums over the pairs
-    of one query.
+    For a run of queries P is computed again, dP = do v^T, delta = sum_k P dP, dS = P (dP - delta),
+    dq = scale dS k, dk = scale dS^T q, dv = P^T do: products over the pairs of one block, sums over
+    the pairs of one query. A gate multiplies P and dS, and delta is its gradient.
     """
     group, block = q_NRD.shape[1], pool.select_block
     keys_AsD, values_AsD, bad_As = pool.context
     grad_q_NRD = torch.zeros_like(q_NRD, memory_format=torch.contiguous_format)
+    delta_NR = q_NRD.new_zeros(q_NRD.shape[:2])
     key_sum, value_sum = TreeSum(keys_AsD), TreeSum(values_AsD)
     size = tile_rows(pool.slots_Nn.shape[1] * block * group, 2)
     for run in (part for segment in segments.rows for part in segment.split(size)):
@@ -296,6 +311,11 @@ def _backward_of_head(
         delta_mR = pairs.by_query((probs_pRs * grad_logits_pRs).sum(dim=-1)).sum(dim=1)
         grad_logits_pRs.sub_(pairs.of_query(delta_mR).unsqueeze(-1)).mul_(probs_pRs)
         pairs.mask_(grad_logits_pRs, 0.0)
+        delta_NR[rows] = delta_mR
+        if gate_NR is not None:
+            gate_pR1 = pairs.of_query(gate_NR[rows]).unsqueeze(-1)
+            probs_pRs.mul_(gate_pR1)
+            grad_logits_pRs.mul_(gate_pR1)
         grad_query_pRD = torch.empty_like(query_pRD)
         grad_keys_AsD, grad_values_AsD = key_sum.next(), value_sum.next()
         for slot, of in pairs.blocks:
@@ -307,7 +327,7 @@ def _backward_of_head(
             grad_keys_AsD[slot].add_(product_over_rows(block_grad[None], block_query[None])[0])
             grad_values_AsD[slot].add_(product_over_rows(block_probs[None], block_out[None])[0])
         grad_q_NRD[rows] = pairs.by_query(grad_query_pRD).sum(dim=1).mul_(scale)
-    return grad_q_NRD, key_sum.result()[:-1].mul_(scale), value_sum.result()[:-1]
+    return grad_q_NRD, delta_NR, key_sum.result()[:-1].mul_(scale), value_sum.result()[:-1]
 
 
 def selected_attention(
@@ -323,7 +343,8 @@ def selected_attention(
     *,
     select_block: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    gate: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """See `Backend.selected_attention`."""
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
     return _SelectedAttention.apply(
@@ -338,4 +359,5 @@ def selected_attention(
         segments,
         select_block,
         scale,
+        gate,
     )

@@ -17,8 +17,15 @@ MIN_QUERIES = 64
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, *, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: QuerySegments,
+    *,
+    window: int,
+    scale: float,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """See `Backend.window_attention`."""
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
     size = max(window, MIN_QUERIES)
@@ -42,4 +49,4 @@ def window_attention(
                 yield Tile(part.start, stop, base + oldest, base + end, hidden)
 
     # A key is in few tiles: no tree of sums.
-    return TiledAttention.apply(q, k, v, tiles, scale, math.inf)
+    return TiledAttention.apply(q, k, v, tiles, scale, gate, math.inf)

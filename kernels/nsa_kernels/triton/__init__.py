@@ -19,6 +19,7 @@ __all__ = [
     "combine",
     "compress",
     "compressed_attention",
+    "gated_branches",
     "gather_blocks",
     "name",
     "refuses",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 name = "triton"
+gated_branches = ("compressed", "selected", "window")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_WIDTH = 256

@@ -1,7 +1,8 @@
 """The gated sum of the branches (Eq. 5, arXiv 2502.11089), in one pass over memory each way.
 
 A program takes BM of the N*H rows of width D, with their gates. The products are added by fused
-multiply-adds in the order of the branches, so that a row's bits depend on that row alone.
+multiply-adds in the order of the branches, so that a row's bits depend on that row alone. Branches
+that took their gate themselves need no backward here: see shared/gates.py.
 
 Letters: N local rows, H query heads, D width, b branches (NB of them, 1 to 3).
 """
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.autograd import grads_of_summands, heads_of_summands
 from nsa_kernels.triton.shared.arguments import (
     HeadRows,
     head_rows,
@@ -102,8 +104,11 @@ def _branches(outputs: Sequence[Tensor]) -> tuple[HeadRows, ...]:
     return tuple(head_rows(last_dim_contiguous(x)) for x in outputs)
 
 
-@register("combine(Tensor[] outputs, Tensor gates) -> Tensor")
-def _combine(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
+@register("combine(Tensor[] outputs, Tensor gates, Tensor[] summands, int[] counts) -> Tensor")
+def _combine(
+    outputs: Sequence[Tensor], gates: Tensor, summands: Sequence[Tensor], counts: Sequence[int]
+) -> Tensor:
+    """counts: how many of the summands each branch has."""
     out_NHD = empty_as(outputs[0])
     if out_NHD.numel():
         C, num_rows = _constants(out_NHD, len(outputs)), out_NHD.shape[0] * out_NHD.shape[1]
@@ -114,7 +119,7 @@ def _combine(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
 
 
 @_combine.register_fake
-def _(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
+def _(outputs: Sequence[Tensor], *_: Any) -> Tensor:
     return empty_as(outputs[0])
 
 
@@ -137,21 +142,39 @@ def _(do: Tensor, outputs: Sequence[Tensor], gates: Tensor) -> list[Tensor]:
     return [empty_as(x) for x in (*outputs, gates)]
 
 
-def _save(ctx: Any, inputs: tuple[list[Tensor], Tensor], output: Tensor) -> None:
-    outputs, gates = inputs
-    ctx.save_for_backward(*outputs, gates)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    outputs, gates, summands, counts = inputs
+    of = iter(summands)
+    ctx.heads = [[next(of).shape[1] for _ in range(count)] for count in counts]
+    plain = [x for x, count in zip(outputs, counts, strict=True) if not count]
+    ctx.save_for_backward(*([*plain, gates] if plain else []))
 
 
-def _backward(ctx: Any, do_NHD: Tensor) -> tuple[list[Tensor], Tensor]:
-    *outputs, gates_NHb = ctx.saved_tensors
-    *grads, dgates_NHb = _combine_backward(do_NHD, outputs, gates_NHb)
-    return grads, dgates_NHb
+def _backward(ctx: Any, do_NHD: Tensor) -> tuple[Any, ...]:
+    grads: list[Tensor | None] = [None] * len(ctx.heads)
+    dgates_NHb = None
+    if ctx.saved_tensors:
+        *outputs, gates_NHb = ctx.saved_tensors
+        plain = [b for b, of in enumerate(ctx.heads) if not of]
+        if len(plain) == len(grads):
+            *grads, dgates_NHb = _combine_backward(do_NHD, outputs, gates_NHb)
+        else:
+            some = torch.stack([gates_NHb[..., b] for b in plain], dim=-1)
+            *of_plain, of_some = _combine_backward(do_NHD, outputs, some)
+            of_gates = [torch.zeros_like(some[..., 0])] * len(grads)
+            for b, grad, of_gate in zip(plain, of_plain, of_some.unbind(-1), strict=True):
+                grads[b], of_gates[b] = grad, of_gate
+            dgates_NHb = torch.stack(of_gates, dim=-1)
+    return grads, dgates_NHb, grads_of_summands(do_NHD, ctx.heads), None
 
 
 _combine.register_autograd(_backward, setup_context=_save)
 
 
-def combine(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
+def combine(
+    outputs: Sequence[Tensor], gates: Tensor, summands: Sequence[Sequence[Tensor]] = ()
+) -> Tensor:
     """See `Backend.combine`."""
     assert gates.shape == (*outputs[0].shape[:2], len(outputs)), (gates.shape, len(outputs))
-    return _combine(list(outputs), gates)
+    counts = [len(heads) for heads in heads_of_summands(outputs, summands)]
+    return _combine(list(outputs), gates, [x for of in summands for x in of], counts)

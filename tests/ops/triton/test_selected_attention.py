@@ -10,8 +10,19 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from nsa_kernels.triton.selected import backward
+from tests.ops.accuracy import assert_2x, plain_dtype
 from tests.ops.backends import DEVICE, DTYPES, INTERPRETED, TRITON, natively_all
-from tests.ops.op_cases import Case, Layout, case_id, random, random_choice, same_bits
+from tests.ops.op_cases import (
+    Case,
+    Layout,
+    assert_attention,
+    case_id,
+    dense_attention,
+    masks,
+    random,
+    random_choice,
+    same_bits,
+)
 from tests.ops.selected import attend, attend_plain, check_against_the_oracle, make_inputs, pool
 from tests.traps.mutation import Rewritten, catches
 
@@ -273,6 +284,34 @@ def test_offsets_past_two_to_the_31st(far: str) -> None:
     far_grads = torch.autograd.grad(far_o, views, far_apart(grad_o, *strides[0]))
     for x, y in zip(grads, far_grads, strict=True):
         assert same_bits(x, y)
+
+
+@pytest.mark.parametrize("dtype", natively_all(torch.float32), ids=case_id)
+def test_gate(dtype: torch.dtype) -> None:
+    """Gradients of g o and of g, for gates of both signs and 0, and unscaled ones without it."""
+    case = Case("one", (37,), value_width=16)
+    inputs, grad_o = make_inputs(case, dtype)
+    gates = random(37, case.heads, 3, dtype=torch.float32)
+    gates[5, 1] = 0
+    gate, selected = gates[..., 1], random_choice(case)
+    leaves = [x.to(DEVICE).requires_grad_() for x in (*inputs, gate)]
+    o, lse, summand = attend_plain(TRITON, case, *leaves[:3], selected, gate=leaves[3])
+    assert not o.requires_grad
+    assert summand.shape == o.shape
+    assert same_bits(o, attend_plain(TRITON, case, *leaves[:3], selected)[0])
+    dq, dk, dv, dgate = torch.autograd.grad(summand, leaves, grad_o.to(DEVICE))
+
+    found = dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, dq, dk, dv), strict=True))
+    found = {name: x.detach().cpu() for name, x in found.items()}
+    own_masks = masks(case, "selected", selected)
+    gated = gate[..., None].double() * grad_o.double()
+    assert_attention(case, found, own_masks, case.bounds, inputs, gated)
+    exact, plain = (
+        dense_attention(case, own_masks, case.bounds, inputs, gated, x)["o"] * grad_o.to(x)
+        for x in (torch.float64, plain_dtype(dtype))
+    )
+    sums = plain.sum(-1), exact.sum(-1)
+    assert_2x(dgate.cpu(), *sums, dtype, "gate", cu_seqlens=case.bounds, heads=True)
 
 
 def test_recomputed_and_without_gradients() -> None:

@@ -109,6 +109,8 @@ def test_key_tiles(band: Band, most: int, monkeypatch: pytest.MonkeyPatch) -> No
         programs, parts = plain_key_tiles(queries, band, 16, most)
         assert found.table.tolist() == [list(row) for row in programs]
         assert found.parts.tolist() == parts
+        keys = {(base, j) for base, first, end, *_ in programs for j in range(first, end)}
+        assert found.num_keys == len(keys)
 
 
 def _descends(queries: Rows) -> bool:

@@ -4,6 +4,8 @@ dq has a program for each query tile, dk and dv one for each key tile and run of
 see it. Both compute the probabilities P again from the log-sum-exp: dP = do v^T,
 dS = P (dP - delta) with delta = sum of o do, dq = scale dS k, dk = scale dS^T q, dv = P^T do. Each
 sum has one owner; long lists of query tiles are shared out and their sums added in order.
+
+A gate g makes g P of P, see shared/gates.py. Where queries are rows, it multiplies what is summed.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from nsa_kernels.triton.shared.arithmetic import (
     power,
     zeros,
 )
+from nsa_kernels.triton.shared.custom_ops import empty_as
+from nsa_kernels.triton.shared.gates import gate_rows, load_gate
 from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, banded_tiles, padded
 from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
@@ -132,6 +136,7 @@ def _dq_kernel(
     lse,
     delta,
     dq,
+    gate,
     tiles,
     num_tiles,
     scale,
@@ -193,7 +198,10 @@ def _dq_kernel(
         b_dq += b_dq_piece
         b_rest += b_rest_piece
     tl.store(delta + row_head, b_delta + b_rest, mask=m_m)
-    b_dq = tl.where(sees_several(b_t, C)[:, None], b_dq * scale, 0.0)
+    b_dq *= scale
+    if gate is not None:
+        b_dq *= load_gate(gate, row, head, m_m)[:, None]
+    b_dq = tl.where(sees_several(b_t, C)[:, None], b_dq, 0.0)
     o_dk = tl.arange(0, C.PDK)
     p_dq = dq + row_head[:, None] * C.DK + o_dk[None, :]
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_m[:, None] & (o_dk < C.DK)[None, :])
@@ -209,6 +217,7 @@ def _dkv_kernel(
     delta,
     dk,
     dv,
+    gate,
     tiles,
     programs,
     first_program,
@@ -266,6 +275,8 @@ def _dkv_kernel(
         if C.PRECISION == "ieee":
             b_p = tl.where(several, b_p, 1.0)
         b_p = tl.where(seen, b_p, 0.0)
+        if gate is not None:
+            b_p *= load_gate(gate, row, head, m_m)[None, :]
         b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, C)  # [BN, PDV]
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=C.PRECISION)  # [BN, BM]
         b_ds = tl.where(seen & several, b_p * (b_dp - b_delta[None, :]), 0.0)
@@ -330,33 +341,42 @@ def banded_backward(
     segments: QuerySegments,
     band: Band,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [N, H, Dk], k [E, G, Dk] and v [E, G, Dv] in their dtypes.
+    gate_NH: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q [N, H, Dk], k [E, G, Dk] and v [E, G, Dv] in their dtypes, and delta.
 
-    o and do [N, H, Dv], lse [N, H]; the last dimension of each contiguous.
+    o and do [N, H, Dv], lse [N, H]; the last dimension of each contiguous. With a gate [N, H], of
+    any floating dtype and strides, do is the gradient of the gated sum, and the gradients are those
+    of g o: see shared/gates.py. delta, the gate's gradient, is float32 [N, H].
     """
-    dq_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype, device=q_NHD.device)
-    dk_EGD = torch.zeros(k_EGD.shape, dtype=k_EGD.dtype, device=k_EGD.device)
-    dv_EGD = torch.zeros(v_EGD.shape, dtype=v_EGD.dtype, device=v_EGD.device)
+    dq_NHD = empty_as(q_NHD)
+    dk_EGD, dv_EGD = empty_as(k_EGD), empty_as(v_EGD)
+    delta_NH = empty_as(lse_NH)
     if not q_NHD.shape[0]:
-        return dq_NHD, dk_EGD, dv_EGD
-    delta_NH = torch.empty_like(lse_NH)
+        return dq_NHD, dk_EGD.zero_(), dv_EGD.zero_(), delta_NH
+    key_tile = banded_tiles(q_NHD, v_EGD).dkv
+    C = constants(q_NHD, v_EGD, band, key_tile)
+    programs = key_tiles(segments, band, C.BT, C.BN)
+    if programs.num_keys < k_EGD.shape[0]:  # Rows that no query sees.
+        dk_EGD.zero_()
+        dv_EGD.zero_()
     q, k, v, do = (head_rows(x) for x in (q_NHD, k_EGD, v_EGD, do_NHD))
+    gate = gate_rows(gate_NH)
     in_logits = logit_scale(q_NHD, scale)
-    _, tile, key_tile = banded_tiles(q_NHD, v_EGD)
+    tile = banded_tiles(q_NHD, v_EGD).dq
     C = constants(q_NHD, v_EGD, band, tile)
     tiles = query_tiles(segments, C.BT, band.column)
     _dq_kernel[(len(tiles.host), C.G)](
-        q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, tiles.table, len(tiles.host), scale,
-        in_logits, FEW_KEYS=few_keys(q_NHD), C=C, num_warps=tile.warps, num_stages=tile.stages,
+        q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, gate, tiles.table, len(tiles.host),
+        scale, in_logits, FEW_KEYS=few_keys(q_NHD), C=C, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
 
     C = constants(q_NHD, v_EGD, band, key_tile)
     tiles = query_tiles(segments, C.BT, band.column)
-    programs = key_tiles(segments, band, C.BT, C.BN)
     count = len(programs.table)
     if not count:
-        return dq_NHD, dk_EGD, dv_EGD
+        return dq_NHD, dk_EGD, dv_EGD, delta_NH
     widths = (C.DK, C.DV)
 
     def empty(tiles: int) -> list[Tensor]:
@@ -367,8 +387,8 @@ def banded_backward(
     for first in range(0, count, launch):
         end = min(first + launch, count)
         _dkv_kernel[(end - first, C.G)](
-            q, k, v, do, lse_NH, delta_NH, *workspace, tiles.table, programs.table, first, scale,
-            in_logits, C=C, num_warps=key_tile.warps, num_stages=key_tile.stages,
+            q, k, v, do, lse_NH, delta_NH, *workspace, gate, tiles.table, programs.table, first,
+            scale, in_logits, C=C, num_warps=key_tile.warps, num_stages=key_tile.stages,
             maxnreg=key_tile.registers,
         )  # fmt: skip
         for i, out in enumerate((dk_EGD, dv_EGD)):
@@ -379,4 +399,4 @@ def banded_backward(
                 maxnreg=MOST_REGISTERS,
             )  # fmt: skip
         carried, carry = carry, carried
-    return dq_NHD, dk_EGD, dv_EGD
+    return dq_NHD, dk_EGD, dv_EGD, delta_NH

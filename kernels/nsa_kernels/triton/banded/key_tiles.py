@@ -20,10 +20,12 @@ class KeyTiles(NamedTuple):
     table: int64 [programs, 6] on the device: row of key 0, first key, end of the keys, first query
     tile, end of the query tiles, and the key tile that the program belongs to.
     parts: int32 [key tiles + 1], where each key tile's programs start.
+    num_keys: how many rows of keys the tiles have, each in one tile.
     """
 
     table: Tensor
     parts: Tensor
+    num_keys: int
 
 
 def key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> KeyTiles:
@@ -62,6 +64,7 @@ def _key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> 
     until = torch.searchsorted(begin + group * apart, stop + key_group * apart)
     seen = first < until
     key, stop, key_group, first, until = (x[seen] for x in (key, stop, key_group, first, until))
+    key_begin = torch.maximum(key, low[key_group])
     first_tile, end_tile = seeing[first], seeing[until - 1] + 1
 
     count = end_tile - first_tile
@@ -71,7 +74,7 @@ def _key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> 
     table = torch.stack(
         (
             base[first_of_group[key_group]][key_tile],
-            torch.maximum(key, low[key_group])[key_tile],
+            key_begin[key_tile],
             stop[key_tile],
             first_tile + count * number // shares,
             first_tile + count * (number + 1) // shares,
@@ -82,4 +85,5 @@ def _key_tiles(segments: QuerySegments, band: Band, queries: int, keys: int) -> 
     parts = torch.zeros(len(programs) + 1, dtype=torch.int32, device="cpu")
     parts[1:] = programs.cumsum(0)
     device = segments.table.device
-    return KeyTiles(to_device(table, device), to_device(parts, device))
+    num_keys = int((stop - key_begin).sum())
+    return KeyTiles(to_device(table, device), to_device(parts, device), num_keys)

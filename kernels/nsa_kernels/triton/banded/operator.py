@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nsa_kernels.autograd import summand_of
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.banded.backward import banded_backward
 from nsa_kernels.triton.banded.band import Band
@@ -18,22 +19,30 @@ from nsa_kernels.triton.shared.shapes import runs_hopper_backward
 _BAND = "Tensor segments, int offset, int stride, int window, str column, float scale"
 
 
-@register(f"banded_attention(Tensor q, Tensor k, Tensor v, {_BAND}) -> (Tensor, Tensor)")
+@register(
+    f"banded_attention(Tensor q, Tensor k, Tensor v, Tensor? gate, {_BAND})"
+    " -> (Tensor, Tensor, Tensor)"
+)
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, segments: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, lse and the summand g o; without a gate that one is empty."""
     *band, scale = arguments
-    return banded_forward(q, k, v, segments_of(segments, q.device), Band(*band), scale)
+    o, lse = banded_forward(q, k, v, segments_of(segments, q.device), Band(*band), scale)
+    return o, lse, summand_of(o, gate)
 
 
 @_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_outputs(q, v)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    o, lse = empty_outputs(q, v)
+    return o, lse, summand_of(o, gate)
 
 
 @register(
-    "banded_attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor grad_o, "
-    f"{_BAND}) -> (Tensor, Tensor, Tensor)"
+    "banded_attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? gate, "
+    f"Tensor do, {_BAND}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _attend_backward(
     q: Tensor,
@@ -41,52 +50,68 @@ def _attend_backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    grad_o: Tensor,
+    gate: Tensor | None,
+    do: Tensor,
     segments: Tensor,
     *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and delta, the gate's gradient; do: of o, or of the gated sum with a gate."""
     *band, scale = arguments
-    q, k, v, grad_o = (last_dim_contiguous(x) for x in (q, k, v, grad_o))
+    q, k, v, do = (last_dim_contiguous(x) for x in (q, k, v, do))
     at = segments_of(segments, q.device)
     if runs_hopper_backward(q, v):
         # Imported where it runs: Gluon is not in every version of Triton.
         from nsa_kernels.triton.banded.hopper_backward import hopper_backward
 
-        return hopper_backward(q, k, v, o, lse, grad_o, at, Band(*band), scale)[:3]
-    return banded_backward(q, k, v, o, lse, grad_o, at, Band(*band), scale)
+        return hopper_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate)
+    return banded_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate)
 
 
 @_attend_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_as(q), empty_as(k), empty_as(v)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, _: Tensor, lse: Tensor, *__: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_as(q), empty_as(k), empty_as(v), empty_as(lse)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, segments, *ctx.arguments = inputs
-    ctx.save_for_backward(q, k, v, *output, segments)
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, gate, segments, *ctx.arguments = inputs
+    o, lse, summand = output
+    ctx.save_for_backward(q, k, v, o, lse, gate, segments)
+    ctx.mark_non_differentiable(lse, summand if gate is None else o)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_o: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    *saved, segments = ctx.saved_tensors
-    grads = _attend_backward(*saved, grad_o, segments, *ctx.arguments)
-    return *grads, *[None] * (1 + len(ctx.arguments))
+def _backward(
+    ctx: Any, grad_o: Tensor | None, _: None, grad_summand: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *saved, gate, segments = ctx.saved_tensors
+    do = grad_o if gate is None else grad_summand
+    dq, dk, dv, delta = _attend_backward(*saved, gate, do, segments, *ctx.arguments)
+    dgate = None if gate is None else delta.to(gate.dtype)
+    return dq, dk, dv, dgate, *[None] * (1 + len(ctx.arguments))
 
 
 _attend.register_autograd(_backward, setup_context=_save)
 
 
 def banded_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, band: Band, scale: float
-) -> tuple[Tensor, Tensor]:
-    """o = softmax(scale q k^T) v over the band, with its log-sum-exp.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: QuerySegments,
+    band: Band,
+    scale: float,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """o = softmax(scale q k^T) v over the band, with its log-sum-exp; with a gate the summand too.
 
     Backward computes the probabilities P again from the log-sum-exp: dP = do v^T,
     dS = P (dP - sum of o do), dq = scale dS k, dk = scale dS^T q, dv = P^T do. Each sum has one
     owner, and long lists are shared out and added in order: no atomics.
     """
-    return _attend(q, k, v, segments.host, *band, scale)
+    o, lse, summand = _attend(q, k, v, gate, segments.host, *band, scale)
+    return (o, lse) if gate is None else (o, lse, summand)
 
 
 def compressed_attention(
@@ -98,15 +123,23 @@ def compressed_attention(
     block: int,
     stride: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    gate: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """See `Backend.compressed_attention`."""
     band = Band(offset=block - 1, stride=stride, window=0, column="compressed_base")
-    return banded_attention(q, k, v, segments, band, scale)
+    return banded_attention(q, k, v, segments, band, scale, gate)
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, *, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: QuerySegments,
+    *,
+    window: int,
+    scale: float,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """See `Backend.window_attention`."""
     band = Band(offset=0, stride=1, window=window, column="window_base")
-    return banded_attention(q, k, v, segments, band, scale)
+    return banded_attention(q, k, v, segments, band, scale, gate)

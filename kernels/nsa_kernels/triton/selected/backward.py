@@ -6,6 +6,8 @@ of tokens, as forward does. dk and dv walk, for each block, the queries that cho
 with their R heads at a time; long lists are shared out to programs whose float32 sums are then
 added in order. Each sum has one owner and one order.
 
+A gate g makes g P of P, see shared/gates.py. In dq, where queries are rows, it multiplies the sum.
+
 A query that sees a single key has P = 1 and dS = 0, whatever rounding says.
 """
 
@@ -49,6 +51,7 @@ from nsa_kernels.triton.shared.arithmetic import (
     power,
     zeros,
 )
+from nsa_kernels.triton.shared.gates import gate_rows, load_gate
 from nsa_kernels.triton.shared.shapes import (
     MOST_REGISTERS,
     padded,
@@ -135,6 +138,7 @@ def _dq_kernel(
     num_own,
     o,
     do,
+    gate,
     log_sum,
     delta,
     dq,
@@ -215,7 +219,10 @@ def _dq_kernel(
     if C.APART:
         b_dq = b_dq_sum
     tl.store(delta + row_head, b_delta, mask=m_m)
-    b_dq = tl.where(several[:, None], b_dq * scale, 0.0)
+    b_dq *= scale
+    if gate is not None:
+        b_dq *= load_gate(gate, row, head, m_m)[:, None]
+    b_dq = tl.where(several[:, None], b_dq, 0.0)
     o_dk = tl.arange(0, C.PDK)
     p_dq = dq + row_head[:, None] * C.DK + o_dk[None, :]
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_m[:, None] & (o_dk < C.DK)[None, :])
@@ -227,6 +234,7 @@ def _dkv_kernel(
     sources,
     num_own,
     do,
+    gate,
     log_sum,
     delta,
     dk,
@@ -289,6 +297,8 @@ def _dkv_kernel(
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=C.PRECISION)  # [BN, BM]
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=C.PRECISION)  # [BN, BM]
         b_p = power(tl.fma(b_s, logit_scale, -b_lse[None, :]), C)
+        if gate is not None:
+            b_p *= load_gate(gate, row, head, m_m)[None, :]
         b_p = tl.where(o_n[:, None] < b_seen[None, :], b_p, 0.0)
         b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, C)  # [BN, PDV]
         b_ds = b_p * (b_dp - b_delta[None, :])
@@ -364,22 +374,25 @@ def selected_backward(
     segments: QuerySegments,
     select_block: int,
     scale: float,
+    gate_NH: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k_own, v_own, k_fetched and v_fetched, the arguments of forward.
+    """Gradients of q, k_own, v_own, k_fetched and v_fetched, the arguments of forward; and delta.
 
     o and do [N, H, Dv], log_sum [N, H] the log-sum-exp as forward kept it; the last dimension of
-    each contiguous. Besides the lists of lists.py this takes a workspace of at most WORKSPACE
-    bytes.
+    each contiguous. With a gate [N, H], of any floating dtype and strides, do is the gradient of
+    the gated sum, and the gradients are those of g o. delta, the gate's gradient, is float32
+    [N, H]. Besides the lists of lists.py this takes a workspace of at most WORKSPACE bytes.
     """
     tensors = [k_own_EGD, v_own_EGD, k_fetched_FGD, v_fetched_FGD]
     dq_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype, device=q_NHD.device)
     grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
     num_blocks, num_own = block_lengths_B.shape[0], k_own_EGD.shape[0]
     if not q_NHD.shape[0] or not num_blocks:
-        return dq_NHD.zero_(), *grads
+        return dq_NHD.zero_(), *grads, torch.zeros_like(log_sum_NH)
     ratio = q_NHD.shape[1] // k_own_EGD.shape[1]
     delta_NH = torch.empty_like(log_sum_NH)
     q, do, sources = head_rows(q_NHD), head_rows(do_NHD), sources_of(tensors)
+    gate = gate_rows(gate_NH)
     in_logits = logit_scale(q_NHD, scale)
     walk = walk_tiles(q_NHD, v_own_EGD, selected_NGn.shape[-1], select_block)[1]
     tokens, rows = token_tile(ratio, q_NHD.dtype)
@@ -389,7 +402,7 @@ def selected_backward(
     tiles = query_tiles(segments, tokens, "selected_base").table
     lists = block_lists(selected_NGn, block_rows_GB, block_lengths_B, tiles, tokens, select_block)
     _dq_kernel[(len(tiles), C.G)](
-        q, sources, num_own, o_NHD, do, log_sum_NH, delta_NH, dq_NHD, tiles, lists, scale,
+        q, sources, num_own, o_NHD, do, gate, log_sum_NH, delta_NH, dq_NHD, tiles, lists, scale,
         in_logits, EXACT=q_NHD.dtype == torch.float32, EDGE_BLOCKS=EDGES,
         LENGTH=lists.lists.shape[-1], C=C, num_warps=walk.warps, num_stages=walk.stages,
         maxnreg=walk.registers, enable_fp_fusion=False,
@@ -413,9 +426,9 @@ def selected_backward(
     for first in range(0, programs, launch):
         end = min(first + launch, programs)
         _dkv_kernel[(end - first, select_block // tile.keys)](
-            q, sources, num_own, do, log_sum_NH, delta_NH, *workspace, queries, blocks, num_blocks,
-            first, scale, in_logits, MOST=most, C=C, num_warps=tile.warps, num_stages=tile.stages,
-            maxnreg=tile.registers, enable_fp_fusion=False,
+            q, sources, num_own, do, gate, log_sum_NH, delta_NH, *workspace, queries, blocks,
+            num_blocks, first, scale, in_logits, MOST=most, C=C, num_warps=tile.warps,
+            num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
         )  # fmt: skip
         for i, width in enumerate(widths):
             _add_programs_kernel[(C.G * num_blocks, select_block // 8)](
@@ -425,4 +438,4 @@ def selected_backward(
                 maxnreg=MOST_REGISTERS,
             )  # fmt: skip
         carried, carry = carry, carried
-    return dq_NHD, *grads
+    return dq_NHD, *grads, delta_NH

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nsa_kernels.autograd import summand_of
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.selected.backward import selected_backward
 from nsa_kernels.triton.selected.blocks import with_int32_blocks
@@ -19,8 +20,8 @@ _CHOICE = "Tensor selected, Tensor block_rows, Tensor block_lengths, Tensor segm
 
 
 @register(
-    f"selected_attention({_SOURCES}, {_CHOICE}, int select_block, float scale)"
-    " -> (Tensor, Tensor, Tensor)"
+    f"selected_attention({_SOURCES}, {_CHOICE}, int select_block, float scale, Tensor? gate)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _attend_blocks(
     q: Tensor,
@@ -34,12 +35,14 @@ def _attend_blocks(
     segments: Tensor,
     select_block: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    gate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, lse, lse in the kernels' base, and the summand g o; without a gate that one is empty."""
     selected, block_rows, block_lengths = (
         last_dim_contiguous(x) for x in (selected, block_rows, block_lengths)
     )
     at = segments_of(segments, q.device)
-    return selected_forward(
+    o, lse, log_sum = selected_forward(
         q,
         k_own,
         v_own,
@@ -52,16 +55,19 @@ def _attend_blocks(
         select_block,
         scale,
     )
+    return o, lse, log_sum, summand_of(o, gate)
 
 
 @_attend_blocks.register_fake
-def _(q: Tensor, k_own: Tensor, v_own: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_outputs(q, v_own)
+def _(q: Tensor, k_own: Tensor, v_own: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    o, lse, log_sum = empty_outputs(q, v_own)
+    return o, lse, log_sum, summand_of(o, arguments[-1])
 
 
 @register(
-    f"selected_attention_backward({_SOURCES}, Tensor o, Tensor log_sum, Tensor grad_o, {_CHOICE}, "
-    "int select_block, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"selected_attention_backward({_SOURCES}, Tensor o, Tensor log_sum, Tensor do, {_CHOICE}, "
+    "int select_block, float scale, Tensor? gate)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _attend_blocks_backward(
     q: Tensor,
@@ -71,19 +77,21 @@ def _attend_blocks_backward(
     v_fetched: Tensor,
     o: Tensor,
     log_sum: Tensor,
-    grad_o: Tensor,
+    do: Tensor,
     selected: Tensor,
     block_rows: Tensor,
     block_lengths: Tensor,
     segments: Tensor,
     select_block: int,
     scale: float,
+    gate: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    """Of q and the sources, and delta, the gate's; do: of o, or of the gated sum with a gate."""
     k_own, v_own, k_fetched, v_fetched = (
         with_int32_blocks(x, select_block) for x in (k_own, v_own, k_fetched, v_fetched)
     )
-    q, grad_o, selected, block_rows, block_lengths = (
-        last_dim_contiguous(x) for x in (q, grad_o, selected, block_rows, block_lengths)
+    q, do, selected, block_rows, block_lengths = (
+        last_dim_contiguous(x) for x in (q, do, selected, block_rows, block_lengths)
     )
     at = segments_of(segments, q.device)
     return selected_backward(
@@ -97,30 +105,35 @@ def _attend_blocks_backward(
         selected,
         block_rows,
         block_lengths,
-        grad_o,
+        do,
         at,
         select_block,
         scale,
+        gate,
     )
 
 
 @_attend_blocks_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(map(empty_as, arguments[:5]))
+    *inputs, _, log_sum = arguments[:7]
+    return tuple(map(empty_as, (*inputs, log_sum)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.select_block, ctx.scale = inputs
-    o, lse, log_sum = output
-    ctx.save_for_backward(*tensors[:5], o, log_sum, *tensors[5:])
-    ctx.mark_non_differentiable(lse, log_sum)
+    *tensors, ctx.select_block, ctx.scale, gate = inputs
+    o, lse, log_sum, summand = output
+    ctx.save_for_backward(*tensors[:5], o, log_sum, *tensors[5:], gate)
+    ctx.mark_non_differentiable(lse, log_sum, summand if gate is None else o)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_o: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    grads = _attend_blocks_backward(*saved[:7], grad_o, *saved[7:], ctx.select_block, ctx.scale)
-    return *grads, *[None] * 6
+def _backward(ctx: Any, *grads_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    *saved, gate = ctx.saved_tensors
+    do = grads_out[0] if gate is None else grads_out[-1]
+    *grads, delta = _attend_blocks_backward(
+        *saved[:7], do, *saved[7:], ctx.select_block, ctx.scale, gate
+    )
+    return *grads, *[None] * 6, None if gate is None else delta.to(gate.dtype)
 
 
 _attend_blocks.register_autograd(_backward, setup_context=_save)
@@ -139,11 +152,12 @@ def selected_attention(
     *,
     select_block: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    gate: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """See `Backend.selected_attention`."""
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
     assert scale > 0, scale
     sources = (k_own, v_own, k_fetched, v_fetched)
     choice = (selected, block_rows, block_lengths, segments.host)
-    o, lse, _ = _attend_blocks(q, *sources, *choice, select_block, scale)
-    return o, lse
+    o, lse, _, summand = _attend_blocks(q, *sources, *choice, select_block, scale, gate)
+    return (o, lse) if gate is None else (o, lse, summand)
