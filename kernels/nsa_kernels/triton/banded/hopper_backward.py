@@ -2,16 +2,16 @@
 
 With scores S = scale Q K^T, P = exp(S - lse) and dP = dO V^T:
 
-    delta = rowsum(O dO)    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = P^T dO
+    delta = rowsum(O dO)     dS = P (dP - delta)
+    dQ = scale dS K          dK = scale dS^T Q         dV = P^T dO
 
-With a gate g, dO is the gradient of the gated sum: g P takes the place of P in dS and dV, and
-delta, which is the gate's gradient, stays as it is. g is multiplied, so that it may be 0 or less;
-in dQ, whose rows have one g each, at the end.
+A gate g makes g P of P in dS and dV, see shared/gates.py; in dQ, whose rows have one g each, it is
+multiplied at the end.
 
-Four kernels, each sum with one owner: `_prepare_kernel` writes delta and lse in lines of 64, as TMA
-reads them; dq (hopper_dq.py) and dk and dv (hopper_dkv.py) recompute P; `_add_parts_kernel` adds
-what programs of dk and dv left, in order. The two large ones are persistent and keep wgmma busy
-behind exponentials, see their docstrings.
+Four kernels, each sum with one owner: `_hopper_prepare_kernel` writes delta and lse in lines of 64,
+as TMA reads them; dq (hopper_dq.py) and dk and dv (hopper_dkv.py) recompute P; `_add_parts_kernel`
+adds what programs of dk and dv left, in order. The two large ones are persistent and keep wgmma
+busy behind exponentials, see their docstrings.
 
 TMA reads boxes of whole tiles, and so rows of the next segment, of another document, or none. They
 are masked where they become P, and set to zero where they enter a sum: keys in dQ, queries in dK
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,8 +40,10 @@ from nsa_kernels.triton.banded.band import Band
 from nsa_kernels.triton.banded.hopper_dkv import _hopper_dkv_kernel
 from nsa_kernels.triton.banded.hopper_dq import Constants, _hopper_dq_kernel
 from nsa_kernels.triton.banded.hopper_tables import KEYS, key_work, query_work
-from nsa_kernels.triton.shared.arguments import HeadRows, head_rows, load_head_rows, load_rows
+from nsa_kernels.triton.shared.arguments import head_rows, load_head_rows, load_rows
 from nsa_kernels.triton.shared.arithmetic import PIECE, logit_scale
+from nsa_kernels.triton.shared.custom_ops import empty_as
+from nsa_kernels.triton.shared.gates import gate_rows, load_gate
 from nsa_kernels.triton.shared.hopper import (
     WARPGROUP_ROWS,
     for_tma,
@@ -67,18 +68,17 @@ class Lines(NamedTuple):
 
 
 class RowConstants(NamedTuple):
-    """What `_prepare_kernel` is compiled for; BM rows are BT tokens."""
+    """What `_hopper_prepare_kernel` is compiled for; BM rows are BT tokens."""
 
     G: int
     R: int
     DV: int
     BT: int
     BM: int
-    GATED: bool
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
-def _prepare_kernel(o, do, lse, gate, delta, rows, tiles, num_tiles, C: tl.constexpr):
+def _hopper_prepare_kernel(o, do, lse, gate, delta, rows, tiles, num_tiles, C: tl.constexpr):
     """Lines of a tile of queries, 0 where it has no row, and delta [N, H]."""
     i_tile = tl.program_id(0)
     i_g = tl.program_id(1)
@@ -97,9 +97,8 @@ def _prepare_kernel(o, do, lse, gate, delta, rows, tiles, num_tiles, C: tl.const
     tl.store(rows.lse + to, b_lse * 1.4426950408889634)
     tl.store(rows.delta + to, b_delta)
     tl.store(delta + row_head, b_delta, mask=m_m)
-    if C.GATED:
-        p_gate = gate.p + row * gate.stride_row + head * gate.stride_head
-        tl.store(rows.gate + to, tl.load(p_gate, mask=m_m, other=0.0).to(tl.float32))
+    if gate is not None:
+        tl.store(rows.gate + to, load_gate(gate, row, head, m_m))
 
 
 def _lines(x: Tensor) -> TensorDescriptor:
@@ -120,13 +119,10 @@ def hopper_backward(
     scale: float,
     gate_NH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`banded_backward` for what `takes_gluon`: of q, k, v in their dtypes, and delta [N, H]."""
-    dq_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype, device=q_NHD.device)
-    dk_EGD = torch.zeros(k_EGD.shape, dtype=k_EGD.dtype, device=k_EGD.device)
-    dv_EGD = torch.zeros(v_EGD.shape, dtype=v_EGD.dtype, device=v_EGD.device)
-    delta_NH = torch.empty(lse_NH.shape, dtype=torch.float32, device=q_NHD.device)
+    """`banded_backward` where `runs_hopper_backward`: of q, k and v and delta [N, H]."""
+    dq_NHD, dk_EGD, dv_EGD, delta_NH = (empty_as(x) for x in (q_NHD, k_EGD, v_EGD, lse_NH))
     if not q_NHD.shape[0] or not k_EGD.shape[0]:
-        return dq_NHD.zero_(), dk_EGD, dv_EGD, delta_NH.zero_()
+        return dq_NHD.zero_(), dk_EGD.zero_(), dv_EGD.zero_(), delta_NH.zero_()
     (_, heads, dk), (_, groups, dv) = q_NHD.shape, v_EGD.shape
     ratio = heads // groups
     C = Constants(
@@ -141,15 +137,13 @@ def hopper_backward(
     count = len(tiles.host)
     lse, delta, *gate = lse_NH.new_empty(3 if C.GATED else 2, groups, count, WARPGROUP_ROWS)
     rows = Lines(lse, delta, gate[0] if C.GATED else delta)
-    weights = lse_NH if gate_NH is None else gate_NH
-    _prepare_kernel[(count, groups)](
-        o_NHD, head_rows(do_NHD), lse_NH, HeadRows(weights, *weights.stride()), delta_NH, rows,
-        tiles.table, count, C=RowConstants(groups, ratio, dv, C.BT, WARPGROUP_ROWS, C.GATED), num_warps=4,
+    of_rows = RowConstants(groups, ratio, dv, C.BT, WARPGROUP_ROWS)
+    _hopper_prepare_kernel[(count, groups)](
+        o_NHD, head_rows(do_NHD), lse_NH, gate_rows(gate_NH), delta_NH, rows, tiles.table, count,
+        C=of_rows, num_warps=4,
     )  # fmt: skip
 
-    q, do, dq = (
-        head_tiles(x, C.BT, ratio, 0, x.shape[-1]) for x in (q_NHD, do_NHD, dq_NHD)
-    )
+    q, do, dq = (head_tiles(x, C.BT, ratio, 0, x.shape[-1]) for x in (q_NHD, do_NHD, dq_NHD))
     k, v = (head_tiles(x, _BN, 1, 0, x.shape[-1]) for x in (k_EGD, v_EGD))
     work = query_work(segments, band, C.BT)
     _hopper_dq_kernel[(min(programs, work.count * groups),)](
@@ -160,6 +154,9 @@ def hopper_backward(
     widths = (dk, dv)
     most = max(1, WORKSPACE // (4 * KEYS * groups * sum(widths)))
     keys = key_work(segments, band, C.BT, groups, programs, most)
+    if keys.num_keys < k_EGD.shape[0]:  # Rows that no query sees.
+        dk_EGD.zero_()
+        dv_EGD.zero_()
     if not keys.launches:
         return dq_NHD, dk_EGD, dv_EGD, delta_NH
 

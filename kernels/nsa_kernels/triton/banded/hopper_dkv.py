@@ -4,8 +4,8 @@ A program takes 128 keys, 64 for each warpgroup, through a run of query tiles, w
 partition of one warp loads for both. Keys are the rows of all matrices, so P^T and dS^T come out of
 one product as the next one takes them, in registers, and nothing passes through shared memory:
 
-    issue dP^T = V dO^T    P^T = exp2(S^T - lse)    issue dV += P^T dO
-    wait for dP^T          dS^T = P^T (dP^T - delta)
+    issue dP^T - delta = V dO^T - delta    P^T = exp2(S^T - lse)    issue dV += P^T dO
+    wait for dP^T - delta                  dS^T = P^T (dP^T - delta)
     issue dK += dS^T Q and the next S^T = K Q^T     free the queries when all are done
 
 Runs are at most 256 tiles; their sums are added in float32, in order.
@@ -65,7 +65,7 @@ def _producer(
                 v_desc, [key_row + w * 64, g, 0], ring.index(KV_FULL + w), v_s.index(w)
             )
         kv_ph ^= 1
-        for i in range(0, count):
+        for i in range(count):
             line = (g * num_tiles + tile + i) * 64
             mbarrier.wait(ring.index(4 * s + Q_EMPTY), ph)
             mbarrier.expect(ring.index(4 * s + Q_FULL), BYTES_Q)
@@ -93,8 +93,7 @@ def _producer(
 @gluon.jit
 def _step(
     i, more, b_s, b_dk, b_dv, k, v, q_s, do_s, lines_s, ring, s, ph, o_j, position, end, scale2,
-    MASKED: gl.constexpr, C: gl.constexpr,
-    S_L: gl.constexpr, P_L: gl.constexpr,
+    MASKED: gl.constexpr, C: gl.constexpr, S_L: gl.constexpr, P_L: gl.constexpr,
 ):  # fmt: skip
     """Add what query tile i gives to dk and dv. b_s: its scores; returns the next tile's."""
     COL_L: gl.constexpr = gl.SliceLayout(0, S_L)
@@ -116,7 +115,10 @@ def _step(
         else:
             high = tokens
         seen = (token >= low) & (token < high)
-    a_dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    # The sum starts with -delta, which then takes no registers beside it.
+    b_delta = lines_s.index(3 * s + DELTA).load(COL_L)
+    b_dp, _ = gl.broadcast(gl.expand_dims(-b_delta, 0), zero)
+    a_dp = warpgroup_mma(v, do.permute((1, 0)), b_dp, is_async=True)
     b_lse = lines_s.index(3 * s + LSE).load(COL_L)
     b_p = gl.exp2(gl.fma(b_s, scale2, gl.expand_dims(-b_lse, 0)))
     if C.GATED:
@@ -125,9 +127,7 @@ def _step(
         b_p = gl.where(seen, b_p, 0.0)
     b_p16 = gl.convert_layout(to_16_bits(b_p, do_s.dtype), P_L)
     a_dv = warpgroup_mma(b_p16, do, b_dv, is_async=True)
-    b_delta = lines_s.index(3 * s + DELTA).load(COL_L)
-    b_dp = warpgroup_mma_wait(1, deps=(a_dp,))
-    b_ds = b_p * (b_dp - gl.expand_dims(b_delta, 0))
+    b_ds = b_p * warpgroup_mma_wait(1, deps=(a_dp,))
     if MASKED:
         # A query that sees one key gives it nothing. What is 0 stays 0, whatever dP is.
         if C.WINDOW == 1:
@@ -152,6 +152,13 @@ def _step(
 
 
 @gluon.jit
+def _load_bounds(at, w: gl.constexpr, S_L: gl.constexpr):
+    """A program's keys [64] of warpgroup w, its first position and the end of its segment's."""
+    o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, S_L))
+    return gl.load(at + 1) + w * 64 + o_n, gl.load(at + 4), gl.load(at + 5)
+
+
+@gluon.jit
 def _consumer(
     w: gl.constexpr, dk, dv, q_s, do_s, lines_s, k_s, v_s, ring, work, num_programs, scale, scale2,
     C: gl.constexpr,
@@ -170,13 +177,7 @@ def _consumer(
     v = v_s.index(w).reshape((64, C.DV))
     for p in range(gl.program_id(0), num_programs, gl.num_programs(0)):
         at = work + p // C.G * 10
-        key = gl.load(at + 1)
-        position = gl.load(at + 4)
-        end = gl.load(at + 5)
         count = gl.load(at + 6)
-        clear = gl.load(at + 7)
-        late = gl.load(at + 8)
-        o_j = key + w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S_L))
         b_dk = gl.zeros([64, DK], gl.float32, K_L)
         b_dv = gl.zeros([64, DV], gl.float32, V_L)
         mbarrier.wait(ring.index(KV_FULL + w), kv_ph)
@@ -185,19 +186,22 @@ def _consumer(
         zero = gl.zeros([64, 64], gl.float32, S_L)
         a_s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         b_s = warpgroup_mma_wait(0, deps=(a_s,))
-        for i in range(0, clear):
+        o_j, position, end = _load_bounds(at, w, S_L)
+        for i in range(gl.load(at + 7)):
             b_s, b_dk, b_dv, s, ph = _step(
                 i, i + 1 < count, b_s, b_dk, b_dv, k, v, q_s, do_s, lines_s, ring, s, ph, o_j,
                 position, end, scale2, True, C,
                 S_L, P_L,
             )  # fmt: skip
-        for i in range(clear, late):
+        for i in range(gl.load(at + 7), gl.load(at + 8)):
             b_s, b_dk, b_dv, s, ph = _step(
                 i, i + 1 < count, b_s, b_dk, b_dv, k, v, q_s, do_s, lines_s, ring, s, ph, o_j,
                 position, end, scale2, False, C,
                 S_L, P_L,
             )  # fmt: skip
-        for i in range(late, count):
+        # Loaded again, as the loop before has no register for them.
+        o_j, position, end = _load_bounds(at, w, S_L)
+        for i in range(gl.load(at + 8), count):
             b_s, b_dk, b_dv, s, ph = _step(
                 i, i + 1 < count, b_s, b_dk, b_dv, k, v, q_s, do_s, lines_s, ring, s, ph, o_j,
                 position, end, scale2, True, C,
@@ -220,9 +224,7 @@ def _consumer(
         gl.store(p_dv, b_dv)
 
 
-@gluon.jit(
-    do_not_specialize=["num_programs", "num_tiles"], do_not_specialize_on_alignment=["work"]
-)
+@gluon.jit(do_not_specialize=["num_programs", "num_tiles"], do_not_specialize_on_alignment=["work"])
 def _hopper_dkv_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, gate_desc, dk, dv, work, num_programs,
     num_tiles, scale, scale2, C: gl.constexpr,

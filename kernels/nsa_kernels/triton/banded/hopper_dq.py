@@ -98,10 +98,7 @@ def _producer(
     ph = gl.to_tensor(1)
     q_ph = gl.to_tensor(1)
     for p in range(gl.program_id(0), num_programs, gl.num_programs(0)):
-        (
-            first_row, tokens, position, base, first_key, end_key, tile, g, begin, inner,
-            shared, end, few,
-        ) = _load_work(work, p, C)  # fmt: skip
+        first_row, _, _, base, _, _, _, g, begin, _, _, end, few = _load_work(work, p, C)
         for w in gl.static_range(2):
             row = first_row + w * C.BT
             mbarrier.wait(q_empty.index(w), q_ph)
@@ -114,7 +111,7 @@ def _producer(
             )
         q_ph ^= 1
         walk = end - begin
-        for i in range(0, gl.where(few, 2 * walk, walk)):
+        for i in range(gl.where(few, 2 * walk, walk)):
             j = begin + gl.where(i < walk, i, i - walk)
             mbarrier.wait(kv_empty.index(s), ph)
             mbarrier.expect(kv_full.index(s), 2 * C.BN * (C.DK + C.DV))
@@ -218,8 +215,8 @@ def _consumer(
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, S_L))
     for p in range(gl.program_id(0), num_programs, gl.num_programs(0)):
         (
-            first_row, tokens, position, base, first_key, end_key, tile, g, begin, inner,
-            shared, end, few,
+            first_row, tokens, position, _, first_key, end_key, tile, g, begin, inner, shared,
+            end, few,
         ) = _load_work(work, p, C)  # fmt: skip
         m_m = o_m // C.R + w * C.BT < tokens
         b_t = position + w * C.BT + o_m // C.R

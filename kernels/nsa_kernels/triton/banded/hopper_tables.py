@@ -46,12 +46,14 @@ class KeyWork(NamedTuple):
     sums: int64 [programs, 6] in the order of key tiles, as `_add_parts_kernel` reads them: row of
     key 0, first key, end of the keys, 0, 0, key tile.
     parts: int32 [key tiles + 1], where each key tile's programs start in `sums`.
+    num_keys: how many rows of keys the tiles have, each in one tile.
     """
 
     table: Tensor
     launches: tuple[int, ...]
     sums: Tensor
     parts: Tensor
+    num_keys: int
 
 
 def query_work(segments: QuerySegments, band: Band, tokens: int) -> QueryWork:
@@ -67,9 +69,7 @@ def key_work(
     most: programs that leave sums in a launch, of each KV head.
     """
     name = ("keys", band, tokens, groups, programs, most)
-    return cached(
-        segments, name, lambda: _key_work(segments, band, tokens, groups, programs, most)
-    )
+    return cached(segments, name, lambda: _key_work(segments, band, tokens, groups, programs, most))
 
 
 def _columns(segments: QuerySegments, band: Band) -> tuple[Tensor, ...]:
@@ -116,9 +116,7 @@ def _key_work(
     low, high = band.keys(position, last)
     seeing = (low < high).nonzero().squeeze(1)
     columns = (start, length, position, base, tiles, first_tile, last, low, high)
-    start, length, position, base, tiles, first_tile, last, low, high = (
-        x[seeing] for x in columns
-    )
+    start, length, position, base, tiles, first_tile, last, low, high = (x[seeing] for x in columns)
     # Segments that count keys from one row share key tiles.
     bases, owner = base.unique(return_inverse=True)
     lowest = torch.full_like(bases, 1 << 40).scatter_reduce(0, owner, low, "amin")
@@ -198,6 +196,7 @@ def _key_work(
         tuple(min(size, total - i) for i in range(0, total, size)),
         to_device(sums, device),
         to_device(parts, device),
+        int((sums[:, 2] - sums[:, 1])[parts[:-1].long()].sum()),
     )
 
 

@@ -202,7 +202,7 @@ _HAS_GLUON = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
 def runs_hopper_backward(q: Tensor, v: Tensor) -> bool:
-    """Whether banded/hopper_backward.py computes the gradients of the compressed and window branches.
+    """Whether banded/hopper_backward.py computes gradients of the compressed and window branches.
 
     It takes 16 bits at widths that need no padding, and ratios R that divide 64 rows.
     """

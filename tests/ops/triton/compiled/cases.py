@@ -68,19 +68,22 @@ def _many_rows(case: Case, long: int) -> int:
     return 1100 * 128 // case.ratio if long else 100
 
 
-def compressed(case: Case, long: int = 0) -> None:
+def compressed(case: Case, long: int = 0, gated: int = 0) -> None:
     rows = _many_rows(case, long)
     q, k, v = case.inputs(rows, 64)
-    segments = _segments(rows, FAR if long else 0)
-    o, _ = triton.compressed_attention(q, k, v, segments, block=32, stride=16, scale=SCALE)
-    _backward(o, q, k, v)
+    gate = case.empty(rows, q.shape[1]) if gated else None
+    found = triton.compressed_attention(
+        q, k, v, _segments(rows, FAR if long else 0), block=32, stride=16, scale=SCALE, gate=gate
+    )
+    _backward(found[2 if gated else 0], q, k, v)
 
 
-def window(case: Case, window: int = 512) -> None:
+def window(case: Case, window: int = 512, gated: int = 0) -> None:
     rows = _many_rows(case, window > 512)
     q, k, v = case.inputs(rows, 64)
-    o, _ = triton.window_attention(q, k, v, _segments(rows), window=window, scale=SCALE)
-    _backward(o, q, k, v)
+    gate = case.empty(rows, q.shape[1]) if gated else None
+    found = triton.window_attention(q, k, v, _segments(rows), window=window, scale=SCALE, gate=gate)
+    _backward(found[2 if gated else 0], q, k, v)
 
 
 def select(

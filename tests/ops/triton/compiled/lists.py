@@ -56,6 +56,9 @@ def _banded() -> Iterator[Case]:
         for width in (96, 128):
             for ratio in RATIOS:
                 yield _options(Case(operator, "bf16", width, width, ratio), **far)
+        for width in (64, 128):
+            for ratio in RATIOS:
+                yield _options(Case(operator, "bf16", width, width, ratio), gated=1)
 
 
 def _selected() -> Iterator[Case]:
@@ -129,6 +132,24 @@ SHORT = {
     256: (100, "bf16"),
 }
 
+# Kernels that are written for one generation of GPUs, by the start of their name.
+OF_ONE_GPU = {"hopper_": 90}
+# Cases with the kernels taken from them: at these widths Hopper has kernels of its own.
+SHORT_HOPPER = (
+    (Case("compressed", "bf16", 128, 128), 80, "banded.dq"),
+    (Case("compressed", "bf16", 128, 128), 80, "banded.dkv"),
+    (Case("compressed", "fp16", 64, 64, options=(("gated", 1),)), 90, "banded.hopper_prepare"),
+    (Case("compressed", "fp16", 64, 64, options=(("gated", 1),)), 90, "banded.hopper_dq"),
+    (Case("compressed", "fp16", 64, 64, options=(("gated", 1),)), 90, "banded.hopper_dkv"),
+    (Case("window", "bf16", 128, 128, options=(("gated", 1),)), 90, "banded.hopper_dkv"),
+)
+
+
+def of_one_gpu(kernel: str) -> int | None:
+    """The compute capability that a kernel is written for, None for all of them."""
+    function = kernel.partition(".")[2]
+    return next((gpu for start, gpu in OF_ONE_GPU.items() if function.startswith(start)), None)
+
 
 def short_list() -> list[Entry]:
     """Each kernel for each GPU and at each width; the paper's R and lengths of blocks."""
@@ -155,6 +176,9 @@ def short_list() -> list[Entry]:
             if not once or entry.launch.name not in seen:
                 found.append(entry)
             seen.add(entry.launch.name)
+    for case, capability, kernel in SHORT_HOPPER:
+        entries = _entries([(case, capability)])
+        found += [entry for entry in entries if entry.launch.name == kernel]
     return found
 
 
