@@ -165,7 +165,7 @@ def test_more_keys_than_other_kernels_add_in_a_row(dtype: torch.dtype) -> None:
     q, k, v = (random(n, h, 128, dtype=dtype) for n, h in ((rows, 2), (keys, 1), (keys, 1)))
     v[keys // 2 :] += 4
     do = random(rows, 2, 128, dtype=dtype) + 1
-    position = (keys - 1) * stride + 31
+    position = keys * stride + 31 - rows  # The last query sees the last key.
     segments = QuerySegments.from_rows([(0, rows, position, 0, 0, 0)], DEVICE)
 
     def run(dtype: torch.dtype, ours: bool) -> list[Tensor]:
