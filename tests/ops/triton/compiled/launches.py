@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 TARGETS = (80, 90, 100)
+# Of a GPU that a persistent kernel asks for how many multiprocessors it has.
+PROPERTIES = SimpleNamespace(multi_processor_count=132)
 
 
 def kernel_name(operator: str, function: str) -> str:
@@ -51,7 +55,8 @@ class Launch:
 
     @property
     def source(self) -> ASTSource:
-        return ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        return kind(self.kernel, self.signature, self.constants, self.attributes)
 
 
 def _launch(capability: int, kernel: JITFunction, args: Any, kwargs: dict[str, Any]) -> Launch:
@@ -80,5 +85,6 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(torch.Tensor, "is_cuda", True),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=PROPERTIES),
     ):
         yield found

@@ -129,6 +129,22 @@ SHORT = {
     256: (100, "bf16"),
 }
 
+# Kernels that are written for one generation of GPUs, by the start of their name.
+OF_ONE_GPU = {"hopper_": 90}
+# Cases with the kernels taken from them: at these widths Hopper has kernels of its own.
+SHORT_HOPPER = (
+    (Case("compressed", "bf16", 192, 128), 90, "banded.hopper_forward"),
+    (Case("window", "bf16", 192, 128), 90, "banded.hopper_forward"),
+    (Case("compressed", "fp16", 64, 64), 90, "banded.hopper_forward"),
+    (Case("compressed", "bf16", 128, 128), 80, "banded.forward"),
+)
+
+
+def of_one_gpu(kernel: str) -> int | None:
+    """The compute capability that a kernel is written for, None for all of them."""
+    function = kernel.partition(".")[2]
+    return next((gpu for start, gpu in OF_ONE_GPU.items() if function.startswith(start)), None)
+
 
 def short_list() -> list[Entry]:
     """Each kernel for each GPU and at each width; the paper's R and lengths of blocks."""
@@ -155,6 +171,9 @@ def short_list() -> list[Entry]:
             if not once or entry.launch.name not in seen:
                 found.append(entry)
             seen.add(entry.launch.name)
+    for case, capability, kernel in SHORT_HOPPER:
+        entries = _entries([(case, capability)])
+        found += [entry for entry in entries if entry.launch.name == kernel]
     return found
 
 
