@@ -143,8 +143,8 @@ def hopper_backward(
         C=of_rows, num_warps=4,
     )  # fmt: skip
 
-    q, do, dq = (head_tiles(x, C.BT, ratio, 0, x.shape[-1]) for x in (q_NHD, do_NHD, dq_NHD))
-    k, v = (head_tiles(x, _BN, 1, 0, x.shape[-1]) for x in (k_EGD, v_EGD))
+    q, do, dq = (head_tiles(x, C.BT, ratio, x.shape[-1]) for x in (q_NHD, do_NHD, dq_NHD))
+    k, v = (head_tiles(x, _BN, 1, x.shape[-1]) for x in (k_EGD, v_EGD))
     work = query_work(segments, band, C.BT)
     _hopper_dq_kernel[(min(programs, work.count * groups),)](
         q, do, k, v, dq, dq_NHD, *rows, work.table, work.count * groups, count, *scales, C,
@@ -167,10 +167,10 @@ def hopper_backward(
     by_line = [_lines(x) for x in rows]
     first = 0
     for launch in keys.launches:
-        _hopper_dkv_kernel[(min(programs, launch * groups),)](
-            q, do, k, v, *by_line, *workspace, keys.table[first:], launch * groups, count,
-            *scales, C,
-            num_warps=4, maxnreg=_LAUNCH_REGISTERS,
+        grid = min(programs, launch * groups)
+        _hopper_dkv_kernel[(grid,)](
+            q, do, k, v, *by_line, *workspace, keys.table[first:], launch * groups, grid,
+            count * WARPGROUP_ROWS, *scales, C, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
         )  # fmt: skip
         for i, out in enumerate((dk_EGD, dv_EGD)):
             _add_parts_kernel[(len(keys.parts) - 1, groups, KEYS // 8)](

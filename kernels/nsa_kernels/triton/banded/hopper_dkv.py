@@ -39,16 +39,24 @@ GATE = gl.constexpr(2)
 
 
 @gluon.jit
+def _program():
+    """program_id(0), read where it is used: held from the start it would be spilled."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %ctaid.x; // $1", "=r,r", [gl.to_tensor(0)], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _producer(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, gate_desc, q_s, do_s, lines_s, k_s,
-    v_s, ring, work, num_programs, num_tiles, C: gl.constexpr,
+    v_s, ring, work, num_programs, grid, group_lines, C: gl.constexpr,
 ):  # fmt: skip
     s = gl.to_tensor(0)
     ph = gl.to_tensor(1)
     kv_ph = gl.to_tensor(1)
     BYTES_Q: gl.constexpr = 128 * C.DK + 256
     BYTES_DO: gl.constexpr = 128 * C.DV + (512 if C.GATED else 256)
-    for p in range(gl.program_id(0), num_programs, gl.num_programs(0)):
+    for p in range(_program(), num_programs, grid):
         at = work + p // C.G * 10
         g = p % C.G
         key_row = gl.load(at)
@@ -66,7 +74,7 @@ def _producer(
             )
         kv_ph ^= 1
         for i in range(count):
-            line = (g * num_tiles + tile + i) * 64
+            line = g * group_lines + (tile + i) * 64
             mbarrier.wait(ring.index(4 * s + Q_EMPTY), ph)
             mbarrier.expect(ring.index(4 * s + Q_FULL), BYTES_Q)
             tma.async_copy_global_to_shared(
@@ -160,8 +168,8 @@ def _load_bounds(at, w: gl.constexpr, S_L: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    w: gl.constexpr, dk, dv, q_s, do_s, lines_s, k_s, v_s, ring, work, num_programs, scale, scale2,
-    C: gl.constexpr,
+    w: gl.constexpr, dk, dv, q_s, do_s, lines_s, k_s, v_s, ring, work, num_programs, grid, scale,
+    scale2, C: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup w: the sums of its 64 keys, to the program's place in the workspaces."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -175,7 +183,7 @@ def _consumer(
     kv_ph = gl.to_tensor(0)
     k = k_s.index(w).reshape((64, C.DK))
     v = v_s.index(w).reshape((64, C.DV))
-    for p in range(gl.program_id(0), num_programs, gl.num_programs(0)):
+    for p in range(_program(), num_programs, grid):
         at = work + p // C.G * 10
         count = gl.load(at + 6)
         b_dk = gl.zeros([64, DK], gl.float32, K_L)
@@ -224,12 +232,19 @@ def _consumer(
         gl.store(p_dv, b_dv)
 
 
-@gluon.jit(do_not_specialize=["num_programs", "num_tiles"], do_not_specialize_on_alignment=["work"])
+@gluon.jit(
+    do_not_specialize=["num_programs", "grid", "group_lines"],
+    do_not_specialize_on_alignment=["work"],
+)
 def _hopper_dkv_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, gate_desc, dk, dv, work, num_programs,
-    num_tiles, scale, scale2, C: gl.constexpr,
+    grid, group_lines, scale, scale2, C: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv [.., 128, G, D] in float32, of the first num_programs / G of the table."""
+    """dk and dv [.., 128, G, D] in float32, of the first num_programs / G of the table.
+
+    grid: how many programs run; group_lines: numbers of a line of all tiles of a KV head. Each is
+    an argument, as what is read or computed before the warps part is spilled.
+    """
     q_s = gl.allocate_shared_memory(q_desc.dtype, [C.Q_STAGES, C.BT, C.R, C.DK], q_desc.layout)
     do_s = gl.allocate_shared_memory(q_desc.dtype, [C.Q_STAGES, C.BT, C.R, C.DV], do_desc.layout)
     lines_s = gl.allocate_shared_memory(gl.float32, [3 * C.Q_STAGES, 64], lse_desc.layout)
@@ -248,14 +263,16 @@ def _hopper_dkv_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                0, dk, dv, q_s, do_s, lines_s, k_s, v_s, ring, work, num_programs, scale, scale2, C,
+                0, dk, dv, q_s, do_s, lines_s, k_s, v_s, ring, work, num_programs, grid, scale,
+                scale2, C,
             )),
             (_consumer, (
-                1, dk, dv, q_s, do_s, lines_s, k_s, v_s, ring, work, num_programs, scale, scale2, C,
+                1, dk, dv, q_s, do_s, lines_s, k_s, v_s, ring, work, num_programs, grid, scale,
+                scale2, C,
             )),
             (_producer, (
                 q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, gate_desc, q_s, do_s,
-                lines_s, k_s, v_s, ring, work, num_programs, num_tiles, C,
+                lines_s, k_s, v_s, ring, work, num_programs, grid, group_lines, C,
             )),
         ],
         [4, 1],

@@ -14,10 +14,11 @@ Gluon calls the functions that plain kernels are made of, so maths of positions 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -58,12 +59,19 @@ def advance(stage, parity, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def retreat(stage, parity, STAGES: gl.constexpr):
+    """The stage before, and the parity of its barrier: what `advance` came from."""
+    first = stage == 0
+    return gl.where(first, STAGES - 1, stage - 1), gl.where(first, parity ^ 1, parity)
+
+
+@gluon.jit
 def to_16_bits(b_x, DTYPE: gl.constexpr):
     """A float32 tile, rounded to bfloat16 or float16, two elements an instruction.
 
     The compiler's own conversion takes a permutation more for each pair.
     """
-    if DTYPE == gl.bfloat16:
+    if DTYPE == gl.bfloat16:  # noqa: SIM300 (DTYPE is the variable)
         return gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [b_x], gl.bfloat16, is_pure=True, pack=2
         )
@@ -87,7 +95,7 @@ def keep_rows(tile, low, high, ROWS: gl.constexpr, WIDTH: gl.constexpr):
             part = tile.slice(start, STEP)
             kept = (start + o_row >= low) & (start + o_row < high)
             b_x = part.load(layout)
-            part.store(gl.where(gl.expand_dims(kept, 1), b_x, gl.zeros_like(b_x)))
+            part.store(gl.where(gl.expand_dims(kept, 1), b_x, 0.0))
     # Matrix instructions and TMA reach shared memory by another way than loads and stores.
     fence_async_shared()
 
@@ -99,29 +107,39 @@ def for_tma(x: Tensor) -> Tensor:
         x.stride(-1) == 1
         and x.data_ptr() % TMA_ALIGNMENT == 0
         and all(stride > 0 and stride % step == 0 for stride in x.stride()[:-1])
+        and (x.shape[1] - 1) * x.stride(1) < 1 << 31  # The column of a head is 32 bits.
     )
     return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
-def head_tiles(x: Tensor, tokens: int, heads: int, column: int, width: int) -> TensorDescriptor:
+def head_tiles(x: Tensor, tokens: int, heads: int, width: int, column: int = 0) -> TensorDescriptor:
     """Tiles [tokens, heads, width] of x [rows, H, D], for TMA; from channel `column` on."""
-    return _descriptor(x[..., column:], [tokens, heads, width])
+    x = x[..., column:] if column else x
+    return _descriptor(x, x.shape, x.stride(), (tokens, heads, width))
 
 
-def key_tiles(x: Tensor, keys: int, column: int, width: int) -> TensorDescriptor:
-    """Tiles [keys, width] of x [rows, G, D], for TMA; from channel `column` on.
+def row_tiles(x: Tensor, rows: int, width: int, column: int = 0) -> TensorDescriptor:
+    """Tiles [rows, width] of one head of x [rows, G, D], for TMA; from channel `column` on.
 
     A head is a range of columns: head i starts at column i * x.stride(1).
     """
-    x = x[..., column:]
-    rows, heads, channels = x.shape
-    columns = (heads - 1) * x.stride(1) + channels
-    return _descriptor(x.as_strided((rows, columns), (x.stride(0), 1)), [keys, width])
+    x = x[..., column:] if column else x
+    all_rows, heads, channels = x.shape
+    stride_row, stride_head, _ = x.stride()
+    columns = (heads - 1) * stride_head + channels
+    return _descriptor(x, (all_rows, columns), (stride_row, 1), (rows, width))
 
 
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON_DTYPES[x.dtype])
-    return TensorDescriptor.from_tensor(x, block, layout)
+def _descriptor(
+    x: Tensor, shape: Sequence[int], strides: Sequence[int], block: tuple[int, ...]
+) -> TensorDescriptor:
+    return TensorDescriptor(x, list(shape), list(strides), list(block), _layout(block, x.dtype))
+
+
+@lru_cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How TMA lays a tile out in shared memory, so that matrix instructions can read it."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), _GLUON_DTYPES[dtype])
 
 
 _GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}

@@ -136,6 +136,10 @@ SHORT = {
 OF_ONE_GPU = {"hopper_": 90}
 # Cases with the kernels taken from them: at these widths Hopper has kernels of its own.
 SHORT_HOPPER = (
+    (Case("compressed", "bf16", 192, 128), 90, "banded.hopper_forward"),
+    (Case("window", "bf16", 192, 128), 90, "banded.hopper_forward"),
+    (Case("compressed", "fp16", 64, 64), 90, "banded.hopper_forward"),
+    (Case("compressed", "bf16", 128, 128), 80, "banded.forward"),
     (Case("compressed", "bf16", 128, 128), 80, "banded.dq"),
     (Case("compressed", "bf16", 128, 128), 80, "banded.dkv"),
     (Case("compressed", "fp16", 64, 64, options=(("gated", 1),)), 90, "banded.hopper_prepare"),
