@@ -146,8 +146,8 @@ def hopper_backward(
     q, do, dq = (head_tiles(x, C.BT, ratio, x.shape[-1]) for x in (q_NHD, do_NHD, dq_NHD))
     k, v = (head_tiles(x, _BN, 1, x.shape[-1]) for x in (k_EGD, v_EGD))
     work = query_work(segments, band, C.BT)
-    _hopper_dq_kernel[(min(programs, work.count * groups),)](
-        q, do, k, v, dq, dq_NHD, *rows, work.table, work.count * groups, count, *scales, C,
+    _hopper_dq_kernel[(min(programs, work.num_programs * groups),)](
+        q, do, k, v, dq, dq_NHD, *rows, work.table, work.num_programs * groups, count, *scales, C,
         num_warps=4, maxnreg=_LAUNCH_REGISTERS,
     )  # fmt: skip
 

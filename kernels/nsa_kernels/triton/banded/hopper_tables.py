@@ -32,7 +32,7 @@ class QueryWork(NamedTuple):
     """
 
     table: Tensor
-    count: int
+    num_programs: int
     tiles: int
 
 
