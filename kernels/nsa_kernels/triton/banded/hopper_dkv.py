@@ -51,6 +51,7 @@ def _producer(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, gate_desc, q_s, do_s, lines_s, k_s,
     v_s, ring, work, num_programs, grid, group_lines, C: gl.constexpr,
 ):  # fmt: skip
+    """Load each program's keys, and its query tiles with their lines one after another."""
     s = gl.to_tensor(0)
     ph = gl.to_tensor(1)
     kv_ph = gl.to_tensor(1)

@@ -4,7 +4,8 @@ A program takes two tiles of 64 query rows, one for each warpgroup, through all 
 both multiply with the same keys and values, which a third partition of one warp loads. A warpgroup
 has the scores of the next tile computed while it adds dS K of this one:
 
-    wait for dP, which runs since the last step    P = exp2(S - lse), dS = P (dP - delta)
+    issue dP = dO V^T                              P = exp2(S - lse)
+    wait for dP                                    dS = P (dP - delta)
     issue dQ += dS K and the next S = Q K^T        free the keys when both are done
 
 The accumulator takes the registers that sums in pieces would need. Over 65,536 keys its rounding is
@@ -34,8 +35,9 @@ class Constants(NamedTuple):
 
     G KV heads with R query heads each; OFFSET, STRIDE, WINDOW: of the band; DK, DV: widths; BT:
     tokens of 64 rows. BN: keys of a tile of dq. KV_STAGES, Q_STAGES: buffers for keys in dq and
-    for queries in dk and dv. FEW_KEYS: up to how many keys delta is computed anew. GATED: whether
-    there is a gate.
+    for queries in dk and dv. FEW_KEYS: up to how many keys delta is computed anew, as the
+    mean of dP under P: see backward.py. GATED: whether there is a gate. REGISTERS: of a thread that
+    multiplies.
     """
 
     G: int
@@ -93,7 +95,7 @@ def _producer(
     q_desc, do_desc, k_desc, v_desc, q_s, do_s, k_s, v_s, q_full, q_empty, kv_full, kv_empty,
     work, num_programs, C: gl.constexpr,
 ):  # fmt: skip
-    """Loads both tiles of queries and the tiles of keys, twice where delta is computed anew."""
+    """Load both tiles of queries and the tiles of keys, these twice where delta comes of a walk."""
     s = gl.to_tensor(0)
     ph = gl.to_tensor(1)
     q_ph = gl.to_tensor(1)
