@@ -181,7 +181,6 @@ def _consumer(
     P_L: gl.constexpr = gl.DotOperandLayout(0, K_L, 2)
     s = gl.to_tensor(0)
     ph = gl.to_tensor(0)
-    kv_ph = gl.to_tensor(0)
     k = k_s.index(w).reshape((64, C.DK))
     v = v_s.index(w).reshape((64, C.DV))
     for p in range(_program(), num_programs, grid):
@@ -189,7 +188,8 @@ def _consumer(
         count = gl.load(at + 6)
         b_dk = gl.zeros([64, DK], gl.float32, K_L)
         b_dv = gl.zeros([64, DV], gl.float32, V_L)
-        mbarrier.wait(ring.index(KV_FULL + w), kv_ph)
+        # The parity of how many programs came before: to count along takes a register.
+        mbarrier.wait(ring.index(KV_FULL + w), p // grid & 1)
         mbarrier.wait(ring.index(4 * s + Q_FULL), ph)
         q = q_s.index(s).reshape((64, C.DK))
         zero = gl.zeros([64, 64], gl.float32, S_L)
@@ -218,7 +218,6 @@ def _consumer(
             )  # fmt: skip
         s, ph = advance(s, ph, C.Q_STAGES)
         mbarrier.arrive(ring.index(KV_EMPTY + w), count=1)
-        kv_ph ^= 1
         g = p % C.G
         place = gl.load(work + p // C.G * 10 + 9)
         o_k = gl.arange(0, 64, layout=gl.SliceLayout(1, K_L))
