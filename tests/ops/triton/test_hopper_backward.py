@@ -171,9 +171,10 @@ def test_more_keys_than_other_kernels_add_in_a_row(dtype: torch.dtype) -> None:
     def run(dtype: torch.dtype, ours: bool) -> list[Tensor]:
         leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (q, k, v)]
         if ours:
-            o, _ = TRITON.ops.compressed_attention(
-                *leaves, segments, block=32, stride=stride, scale=0.09
-            )
+            x, y, z = leaves
+            o = TRITON.ops.compressed_attention(
+                x, y, z, segments, block=32, stride=stride, scale=0.09
+            )[0]
         else:
             seen = torch.arange(keys, device=DEVICE)[None] * stride + 31
             seen = seen <= position + torch.arange(rows, device=DEVICE)[:, None]
