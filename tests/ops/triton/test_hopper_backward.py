@@ -7,6 +7,7 @@ all R and pairs of widths, gates, NaN in rows that TMA reads beside those asked 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ pytestmark = [
     ),
 ]
 
-PAPER = {"block": 32, "stride": 16, "window": 512}
+PAPER: dict[str, Any] = {"block": 32, "stride": 16, "window": 512}
 CASES = [
     Case("R1", (333, 1, 700), heads=2, key_width=64, value_width=64, **PAPER),
     Case("R1_128", (1300,), heads=2, key_width=128, value_width=128, window=128),
