@@ -40,7 +40,7 @@ from nsa_kernels.triton.shared.arithmetic import (
     power,
     zeros,
 )
-from nsa_kernels.triton.shared.shapes import banded_tiles
+from nsa_kernels.triton.shared.shapes import banded_tiles, hopper_forward_tile
 from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
 
@@ -169,8 +169,14 @@ def banded_forward(
     q_NHD: Tensor, k_EGD: Tensor, v_EGD: Tensor, segments: QuerySegments, band: Band, scale: float
 ) -> tuple[Tensor, Tensor]:
     """o [N, H, Dv] and lse [N, H] of q [N, H, Dk], k [E, G, Dk] and v [E, G, Dv]."""
-    q_NHD, k_EGD, v_EGD = (last_dim_contiguous(x) for x in (q_NHD, k_EGD, v_EGD))
     o_NHD, lse_NH = empty_outputs(q_NHD, v_EGD)
+    if (hopper_tile := hopper_forward_tile(q_NHD, v_EGD)) is not None:
+        from nsa_kernels.triton.banded.hopper_forward import hopper_forward
+
+        if q_NHD.shape[0]:
+            hopper_forward(q_NHD, k_EGD, v_EGD, o_NHD, lse_NH, segments, band, scale, hopper_tile)
+        return o_NHD, lse_NH
+    q_NHD, k_EGD, v_EGD = (last_dim_contiguous(x) for x in (q_NHD, k_EGD, v_EGD))
     tile = banded_tiles(q_NHD, v_EGD).forward
     C = constants(q_NHD, v_EGD, band, tile)
     tiles = query_tiles(segments, C.BT, band.column)

@@ -14,6 +14,7 @@ from nsa_kernels.triton.banded.forward import banded_forward, empty_outputs
 from nsa_kernels.triton.shared.arguments import last_dim_contiguous
 from nsa_kernels.triton.shared.cache import segments_of
 from nsa_kernels.triton.shared.custom_ops import empty_as, register
+from nsa_kernels.triton.shared.shapes import runs_hopper_backward
 
 _BAND = "Tensor segments, int offset, int stride, int window, str column, float scale"
 
@@ -58,6 +59,11 @@ def _attend_backward(
     *band, scale = arguments
     q, k, v, do = (last_dim_contiguous(x) for x in (q, k, v, do))
     at = segments_of(segments, q.device)
+    if runs_hopper_backward(q, v):
+        # Imported where it runs: Gluon is not in every version of Triton.
+        from nsa_kernels.triton.banded.hopper_backward import hopper_backward
+
+        return hopper_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate)
     return banded_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate)
 
 

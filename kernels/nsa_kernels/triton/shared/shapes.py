@@ -67,6 +67,20 @@ _BANDED_FLOAT32_256 = BandedTiles(
 )
 
 
+class HopperTile(NamedTuple):
+    """Query rows and keys of a tile of a kernel with a producer warp, tiles in flight.
+
+    rows: 64 for each consumer. consumer_registers: of a consumer's thread. registers: of all
+    threads at the start, from which the producer gives some to the consumers.
+    """
+
+    rows: int
+    keys: int
+    stages: int
+    registers: int
+    consumer_registers: int
+
+
 @dataclass(frozen=True)
 class Gpu:
     """What one generation of GPUs runs.
@@ -219,6 +233,42 @@ def banded_tiles(q: Tensor, v: Tensor) -> BandedTiles:
     if gpu.banded_dkv_two_masks is not None and len(masked) == 2:
         tiles = tiles._replace(dkv=tiles.dkv._replace(stages=gpu.banded_dkv_two_masks))
     return tiles
+
+
+# Kernels that Gluon compiles: their names in it are those of these versions.
+_GLUON = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
+_HOPPER_FORWARD = HopperTile(192, 64, 4, registers=128, consumer_registers=160)
+_HOPPER_FORWARD_192 = HopperTile(192, 64, 2, registers=128, consumer_registers=160)
+
+
+def _runs_gluon(q: Tensor, v: Tensor) -> bool:
+    """Whether kernels in Gluon take this GPU, dtype and ratio of heads, which must divide 64."""
+    return (
+        gpu_of(q) is HOPPER
+        and _GLUON
+        and q.dtype != torch.float32
+        and _ratio_is_power_of_two(q, v)
+        and q.shape[1] // v.shape[1] <= 32
+    )
+
+
+def hopper_forward_tile(q: Tensor, v: Tensor) -> HopperTile | None:
+    """Of the forward of the compressed and window branches on Hopper; None: the plain kernel runs.
+
+    For widths and ratios that need no padding.
+    """
+    dk, dv = q.shape[-1], v.shape[-1]
+    if not (_runs_gluon(q, v) and dk in (64, 128, 192) and dv in (64, 128)):
+        return None
+    return _HOPPER_FORWARD_192 if dk == 192 else _HOPPER_FORWARD
+
+
+def runs_hopper_backward(q: Tensor, v: Tensor) -> bool:
+    """Whether banded/hopper_backward.py computes gradients of the compressed and window branches.
+
+    For widths and ratios that need no padding.
+    """
+    return _runs_gluon(q, v) and {q.shape[-1], v.shape[-1]} <= {64, 128}
 
 
 class WalkTile(NamedTuple):

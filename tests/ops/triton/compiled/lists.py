@@ -140,6 +140,16 @@ SHORT_HOPPER = (
     (Case("selected", "fp16", 64, 64), 90, "selected.hopper_dkv"),
     (Case("selected", "bf16", 128, 128, options=(("gate", 1),)), 90, "selected.hopper_dkv"),
     (Case("selected", "bf16", 128, 128), 80, "selected.dkv"),
+    (Case("compressed", "bf16", 192, 128), 90, "banded.hopper_forward"),
+    (Case("window", "bf16", 192, 128), 90, "banded.hopper_forward"),
+    (Case("compressed", "fp16", 64, 64), 90, "banded.hopper_forward"),
+    (Case("compressed", "bf16", 128, 128), 80, "banded.forward"),
+    (Case("compressed", "bf16", 128, 128), 80, "banded.dq"),
+    (Case("compressed", "bf16", 128, 128), 80, "banded.dkv"),
+    (Case("compressed", "fp16", 64, 64, options=(("gate", 1),)), 90, "banded.hopper_prepare"),
+    (Case("compressed", "fp16", 64, 64, options=(("gate", 1),)), 90, "banded.hopper_dq"),
+    (Case("compressed", "fp16", 64, 64, options=(("gate", 1),)), 90, "banded.hopper_dkv"),
+    (Case("window", "bf16", 128, 128, options=(("gate", 1),)), 90, "banded.hopper_dkv"),
 )
 
 

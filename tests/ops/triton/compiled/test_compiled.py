@@ -70,7 +70,7 @@ def test_short_list_has_every_kernel_for_every_gpu_and_width(report: dict[str, A
     for name in kernels:
         gpu = of_one_gpu(name)
         assert targets[name] == {f"sm_{x}" for x in ([gpu] if gpu else TARGETS)}, name
-        assert widths[name] - {192 if gpu else 0} == ({64, 128} if gpu else set(WIDTHS)), name
+        assert widths[name] == set(WIDTHS) if gpu is None else widths[name] >= {64, 128}, name
         assert dtypes[name] == ({"fp32", "bf16", "fp16"} if gpu is None else {"bf16", "fp16"}), name
     assert report["compiles"] <= MOST_COMPILES
 

@@ -1,0 +1,150 @@
+"""What kernels written for Hopper (sm_90) in Gluon share: rings of tiles, copies, registers.
+
+Such a kernel has warps of two kinds. One producer warp asks the tensor memory accelerator (TMA) for
+tiles and keeps a ring of stages full; warpgroups of four warps, the consumers, multiply them by
+asynchronous matrix instructions (wgmma). Barriers in shared memory tie them together: `full` of a
+stage says that its tile is there, `empty` that all consumers are done with it.
+
+A barrier is waited for by the parity of its phase. Who waits counts: `advance` moves to the next
+stage of the ring and changes the parity after the last one. A consumer's first parity is 0; a
+producer's is 1, which a new barrier lets pass, as its stages start out empty.
+
+Gluon calls the functions that plain kernels are made of, so maths of positions is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Rows of a warpgroup's matrix instruction.
+WARPGROUP_ROWS = 64
+# TMA reads from addresses, and over strides, that are multiples of this many bytes.
+TMA_ALIGNMENT = 16
+
+
+class Ring(NamedTuple):
+    """Stages of shared memory with two barriers each.
+
+    tiles: [STAGES, ...]; full, empty: [STAGES, 1].
+    """
+
+    tiles: Any
+    full: Any
+    empty: Any
+
+
+@gluon.jit
+def new_barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
+    """NUM barriers [NUM, 1], each of which waits for COUNT arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(barriers.index(i), count=COUNT)
+    return barriers
+
+
+@gluon.jit
+def advance(stage, parity, STAGES: gl.constexpr):
+    """The next stage of a ring and the parity of its barrier."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, parity ^ 1, parity)
+
+
+@gluon.jit
+def retreat(stage, parity, STAGES: gl.constexpr):
+    """The stage before, and the parity of its barrier: what `advance` came from."""
+    first = stage == 0
+    return gl.where(first, STAGES - 1, stage - 1), gl.where(first, parity ^ 1, parity)
+
+
+@gluon.jit
+def to_16_bits(b_x, DTYPE: gl.constexpr):
+    """A float32 tile, rounded to bfloat16 or float16, two elements an instruction.
+
+    The compiler's own conversion takes a permutation more for each pair.
+    """
+    if DTYPE == gl.bfloat16:  # noqa: SIM300 (DTYPE is the variable)
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [b_x], gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [b_x], gl.float16, is_pure=True, pack=2
+        )
+
+
+@gluon.jit
+def keep_rows(tile, low, high, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """Write zeros to the rows of a shared tile [ROWS, WIDTH] outside [low, high), by a warpgroup.
+
+    What TMA brought may be another document's or was never written: 0 times NaN is NaN.
+    """
+    STEP: gl.constexpr = 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    o_row = gl.arange(0, STEP, layout=gl.SliceLayout(1, layout))
+    for start in gl.static_range(0, ROWS, STEP):
+        if (start < low) | (start + STEP > high):
+            part = tile.slice(start, STEP)
+            kept = (start + o_row >= low) & (start + o_row < high)
+            b_x = part.load(layout)
+            part.store(gl.where(gl.expand_dims(kept, 1), b_x, 0.0))
+    # Matrix instructions and TMA reach shared memory by another way than loads and stores.
+    fence_async_shared()
+
+
+def for_tma(x: Tensor) -> Tensor:
+    """x [rows, heads, D], copied where TMA cannot read it as it stands."""
+    step = TMA_ALIGNMENT // x.element_size()
+    readable = (
+        x.stride(-1) == 1
+        and x.data_ptr() % TMA_ALIGNMENT == 0
+        and all(stride > 0 and stride % step == 0 for stride in x.stride()[:-1])
+        and (x.shape[1] - 1) * x.stride(1) < 1 << 31  # The column of a head is 32 bits.
+    )
+    return x if readable else x.clone(memory_format=torch.contiguous_format)
+
+
+def head_tiles(x: Tensor, tokens: int, heads: int, width: int, column: int = 0) -> TensorDescriptor:
+    """Tiles [tokens, heads, width] of x [rows, H, D], for TMA; from channel `column` on."""
+    x = x[..., column:] if column else x
+    return _descriptor(x, x.shape, x.stride(), (tokens, heads, width))
+
+
+def row_tiles(x: Tensor, rows: int, width: int, column: int = 0) -> TensorDescriptor:
+    """Tiles [rows, width] of one head of x [rows, G, D], for TMA; from channel `column` on.
+
+    A head is a range of columns: head i starts at column i * x.stride(1).
+    """
+    x = x[..., column:] if column else x
+    all_rows, heads, channels = x.shape
+    stride_row, stride_head, _ = x.stride()
+    columns = (heads - 1) * stride_head + channels
+    return _descriptor(x, (all_rows, columns), (stride_row, 1), (rows, width))
+
+
+def _descriptor(
+    x: Tensor, shape: Sequence[int], strides: Sequence[int], block: tuple[int, ...]
+) -> TensorDescriptor:
+    return TensorDescriptor(x, list(shape), list(strides), list(block), _layout(block, x.dtype))
+
+
+@lru_cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How TMA lays a tile out in shared memory, so that matrix instructions can read it."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), _GLUON_DTYPES[dtype])
+
+
+_GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+def persistent_programs(x: Tensor, work: int) -> int:
+    """Of a kernel whose programs stay: one a multiprocessor, or one for each of `work` tiles."""
+    return min(work, torch.cuda.get_device_properties(x.device).multi_processor_count)
