@@ -67,6 +67,22 @@ def test_readme_lists_the_mutations(folder: str) -> None:
     assert sorted(listed) == sorted(m.row for m in MUTATIONS if m.folder == folder)
 
 
+def test_every_mutation_names_a_test() -> None:
+    """A renamed row is seen by `make test`, not only where mutations are put in."""
+    here = list(filter(can_run, MUTATIONS))
+    files = sorted({m.node.partition("::")[0] for m in here})
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "--run-slow", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = set(finished.stdout.splitlines())
+    found |= {line.partition("[")[0] for line in found}
+    assert [m.node for m in here if m.node not in found] == [], finished.stderr
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """pytest's exit status and output for each row of the table, and for the tree as it is."""

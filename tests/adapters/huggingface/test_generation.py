@@ -112,7 +112,7 @@ def test_greedy_over_the_cache_is_full_recomputation(name: str, length: int) -> 
         "tuple($START for $START, $END in ranges)",
         "tuple(0 for $START, $END in ranges)",
     ),
-    case="qwen3-shared",
+    case="qwen3-shared-all",
 )
 @pytest.mark.parametrize(
     ("name", "lengths"),
