@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsa_kernels.triton.shared.arguments import load_rows
 from nsa_kernels.triton.shared.arithmetic import PIECE, precision
-from nsa_kernels.triton.shared.shapes import Tile, padded
+from nsa_kernels.triton.shared.shapes import HopperTile, Tile, padded
 
 
 class Band(NamedTuple):
@@ -59,7 +59,7 @@ class Constants(NamedTuple):
     PIECE: int
 
 
-def constants(q: Tensor, v: Tensor, band: Band, tile: Tile) -> Constants:
+def constants(q: Tensor, v: Tensor, band: Band, tile: Tile | HopperTile) -> Constants:
     """For q [N, H, Dk] and v [E, G, Dv]."""
     (_, heads, dk), (_, groups, dv) = q.shape, v.shape
     ratio = heads // groups
