@@ -32,6 +32,8 @@ CASES = [
     Case("R16_128", (700,), heads=16, groups=1, key_width=128, value_width=128, **LENGTHS),
     Case("R4_64", (700,), heads=8, key_width=64, value_width=64, **LENGTHS),
     Case("R1_192", (700,), heads=2, key_width=192, value_width=128, **LENGTHS),
+    # Tiles of queries that see one tile of keys, cut at both its ends.
+    Case("narrow", (700,), key_width=128, value_width=64, block=8, stride=4, window=20),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=case_id)
 
