@@ -44,11 +44,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skip_multi_gpu = pytest.mark.skip(reason=f"needs two CUDA devices, found {gpus}")
     kept, deselected = [], []
     for item in items:
-        if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
-            deselected.append(item)
-            continue
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+        if item.get_closest_marker("slow"):
+            if not config.getoption("--run-slow"):
+                deselected.append(item)
+                continue
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
         kept.append(item)
         if item.get_closest_marker("gpu") and gpus < 1:
             item.add_marker(skip_gpu)

@@ -7,7 +7,7 @@ get gradients of exactly zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,13 @@ def sampled_rows(count: int) -> Tensor:
     return torch.cat((others, torch.tensor([0, count - 1]))).unique()
 
 
+def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest norm of a difference over the norm of the expected tensor, in float64."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
+    errors = [(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in pairs]
+    return float(torch.stack(errors).max())
+
+
 def compare_sampled(reference: Callable[..., Tensor], *, by_row: int, operators: int = 1) -> Judge:
     """A judge by relative error: the norm of the difference over that of the float64 result.
 
@@ -75,14 +82,8 @@ def compare_sampled(reference: Callable[..., Tensor], *, by_row: int, operators:
             grads[i] = sampled
         found = [out.detach()[rows], *grads]
         expected = [exact.detach(), *torch.autograd.grad(exact, exact_inputs, weight.double())]
-        errors = torch.stack(
-            [
-                (a.double() - b).norm() / b.norm().clamp(min=1e-30)
-                for a, b in zip(found, expected, strict=True)
-            ]
-        )
         limit = operators * ROUNDINGS[out.dtype] * torch.finfo(out.dtype).eps
-        return Verdict(float(errors.max()), limit)
+        return Verdict(relative_error(found, expected), limit)
 
     return judge
 

@@ -22,7 +22,7 @@ import importlib
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -219,9 +219,7 @@ def _percents(row: Row) -> tuple[float | None, float | None]:
 
 def shape_of(options: Sizes, gpu: str) -> Shape:
     """The shape of a row; rows of equal shapes are compared."""
-    names = ["dtype", "heads", "kv_heads", "head_dim", "v_head_dim", "documents"]
-    names += ["compress_block", "compress_stride", "select_block", "num_selected", "window"]
-    names += ["compress", "independent_kv", "data"]
+    names = [field.name for field in fields(Shape) if field.name != "gpu"]
     return Shape(gpu=gpu, **{name: getattr(options, name) for name in names})
 
 

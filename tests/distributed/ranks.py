@@ -105,8 +105,7 @@ def rank_pool(
 ) -> Iterator[Callable[[int], Ranks]]:
     """get(P): P gloo processes, started at the first request and ended with the context.
 
-    Groups that tests make in them and never end keep threads that poll: tests that make many have
-    a pool of their own, not that of the session.
+    Groups that tests make in them and never end keep threads that poll, unless the pool ends them.
 
     Args:
         most_runs: of functions, after which the next request starts new processes.

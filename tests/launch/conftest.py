@@ -24,7 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def ranks_of() -> Iterator[Callable[[int], Ranks]]:
-    """As everywhere, but each function's groups end with it: each training run makes some."""
+    """As everywhere, but processes of these tests alone."""
     with rank_pool(ends_groups=True) as get:
         yield get
 

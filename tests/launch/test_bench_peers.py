@@ -15,30 +15,13 @@ pytest.importorskip("numpy")
 from torch.nn.attention import SDPBackend
 
 from launch.bench import operators, peers
-from launch.bench.options import Options
 from launch.bench.problems import problems
 from launch.bench.stream import Stream
 from launch.bench.table import read_csv
 from nsa_dist import native_sparse_attention
-from tests.launch.test_bench import NoClock
+from tests.launch.test_bench import SMALL, NoClock
 
-SHARED = Options(
-    lengths=(90,),
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    v_head_dim=16,
-    compress_block=8,
-    compress_stride=4,
-    select_block=16,
-    num_selected=4,
-    window=20,
-    compress="mean",
-    independent_kv=False,
-    dtype="float32",
-    backend="pytorch",
-    dense=False,
-)
+SHARED = replace(SMALL, v_head_dim=16, compress="mean", independent_kv=False)
 PACKAGE = """
 class NSAConfig:
     def __init__(self, **options): self.options = options

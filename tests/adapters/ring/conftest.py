@@ -21,6 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="package")
 def ranks_of() -> Iterator[Callable[[int], Ranks]]:
-    """As everywhere, but processes of these tests alone: subgroups leave threads that poll."""
+    """As everywhere, but processes of these tests alone."""
     with rank_pool(ends_groups=True) as get:
         yield get
