@@ -268,7 +268,10 @@ def config_of(heads: int, groups: int) -> NSAConfig:
 
 @long
 def test_whole_attention(length: int, dtype: torch.dtype) -> None:
-    """The bits that the operators, judged above, give one after another, and every gradient's."""
+    """The bits that the operators give one after another, each with its gate, and their gradients'.
+
+    `tests/ops/test_gates.py` judges the gates, the tests above the rest.
+    """
     heads, groups = num_heads()
     config = config_of(heads, groups)
     compressors = [BlockCompressor(config, WIDTH, device=DEVICE, dtype=dtype) for _ in "kv"]
@@ -298,26 +301,29 @@ def test_whole_attention(length: int, dtype: torch.dtype) -> None:
         ops.compress(x, rows, BLOCK, "mlp", dict(module.named_parameters()))
         for x, module in zip((k_cmp, v_cmp), compressors, strict=True)
     ]
-    o_cmp, lse = ops.compressed_attention(queries[0], *short, segments, **BAND)
+    g_cmp, g_slc, g_win = gates.unbind(-1)
+    o_cmp, lse, *of_cmp = ops.compressed_attention(queries[0], *short, segments, **BAND, gate=g_cmp)
     selected = ops.select_blocks(
         q, short[0].detach(), lse, segments, **BAND, select_block=SELECT,
         num_selected=NUM_SELECTED, num_init_blocks=1, num_local_blocks=2,
     )  # fmt: skip
-    o_slc, _ = ops.selected_attention(
+    o_slc, _, *of_slc = ops.selected_attention(
         queries[1], k_slc, v_slc, k_slc[:0], v_slc[:0], selected, *plain_table(length, groups),
-        segments, select_block=SELECT, scale=SCALE,
+        segments, select_block=SELECT, scale=SCALE, gate=g_slc,
     )  # fmt: skip
-    o_win, _ = ops.window_attention(queries[2], k_win, v_win, segments, window=WINDOW, scale=SCALE)
-    o = ops.combine([o_cmp, o_slc, o_win], gates)
+    o_win, _, *of_win = ops.window_attention(
+        queries[2], k_win, v_win, segments, window=WINDOW, scale=SCALE, gate=g_win
+    )
+    o = ops.combine([o_cmp, o_slc, o_win], gates, [of_cmp, of_slc, of_win])
     assert same_bits(out, o)
     others = [gates, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, *weights]
     parts = torch.autograd.grad(o, [*queries, *others], do)
     for x, y in zip(whole, parts[3:], strict=True):
         assert torch.equal(x, y)  # Not to the bit: gradients from fetched blocks add 0 to -0.
-    # dq is the rounded sum of those of the branches, in whichever order they came.
-    a, b, c = parts[:3]
-    orders = ((a, b, c), (a, c, b), (b, c, a))
-    assert any(same_bits(dq, (x + y) + z) for x, y, z in orders)
+    # dq is the sum of those of the branches, rounded once, the window's first.
+    dq_cmp, dq_slc, dq_win = parts[:3]
+    ones = torch.ones(length, heads, 3, dtype=dtype, device=DEVICE)
+    assert same_bits(dq, ops.combine([dq_win, dq_cmp, dq_slc], ones))
 
 
 def many_documents(tokens: int, count: int) -> list[int]:

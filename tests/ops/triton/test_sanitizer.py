@@ -22,7 +22,7 @@ SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
 
 # A race: its first access, and each other one on a line of its own.
 HAZARD = re.compile(r"Race reported between .*(?:\n=+ +and .*)+")
-ACCESS = re.compile(r"access at \S+ in (\S+\.py):(\d+)")
+ACCESS = re.compile(r"access at (\w+)\S* in (\S+\.py):(\d+)")
 
 
 def between_partitions(hazard: str) -> bool:
@@ -33,15 +33,18 @@ def between_partitions(hazard: str) -> bool:
     said to be at the kernel's first line and at that call, those of our code at their own lines.
     """
     accesses = ACCESS.findall(hazard)
-    lines = [_line(file, int(number)) for file, number in accesses]
+    lines = [_line(kernel, file, int(number)) for kernel, file, number in accesses]
     own = ("gl.warp_specialize([", "_kernel(")
     return bool(lines) and all(any(word in line for word in own) for line in lines)
 
 
-def _line(file: str, number: int) -> str:
-    found = [path for path in (ROOT / "kernels").rglob(Path(file).name) if path.is_file()]
-    assert len(found) == 1, file
-    return found[0].read_text(encoding="utf-8").splitlines()[number - 1]
+def _line(kernel: str, file: str, number: int) -> str:
+    """The line of a file of that name: of the one that has the kernel, if several are called so."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob(Path(file).name)]
+    if len(texts) > 1:
+        texts = [text for text in texts if f"def {kernel}(" in text]
+    assert len(texts) == 1, (kernel, file)
+    return texts[0].splitlines()[number - 1]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs there under compute-sanitizer")

@@ -308,7 +308,7 @@ def _multiply(
 
 
 @gluon.jit
-def _hopper_dkv_kernel(
+def _hopper_block_dkv_kernel(
     q_desc, do_desc, k_own, v_own, k_fetched, v_fetched, k_column, v_column, k_fetched_column,
     v_fetched_column, num_own, log_sum, delta, gate, gate_row, gate_head, dk, dv, order, owner,
     ends, starts, rows, seen, block_rows, num_blocks, first_program, num_programs, scale,
@@ -436,7 +436,7 @@ class HopperDkv:
 
     def __call__(self, dk: Tensor, dv: Tensor, first: int, end: int) -> None:
         """Programs first..end-1, to workspaces [programs, 64, D]."""
-        _hopper_dkv_kernel[(-(-(end - first) // WORKERS.value),)](
+        _hopper_block_dkv_kernel[(-(-(end - first) // WORKERS.value),)](
             *self._before, dk, dv, *self._after, first, end - first, *self._scales,
             *self._constants, num_warps=4, maxnreg=168,
         )  # fmt: skip
