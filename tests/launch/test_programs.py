@@ -28,6 +28,7 @@ HELP = {
     "convert.py": (),
     "prepare_data.py": ("--help",),
     "export.py": ("--help",),
+    "generate.py": ("--help",),
     "bench/operators.py": ("--help",),
     "bench/distributed.py": ("--help",),
     "bench/record_choices.py": ("--help",),
