@@ -49,6 +49,11 @@ class Trained:
     weights: dict[str, Tensor]
 
     @property
+    def name(self) -> str:
+        """The run and the step, for titles."""
+        return f"{self.path.resolve().parent.parent.name} step {self.step}"
+
+    @property
     def vocab_size(self) -> int:
         return self.weights["embedding.weight"].shape[0]
 

@@ -27,6 +27,7 @@ HELP = {
     "train.py": ("configs/default.toml", "--help"),
     "convert.py": (),
     "prepare_data.py": ("--help",),
+    "evaluate.py": ("--help",),
     "export.py": ("--help",),
     "generate.py": ("--help",),
     "bench/operators.py": ("--help",),
