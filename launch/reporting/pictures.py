@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 _PAPER, _INK, _GRID, _EMPTY = (255, 255, 255), (40, 40, 40), (225, 225, 225), (200, 200, 200)
 _RAMP = ((247, 251, 255), (107, 174, 214), (8, 48, 107))
 """Colours of 0, 1/2 and 1."""
@@ -100,6 +103,42 @@ def heat_map(
     canvas.save(path)
 
 
+def panels(
+    path: Path,
+    images: Sequence[tuple[str, Tensor]],
+    *,
+    columns: int,
+    title: str,
+    note: str,
+) -> None:
+    """Pictures of one size side by side, each below its name.
+
+    Args:
+        images: names, and float [height, width] values from 0 to 1 each, NaN for grey.
+        note: a line at the end.
+    """
+    from PIL import Image
+
+    height, width = images[0][1].shape
+    names = [name for name, _ in images]
+    cell_w, cell_h = max(width, _widest(names)) + _SIZE, height + 2 * _SIZE
+    rows = -(-len(images) // columns)
+    wide = max(columns * cell_w, _widest([note])) + 2 * _SIZE
+    canvas = _Canvas(wide, 4 * _SIZE + rows * cell_h + 2 * _SIZE, title)
+    ramp = torch.tensor([shade(step / 255) for step in range(256)], dtype=torch.uint8)
+    grey = torch.tensor(_EMPTY, dtype=torch.uint8)
+    for place, (name, values) in enumerate(images):
+        x, y = _SIZE + place % columns * cell_w, 3 * _SIZE + place // columns * cell_h
+        canvas.words(x, y + _SIZE, name, "ls")
+        empty = values.isnan()
+        steps = (values.nan_to_num() * 255).round().clamp(0, 255).long()
+        pixels = torch.where(empty[..., None], grey, ramp[steps]).contiguous()
+        image = Image.frombytes("RGB", (width, height), pixels.numpy().tobytes())
+        canvas.image.paste(image, (x, y + round(1.3 * _SIZE)))
+    canvas.words(_SIZE, 4 * _SIZE + rows * cell_h, note, "ls")
+    canvas.save(path)
+
+
 def curves(
     path: Path,
     lines: Mapping[str, Sequence[tuple[float, float]]],
@@ -135,7 +174,7 @@ def curves(
         _, at = place(2.0**x0, y)
         canvas.draw.line((left, at, left + size[0], at), fill=_GRID)
         canvas.words(left - 6, at, f"{y:.2f}", "rm")
-    at = left
+    at = left + 4 * _SIZE
     for (name, line), ink in zip(lines.items(), LINES * (1 + len(lines) // 5), strict=False):
         placed = [place(x, y) for x, y in line if math.isfinite(y)]
         if len(placed) > 1:

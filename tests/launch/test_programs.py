@@ -26,6 +26,7 @@ with open(os.environ["IMPORTED"], "a") as file:
 HELP = {
     "train.py": ("configs/default.toml", "--help"),
     "convert.py": (),
+    "inspect_attention.py": ("--help",),
     "prepare_data.py": ("--help",),
     "evaluate.py": ("--help",),
     "export.py": ("--help",),
