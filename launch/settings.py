@@ -220,6 +220,9 @@ class RunSettings:
     # auto: bfloat16 with float32 weights on cuda, else float32
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     timeout: float = 600.0  # seconds that ranks wait for each other before the run ends
+    dry_run: bool = (
+        False  # print ranks, memory, bytes and time by estimate, and end without training
+    )
     # compare each attention over cp ranks with one rank's, on one step, and end without training
     self_check: bool = False
     self_check_rows: int = 0  # with self_check: compare about this many queries; 0: all
@@ -272,6 +275,13 @@ class Settings:
         )
         _check_engine(self)
         _check_dense(self)
+        must = (
+            "False with dense layers (model.attention, model.dense_every), which have no estimate"
+        )
+        some = not (self.model.has_dense and self.run.dry_run)
+        check(some, "run.dry_run", self.run.dry_run, must)
+        must = "False with run.dry_run"
+        check(not (self.run.self_check and self.run.dry_run), "run.self_check", True, must)
         must = "False with model.attention = 'dense' (NSA layers are checked)"
         some = self.model.attention == "nsa" or not self.run.self_check
         check(some, "run.self_check", self.run.self_check, must)

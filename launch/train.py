@@ -28,10 +28,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from launch.data.corpus import Corpus, load_corpus, unigram_loss
+from launch.data.corpus import Corpus, load_corpus, load_tokenizer, unigram_loss
 from launch.data.streams import Stream, Streams, join
 from launch.engines.base import Engine
 from launch.engines.registry import engine_spec, make_engine
+from launch.estimating.estimates import describe_run
 from launch.processes import mistakes
 from launch.processes.ranks import Ranks, place_on_machine, start_ranks
 from launch.processes.startup import describe, join_store
@@ -380,6 +381,19 @@ def self_check(settings: Settings, ranks: Ranks) -> bool:
     return all(right for right, _ in found)
 
 
+def dry_run(settings: Settings, ranks: Ranks) -> None:
+    """Print how the run would use its ranks, and what a step costs by estimate. Trains nothing,
+    reads no documents and builds no model."""
+    with ranks.agreed():
+        vocab_size = load_tokenizer(settings.data).vocab_size
+        lines = describe_run(settings, ranks.dp, vocab_size)
+    if ranks.is_main:
+        engine = engine_spec(settings.parallel.engine)
+        grid = f"pp {ranks.pp} x dp {ranks.dp} x cp {ranks.cp} x tp {ranks.tp}"
+        print(f"{ranks.size} processes on {ranks.device.type}, {grid}, neighbours last")
+        print(f"engine: {engine.describe(settings, ranks)}", *lines, sep="\n", flush=True)
+
+
 def start() -> tuple[Ranks, Settings]:
     """Join the other ranks with the command line's settings.
 
@@ -403,7 +417,10 @@ def main() -> None:
     with Stopping() as stopping:
         try:
             ranks, settings = start()
-            if settings.run.self_check:
+            status = 0
+            if settings.run.dry_run:
+                dry_run(settings, ranks)
+            elif settings.run.self_check:
                 status = 0 if self_check(settings, ranks) else 1
             else:
                 status = STOPPED if train(settings, ranks, stopping).stopped else 0
