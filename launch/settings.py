@@ -220,6 +220,12 @@ class RunSettings:
     # auto: bfloat16 with float32 weights on cuda, else float32
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     timeout: float = 600.0  # seconds that ranks wait for each other before the run ends
+    dry_run: bool = (
+        False  # print ranks, memory, bytes and time by estimate, and end without training
+    )
+    # compare each attention over cp ranks with one rank's, on one step, and end without training
+    self_check: bool = False
+    self_check_rows: int = 0  # with self_check: compare about this many queries; 0: all
     log_every: int = 10  # steps between log lines
     validate_every: int = 0  # steps between validations; 0: at the end only
     validation_streams: int = 16  # held-out streams that a validation reads
@@ -236,6 +242,9 @@ class RunSettings:
             _check_minimum("run", self, option, 1)
         for option in ("validate_every", "checkpoint_every", "keep_checkpoints", "sample_tokens"):
             _check_minimum("run", self, option, 0)
+        _check_minimum("run", self, "self_check_rows", 0)
+        must, used = "0 without run.self_check", self.self_check or not self.self_check_rows
+        check(used, "run.self_check_rows", self.self_check_rows, must)
         must = "below 10^8 (names of checkpoints have eight digits)"
         check(self.steps < 10**8, "run.steps", self.steps, must)
         must = "a number of seconds above 0 and up to a million"
@@ -266,6 +275,16 @@ class Settings:
         )
         _check_engine(self)
         _check_dense(self)
+        must = (
+            "False with dense layers (model.attention, model.dense_every), which have no estimate"
+        )
+        some = not (self.model.has_dense and self.run.dry_run)
+        check(some, "run.dry_run", self.run.dry_run, must)
+        must = "False with run.dry_run"
+        check(not (self.run.self_check and self.run.dry_run), "run.self_check", True, must)
+        must = "False with model.attention = 'dense' (NSA layers are checked)"
+        some = self.model.attention == "nsa" or not self.run.self_check
+        check(some, "run.self_check", self.run.self_check, must)
 
 
 def _check_engine(settings: Settings) -> None:
@@ -389,6 +408,9 @@ def _from_document(table: dict[str, Any]) -> Settings:
     return from_table(Settings, {key: table[key] for key in table if key != "format"})
 
 
+S = TypeVar("S", bound=Settings)
+
+
 def from_command_line(arguments: Sequence[str]) -> Settings:
     """Settings of ``CONFIG.toml [--section.option value ...]``; options override the file.
 
@@ -398,25 +420,32 @@ def from_command_line(arguments: Sequence[str]) -> Settings:
     Raises:
         ValueError: as ``from_toml``, and if ``to_toml`` could not write the settings.
     """
+    settings = read_command_line(arguments, Settings, "train.py")
+    to_toml(settings)  # Refuses here, before the run starts, what could not be resumed from.
+    return settings
+
+
+def read_command_line(arguments: Sequence[str], kind: type[S], program: str) -> S:
+    """As ``from_command_line``, for a program that has more sections than a run, which no file
+    has."""
     check(
         bool(arguments) and not arguments[0].startswith("-"),
         "config",
         arguments[0] if arguments else None,
-        "the first argument: train.py CONFIG.toml [--section.option value ...]",
+        f"the first argument: {program} CONFIG.toml [--section.option value ...]",
     )
-    default = from_toml(arguments[0])
+    run = from_toml(arguments[0])
+    default = kind(**{f.name: getattr(run, f.name) for f in dataclasses.fields(run)})
     shown = arguments[0].encode("utf-8", "backslashreplace").decode()
-    settings = read_once(
+    return read_once(
         lambda: tyro.cli(
-            Settings,
-            prog=f"train.py {shown}",
+            kind,
+            prog=f"{program} {shown}",
             default=default,
             args=list(arguments[1:]),
             config=(tyro.conf.FlagConversionOff,),
         )
     )
-    to_toml(settings)  # Refuses here, before the run starts, what could not be resumed from.
-    return settings
 
 
 def to_toml(settings: Settings) -> str:

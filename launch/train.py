@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Import from the checkout, not from this file's fol
     others = [path for path in sys.path if Path(path).resolve() != folder]
     sys.path[:] = [str(root), str(root / "kernels"), *others]
 
+import dataclasses
 import io
 import math
 import time
@@ -27,10 +28,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from launch.data.corpus import Corpus, load_corpus, unigram_loss
+from launch.data.corpus import Corpus, load_corpus, load_tokenizer, unigram_loss
 from launch.data.streams import Stream, Streams, join
 from launch.engines.base import Engine
 from launch.engines.registry import engine_spec, make_engine
+from launch.estimating.estimates import describe_run
 from launch.processes import mistakes
 from launch.processes.ranks import Ranks, place_on_machine, start_ranks
 from launch.processes.startup import describe, join_store
@@ -45,7 +47,7 @@ from launch.settings import OptimizerSettings, Settings, from_command_line
 from launch.storage.checkpoint import resume, save_checkpoint
 from launch.storage.folder import check_folder_options, run_folder, write_settings
 from launch.storage.manifest import CheckpointError
-from nsa_dist import ShardedBatch, shard_batch
+from nsa_dist import ShardedBatch, check_parallel, shard_batch
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -332,13 +334,64 @@ def train(settings: Settings, ranks: Ranks, stopping: Stopping | None = None) ->
     """The whole run: data, model, steps, checkpoints, validations, sample. Collective."""
     started = time.perf_counter()
     check_folder_options(settings.run)
+    corpus = read_corpus(settings, ranks)
+    with run_folder(settings, ranks) as folder:
+        return Run(settings, ranks, corpus, folder, stopping or Stopping()).run(started)
+
+
+def read_corpus(settings: Settings, ranks: Ranks) -> Corpus:
+    """The run's documents, the same on every rank. Collective."""
     with ranks.agreed():
         corpus = load_corpus(settings.data, place_on_machine())
         check_prompt(settings, corpus.tokenizer)
     must = "the same documents (and Python) on every machine"
     ranks.check_equal("data.source", corpus.digest[:16], must)
-    with run_folder(settings, ranks) as folder:
-        return Run(settings, ranks, corpus, folder, stopping or Stopping()).run(started)
+    return corpus
+
+
+def self_check(settings: Settings, ranks: Ranks) -> bool:
+    """Compare each NSA layer over its ranks with one rank's, on the run's first micro-batch.
+
+    Rank 0 prints its group's report, and those of other groups that are wrong. Writes nothing.
+    Collective.
+
+    Returns:
+        Whether all layers of all groups compute what one rank does; the same on every rank.
+    """
+    one_micro_batch = ranks.dp * settings.data.micro_batch
+    data = dataclasses.replace(settings.data, global_batch=one_micro_batch)
+    settings = dataclasses.replace(settings, data=data)
+    corpus = read_corpus(settings, ranks)
+    streams = corpus.training.streams(settings.data.length, settings.run.seed)
+    engine = make_engine(settings, corpus.tokenizer.vocab_size, ranks)
+    (batch,) = step_batches(settings, streams, 0, ranks)
+    report = check_parallel(
+        engine.sampler,
+        lambda: engine.step([batch], 0.0, mix_seed(settings.run.seed, 0)),
+        batch,
+        rows=settings.run.self_check_rows or None,
+    )
+    found = [(report.ok, str(report))] * ranks.size
+    dist.all_gather_object(found, found[0])
+    if ranks.is_main:
+        shown = [text for rank, (right, text) in enumerate(found) if rank == 0 or not right]
+        print("\n".join(dict.fromkeys(shown)), flush=True)
+        if settings.model.has_dense:
+            print("dense layers are not compared", flush=True)
+    return all(right for right, _ in found)
+
+
+def dry_run(settings: Settings, ranks: Ranks) -> None:
+    """Print how the run would use its ranks, and what a step costs by estimate. Trains nothing,
+    reads no documents and builds no model."""
+    with ranks.agreed():
+        vocab_size = load_tokenizer(settings.data).vocab_size
+        lines = describe_run(settings, ranks.dp, vocab_size)
+    if ranks.is_main:
+        engine = engine_spec(settings.parallel.engine)
+        grid = f"pp {ranks.pp} x dp {ranks.dp} x cp {ranks.cp} x tp {ranks.tp}"
+        print(f"{ranks.size} processes on {ranks.device.type}, {grid}, neighbours last")
+        print(f"engine: {engine.describe(settings, ranks)}", *lines, sep="\n", flush=True)
 
 
 def start() -> tuple[Ranks, Settings]:
@@ -364,12 +417,18 @@ def main() -> None:
     with Stopping() as stopping:
         try:
             ranks, settings = start()
-            result = train(settings, ranks, stopping)
+            status = 0
+            if settings.run.dry_run:
+                dry_run(settings, ranks)
+            elif settings.run.self_check:
+                status = 0 if self_check(settings, ranks) else 1
+            else:
+                status = STOPPED if train(settings, ranks, stopping).stopped else 0
         except (ValueError, FloatingPointError, CheckpointError) as error:
             mistakes.end("train.py", error)
         dist.barrier()
         dist.destroy_process_group()
-        sys.exit(STOPPED if result.stopped else 0)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

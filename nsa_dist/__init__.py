@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nsa_dist.layer import NativeSparseAttention
     from nsa_dist.nn.compressor import BlockCompressor
     from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
+    from nsa_dist.self_check import ParallelReport, check_parallel
     from nsa_dist.sharding import ShardedBatch, Sharding, make_sharding, shard, shard_batch, unshard
 
 __all__ = [
@@ -32,10 +33,12 @@ __all__ = [
     "NSAConfig",
     "NSADetails",
     "NativeSparseAttention",
+    "ParallelReport",
     "RotaryConfig",
     "ShardedBatch",
     "Sharding",
     "apply_rotary",
+    "check_parallel",
     "get_plan",
     "make_sharding",
     "native_sparse_attention",
@@ -54,6 +57,7 @@ _MODULES = {
     "layer": ("NativeSparseAttention",),
     "nn.compressor": ("BlockCompressor",),
     "nn.rotary": ("apply_rotary", "rotary_cos_sin"),
+    "self_check": ("ParallelReport", "check_parallel"),
     "sharding": ("ShardedBatch", "Sharding", "make_sharding", "shard", "shard_batch", "unshard"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

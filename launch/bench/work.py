@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from launch.bench.options import Sizes
+from nsa_dist import NSAConfig
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,24 @@ class Pairs:
 
 def count_pairs(options: Sizes, length: int) -> Pairs:
     """Pairs in the definition. Their number does not depend on which blocks are selected."""
-    config, size = options.config, length // options.documents
-    block, stride, select = config.compress_block, config.compress_stride, config.select_block
-    compressed = selected = window = 0
-    for t in range(size):
-        compressed += max(0, (t - block + 1) // stride + 1)
-        # The own block is always chosen, and the only one that the query sees a part of.
-        selected += (min(config.num_selected, t // select + 1) - 1) * select + t % select + 1
-        window += min(t + 1, config.window)
-    counts = compressed, selected, window, size * (size + 1) // 2
+    one = pairs_at(options.config, torch.arange(length // options.documents))
+    counts = one.compressed, one.selected, one.window, one.dense
     return Pairs(*(options.documents * count for count in counts))
+
+
+def pairs_at(config: NSAConfig, positions: Tensor) -> Pairs:
+    """Pairs of the queries at these positions of their documents, int64 [N]."""
+    t, select = positions, config.select_block
+    blocks = (t - config.compress_block + 1) // config.compress_stride + 1
+    # The own block is always chosen, and the only one that the query sees a part of.
+    chosen = (t // select + 1).clamp(max=config.num_selected) - 1
+    counts = (
+        blocks.clamp(min=0),
+        chosen * select + t % select + 1,
+        (t + 1).clamp(max=config.window),
+        t + 1,
+    )
+    return Pairs(*(int(count.sum()) for count in counts))
 
 
 def attention_flops(options: Sizes, pairs: int) -> Flops:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from nsa_dist.attention.call import Call, Rotary, make_call, make_setup, refuse
 from nsa_dist.attention.checks import inputs_problem, query_problem, rotary_problem
 from nsa_dist.attention.flow import Attended, attend_branches
 from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
+from nsa_dist.attention.watching import Inputs, is_watched, show_inputs, show_output
 from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.agreement import agree
@@ -185,8 +186,12 @@ def attend(
         more = {name: value for name, value in stated.items() if name not in statement.values}
         backend = repr(call.backend.name)
         agree(statement.also(**more, backend=backend), problem, channel.group, channel.counter)
+    watched = is_watched()
+    if watched:
+        shown = show_inputs(call, Inputs(q, k, v, gates), selector)
+        q, k, v, gates = shown.q, shown.k, shown.v, shown.gates
     sets = tuple(call.plan.halos)
-    return attend_branches(
+    attended = attend_branches(
         call,
         q.flatten(0, 1),
         _by_set(k, sets),
@@ -194,6 +199,10 @@ def attend(
         gates.flatten(0, 1),
         selector,
     )
+    if watched:
+        out = show_output(attended.out_NHD, attended.blocks_NGn)
+        attended = replace(attended, out_NHD=out)
+    return attended
 
 
 def details_of(attended: Attended, gates: Tensor) -> NSADetails:

@@ -23,10 +23,12 @@ PUBLIC = {
     "NSAConfig",
     "NSADetails",
     "NativeSparseAttention",
+    "ParallelReport",
     "RotaryConfig",
     "ShardedBatch",
     "Sharding",
     "apply_rotary",
+    "check_parallel",
     "get_plan",
     "make_sharding",
     "native_sparse_attention",
@@ -56,6 +58,7 @@ SIGNATURES = {
         "q k v gates k_compressor v_compressor config cu_seqlens rotary layout group backend plan "
         "communication return_details selector"
     ),
+    "check_parallel": "model run sharding rows",
     "shard_batch": "tokens cu_seqlens labels layout group pad_token",
     "make_sharding": "length cu_seqlens layout group",
     "shard": "x cu_seqlens layout group pad_value",

@@ -1,0 +1,1 @@
+"""What a layer and a step cost before they run: bytes, memory and time, from plan and rates."""

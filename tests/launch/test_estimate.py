@@ -1,0 +1,318 @@
+"""Estimates: bytes against counted ones of real runs, memory and time against measured ones."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch import estimate
+from launch.bench.distributed import DistributedRow
+from launch.bench.options import random_choices
+from launch.bench.table import Row, read_rows
+from launch.estimating.choices import fetched_tokens, full_gather_tokens
+from launch.estimating.costs import attention_memory, has_hopper_kernels, read_rates
+from launch.estimating.estimates import EstimateOptions, EstimateSettings, estimates
+from launch.estimating.traffic import count_traffic, plans_of_all
+from launch.processes.ranks import start_ranks
+from launch.settings import ModelSettings, ParallelSettings, Settings
+from launch.train import dry_run
+from nsa_dist import BlockCompressor, NSAConfig, native_sparse_attention
+from tests.distributed.layer_case import SMALL, LayerCase, run_layer, variants
+from tests.distributed.ranks import Ranks
+from tests.launch.common import tiny, write_documents
+
+RanksOf = Callable[[int], Ranks]
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+MEASURED = NSAConfig(64, 4, 128)
+"""The config of docs/benchmarks.md and docs/performance.md."""
+
+
+def counted(case: LayerCase) -> tuple[dict[str, int], torch.Tensor | None]:
+    result = run_layer(case, dist.group.WORLD)
+    return result.received, result.selected
+
+
+CASES = {
+    "zigzag": LayerCase(length=160),
+    "contiguous": LayerCase(layout="contiguous", length=160, dtype=torch.float32),
+    "per-document": LayerCase(layout="zigzag_per_document", length=160),
+    "uneven": LayerCase(length=184),
+    "shared": variants(LayerCase(length=160), independent_kv=False),
+    "selected-alone": variants(LayerCase(length=160), branches=("selected",)),
+    "window-alone": variants(LayerCase(length=160), branches=("window",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, 2 + 2 * (at % 2)) for at, name in enumerate(CASES)] + [("zigzag", 4)]
+)
+def test_bytes_are_those_that_a_run_counts(name: str, size: int, ranks_of: RanksOf) -> None:
+    case = CASES[name]
+    answers = ranks_of(size).run(counted, case)
+    boundaries = torch.tensor([0, case.length])
+    plans = plans_of_all(case.config, case.layout, size, case.length, boundaries.int())
+    selected = answers[0][1]
+    chosen: Any = "all" if selected is None else selected[0]
+    fetched = fetched_tokens(case.config, plans, chosen, boundaries)
+    element_size = torch.finfo(case.dtype).bits // 8
+    traffic = count_traffic(case.config, plans, fetched, element_size)
+    for rank, (received, _) in enumerate(answers):
+        found = {kind: int(traffic.of_rank(kind)[rank]) for kind in traffic.received}
+        found["plan"] += found.pop("plan_grad")
+        assert {k: n for k, n in found.items() if n} == {k: n for k, n in received.items() if n}
+
+
+def test_random_choices_are_those_of_the_draws() -> None:
+    """The mean over draws against three draws, where queries are too few to want everything."""
+    config = replace(SMALL, num_selected=8, select_block=4)
+    length, size = 2048, 32
+    boundaries = torch.tensor([0, length])
+    for layout in ("contiguous", "zigzag"):
+        plans = plans_of_all(config, layout, size, length, boundaries.int())
+        expected = fetched_tokens(config, plans, "random", boundaries)
+        draws = [random_choices(length, config, "cpu") for _ in range(3)]
+        found = sum(fetched_tokens(config, plans, draw, boundaries) for draw in draws) / 3
+        everything = fetched_tokens(config, plans, "all", boundaries)
+        coherent = fetched_tokens(config, plans, "coherent", boundaries)
+        assert abs(float(expected.sum() / found.sum()) - 1) < 0.03
+        assert expected.sum() < 0.9 * everything.sum()
+        assert coherent.sum() < 0.7 * expected.sum()
+        assert bool((expected <= everything + 1e-9).all())
+        full = full_gather_tokens(plans[0]) * config.num_kv_heads
+        assert float(everything.sum((1, 2)).max()) <= full
+
+
+def test_choices_stay_within_documents() -> None:
+    boundaries = torch.tensor([0, 64, 128, 192, 256])
+    plans = plans_of_all(SMALL, "contiguous", 4, 256, boundaries.int())
+    for choices in ("all", "random", "coherent"):
+        assert fetched_tokens(SMALL, plans, choices, boundaries).sum() == 0  # type: ignore[arg-type]
+    plans = plans_of_all(SMALL, "contiguous", 2, 256, torch.tensor([0, 96, 256]).int())
+    boundaries = torch.tensor([0, 96, 256])
+    fetched = fetched_tokens(SMALL, plans, "all", boundaries)
+    # The second document's first 32 tokens stand on rank 0.
+    assert fetched[1].tolist() == [[32.0] * SMALL.num_kv_heads, [0.0] * SMALL.num_kv_heads]
+    assert fetched[0].sum() == 0
+
+
+def run_of(**options: Any) -> EstimateSettings:
+    return EstimateSettings(
+        attention=MEASURED,
+        model=ModelSettings(layers=1, hidden_size=256, mlp_hidden=512),
+        parallel=ParallelSettings(cp=2),
+        estimate=EstimateOptions(**options),
+    )
+
+
+def test_bytes_and_time_are_those_measured_on_two_gpus() -> None:
+    """docs/benchmarks/h200_ring.csv: bytes within 1%, times within 10%."""
+    rows = read_rows(DOCS / "benchmarks" / "h200_ring.csv", DistributedRow)
+    rows = [row for row in rows if row.operator == "nsa"]
+    lengths = tuple(row.length for row in rows)
+    found = estimates(run_of(lengths=lengths, ranks=(2,)), 256)
+    for row, line in zip(rows, found, strict=True):
+        assert row.forward_mib is not None and row.backward_mib is not None
+        assert abs(line.forward_mib / row.forward_mib - 1) < 0.01
+        assert abs(line.backward_mib / row.backward_mib - 1) < 0.01
+        assert row.backward_ms is not None
+        assert abs(line.forward_ms / row.forward_ms - 1) < 0.1
+        assert abs(line.backward_ms / row.backward_ms - 1) < 0.1
+
+
+MEMORY = {8192: 926, 16384: 1596, 32768: 2989, 65536: 5721}
+"""Peak over the inputs, MiB, of mean compression and shared K, V (docs/performance.md)."""
+
+
+def test_memory_is_that_measured_on_one_gpu() -> None:
+    config = replace(MEASURED, compress="mean", independent_kv=False)
+    for length, measured in MEMORY.items():
+        (plan,) = plans_of_all(config, "zigzag", 1, length, None)
+        memory = attention_memory(config, plan, 0.0, 2)
+        assert abs(memory.peak / 2**20 / measured - 1) < 0.1
+        if length == 65536:
+            assert abs(memory.kept / 2**30 / 4.07 - 1) < 0.1  # docs/performance.md
+    text = (DOCS / "performance.md").read_text()
+    assert "| measured, MiB | " + " | ".join(map(str, MEMORY.values())) + " |" in text
+    assert "kept for backward, GiB | 5.07 | 4.07 |" in text
+
+
+def test_memory_is_that_measured_on_one_hopper_gpu() -> None:
+    """docs/benchmarks/h200_peers.csv, of the kernels for Hopper, within 10%."""
+    config = replace(MEASURED, compress="mean", independent_kv=False)
+    rows = [
+        row
+        for row in read_rows(DOCS / "benchmarks" / "h200_peers.csv", Row)
+        if row.operator == "whole"
+    ]
+    assert len({row.length for row in rows}) == 2
+    for row in rows:
+        (plan,) = plans_of_all(config, "zigzag", 1, row.length, None)
+        hopper = has_hopper_kernels(config, row.shape.gpu, 2)
+        memory = attention_memory(config, plan, 0.0, 2, hopper=hopper)
+        assert row.peak_gib is not None
+        assert abs(memory.peak / 2**30 / row.peak_gib - 1) < 0.1
+
+
+def test_time_grows_and_overlap_hides() -> None:
+    lines = estimates(
+        run_of(lengths=(131072, 1 << 20), ranks=(4, 32), layouts=("contiguous", "zigzag")), 256
+    )
+    for line in lines:
+        assert 0 < line.forward_overlap_ms < line.forward_ms
+        assert 0 <= line.exposed_overlap < line.exposed < 1
+        assert all(math.isfinite(x) for x in vars(line).values() if isinstance(x, float))
+    by = {(line.length, line.ranks, line.layout): line for line in lines}
+    for length in (131072, 1 << 20):
+        contiguous, zigzag = (by[length, 4, name] for name in ("contiguous", "zigzag"))
+        assert contiguous.imbalance > 0.4 > 0.02 > zigzag.imbalance
+        # Causality leaves a half of a gather to contiguous chunks and three quarters to zigzag.
+        assert abs(contiguous.fetch_share_mean - 0.5) < 0.01
+        assert abs(zigzag.fetch_share_mean - 0.75) < 0.01
+    assert by[1 << 20, 32, "zigzag"].far_mib > 0
+    assert by[131072, 4, "zigzag"].far_mib == 0
+
+
+def test_rates_are_of_the_nearest_shape_and_between_lengths() -> None:
+    path = DOCS / "benchmarks" / "h200.csv"
+    rates = read_rates(path, MEASURED)
+    low, high = rates.at("compressed_attention", 65536), rates.at("compressed_attention", 131072)
+    between = rates.at("compressed_attention", 92682)
+    assert between[0] == pytest.approx((low[0] + high[0]) / 2, rel=1e-4)
+    assert rates.at("compressed_attention", 1 << 22) == high
+    assert read_rates(path, NSAConfig(32, 2, 128)).at("compressed_attention", 1)[
+        0
+    ] == pytest.approx(364, abs=1)
+
+
+def test_the_program_prints_a_table_and_writes_csv(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.csv"
+    config = DOCS.parent / "configs" / "default.toml"
+    more = ["--data.length", "4096", "--estimate.ranks", "1", "2", "--estimate.csv", str(path)]
+    estimate.main([str(config), *more])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].startswith("| tokens | ranks | layout")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["length"], row["ranks"]) for row in rows] == [("4096", "1"), ("4096", "2")]
+    assert float(rows[0]["forward_mib"]) == 0 < float(rows[1]["forward_mib"])
+
+
+def test_recorded_choices_are_read(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    config = replace(MEASURED, select_block=64)
+    chosen = random_choices(8192, config, "cpu").transpose(0, 1)[None].numpy()
+    path = tmp_path / "choices.npz"
+    numpy.savez(path, selected=chosen, select_block=64)
+    (line,) = estimates(run_of(lengths=(8192,), ranks=(4,), choices=(str(path),)), 256)
+    (all_blocks,) = estimates(run_of(lengths=(8192,), ranks=(4,), choices=("all",)), 256)
+    assert line.choices == "choices"
+    assert 0.5 < line.fetch_share <= all_blocks.fetch_share
+
+
+def described(settings: Settings) -> list[str]:
+    lines: list[str] = []
+    with mock.patch("builtins.print", lambda *words, **_: lines.extend(map(str, words))):
+        dry_run(settings, start_ranks(settings))
+    return lines
+
+
+def test_a_dry_run_says_what_a_run_would_cost(tmp_path: Path, ranks_of: RanksOf) -> None:
+    write_documents(tmp_path)
+    settings = tiny(tmp_path, run={"dry_run": True}, parallel={"cp": 2})
+    first, other = ranks_of(2).run(described, settings)
+    assert other == []
+    assert first[0] == "2 processes on cpu, pp 1 x dp 1 x cp 2 x tp 1, neighbours last"
+    text = "\n".join(first)
+    # 150 tokens, padded to a multiple of four; two streams a step.
+    assert "layout: zigzag, 152 tokens over 2 ranks, 76 each" in text
+    assert "step: 300 tokens, 2 micro-batches a replica" in text
+    for name in ("memory of a rank", "received in an attention call", "time of a step"):
+        assert f"\n{name}: " in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["documents"]
+    with pytest.raises(ValueError, match=r"run\.dry_run must be False with dense layers"):
+        tiny(tmp_path, run={"dry_run": True}, model={"dense_every": 2})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"choices": ("some",)}, r"estimate\.choices must be one of all, random, coherent or an"),
+        ({"lengths": (0,)}, r"estimate\.lengths must be at least 1"),
+        ({"link": 0.0}, r"estimate\.link must be a positive number of GB/s"),
+        ({"rates": "nowhere.csv"}, r"estimate\.rates must be a CSV of launch/bench/operators\.py"),
+        (
+            {"lengths": (1001,)},
+            r"estimate\.lengths: sequence length must be a multiple of 4|document",
+        ),
+        (
+            {"lengths": (1000,), "documents": 3},
+            r"estimate\.lengths must be a multiple of estimate\.d",
+        ),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        estimates(run_of(**options), 256)
+
+
+def peak_and_kept(length: int) -> tuple[float, float, float, float]:
+    """Measured peak over the inputs and kept until backward, and their estimates, bytes."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    group, device, dtype = dist.group.WORLD, torch.device("cuda"), torch.bfloat16
+    size = dist.get_world_size()
+    local = length // size
+
+    def draw(heads: int, width: int) -> torch.Tensor:
+        return torch.randn(1, local, heads, width, device=device, dtype=dtype, requires_grad=True)
+
+    q, gates = draw(64, 128), torch.rand(1, local, 64, 3, device=device, requires_grad=True)
+    k, v = ({branch: draw(4, 128) for branch in MEASURED.branches} for _ in range(2))
+    compressors = [BlockCompressor(MEASURED, 128, device=device, dtype=dtype) for _ in range(2)]
+    grad = torch.randn(1, local, 64, 128, device=device, dtype=dtype)
+
+    def both() -> tuple[float, float]:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = native_sparse_attention(q, k, v, gates, *compressors, config=MEASURED, group=group)
+        kept = torch.cuda.memory_allocated() - before
+        wanted = [q, gates, *k.values(), *v.values()]
+        torch.autograd.grad(out, wanted, grad)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, kept
+
+    both()
+    peak, kept = both()
+    plans = plans_of_all(MEASURED, "zigzag", size, length, None)
+    boundaries = torch.tensor([0, length])
+    fetched = fetched_tokens(MEASURED, plans, "random", boundaries)
+    rank = dist.get_rank()
+    hopper = has_hopper_kernels(MEASURED, torch.cuda.get_device_name(), 2)
+    tokens = float(fetched[rank].sum())
+    memory = attention_memory(MEASURED, plans[rank], tokens, 2, hopper=hopper)
+    return peak, kept, memory.peak, memory.kept
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("length", [32768, 131072])
+def test_memory_is_that_of_gpus(length: int) -> None:
+    ranks = Ranks(2, timedelta(seconds=120), "nccl")
+    try:
+        answers = ranks.run(peak_and_kept, length)
+    finally:
+        ranks.close()
+    for peak, kept, estimated_peak, estimated_kept in answers:
+        assert abs(estimated_peak / peak - 1) < 0.1
+        assert abs(estimated_kept / kept - 1) < 0.1
