@@ -18,17 +18,28 @@ if TYPE_CHECKING:
     from nsa_dist.attention.plan_cache import get_plan
     from nsa_dist.block import NSABlock
     from nsa_dist.comm.counter import CommunicationCounter
+    from nsa_dist.comm.group import ContextGroup, context_group
     from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
     from nsa_dist.layer import NativeSparseAttention
     from nsa_dist.nn.compressor import BlockCompressor
+    from nsa_dist.nn.gates import gates_from_logits, initial_gate_logits
     from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
     from nsa_dist.self_check import ParallelReport, check_parallel
-    from nsa_dist.sharding import ShardedBatch, Sharding, make_sharding, shard, shard_batch, unshard
+    from nsa_dist.sharding import (
+        ShardedBatch,
+        Sharding,
+        boundaries_from_positions,
+        make_sharding,
+        shard,
+        shard_batch,
+        unshard,
+    )
 
 __all__ = [
     "BRANCHES",
     "BlockCompressor",
     "CommunicationCounter",
+    "ContextGroup",
     "NSABlock",
     "NSAConfig",
     "NSADetails",
@@ -38,8 +49,12 @@ __all__ = [
     "ShardedBatch",
     "Sharding",
     "apply_rotary",
+    "boundaries_from_positions",
     "check_parallel",
+    "context_group",
+    "gates_from_logits",
     "get_plan",
+    "initial_gate_logits",
     "make_sharding",
     "native_sparse_attention",
     "rotary_cos_sin",
@@ -53,12 +68,22 @@ _MODULES = {
     "attention.plan_cache": ("get_plan",),
     "block": ("NSABlock",),
     "comm.counter": ("CommunicationCounter",),
+    "comm.group": ("ContextGroup", "context_group"),
     "config": ("BRANCHES", "NSAConfig", "RotaryConfig"),
     "layer": ("NativeSparseAttention",),
     "nn.compressor": ("BlockCompressor",),
+    "nn.gates": ("gates_from_logits", "initial_gate_logits"),
     "nn.rotary": ("apply_rotary", "rotary_cos_sin"),
     "self_check": ("ParallelReport", "check_parallel"),
-    "sharding": ("ShardedBatch", "Sharding", "make_sharding", "shard", "shard_batch", "unshard"),
+    "sharding": (
+        "ShardedBatch",
+        "Sharding",
+        "boundaries_from_positions",
+        "make_sharding",
+        "shard",
+        "shard_batch",
+        "unshard",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

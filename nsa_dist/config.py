@@ -6,7 +6,7 @@ function wherever they run. ``launch/`` reads files and command lines.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from nsa_dist.checks import as_choice, as_int, as_number, check, check_bool
@@ -182,6 +182,18 @@ class NSAConfig:
     def softmax_scale(self) -> float:
         """The factor of every logit."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    def split(self, ranks: int) -> NSAConfig:
+        """The config of one of ``ranks`` tensor parallel ranks, which hold whole groups of heads.
+
+        Raises:
+            ValueError: if ``ranks`` does not divide ``num_kv_heads``.
+        """
+        ranks = as_int("ranks", ranks, 1)
+        must = f"a divisor of num_kv_heads = {self.num_kv_heads} (ranks hold whole groups of heads)"
+        check(self.num_kv_heads % ranks == 0, "ranks", ranks, must)
+        heads, kv_heads = self.num_heads // ranks, self.num_kv_heads // ranks
+        return replace(self, num_heads=heads, num_kv_heads=kv_heads)
 
     @property
     def kernel_options(self) -> dict[str, int]:

@@ -166,7 +166,8 @@ class NativeSparseAttention(nn.Module):
         Args:
             x: [B, L, hidden_size], this rank's part of each row.
             cu_seqlens: int32 [documents + 1], boundaries of the whole padded stream, equal on all
-                ranks, with B = 1; None if each row is one document.
+                ranks; with B > 1 the rows are one stream, one after another, and every row's start
+                is a boundary. None if each row is one document.
             position_ids: integer [B, L], positions for rotary; default each token's position in
                 its document.
             return_details: also return ``NSADetails``.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nsa_dist.checks import INTEGER_DTYPES, as_int, describe, is_plain
 from nsa_dist.comm.agreement import agree
@@ -21,6 +22,8 @@ from nsa_dist.plan.layout import check_batch_size, check_cu_seqlens, local_indic
 from nsa_dist.plan.statement import Statement, show_boundaries
 
 IGNORED_LABEL = -100
+WHOLE_ROW_LAYOUTS = ("contiguous", "zigzag")
+"""Layouts that split every row in the same way, whatever its documents are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +217,60 @@ def unshard(
         agree(Statement({"call": "unshard"}), str(error), context, CommunicationCounter(), error)
         raise
     return sharding.unshard(x)
+
+
+@torch.compiler.disable
+@_disable_current_modes()  # As in find_plan.
+def boundaries_from_positions(
+    positions: Tensor,
+    *,
+    layout: str = "zigzag",
+    group: GroupLike | ContextGroup = None,
+) -> Tensor:
+    """The documents of a batch that was packed elsewhere, from its positions. A collective.
+
+    A document starts at each position 0, and at each row's start. A row that begins with another
+    position begins within a document whose start it lacks; its first tokens are one document.
+
+    Args:
+        positions: integers [B, L], positions in the document of this rank's tokens.
+        layout: how rows were split, "contiguous" or "zigzag".
+        group: the ranks that share the rows.
+
+    Returns:
+        int32 [documents + 1] on the CPU, boundaries of the B rows one after another: the
+        ``cu_seqlens`` of the attention.
+
+    Raises:
+        ValueError: on every rank of the group, if positions of any rank are not allowed, or neither
+            go on nor start at 0 where ``layout`` joins them.
+    """
+    context = context_group(group)
+    problem = None
+    if not is_plain(positions) or positions.ndim != 2 or positions.dtype not in INTEGER_DTYPES:
+        problem = f"positions must be integers [batch, local tokens], got {describe(positions)}"
+    elif layout not in WHOLE_ROW_LAYOUTS:
+        names = " or ".join(map(repr, WHOLE_ROW_LAYOUTS))
+        problem = f"layout must be {names} to find documents in positions, got {layout!r}"
+    elif layout == "zigzag" and context.size > 1 and positions.shape[1] % 2:
+        problem = f"local length must be even with layout 'zigzag', got {positions.shape[1]}"
+    statement = Statement({"call": "boundaries_from_positions", "layout": repr(layout)})
+    agree(statement, problem, context, CommunicationCounter())
+    length = positions.shape[1] * context.size
+    whole = make_sharding(length, layout=layout, group=context).unshard(positions).cpu().long()
+    with torch.device("cpu"):
+        starts = whole == 0
+        starts[:, :1] = True
+        goes_on = (whole[:, 1:] == whole[:, :-1] + 1) | starts[:, 1:]
+        if not bool(goes_on.all()):
+            row, column = ((~goes_on).nonzero()[0]).tolist()
+            raise ValueError(
+                f"positions must go on by 1 or start again at 0 in rows split as {layout!r} over "
+                f"{context.size} ranks, got {int(whole[row, column])} before "
+                f"{int(whole[row, column + 1])} (row {row}, column {column})"
+            )
+        first = starts.flatten().nonzero().flatten()
+        return torch.cat((first, first.new_tensor([whole.numel()]))).int()
 
 
 @dataclass(frozen=True, eq=False)

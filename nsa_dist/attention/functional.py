@@ -113,7 +113,8 @@ def native_sparse_attention(
             modules that map [C, G, l, D] to [C, G, D]. The compressed branch needs both, the
             selected branch the first.
         cu_seqlens: int32 [documents + 1] boundaries of the whole padded stream, equal on all
-            ranks, with B = 1; None if each row is one document.
+            ranks; with B > 1 the rows are one stream, one after another, and every row's start is
+            a boundary. None if each row is one document.
         rotary: rotary embedding of the unrotated keys of ``compress_pre_rope``: a RotaryConfig, or
             cos and sin [positions, rotary_dim/2], indexed by position in the document.
         layout: how tokens were sharded: "contiguous", "zigzag" or "zigzag_per_document".

@@ -93,8 +93,8 @@ def get_plan(
 
     Args:
         batch, local_length: rows, and tokens per row on this rank.
-        cu_seqlens: int32 [documents + 1] boundaries of the whole padded stream; None if each row
-            is one document.
+        cu_seqlens: int32 [documents + 1] boundaries of the whole padded stream, with B > 1 of the
+            rows one after another; None if each row is one document.
         inputs: more values, as text by name, that must be equal on all ranks.
         problem: an error in the caller's input, raised here on every rank.
         selector_grids: a selector's ``grids(config)``; None for NSA's own selector.

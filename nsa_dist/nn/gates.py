@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from nsa_dist.config import BRANCHES, NSAConfig
 
 
-def _initial_logits(config: NSAConfig) -> Tensor:
-    """[H, nb]: ``gate_init`` of the branches in use, equal for all heads."""
+def initial_gate_logits(config: NSAConfig) -> Tensor:
+    """``gate_init`` of the branches in use, equal for all heads: float32 [H, nb].
+
+    Flattened it is the initial bias of a linear layer to logits, whose rows are (head, branch).
+    """
     logits = [config.gate_init[BRANCHES.index(branch)] for branch in config.branches]
     return torch.tensor(logits).expand(config.num_heads, -1)
 
@@ -28,7 +31,7 @@ class _LogitLinear(nn.Linear):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self.bias.copy_(_initial_logits(self.config).flatten())
+        self.bias.copy_(initial_gate_logits(self.config).flatten())
 
 
 class LinearGate(nn.Module):
@@ -46,7 +49,7 @@ class LinearGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to gates [..., H, nb], float32 (float64 for float64)."""
-        return _gates(self.proj(x), self.config)
+        return gates_from_logits(self.proj(x), self.config)
 
 
 class MLPGate(nn.Module):
@@ -66,7 +69,7 @@ class MLPGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to gates [..., H, nb], float32 (float64 for float64)."""
-        return _gates(self.down(nn.functional.silu(self.up(x))), self.config)
+        return gates_from_logits(self.down(nn.functional.silu(self.up(x))), self.config)
 
 
 class StaticGate(nn.Module):
@@ -82,15 +85,24 @@ class StaticGate(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the logits to ``gate_init``."""
-        self.logits.copy_(_initial_logits(self.config))
+        self.logits.copy_(initial_gate_logits(self.config))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to gates [..., H, nb], float32 (float64 for float64)."""
-        gates = _gates(self.logits.flatten(), self.config)
+        gates = gates_from_logits(self.logits.flatten(), self.config)
         return gates.expand(*x.shape[:-1], *gates.shape)
 
 
-def _gates(logits: Tensor, config: NSAConfig) -> Tensor:
+def gates_from_logits(logits: Tensor, config: NSAConfig) -> Tensor:
+    """The sigmoid of logits, in the shape that ``native_sparse_attention`` takes.
+
+    Args:
+        logits: [..., H*nb] of any floating dtype, ordered (head, branch), branches in the order of
+            ``config.branches``.
+
+    Returns:
+        gates [..., H, nb], float32 (float64 for float64).
+    """
     # 16-bit gates would round every branch's output once more, to 8 or 11 bits.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.sigmoid(logits).unflatten(-1, (config.num_heads, len(config.branches)))

@@ -75,8 +75,25 @@ def check_cu_seqlens(cu_seqlens: Tensor) -> str | None:
 
 
 def check_batch_size(batch: int) -> str | None:
-    """The error for ``cu_seqlens`` with a batch of this size, or None."""
+    """The error for ``cu_seqlens`` of one row with a batch of this size, or None."""
     return None if batch == 1 else f"cu_seqlens must come with batch size 1, got batch size {batch}"
+
+
+def check_row_starts(batch: int, length: int, cu_seqlens: Tensor) -> str | None:
+    """The error for boundaries of a batch in which a document reaches past its row, or None.
+
+    Args:
+        length: tokens T of each whole row, over all ranks.
+        cu_seqlens: int32 [documents + 1] on the CPU, checked, up to batch * length.
+    """
+    starts = torch.arange(batch, dtype=cu_seqlens.dtype) * length
+    missing = starts[~torch.isin(starts, cu_seqlens)]
+    if not missing.numel():
+        return None
+    return (
+        f"cu_seqlens must hold the start of each of the {batch} rows of {length} tokens "
+        f"(boundaries count tokens row after row), got none at {int(missing[0])}"
+    )
 
 
 def check_lengths(layout: Layout, batch: int, length: int, cu_seqlens: Tensor | None) -> str | None:
@@ -84,17 +101,22 @@ def check_lengths(layout: Layout, batch: int, length: int, cu_seqlens: Tensor | 
 
     Args:
         length: tokens T of each whole row, over all ranks.
-        cu_seqlens: int32 [documents + 1] on the CPU; None if each row is one document.
+        cu_seqlens: int32 [documents + 1] on the CPU, over the rows one after another; None if each
+            row is one document.
     """
     if cu_seqlens is not None:
-        problem = check_cu_seqlens(cu_seqlens) or check_batch_size(batch)
+        problem = check_cu_seqlens(cu_seqlens)
         if problem is not None:
             return problem
-        if int(cu_seqlens[-1]) != length:
+        if int(cu_seqlens[-1]) != batch * length:
+            whole = f"{length}" if batch == 1 else f"{batch * length} ({batch} rows of {length})"
             return (
-                f"cu_seqlens must end at the whole stream's length {length} (add a document for "
+                f"cu_seqlens must end at the whole stream's length {whole} (add a document for "
                 f"the padding), got last boundary {int(cu_seqlens[-1])}"
             )
+        problem = check_row_starts(batch, length, cu_seqlens)
+        if problem is not None:
+            return problem
     multiple = layout.multiple
     if not layout.per_document or cu_seqlens is None:
         if length % multiple:
@@ -118,6 +140,9 @@ def chunk_starts(
     layout: Layout, batch: int, length: int, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The start of each chunk in the whole stream of batch*length tokens, and its owner.
+
+    Args:
+        cu_seqlens: int32 [documents + 1] over that stream; None if each row is one document.
 
     Returns:
         starts int64 [chunks], ascending, with empty chunks; owners int64 [chunks].

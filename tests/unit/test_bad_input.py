@@ -166,7 +166,11 @@ FORWARD_CASES: dict[str, Case] = {
     ),
     "cu_seqlens-with-two-rows": (
         forward(tokens(2, TOKENS, HIDDEN), cu_seqlens=cu(0, TOKENS)),
-        "cu_seqlens: batch size 2; batch size 1",
+        "cu_seqlens: last boundary 32; 2 rows of 32",
+    ),
+    "cu_seqlens-over-two-rows": (
+        forward(tokens(2, TOKENS, HIDDEN), cu_seqlens=cu(0, 9, 2 * TOKENS)),
+        "cu_seqlens: none at 32; start of each of the 2 rows",
     ),
     "custom-k_compressor-shape": (
         forward(

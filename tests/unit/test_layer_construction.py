@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nsa_dist import NativeSparseAttention, NSABlock, NSAConfig, RotaryConfig, shard_batch
+from nsa_dist import (
+    NativeSparseAttention,
+    NSABlock,
+    NSAConfig,
+    RotaryConfig,
+    gates_from_logits,
+    initial_gate_logits,
+    shard_batch,
+)
 from nsa_kernels.compressors import COMPRESSORS
 
 SMALL = NSAConfig(
@@ -75,6 +83,25 @@ def test_initial_gates(gate: Any) -> None:
         _, details = layer(torch.zeros(1, 8, HIDDEN), return_details=True)
     expected = torch.sigmoid(torch.tensor([0.0, 3.0])).expand(1, 8, 4, 2)
     assert torch.allclose(details.gates, expected)
+
+
+def test_gates_from_logits_are_those_of_the_layer() -> None:
+    config = replace(SMALL, gate_init=(-10.0, 0.0, 3.0))
+    layer = NativeSparseAttention(HIDDEN, config)
+    x = torch.randn(1, 8, HIDDEN)
+    assert torch.equal(layer.gate.proj.bias, initial_gate_logits(config).flatten())
+    logits = layer.gate.proj(x)
+    _, details = layer(x, return_details=True)
+    assert torch.equal(gates_from_logits(logits, config), details.gates)
+    assert gates_from_logits(logits.bfloat16(), config).dtype == torch.float32
+
+
+def test_config_of_a_tensor_parallel_rank() -> None:
+    config = NSAConfig(32, 8, 64, window=100)
+    assert config.split(4) == NSAConfig(8, 2, 64, window=100)
+    assert config.split(1) == config
+    with pytest.raises(ValueError, match=r"ranks must be a divisor of num_kv_heads = 8 .*, got 3"):
+        config.split(3)
 
 
 class Last(nn.Module):

@@ -23,7 +23,7 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.nn.compressor import BlockCompressor, check_custom
 from nsa_dist.nn.gates import StaticGate
 from nsa_dist.plan import Plan
-from nsa_dist.plan.layout import make_layout
+from nsa_dist.plan.layout import check_batch_size, make_layout
 
 
 class NSADistributedAttention(nn.Module):
@@ -182,6 +182,8 @@ class NSADistributedAttention(nn.Module):
         if problem is not None and batch_dim_idx == 1:
             problem += " (shapes here have the batch first)"
         problem = problem or _rotary_problem(rotary_pos_emb, q, rows, self.context.size)
+        if cu_seqlens is not None:
+            problem = problem or check_batch_size(rows[0])
         if problem is not None:
             self.setup.refuse(problem, {"q": describe(q), "gates": describe(gates)})
         return make_call(

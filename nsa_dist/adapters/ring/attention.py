@@ -33,6 +33,7 @@ from nsa_dist.comm.collectives import name_failures
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig
 from nsa_dist.plan import Plan
+from nsa_dist.plan.layout import check_batch_size
 from nsa_dist.plan.statement import Statement
 from nsa_kernels.autograd import first_order
 
@@ -142,6 +143,8 @@ def find_dense_plan(
     Raises:
         ValueError: if this rank's input is bad; the other ranks raise it when they agree.
     """
+    if cu_seqlens is not None:
+        problem = problem or check_batch_size(batch)
     if context.size > 1:
         problem = problem or missing_package() or _layout_problem(layout, cu_seqlens, dtype)
     plan = find_plan(
