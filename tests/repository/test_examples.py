@@ -25,6 +25,7 @@ OPTIONAL = {
     "huggingface": "transformers",
     "megatron": "megatron",
     "ring": "ring_flash_attn",
+    "torchtitan": "torchtitan",
 }
 # Megatron needs GPUs; without them its calls of torch.cuda are answered by the CPU.
 WITHOUT_GPUS = "from tests.adapters.megatron import shim\n\nshim.install()\n"

@@ -16,14 +16,18 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"nsa_dist": ROOT / "nsa_dist", "nsa_kernels": ROOT / "kernels" / "nsa_kernels"}
 
 
-def _pins() -> dict[str, list[str]]:
+OWN_SETS = {"torchtitan": "constraints-torchtitan.txt"}
+"""Extras that cannot be installed beside the others."""
+
+
+def _pins(file: str) -> dict[str, list[str]]:
     """Pinned versions by distribution; more than one where they depend on the Python version."""
     pins: dict[str, list[str]] = {}
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             continue
         match = re.fullmatch(r"([a-z0-9-]+)==([0-9a-z.]+)(; python_version (<|>=) '3\.11')?", line)
-        assert match, f"constraints.txt: {line!r} is not a pin"
+        assert match, f"{file}: {line!r} is not a pin"
         pins.setdefault(match[1], []).append(match[2])
     return pins
 
@@ -67,13 +71,15 @@ def test_every_kernel_has_its_test() -> None:
     assert expected - {path.name for path in (ROOT / "tests" / "ops").glob("test_*.py")} == set()
 
 
-def test_constraints_pin_every_requirement() -> None:
+@pytest.mark.parametrize("file", ["constraints.txt", *OWN_SETS.values()])
+def test_constraints_pin_every_requirement(file: str) -> None:
     requirements = pytest.importorskip("packaging.requirements")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = list(project["dependencies"])
-    for extra in project["optional-dependencies"].values():
-        wanted += extra
-    pins = _pins()
+    for name, extra in project["optional-dependencies"].items():
+        if OWN_SETS.get(name, "constraints.txt") == file:
+            wanted += extra
+    pins = _pins(file)
     for requirement in map(requirements.Requirement, wanted):
         assert requirement.name in pins
         for version in pins[requirement.name]:
