@@ -7,7 +7,7 @@ from typing import Any
 from torchtitan.config import Configurable
 from torchtitan.models.common.attention import FusedQKVLinear, GQAttention, QKVLinear
 from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.dist_gemm import RowParallelLinear
 from torchtitan.trainer import Trainer
 
 from nsa_dist.checks import check, type_name
@@ -73,16 +73,12 @@ def check_attention(attention: Any, name: str = "attention") -> None:
     """Raise ValueError for an attention that is not torchtitan's own with its plain projections."""
     if type(attention) is not GQAttention.Config:
         raise ValueError(f"{name} must be a GQAttention.Config, got {_name(attention)}")
-    if type(attention.qkv_linear) not in (FusedQKVLinear.Config, QKVLinear.Config) or not (
-        isinstance(attention.wo, Linear.Config) and type(attention.wo).__module__ in _PLAIN_LINEAR
-    ):
+    plain = type(attention.qkv_linear) in (FusedQKVLinear.Config, QKVLinear.Config)
+    if not plain or isinstance(attention.wo, RowParallelLinear.Config):
         raise ValueError(
             f"tp_gemm_backend must be 'default' with Native Sparse Attention, got projections "
             f"{_name(attention.qkv_linear)} and {_name(attention.wo)} in {name}"
         )
-
-
-_PLAIN_LINEAR = ("torchtitan.models.common.linear",)
 
 
 def check_options(config: NSAConfig) -> None:
