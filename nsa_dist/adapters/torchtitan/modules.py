@@ -13,6 +13,7 @@ import spmd_types as spmd
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.common.attention import BaseQKVLinear, FusedQKVLinear, QKVLinear
 from torchtitan.models.common.decoder_sharding import colwise_config, dense_param_placement
 from torchtitan.models.common.linear import Linear
@@ -20,7 +21,7 @@ from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.nn.compressor import BlockCompressor
+from nsa_dist.nn.compressor import BlockCompressor, compressor_options
 from nsa_dist.nn.gates import initial_gate_logits
 from nsa_kernels.compressors import parameter_names
 
@@ -37,6 +38,12 @@ class Compressor(BlockCompressor, Module):
 
     def __init__(self, config: Config) -> None:
         BlockCompressor.__init__(self, config.nsa, config.width)
+        self.nsa = config.nsa
+
+    def parallelize(self, parallel_dims: ParallelDims) -> None:
+        """Shard the weights; those of each head are then of this tensor parallel rank's heads."""
+        self.options = compressor_options(self.nsa.split(parallel_dims.tp), self.dim)
+        super().parallelize(parallel_dims)
 
 
 class NSAQKVLinear(BaseQKVLinear):

@@ -52,6 +52,8 @@ def run(arguments: list[str]) -> list[list[float]] | str:
         else:
             trainer.train()
     except (NotImplementedError, ValueError) as error:
+        if dist.is_initialized():
+            dist.barrier()  # A rank that ends early takes the others' rendezvous with it.
         return str(error)
     finally:
         if trainer is not None:
