@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nsa_dist.attention.call import Call, check_backend, make_call, make_setup
+from nsa_dist.attention.call import Call, check_backend, make_call, make_setup, memory_problem
 from nsa_dist.attention.checks import inputs_problem, tensor_problem
 from nsa_dist.attention.functional import KeysOrValues, NSADetails, attend, details_of
 from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
@@ -65,6 +66,12 @@ class NativeSparseAttention(nn.Module):
             here if ``device`` is given, else at the first call.
         selector: selects blocks instead of NSA's compressed branch; the weights of a module become
             the layer's. See ``nsa_dist.attention.selectors``.
+        fetch_again: over several ranks, free the selected blocks of other ranks after their use
+            and fetch them again in backward. Then only two KV heads' are in memory at a time, and
+            each backward receives as many bytes more as its forward. None: with more than two KV
+            heads.
+        recompute_branches: branches of which nothing but inputs is kept for backward, which
+            computes their forward again.
 
     Attributes:
         communication: bytes sent by this layer, by kind, since its last ``reset``.
@@ -91,6 +98,8 @@ class NativeSparseAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         selector: Selector | None = None,
+        fetch_again: bool | None = None,
+        recompute_branches: Sequence[str] = (),
     ) -> None:
         super().__init__()
         context = context_group(group)
@@ -109,6 +118,9 @@ class NativeSparseAttention(nn.Module):
             given = {"k_compressor": k_compressor, "v_compressor": v_compressor}
             for name, module in given.items():
                 check(module is None, name, module, "None with a selector")
+        problem = memory_problem(config, fetch_again, recompute_branches)
+        if problem is not None:
+            raise ValueError(problem)
         check_backend(backend, config, device)
         self.hidden_size, self.rotary, self.dropout = hidden_size, rotary, dropout
         self.k_compressor, self.v_compressor, self.selector = k_compressor, v_compressor, selector
@@ -120,6 +132,8 @@ class NativeSparseAttention(nn.Module):
             CommunicationCounter(),
             rotary=rotary if config.compress_pre_rope else None,
             selector_grids=self._selector.grids(config),
+            fetch_again=fetch_again,
+            recompute_branches=recompute_branches,
         )
         self.num_key_sets = len(self.setup.key_sets) if config.independent_kv else 1
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nsa_dist.attention.checks import plan_problem
 from nsa_dist.attention.plan_cache import find_plan
@@ -15,7 +16,7 @@ from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup
-from nsa_dist.config import NSAConfig, RotaryConfig
+from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
 from nsa_dist.crossover import hint_at_crossover
 from nsa_dist.plan import Grid, Plan
 from nsa_dist.plan.grid import all_grids, key_sets
@@ -23,6 +24,9 @@ from nsa_dist.plan.statement import Statement
 from nsa_kernels import Backend, get_backend
 
 Rotary = RotaryConfig | tuple[Tensor, Tensor]
+
+HEADS_IN_FLIGHT = 2
+"""KV heads whose fetched blocks are needed at a time: one computes, the next one's travel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +42,8 @@ class Setup:
         rotary: rotary embedding of unrotated keys; None if keys are already rotated.
         grids: all grids of a call, including the blocks to select from.
         key_sets: the sets of keys and values that a call reads.
+        fetch_again: whether backward fetches selected remote blocks again.
+        recompute_branches: the branches whose forward backward computes again.
     """
 
     config: NSAConfig
@@ -48,6 +54,8 @@ class Setup:
     rotary: Rotary | None
     grids: Mapping[str, Grid]
     key_sets: tuple[str, ...]
+    fetch_again: bool = False
+    recompute_branches: tuple[str, ...] = ()
 
     def refuse(
         self, problem: str, stated: Mapping[str, str], cause: Exception | None = None
@@ -71,15 +79,50 @@ def make_setup(
     *,
     rotary: Rotary | None = None,
     selector_grids: Mapping[str, Grid] | None = None,
+    fetch_again: bool | None = None,
+    recompute_branches: Sequence[str] = (),
 ) -> Setup:
     """A setup from what its layer is built with.
 
     Args:
         selector_grids: the blocks that the selector reads; None for NSA's own selector.
+        fetch_again, recompute_branches: as for the layer, checked by ``memory_problem``.
     """
     grids = all_grids(config, selector_grids)
     sets = key_sets(config, grids)
-    return Setup(config, layout, group, backend, counter, rotary, grids, sets)
+    if fetch_again is None:
+        fetch_again = config.num_kv_heads > HEADS_IN_FLIGHT
+    again = fetch_again and group.size > 1 and "selected" in config.branches
+    recompute = tuple(branch for branch in BRANCHES if branch in recompute_branches)
+    return Setup(config, layout, group, backend, counter, rotary, grids, sets, again, recompute)
+
+
+def memory_problem(
+    config: NSAConfig, fetch_again: bool | None, recompute_branches: Sequence[str]
+) -> str | None:
+    """The error in the options that trade time for memory, or None."""
+    if fetch_again is not None and type(fetch_again) is not bool:
+        return f"fetch_again must be True, False or None, got {fetch_again!r}"
+    given = recompute_branches
+    known = isinstance(given, (tuple, list)) and all(branch in config.branches for branch in given)
+    if not known or len(set(given)) < len(given):
+        return (
+            f"recompute_branches must be a choice from branches = {config.branches} without "
+            f"repeats, got {given!r}"
+        )
+    return None
+
+
+def recomputed(
+    call: Call, branch: str, function: Callable[..., tuple[Tensor, ...]], *args: Any, **options: Any
+) -> tuple[Tensor, ...]:
+    """``function(*args, **options)``, of which a branch to recompute keeps the arguments alone."""
+    if branch not in call.recompute_branches or not torch.is_grad_enabled():
+        return function(*args, **options)
+    result: tuple[Tensor, ...] = checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False, **options
+    )
+    return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +135,7 @@ class Call:
         plan: which rank holds and sends what.
         channel: group and counter of the call's messages.
         rotary: rotary embedding of unrotated keys; None if keys are already rotated.
+        fetch_again, recompute_branches: as of ``Setup``.
     """
 
     config: NSAConfig
@@ -99,6 +143,8 @@ class Call:
     plan: Plan
     channel: Channel
     rotary: Rotary | None = None
+    fetch_again: bool = False
+    recompute_branches: tuple[str, ...] = ()
 
 
 def refuse(
@@ -179,4 +225,12 @@ def make_call(
         )
     if group.rank == 0:
         hint_at_crossover(plan.longest, device, backend.name, computes_in)
-    return Call(config, backend, plan, Channel(group, setup.counter, plan), setup.rotary)
+    return Call(
+        config,
+        backend,
+        plan,
+        Channel(group, setup.counter, plan),
+        setup.rotary,
+        setup.fetch_again,
+        setup.recompute_branches,
+    )

@@ -1,4 +1,4 @@
-"""The flow of one pass through the attention on one rank, and the order of its messages.
+"""The flow of one pass through the attention on one rank: its schedule, and its messages' order.
 
     halo exchange -> window branch
                   -> compress own blocks -> all-gather -> compressed branch -> choose blocks
@@ -9,20 +9,42 @@ Each step is a function of the backend or the selector, or a transfer of ``nsa_d
 rank the same steps run and nothing is sent. Every rank runs the same steps in the same order, even
 if it has no tokens: if one rank skipped a node of the graph, the others would hang in backward.
 
+This file alone writes the schedule, by what stands between the beginning and the end of a transfer:
+
+    while this travels          this computes, forward      and in backward
+    halos of other sets         compression                 compression
+    gather                      nothing (window branch,     the sums of the first head's fetched
+                                if no block is selected)    blocks, and halos
+    request, first fetch        window branch               window and compressed branch
+    fetch of head g + 1         attention of head g
+    gradients of head g                                     attention of head g - 1
+    head g - 1, fetched again                               attention of head g
+
+The window branch could hide the gather or the request with the first fetch. It hides these: they
+are longer, and the host waits for the sizes in between, while the window's kernels keep the GPU
+busy.
+
+Backward has no code here: autograd runs the newest node first among those whose gradients are
+there, and a transfer is a node that begins and one that ends (``nsa_dist.comm``). So the order in
+which this file makes nodes is, reversed, the schedule of backward.
+
 Messages, in order (``CommunicationCounter`` has the kinds):
 
     forward     plan; one halo for each separate set of keys and values; gather; request; one fetch
                 per KV head
-    backward    plan; one fetch_grad per KV head, last head first; gather_grad; one halo_grad per
-                set, last set first
+    backward    plan; for each KV head, last head first, one fetch_grad; gather_grad; one halo_grad
+                per set, last set first but the compressed set's at the end. With ``fetch_again``
+                the blocks of the last head and of the one before it come first; each fetch_grad but
+                the first two heads' is followed by the fetch of two heads before it.
 
 The first plan of forward is sent by ``functional.attend``, that of backward by ``AgreeInBackward``.
 Code of the user's adds a plan after it ran: custom compressors before gather, a selector before
-request. No code here sets the order of backward: autograd runs the newest node first, and each
-transfer is a node that sends and one that receives (``nsa_dist.comm``).
+request.
 
-Today every transfer is finished right after it begins. In forward only this file decides what runs
-between the two.
+On CUDA each message runs on the group's own stream, after what the current stream got before it
+began; ``finish`` lets the current stream wait, not the host. The host waits for the plan, and once
+for the sizes of the fetches. Kernels and messages enter their queues in the order of this file, so
+that a single hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) overlaps them as well.
 
 A branch whose function takes its gate gets the gradient of the gated sum itself, and makes that of
 its gate (``Backend``); so combine's backward runs only for branches without one. What the branches
@@ -34,16 +56,16 @@ its halo, n selected blocks per query.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa_dist.attention.call import Call
+from nsa_dist.attention.call import Call, recomputed
 from nsa_dist.attention.selectors import Selection, Selector, cos_sin, run_selector
-from nsa_dist.comm import begin_fetch, begin_halo, begin_request
+from nsa_dist.comm import HeadFetch, Work, begin_halo, begin_request, heads_per_transfer
 from nsa_dist.comm.agreement import AgreeInBackward
 from nsa_dist.nn.rotary import apply_rotary
 from nsa_kernels import Backend
@@ -77,39 +99,59 @@ def attend_branches(
         keys_NGD, values_NGD: by set; a shared tensor is one object.
     """
     ops, config, plan = call.backend, call.config, call.plan
-    scale, branches = config.softmax_scale, config.branches
+    branches, group, counter = config.branches, call.channel.group, call.channel.counter
     outputs, lse = {}, {}
     selects = "selected" in branches or selector.branch in branches
-    readers = ("window" in branches, selects, "selected" in branches)
-    queries = iter(_for_readers(q_NHD, sum(readers), ops))
+    reads = {
+        "window": "window" in branches,
+        "selector": selects,
+        "selected": "selected" in branches,
+    }
+    readers = [name for name, does in reads.items() if does]
+    queries = dict(zip(readers, _for_readers(q_NHD, len(readers), ops), strict=True))
     summands: dict[str, Sequence[Tensor]] = dict.fromkeys(branches, ())
     gate_of = _gates_of_branches(ops, branches, gates_NHb)
 
-    extended = _exchange_halos(call, _rotate(call, keys_NGD), values_NGD)
-    gathered = selector.begin(call, extended).finish() if selects else None
-    if "window" in branches:
-        outputs["window"], lse["window"], *summands["window"] = ops.window_attention(
-            next(queries),
-            *extended["window"],
-            plan.segments,
-            window=config.window,
-            scale=scale,
-            **as_gate(gate_of.get("window")),
-        )
+    def attend_window() -> None:
+        if "window" in branches:
+            outputs["window"], lse["window"], *summands["window"] = recomputed(
+                call,
+                "window",
+                ops.window_attention,
+                queries["window"],
+                *extended["window"],
+                plan.segments,
+                window=config.window,
+                scale=config.softmax_scale,
+                **as_gate(gate_of.get("window")),
+            )
+
+    extended = _Extended(call, _rotate(call, keys_NGD), values_NGD)
     # NSA's own selector attends to compressed tokens and selects by their probabilities.
     selection = Selection(None)
     if selects:
+        gathering = selector.begin(call, extended)
+        extended.finish()
+        selected = _Selected(call, *extended["selected"]) if "selected" in branches else None
+        if selected is None:
+            attend_window()
+        gathered = gathering.finish()
         gate_NH = None if selector.branch is None else gate_of.get(selector.branch)
-        selection = run_selector(selector, call, next(queries), gathered, gate_NH)
-    if selection.output is not None:
-        assert selector.branch is not None and selection.lse is not None
-        outputs[selector.branch], lse[selector.branch] = selection.output, selection.lse
-        if selection.summand is not None:
-            summands[selector.branch] = (selection.summand,)
-    if selection.blocks is not None:
-        outputs["selected"], lse["selected"], summands["selected"] = _attend_selected(
-            call, next(queries), *extended["selected"], selection.blocks, gate_of.get("selected")
-        )
+        selection = run_selector(selector, call, queries["selector"], gathered, gate_NH)
+        if selection.output is not None:
+            assert selector.branch is not None and selection.lse is not None
+            outputs[selector.branch], lse[selector.branch] = selection.output, selection.lse
+            if selection.summand is not None:
+                summands[selector.branch] = (selection.summand,)
+        if selected is not None:
+            assert selection.blocks is not None
+            selected.request(selection.blocks)
+            attend_window()
+            outputs["selected"], lse["selected"], summands["selected"] = selected.attend(
+                queries["selected"], gate_of.get("selected")
+            )
+    else:
+        attend_window()
     of_branches = [outputs[branch] for branch in branches]
     if any(map(len, summands.values())):
         out_NHD = ops.combine(of_branches, gates_NHb, [summands[branch] for branch in branches])
@@ -118,11 +160,11 @@ def attend_branches(
 
     for tensor in selection.unused:
         out_NHD = ZeroGradient.apply(out_NHD, tensor)
-    group, counter = call.channel.group, call.channel.counter
     if group.size > 1:
         # Without a need for gradients autograd makes no node, and its message is not sent.
         moved = {name: k.requires_grad for name, (k, _) in extended.items()}
         moved |= {name: x.requires_grad for name, x in selection.gathered.items()}
+        moved["queries"] = q_NHD.requires_grad
         needs = tuple(name for name, needed in moved.items() if needed)
         out_NHD = AgreeInBackward.apply(out_NHD, plan.statement, needs, group, counter)
     return Attended(out_NHD, lse, selection.blocks)
@@ -157,72 +199,144 @@ def _rotate(call: Call, keys_NGD: ByName) -> ByName:
     return rotated
 
 
-def _exchange_halos(call: Call, keys_NGD: ByName, values_NGD: ByName) -> Extended:
-    """K [E, G, Dk] and V [E, G, Dv] of each set with its halo; shared sets are sent once."""
-    extended: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, k in keys_NGD.items():
-        v = values_NGD.get(name)
-        same = [o for o in extended if keys_NGD[o] is k and values_NGD.get(o) is v]
-        if same:
-            extended[name] = extended[same[0]]
-            continue
-        if v is None:  # Keys that only select blocks have no values.
-            v = k.new_zeros(*k.shape[:2], 0)
-        extended[name] = begin_halo(k, v, call.plan.halos[name], call.channel).finish()
-    return extended
+class _Extended(Mapping[str, tuple[Tensor, Tensor]]):
+    """K [E, G, Dk] and V [E, G, Dv] of each set with its halo; shared sets are sent once.
 
-
-def _attend_selected(
-    call: Call,
-    q_NHD: Tensor,
-    k_EGD: Tensor,
-    v_EGD: Tensor,
-    blocks_NGn: Tensor,
-    gate_NH: Tensor | None,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Fetch selected blocks and attend to them, one transfer of KV heads after another.
-
-    Returns:
-        o [N, H, Dv], lse [N, H], and with a gate the summand of each transfer's heads.
+    All halos begin to travel at once. A set is waited for when it is first read.
     """
-    config, plan = call.config, call.plan
-    fetch = begin_request(blocks_NGn, plan, call.channel).finish()
-    width = fetch.heads_per_transfer
-    query_width = width * config.heads_per_group
 
-    def heads(x: Tensor, of_transfer: int) -> tuple[Tensor, ...]:
-        # A split into one part would make its backward a copy.
-        return (x,) if len(fetch.transfers) == 1 else x.split(of_transfer, dim=1)
+    def __init__(self, call: Call, keys_NGD: ByName, values_NGD: ByName) -> None:
+        self._first: dict[str, str] = {}
+        self._works: dict[str, Work[tuple[Tensor, Tensor]]] = {}
+        self._finished: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, k in keys_NGD.items():
+            v = values_NGD.get(name)
+            same = [o for o in self._works if keys_NGD[o] is k and values_NGD.get(o) is v]
+            self._first[name] = same[0] if same else name
+            if same:
+                continue
+            if v is None:  # Keys that only select blocks have no values.
+                v = k.new_zeros(*k.shape[:2], 0)
+            self._works[name] = begin_halo(k, v, call.plan.halos[name], call.channel)
 
-    gates = [None] * len(fetch.transfers) if gate_NH is None else heads(gate_NH, query_width)
-    outputs, lses, summands = [], [], []
-    for transfer, q_g, k_g, v_g, gate_g, blocks_g, rows_g in zip(
-        fetch.transfers,
-        heads(q_NHD, query_width),
-        heads(k_EGD, width),
-        heads(v_EGD, width),
-        gates,
-        heads(blocks_NGn, width),
-        fetch.block_rows.split(width),
-        strict=True,
-    ):
-        out_g, lse_g, *summand_g = call.backend.selected_attention(
-            q_g,
-            *begin_fetch(k_g, v_g, transfer, call.channel).finish(),
-            blocks_g,
-            rows_g,
-            plan.grids["selected"].lengths,
-            plan.segments,
-            select_block=config.select_block,
-            scale=config.softmax_scale,
-            **as_gate(gate_g),
+    def finish(self) -> None:
+        """Wait for the sets that were not read yet."""
+        for name in self:
+            _ = self[name]
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        first = self._first[name]
+        if first not in self._finished:
+            self._finished[first] = self._works[first].finish()
+        return self._finished[first]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._first)
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+
+class _Selected:
+    """The selected branch: its blocks are fetched and attended to, one transfer after another.
+
+    Args:
+        k_EGD, v_EGD: own rows with their halo.
+    """
+
+    def __init__(self, call: Call, k_EGD: Tensor, v_EGD: Tensor) -> None:
+        self._call = call
+        self._width = heads_per_transfer(k_EGD.shape[1], call.channel)
+        sources = (_split_heads(x, self._width) for x in (k_EGD, v_EGD))
+        self._sources = list(zip(*sources, strict=True))
+        # The first head's gradients come back last: this node is old, so that in backward the
+        # window and the compressed branch run before it waits for them.
+        self._first = self._fetch(0)
+
+    def request(self, blocks_NGn: Tensor) -> None:
+        """Begin to ask other ranks for their blocks."""
+        self._blocks = _split_heads(blocks_NGn, self._width)
+        self._asking = begin_request(blocks_NGn, self._call.plan, self._call.channel)
+
+    def attend(
+        self, q_NHD: Tensor, gate_NH: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Fetch the requested blocks and attend to them.
+
+        Returns:
+            o [N, H, Dv], lse [N, H], and with a gate the summand of each transfer's heads.
+        """
+        config, plan = self._call.config, self._asking.finish()
+        transfers = plan.transfers
+        of_heads = self._width * config.heads_per_group
+        queries = _split_heads(q_NHD, of_heads)
+        gates = (
+            [None] * len(transfers) if gate_NH is None else list(_split_heads(gate_NH, of_heads))
         )
-        outputs.append(out_g)
-        lses.append(lse_g)
-        summands += summand_g
-    if len(outputs) == 1:
-        return outputs[0], lses[0], tuple(summands)
-    return torch.cat(outputs, dim=1), torch.cat(lses, dim=1), tuple(summands)
+        rows = plan.block_rows.split(self._width)
+        # What has the gradient: o, or in its place the summand.
+        at = 0 if gate_NH is None else 2
+        results: list[list[Tensor]] = []
+        ahead, before = self._first, None
+        ahead.begin(transfers[0])
+        for g in range(len(transfers)):
+            fetch = ahead
+            if g + 1 < len(transfers):
+                ahead = self._fetch(g + 1)
+                ahead.begin(transfers[g + 1])
+            results.append(
+                self._attend_heads(fetch, queries[g], self._blocks[g], rows[g], gates[g])
+            )
+            results[g][at] = fetch.drop(results[g][at])
+            if before is not None:
+                results[g - 1][at] = before.again(results[g - 1][at])
+            before = fetch
+        results[-1][at] = ahead.again(results[-1][at])
+        o_NHD, lse_NH, *summands = zip(*results, strict=True)
+        return _join_heads(o_NHD), _join_heads(lse_NH), summands[0] if summands else ()
+
+    def _fetch(self, g: int) -> HeadFetch:
+        k, v = self._sources[g]
+        again = self._call.fetch_again and torch.is_grad_enabled()
+        return HeadFetch(k, v, self._call.channel, again=again)
+
+    def _attend_heads(
+        self,
+        fetch: HeadFetch,
+        q_NhD: Tensor,
+        blocks_Ngn: Tensor,
+        rows_gB: Tensor,
+        gate_Nh: Tensor | None,
+    ) -> list[Tensor]:
+        """[o, lse] of the heads of a transfer, and with a gate their summand."""
+        call = self._call
+        return list(
+            recomputed(
+                call,
+                "selected",
+                call.backend.selected_attention,
+                q_NhD,
+                fetch.k,
+                fetch.v,
+                *fetch.finish(),
+                blocks_Ngn,
+                rows_gB,
+                call.plan.grids["selected"].lengths,
+                call.plan.segments,
+                select_block=call.config.select_block,
+                scale=call.config.softmax_scale,
+                **as_gate(gate_Nh),
+            )
+        )
+
+
+def _split_heads(x: Tensor, width: int) -> tuple[Tensor, ...]:
+    """x [N, heads, ...] by transfer. A split into one part would make its backward a copy."""
+    return (x,) if x.shape[1] == width else x.split(width, dim=1)
+
+
+def _join_heads(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 class _ForReaders(torch.autograd.Function):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
-from nsa_dist.attention.call import Call, Rotary, make_call, make_setup, refuse
+from nsa_dist.attention.call import Call, Rotary, make_call, make_setup, memory_problem, refuse
 from nsa_dist.attention.checks import inputs_problem, query_problem, rotary_problem
 from nsa_dist.attention.flow import Attended, attend_branches
 from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
@@ -60,6 +61,8 @@ def native_sparse_attention(
     communication: CommunicationCounter | None = ...,
     return_details: Literal[False] = ...,
     selector: Selector | None = ...,
+    fetch_again: bool | None = ...,
+    recompute_branches: Sequence[str] = ...,
 ) -> Tensor: ...
 @overload
 def native_sparse_attention(
@@ -80,6 +83,8 @@ def native_sparse_attention(
     communication: CommunicationCounter | None = ...,
     return_details: Literal[True],
     selector: Selector | None = ...,
+    fetch_again: bool | None = ...,
+    recompute_branches: Sequence[str] = ...,
 ) -> tuple[Tensor, NSADetails]: ...
 def native_sparse_attention(
     q: Tensor,
@@ -99,6 +104,8 @@ def native_sparse_attention(
     communication: CommunicationCounter | None = None,
     return_details: bool = False,
     selector: Selector | None = None,
+    fetch_again: bool | None = None,
+    recompute_branches: Sequence[str] = (),
 ) -> Tensor | tuple[Tensor, NSADetails]:
     """Native Sparse Attention (arXiv 2502.11089), with the sequence split over a group of ranks.
 
@@ -126,6 +133,12 @@ def native_sparse_attention(
         communication: counter of sent bytes.
         return_details: also return the selected blocks, gates and log-sum-exps.
         selector: selects blocks instead of NSA's compressed branch; needs no compressors.
+        fetch_again: over several ranks, free the selected blocks of other ranks after their use
+            and fetch them again in backward. Then only two KV heads' are in memory at a time, and
+            each backward receives as many bytes more as its forward. None: with more than two KV
+            heads.
+        recompute_branches: branches of which nothing but inputs is kept for backward, which
+            computes their forward again.
 
     Returns:
         [B, L, H, Dv] in the dtype of ``q``; with ``return_details`` also ``NSADetails``.
@@ -139,10 +152,14 @@ def native_sparse_attention(
         refuse(f"config must be an NSAConfig, got {config!r}", {}, context, counter)
     used = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
     grids = used.grids(config)
+    problem = memory_problem(config, fetch_again, recompute_branches)
+    memory: dict[str, Any] = {}
+    if problem is None:
+        memory = {"fetch_again": fetch_again, "recompute_branches": recompute_branches}
     setup = make_setup(
-        config, layout, context, backend, counter, rotary=rotary, selector_grids=grids
+        config, layout, context, backend, counter, rotary=rotary, selector_grids=grids, **memory
     )
-    problem = selector_problem(used, config) or query_problem(q, config)
+    problem = problem or selector_problem(used, config) or query_problem(q, config)
     problem = problem or inputs_problem(q, k, v, gates, config, setup.key_sets)
     compressors = k_compressor is not None or v_compressor is not None
     if problem is None and selector is not None and compressors:
@@ -186,13 +203,16 @@ def attend(
         statement = call.plan.statement
         more = {name: value for name, value in stated.items() if name not in statement.values}
         backend = repr(call.backend.name)
+        more["fetch_again"] = repr(call.fetch_again)
+        more["recompute_branches"] = repr(call.recompute_branches)
         agree(statement.also(**more, backend=backend), problem, channel.group, channel.counter)
     watched = is_watched()
     if watched:
         shown = show_inputs(call, Inputs(q, k, v, gates), selector)
         q, k, v, gates = shown.q, shown.k, shown.v, shown.gates
     sets = tuple(call.plan.halos)
-    attended = attend_branches(
+    run = attend_branches if channel.group.size == 1 else _attend_over_ranks
+    attended = run(
         call,
         q.flatten(0, 1),
         _by_set(k, sets),
@@ -204,6 +224,10 @@ def attend(
         out = show_output(attended.out_NHD, attended.blocks_NGn)
         attended = replace(attended, out_NHD=out)
     return attended
+
+
+# A compiled graph cannot hold messages whose sizes follow from data: one break, not one a message.
+_attend_over_ranks = torch.compiler.disable(attend_branches)
 
 
 def details_of(attended: Attended, gates: Tensor) -> NSADetails:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.attention.call import Call
+from nsa_dist.attention.call import Call, recomputed
 from nsa_dist.checks import describe
 from nsa_dist.comm import Work, begin_gather
 from nsa_dist.comm.agreement import agree
@@ -241,8 +242,10 @@ class CompressedSelector:
             gate_NH: the branch's gate, if the backend takes it; the selection then has a summand.
         """
         k_CGD, v_CGD = gathered
+        attend = partial(recomputed, call, "compressed", call.backend.compressed_attention)
+        segments = call.plan.segments
         return choose_by_compressed(
-            call.backend, call.config, call.plan.segments, q_NHD, k_CGD, v_CGD, gate_NH
+            call.backend, call.config, segments, q_NHD, k_CGD, v_CGD, gate_NH, attend
         )
 
 
@@ -254,8 +257,14 @@ def choose_by_compressed(
     k_CGD: Tensor,
     v_CGD: Tensor,
     gate_NH: Tensor | None = None,
+    attend: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> Selection:
-    """Attend to compressed keys and select the blocks with the highest probabilities."""
+    """Attend to compressed keys and select the blocks with the highest probabilities.
+
+    Args:
+        attend: what runs in the place of ``ops.compressed_attention``.
+    """
+    attend = ops.compressed_attention if attend is None else attend
     grid: dict[str, Any] = {
         "block": config.compress_block,
         "stride": config.compress_stride,
@@ -265,7 +274,7 @@ def choose_by_compressed(
     q, k, v = q_NHD, k_CGD, v_CGD
     if not in_use:  # Only the log-sum-exp is needed; pass keys as values.
         q, k, v = q.detach(), k.detach(), k.detach()
-    output, lse, *summand = ops.compressed_attention(q, k, v, segments, **grid, **as_gate(gate_NH))
+    output, lse, *summand = attend(q, k, v, segments, **grid, **as_gate(gate_NH))
     blocks = None
     if "selected" in config.branches:
         with torch.no_grad():

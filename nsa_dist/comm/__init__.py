@@ -8,7 +8,7 @@ begins and finishes transfers.
 
 from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.comm.fetch import FetchPlan, Transfer, begin_fetch, begin_request
+from nsa_dist.comm.fetch import FetchPlan, HeadFetch, begin_request, heads_per_transfer
 from nsa_dist.comm.gather import begin_gather
 from nsa_dist.comm.halo import begin_halo
 from nsa_dist.comm.work import Work
@@ -17,10 +17,10 @@ __all__ = [
     "Channel",
     "CommunicationCounter",
     "FetchPlan",
-    "Transfer",
+    "HeadFetch",
     "Work",
-    "begin_fetch",
     "begin_gather",
     "begin_halo",
     "begin_request",
+    "heads_per_transfer",
 ]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,8 @@ def begin_all_to_all(
     recv_counts: Sequence[int],
     channel: Channel,
     kind: str,
+    *,
+    into: Tensor | None = None,
 ) -> Work[Tensor]:
     """Send consecutive runs of rows to the ranks of the group, and receive theirs.
 
@@ -38,6 +41,7 @@ def begin_all_to_all(
         rows: [sum(send_counts), ...], run p goes to rank p.
         send_counts, recv_counts: rows for and from each rank.
         kind: name for the counter and for errors.
+        into: [sum(recv_counts), ...], contiguous, the buffer to receive in; None for a new one.
 
     Returns:
         A ``Work`` with [sum(recv_counts), ...], ordered by sender.
@@ -45,7 +49,7 @@ def begin_all_to_all(
     group = channel.group
     if group.size == 1:
         return Work.done(rows)
-    received = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
+    received = rows.new_empty((sum(recv_counts), *rows.shape[1:])) if into is None else into
     rows = rows.contiguous()
     with name_failures(kind, group, channel.about):
         handle = dist.all_to_all_single(
@@ -111,6 +115,23 @@ def all_reduce_max(
     own_bytes = largest.nbytes
     counter.add(kind, sent=own_bytes * (group.size - 1), received=own_bytes * (group.size - 1))
     return result
+
+
+def values_on_host(x: Tensor, channel: Channel, kind: str) -> list[Any]:
+    """The values of an integer tensor of the current stream; the host waits for that stream alone.
+
+    Raises:
+        RuntimeError: if the message before it does not arrive within the group's timeout.
+    """
+    if x.device.type != "cuda":
+        values: list[Any] = x.tolist()
+        return values
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copy.copy_(x, non_blocking=True)
+    with name_failures(kind, channel.group, channel.about):
+        _wait_for_stream(channel.group)
+    values = copy.tolist()
+    return values
 
 
 @cache

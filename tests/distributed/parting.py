@@ -454,11 +454,11 @@ def stops() -> Iterator[None]:
     originals = [getattr(module, name) for module, name in places]
 
     def stopping(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             group, kind = args[-2].group.process_group, args[-1]
             if is_bad_rank() and STOPS.get(group) == kind:
                 raise LookupError("a kernel's error")
-            return original(*args)
+            return original(*args, **options)
 
         return call
 

@@ -105,7 +105,8 @@ def test_every_backward_written_by_hand_is_of_first_order() -> None:
     from nsa_kernels.pytorch.selected_attention import _SelectedAttention
 
     of_backend = (TiledAttention, _Combine, _Compress, _GatherBlocks, _SelectedAttention)
-    moving = [half for module in (halo, gather, fetch) for half in (module._Send, module._Receive)]
+    moving = [half for module in (halo, gather) for half in (module._Send, module._Receive)]
+    moving += [fetch._Home, fetch._Receive, fetch._Arrived, fetch._Again]
     for function in (*of_backend, *moving):
         with torch.enable_grad(), pytest.raises(ValueError, match=SAID):
             function.backward(None)
