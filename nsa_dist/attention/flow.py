@@ -32,10 +32,9 @@ Messages, in order (``CommunicationCounter`` has the kinds):
 
     forward     plan; one halo for each separate set of keys and values; gather; request; one fetch
                 per KV head
-    backward    plan; for each KV head, last head first, one fetch_grad; gather_grad; one halo_grad
-                per set, last set first but the compressed set's at the end. With ``fetch_again``
-                the blocks of the last head and of the one before it come first; each fetch_grad but
-                the first two heads' is followed by the fetch of two heads before it.
+    backward    plan; one fetch_grad per KV head, last head first; gather_grad; one halo_grad per
+                set, last set first. With ``fetch_again`` there is a fetch per KV head too, last
+                head first: two before the first fetch_grad, then one after each
 
 The first plan of forward is sent by ``functional.attend``, that of backward by ``AgreeInBackward``.
 Code of the user's adds a plan after it ran: custom compressors before gather, a selector before
