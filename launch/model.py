@@ -29,7 +29,7 @@ class Decoder(nn.Module):
     """Token embedding, blocks, a last norm, and the map to logits.
 
     Args:
-        settings: ``model``, ``attention``, ``rotary`` and ``parallel.layout`` are read.
+        settings: ``model``, ``attention``, ``rotary`` and options of ``parallel`` are read.
         vocab_size: number of tokens.
         group: ranks that share the sequence, or None.
     """
@@ -41,7 +41,13 @@ class Decoder(nn.Module):
         model = settings.model
         self.embedding = nn.Embedding(vocab_size, model.hidden_size)
         dense = DenseBlock
-        sparse = functools.partial(NSABlock, backend=model.backend)
+        parallel = settings.parallel
+        sparse = functools.partial(
+            NSABlock,
+            backend=model.backend,
+            fetch_again={"auto": None, "always": True, "never": False}[parallel.fetch_again],
+            recompute_branches=parallel.recompute_branches,
+        )
         blocks: list[Callable[..., nn.Module]] = [
             dense if model.is_dense(layer) else sparse for layer in range(model.layers)
         ]
@@ -55,7 +61,7 @@ class Decoder(nn.Module):
                 qk_norm=model.qk_norm,
                 rotary=settings.rotary,
                 dropout=model.dropout,
-                layout=settings.parallel.layout,
+                layout=parallel.layout,
                 group=group,
             )
             for block in blocks

@@ -23,6 +23,7 @@ from launch.engines.registry import ENGINES, all_specs, engine_spec
 from launch.processes.mistakes import read_once
 from nsa_dist import NSAConfig, RotaryConfig
 from nsa_dist.checks import as_choice, check
+from nsa_dist.config import memory_options_problem
 
 FORMAT = 1
 """Format number of a checkpoint's settings and manifest. The oldest files have no number."""
@@ -194,6 +195,11 @@ class ParallelSettings:
     pp: int = 1  # megatron: stages, each with its share of the blocks
     sequence_parallel: bool = False  # megatron: tp ranks share the tokens between the projections
     layout: Literal["contiguous", "zigzag", "zigzag_per_document"] = "zigzag"
+    # whether backward fetches selected blocks of other ranks again, with cp > 1: less memory, and
+    # as many bytes more as a forward receives. auto: with more than two KV heads
+    fetch_again: Literal["auto", "always", "never"] = "auto"
+    # branches that backward computes again, whose results are not kept
+    recompute_branches: tuple[str, ...] = ()
     # fsdp2: False keeps gathered weights until backward has used them
     reshard_after_forward: bool = True
     # deepspeed: 1 shards optimizer state, 2 gradients too, 3 weights too
@@ -273,6 +279,9 @@ class Settings:
             self.data.micro_batch,
             f"a divisor of data.global_batch = {self.data.global_batch}",
         )
+        problem = memory_options_problem(self.attention, None, self.parallel.recompute_branches)
+        if problem is not None:
+            raise ValueError(f"parallel.{problem}")
         _check_engine(self)
         _check_dense(self)
         must = (

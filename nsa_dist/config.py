@@ -6,6 +6,7 @@ function wherever they run. ``launch/`` reads files and command lines.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -311,3 +312,19 @@ class RotaryConfig:
         must = f"an even number up to head_dim = {head_dim}"
         check(dim <= head_dim and dim % 2 == 0, "rotary dim", dim, must)
         return dim
+
+
+def memory_options_problem(
+    config: NSAConfig, fetch_again: bool | None, recompute_branches: Sequence[str]
+) -> str | None:
+    """The error in the options that trade time for memory, or None."""
+    if fetch_again is not None and type(fetch_again) is not bool:
+        return f"fetch_again must be True, False or None, got {fetch_again!r}"
+    given = recompute_branches
+    known = isinstance(given, (tuple, list)) and all(branch in config.branches for branch in given)
+    if not known or len(set(given)) < len(given):
+        return (
+            f"recompute_branches must be a choice from branches = {config.branches} without "
+            f"repeats, got {given!r}"
+        )
+    return None

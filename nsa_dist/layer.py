@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nsa_dist.attention.call import Call, check_backend, make_call, make_setup, memory_problem
+from nsa_dist.attention.call import Call, check_backend, make_call, make_setup
 from nsa_dist.attention.checks import inputs_problem, tensor_problem
 from nsa_dist.attention.functional import KeysOrValues, NSADetails, attend, details_of
 from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
@@ -26,7 +26,7 @@ from nsa_dist.checks import (
 )
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
-from nsa_dist.config import NSAConfig, RotaryConfig
+from nsa_dist.config import NSAConfig, RotaryConfig, memory_options_problem
 from nsa_dist.nn.compressor import BlockCompressor, check_custom
 from nsa_dist.nn.dropout import drop_tokens
 from nsa_dist.nn.gates import make_gate
@@ -118,7 +118,7 @@ class NativeSparseAttention(nn.Module):
             given = {"k_compressor": k_compressor, "v_compressor": v_compressor}
             for name, module in given.items():
                 check(module is None, name, module, "None with a selector")
-        problem = memory_problem(config, fetch_again, recompute_branches)
+        problem = memory_options_problem(config, fetch_again, recompute_branches)
         if problem is not None:
             raise ValueError(problem)
         check_backend(backend, config, device)

@@ -36,6 +36,7 @@ from launch.bench.options import Sizes, check_docs
 from launch.bench.problems import Problem, problems
 from launch.bench.stream import Stream
 from launch.bench.table import Row, described, number, pair, table, write_csv, write_numbers
+from launch.bench.trace import record
 from launch.bench.work import Flops
 from launch.processes.mistakes import end, read_once
 from nsa_dist import (
@@ -47,9 +48,13 @@ from nsa_dist import (
     native_sparse_attention,
 )
 from nsa_dist.adapters.ring import dense_attention, get_dense_plan
+from nsa_dist.checks import check
+from nsa_dist.comm.counter import KINDS
 from nsa_dist.comm.group import ContextGroup, context_group
 from nsa_dist.plan.layout import make_layout
 from nsa_kernels.reference import masked_softmax, weighted_values
+
+FETCH_AGAIN = {"auto": None, "always": True, "never": False}
 
 Attend = Callable[..., Tensor]
 """A rank's share of the inputs -> its share [L, H, Dv] of the output."""
@@ -62,15 +67,28 @@ class DistributedOptions(Sizes):
     Args:
         layout: auto: zigzag, with several documents zigzag_per_document; or one by name.
         docs: document that gets the tables, between its marks for the file of ``csv``.
+        trace: folder that gets a trace of rank 0 for each length: one forward and backward of
+            nsa, to open in https://ui.perfetto.dev. Times of its messages by kind, and of those
+            times what nothing hides, are printed, the largest of any rank.
+        fetch_again: whether backward fetches blocks again: auto, always or never.
+        recompute: branches that backward computes again.
     """
 
     lengths: tuple[int, ...] = (65536, 131072)
     layout: Literal["auto", "contiguous", "zigzag", "zigzag_per_document"] = "auto"
     docs: Path | None = None
+    trace: Path | None = None
+    fetch_again: Literal["auto", "always", "never"] = "auto"
+    recompute: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_docs(self.docs, self.csv)
+        must = "None or an existing folder"
+        there = self.trace is None or self.trace.is_dir()
+        check(there, "trace", None if self.trace is None else str(self.trace), must)
+        known = all(branch in BRANCHES for branch in self.recompute)
+        check(known, "recompute", self.recompute, f"a choice from {BRANCHES}")
 
     @property
     def layout_name(self) -> str:
@@ -206,8 +224,14 @@ def over_ranks(
     return Candidate(replace(problem, run=run), attend, local, counter)
 
 
-def candidates(stream: Stream, layout: str, context: ContextGroup) -> list[Callable[[], Candidate]]:
-    """Dense ring attention and Native Sparse Attention on the stream, built when called."""
+def candidates(
+    stream: Stream, layout: str, context: ContextGroup, **memory: Any
+) -> list[Callable[[], Candidate]]:
+    """Dense ring attention and Native Sparse Attention on the stream, built when called.
+
+    Args:
+        memory: ``fetch_again`` and ``recompute_branches`` of the latter.
+    """
     config, options, length = stream.config, stream.options, stream.length
     bounds = None
     if options.documents > 1 or layout == "zigzag_per_document":
@@ -243,6 +267,7 @@ def candidates(stream: Stream, layout: str, context: ContextGroup) -> list[Calla
                 backend=stream.ops.name,
                 plan=plan,
                 communication=counter,
+                **memory,
             )
             return out[0]
 
@@ -303,7 +328,11 @@ def bench(
     for length in options.lengths:
         torch.manual_seed(0)
         stream = Stream(options, length, meter.device)
-        for build in candidates(stream, layout, context):
+        memory = {
+            "fetch_again": FETCH_AGAIN[options.fetch_again],
+            "recompute_branches": options.recompute,
+        }
+        for build in candidates(stream, layout, context, **memory):
             candidate = build()
             problem = candidate.problem
             verdict = of_all(problem.verdict(), context)
@@ -332,11 +361,41 @@ def bench(
                 print(line(rows[-1]), flush=True)
                 if options.csv is not None:
                     write_csv(options.csv, rows)
+            if options.trace is not None and row.operator == "nsa":
+                print_trace(candidate, options.trace / f"nsa-{length}.json", context)
             del candidate
             if meter.device.type == "cuda":
                 torch.cuda.empty_cache()
         del stream
     return rows, wrong
+
+
+def print_trace(candidate: Candidate, path: Path, context: ContextGroup) -> None:
+    """Trace one forward and backward; rank 0 prints and writes. A collective."""
+
+    def run() -> None:
+        candidate.attend(*candidate.local).sum().backward(inputs=candidate.local)
+        for x in candidate.local:
+            x.grad = None
+
+    found = record(run, path if context.rank == 0 else None)
+    lines = [
+        [
+            kind,
+            f"{largest(found.running.get(kind, 0.0), context):.3f}",
+            f"{largest(found.exposed.get(kind, 0.0), context):.3f}",
+        ]
+        for kind in (*KINDS, "other")
+    ]
+    total, idle = largest(found.total, context), largest(found.idle, context)
+    all_exposed = largest(sum(found.exposed.values()), context)
+    if context.rank == 0:
+        print(
+            f"one forward and backward: {total:.2f} ms, exposed messages {all_exposed:.3f} ms "
+            f"({all_exposed / total:.1%}), nothing runs {idle:.3f} ms, {found.launches} launches; "
+            f"trace in {path}\n{table(['messages', 'ms', 'ms exposed'], lines)}",
+            flush=True,
+        )
 
 
 def with_ring_ratios(rows: Sequence[DistributedRow]) -> list[DistributedRow]:

@@ -86,7 +86,7 @@ def make_setup(
 
     Args:
         selector_grids: the blocks that the selector reads; None for NSA's own selector.
-        fetch_again, recompute_branches: as for the layer, checked by ``memory_problem``.
+        fetch_again, recompute_branches: as for the layer, checked by ``memory_options_problem``.
     """
     grids = all_grids(config, selector_grids)
     sets = key_sets(config, grids)
@@ -95,22 +95,6 @@ def make_setup(
     again = fetch_again and group.size > 1 and "selected" in config.branches
     recompute = tuple(branch for branch in BRANCHES if branch in recompute_branches)
     return Setup(config, layout, group, backend, counter, rotary, grids, sets, again, recompute)
-
-
-def memory_problem(
-    config: NSAConfig, fetch_again: bool | None, recompute_branches: Sequence[str]
-) -> str | None:
-    """The error in the options that trade time for memory, or None."""
-    if fetch_again is not None and type(fetch_again) is not bool:
-        return f"fetch_again must be True, False or None, got {fetch_again!r}"
-    given = recompute_branches
-    known = isinstance(given, (tuple, list)) and all(branch in config.branches for branch in given)
-    if not known or len(set(given)) < len(given):
-        return (
-            f"recompute_branches must be a choice from branches = {config.branches} without "
-            f"repeats, got {given!r}"
-        )
-    return None
 
 
 def recomputed(

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.attention.call import Call, Rotary, make_call, make_setup, memory_problem, refuse
+from nsa_dist.attention.call import Call, Rotary, make_call, make_setup, refuse
 from nsa_dist.attention.checks import inputs_problem, query_problem, rotary_problem
 from nsa_dist.attention.flow import Attended, attend_branches
 from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
@@ -18,7 +18,7 @@ from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
-from nsa_dist.config import BRANCHES, NSAConfig
+from nsa_dist.config import BRANCHES, NSAConfig, memory_options_problem
 from nsa_dist.plan import Plan
 
 
@@ -152,7 +152,7 @@ def native_sparse_attention(
         refuse(f"config must be an NSAConfig, got {config!r}", {}, context, counter)
     used = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
     grids = used.grids(config)
-    problem = memory_problem(config, fetch_again, recompute_branches)
+    problem = memory_options_problem(config, fetch_again, recompute_branches)
     memory: dict[str, Any] = {}
     if problem is None:
         memory = {"fetch_again": fetch_again, "recompute_branches": recompute_branches}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,9 @@ from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup
 from nsa_dist.comm.work import Work
+
+MARK = "nsa_dist."
+"""What the names of messages begin with in a trace; their kind follows."""
 
 # torch 2.13 renamed it and deprecated the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -51,7 +54,7 @@ def begin_all_to_all(
         return Work.done(rows)
     received = rows.new_empty((sum(recv_counts), *rows.shape[1:])) if into is None else into
     rows = rows.contiguous()
-    with name_failures(kind, group, channel.about):
+    with name_failures(kind, group, channel.about), _marked(kind):
         handle = dist.all_to_all_single(
             received,
             rows,
@@ -78,7 +81,7 @@ def begin_all_gather(rows: Tensor, channel: Channel, kind: str) -> Work[Tensor]:
         return Work.done(rows)
     gathered = rows.new_empty((group.size * rows.shape[0], *rows.shape[1:]))
     rows = rows.contiguous()
-    with name_failures(kind, group, channel.about):
+    with name_failures(kind, group, channel.about), _marked(kind):
         handle = _all_gather(gathered, rows, group=group.process_group, async_op=True)
     own_bytes = rows.numel() * rows.element_size()
     others = group.size - 1
@@ -107,8 +110,9 @@ def all_reduce_max(
     on_gpu = device.type == "cuda"
     with torch.cuda.stream(_side_stream(device) if on_gpu else None):
         largest = torch.tensor(values, device=device)
-        with name_failures(kind, group, about):
+        with name_failures(kind, group, about), _marked(kind):
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group.process_group)
+        with name_failures(kind, group, about):
             if on_gpu:
                 _wait_for_stream(group)
         result: list[int] = largest.tolist()
@@ -158,6 +162,13 @@ def _wait_for_stream(group: ContextGroup) -> None:
         if waited > timeout - min(1.0, timeout / 10):
             raise RuntimeError(f"timed out after {waited:.1f} s, with a timeout of {timeout:g} s")
         time.sleep(0.0 if waited < 0.001 else 0.0001)
+
+
+def _marked(kind: str) -> AbstractContextManager[object]:
+    """Names a message in the traces of torch's profiler."""
+    if not torch._C._autograd._profiler_enabled():
+        return nullcontext()
+    return torch.profiler.record_function(MARK + kind)
 
 
 @contextmanager

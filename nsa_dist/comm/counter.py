@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+KINDS = (
+    "plan",
+    "halo",
+    "gather",
+    "request",
+    "fetch",
+    "fetch_grad",
+    "gather_grad",
+    "halo_grad",
+)
+"""The kinds of the attention's messages; dense layers add ``ring`` and ``ring_grad``."""
+
 
 class CommunicationCounter:
     """Bytes that this rank sent to and received from other ranks since the last ``reset``.
