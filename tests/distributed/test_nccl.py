@@ -6,13 +6,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nsa_dist import NativeSparseAttention, RotaryConfig
+from nsa_dist import BRANCHES, NativeSparseAttention, RotaryConfig
+from nsa_dist.comm import collectives, fetch, gather, halo
 from tests.distributed.layer_case import (
     HIDDEN,
     SMALL,
@@ -78,6 +80,138 @@ def repeated(case: LayerCase) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_repeat_bitwise(dtype: torch.dtype, gpus: Ranks) -> None:
     assert all(gpus.run(repeated, LayerCase(lengths=PACKED, dtype=dtype, device="cuda")))
+
+
+# --- the schedule, on streams of its own ----------------------------------------------------------
+
+MANY = replace(
+    variants(LayerCase(lengths=PACKED), num_heads=8, num_kv_heads=4),
+    dtype=torch.float32,
+    device="cuda",
+)
+MEMORY: list[dict[str, Any]] = [
+    {"fetch_again": True},
+    {"fetch_again": False, "recompute_branches": BRANCHES},
+    {"fetch_again": True, "recompute_branches": BRANCHES},
+]
+
+
+def bits(result: LayerResult) -> list[Tensor]:
+    return [result.output, result.grad_input, *result.grads.values()]
+
+
+def with_less_memory(case: LayerCase) -> list[bool]:
+    expected = bits(run_layer(case, dist.group.WORLD, fetch_again=False))
+    found = [bits(run_layer(case, dist.group.WORLD, **options)) for options in MEMORY]
+    return [all(map(torch.equal, one, expected)) for one in found]
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputation"])
+def test_options_for_memory_change_no_bit(checkpoint: bool, gpus: Ranks) -> None:
+    for found in gpus.run(with_less_memory, replace(MANY, checkpoint=checkpoint)):
+        assert found == [True] * len(MEMORY)
+
+
+CYCLES = 20_000_000
+"""About ten milliseconds, longer than anything that a small case computes."""
+
+
+def delayed_bits(case: LayerCase) -> list[bool]:
+    """Whether bits stay where one rank's device is late at its messages, in all of its streams."""
+    layers = [{"fetch_again": again} for again in (False, True)]
+    expected = [bits(run_layer(case, dist.group.WORLD, **options)) for options in layers]
+    modules = (halo, gather, fetch)
+    original = collectives.begin_all_to_all
+
+    def late(*args: Any, **options: Any) -> Any:
+        turn = len(counted) % dist.get_world_size()
+        counted.append(args[-1])
+        if turn == dist.get_rank():
+            torch.cuda._sleep(CYCLES)
+        work = original(*args, **options)
+        # What was sent and received must stay as it is while the memory of both is given away.
+        torch.cuda._sleep(CYCLES // 10)
+        for _ in range(3):
+            torch.full((args[0].numel() + 64,), float("nan"), device="cuda")
+        return work
+
+    found = []
+    for module in modules:
+        module.begin_all_to_all = late
+    try:
+        for options, wanted in zip(layers, expected, strict=True):
+            counted: list[str] = []
+            got = bits(run_layer(case, dist.group.WORLD, **options))
+            found.append(all(map(torch.equal, got, wanted)) and "fetch_grad" in counted)
+    finally:
+        for module in modules:
+            module.begin_all_to_all = original
+    return found
+
+
+@pytest.mark.multi_gpu
+def test_late_devices_change_no_bit(gpus: Ranks) -> None:
+    for found in gpus.run(delayed_bits, MANY):
+        assert found == [True, True]
+
+
+def late_rank(case: LayerCase) -> bool:
+    """A rank's host is two seconds late in the middle of a forward and of a backward."""
+    expected = bits(run_layer(case, dist.group.WORLD))
+    original = fetch.begin_all_to_all
+
+    def late(*args: Any, **options: Any) -> Any:
+        if dist.get_rank() == 0 and args[-1] in ("request", "fetch_grad"):
+            time.sleep(0.5)
+        return original(*args, **options)
+
+    fetch.begin_all_to_all = late
+    try:
+        return all(map(torch.equal, bits(run_layer(case, dist.group.WORLD)), expected))
+    finally:
+        fetch.begin_all_to_all = original
+
+
+@pytest.mark.multi_gpu
+def test_a_late_host_changes_no_bit(gpus: Ranks) -> None:
+    assert all(gpus.run(late_rank, MANY))
+
+
+def two_groups(case: LayerCase) -> bool:
+    """Layers of two groups of the same ranks in flight at once."""
+    groups = [dist.group.WORLD, dist.new_group()]
+    expected = bits(run_layer(case, groups[0]))
+    x, grad = case.inputs()
+    sharding = case.sharding(groups[0])
+    runs = []
+    for group in groups:
+        layer = case.layer(group)
+        local = sharding.shard(x).requires_grad_()
+        runs.append((layer, local, layer(local, cu_seqlens=sharding.cu_seqlens)))
+    same = []
+    for _, local, out in runs:
+        out.backward(sharding.shard(grad))
+        assert local.grad is not None
+        same += [torch.equal(sharding.unshard(out), expected[0])]
+        same += [torch.equal(sharding.unshard(local.grad), expected[1])]
+    return all(same)
+
+
+@pytest.mark.multi_gpu
+def test_two_groups_at_once(gpus: Ranks) -> None:
+    assert all(gpus.run(two_groups, MANY))
+
+
+@pytest.mark.multi_gpu
+def test_one_hardware_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Megatron runs: no message waits in the queue for what stands behind it."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    ranks = Ranks(torch.cuda.device_count(), timedelta(seconds=120), "nccl")
+    try:
+        assert all(all(found) for found in ranks.run(with_less_memory, MANY))
+    finally:
+        ranks.close()
 
 
 def error_on_one_rank(case: LayerCase) -> str:

@@ -1,0 +1,160 @@
+"""What a call keeps for its backward, against the formula of docs/distributed.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from nsa_dist import (
+    BRANCHES,
+    BlockCompressor,
+    CommunicationCounter,
+    NSAConfig,
+    get_plan,
+    native_sparse_attention,
+)
+from nsa_dist.plan import Plan
+from tests.distributed.ranks import Ranks
+
+SMALL = NSAConfig(
+    8,
+    4,
+    16,
+    compress_block=4,
+    compress_stride=2,
+    select_block=16,
+    num_selected=4,
+    window=20,
+    compress="mean",
+)
+LARGE = NSAConfig(64, 4, 128, compress="mean")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call on each rank, of ``tokens`` local tokens."""
+
+    config: NSAConfig
+    tokens: int
+    dtype: torch.dtype
+    device: str
+    fetch_again: bool
+    recompute_branches: tuple[str, ...]
+
+    @property
+    def backend(self) -> str:
+        return "triton" if self.device == "cuda" else "pytorch"
+
+
+def formula(case: Case, plan: Plan, fetched: int) -> int:
+    """Bytes kept over inputs.
+
+    Args:
+        fetched: bytes of the fetched blocks of all KV heads.
+    """
+    config = case.config
+    size = torch.empty(0, dtype=case.dtype).element_size()
+    row = config.num_kv_heads * (config.head_dim + config.value_dim) * size
+    halos = sum(halo.num_rows * row for halo in plan.halos.values() if not halo.is_identity)
+    compressed = plan.grids["compressed"].total * row
+    result = case.tokens * config.num_heads * (config.value_dim * size + 4)
+    results = result * (len(config.branches) - len(case.recompute_branches))
+    if case.backend == "pytorch":  # It keeps inputs alone.
+        results = 0
+    choice = case.tokens * config.num_kv_heads * config.num_selected * 4
+    return halos + compressed + results + choice + (0 if case.fetch_again else fetched)
+
+
+def kept(case: Case) -> tuple[float, float, float]:
+    """Bytes kept over inputs, by count and by the allocator (on a GPU), and by the formula."""
+    config, group = case.config, dist.group.WORLD
+    torch.manual_seed(dist.get_rank())
+    factory: dict[str, Any] = {"dtype": case.dtype, "device": case.device}
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    shapes = [(heads, config.head_dim), *[(kv_heads, config.head_dim)] * 3]
+    shapes += [(kv_heads, config.value_dim)] * 3 + [(heads, 3)]
+    q, *kv, gates = (
+        torch.randn(1, case.tokens, *shape, **factory).requires_grad_() for shape in shapes
+    )
+    plan = get_plan(
+        *(config, "zigzag", group),
+        batch=1,
+        local_length=case.tokens,
+        cu_seqlens=None,
+        dtype=case.dtype,
+        device=q.device,
+    )
+    counter = CommunicationCounter()
+    inputs = {x.untyped_storage().data_ptr() for x in (q, *kv, gates)}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in inputs:
+            storages[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    def attend() -> Tensor:
+        out = native_sparse_attention(
+            q,
+            dict(zip(BRANCHES, kv[:3], strict=True)),
+            dict(zip(BRANCHES, kv[3:], strict=True)),
+            gates,
+            BlockCompressor(config, config.head_dim),
+            BlockCompressor(config, config.value_dim),
+            config=config,
+            group=group,
+            backend=case.backend,
+            plan=plan,
+            communication=counter,
+            fetch_again=case.fetch_again,
+            recompute_branches=case.recompute_branches,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        attend()
+    counted = sum(s.nbytes() for s in storages.values())
+    expected = formula(case, plan, counter.received["fetch"])
+    if case.device != "cuda":
+        return counted, counted, expected
+    storages.clear()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    out = attend()
+    torch.cuda.synchronize()
+    allocated = torch.cuda.memory_allocated() - before - out.untyped_storage().nbytes()
+    return counted, allocated, expected
+
+
+OPTIONS = [(False, ()), (True, ()), (True, ("window",)), (True, BRANCHES)]
+
+
+@pytest.mark.parametrize(("again", "recomputed"), OPTIONS, ids=str)
+def test_kept_memory_is_that_of_the_formula(
+    again: bool, recomputed: tuple[str, ...], ranks_of: Callable[[int], Ranks]
+) -> None:
+    case = Case(SMALL, 96, torch.float32, "cpu", again, recomputed)
+    for counted, _, expected in ranks_of(2).run(kept, case):
+        assert 0.9 * expected <= counted <= 1.1 * expected
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize(("again", "recomputed"), OPTIONS, ids=str)
+def test_kept_memory_on_gpus(again: bool, recomputed: tuple[str, ...]) -> None:
+    case = Case(LARGE, 16384, torch.bfloat16, "cuda", again, recomputed)
+    ranks = Ranks(torch.cuda.device_count(), timedelta(seconds=120), "nccl")
+    try:
+        for counted, allocated, expected in ranks.run(kept, case):
+            assert 0.9 * expected <= counted <= 1.1 * expected
+            assert 0.9 * expected <= allocated <= 1.1 * expected
+    finally:
+        ranks.close()
