@@ -47,6 +47,7 @@ class Decoder(nn.Module):
             backend=model.backend,
             fetch_again={"auto": None, "always": True, "never": False}[parallel.fetch_again],
             recompute_branches=parallel.recompute_branches,
+            fetch=parallel.fetch,
         )
         blocks: list[Callable[..., nn.Module]] = [
             dense if model.is_dense(layer) else sparse for layer in range(model.layers)

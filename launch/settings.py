@@ -23,7 +23,7 @@ from launch.engines.registry import ENGINES, all_specs, engine_spec
 from launch.processes.mistakes import read_once
 from nsa_dist import NSAConfig, RotaryConfig
 from nsa_dist.checks import as_choice, check
-from nsa_dist.config import memory_options_problem
+from nsa_dist.config import split_options_problem
 
 FORMAT = 1
 """Format number of a checkpoint's settings and manifest. The oldest files have no number."""
@@ -195,6 +195,8 @@ class ParallelSettings:
     pp: int = 1  # megatron: stages, each with its share of the blocks
     sequence_parallel: bool = False  # megatron: tp ranks share the tokens between the projections
     layout: Literal["contiguous", "zigzag", "zigzag_per_document"] = "zigzag"
+    # which selected blocks of other ranks are fetched: those chosen, or all that may be
+    fetch: Literal["chosen", "full"] = "chosen"
     # whether backward fetches selected blocks of other ranks again, with cp > 1: less memory, and
     # as many bytes more as a forward receives. auto: with more than two KV heads
     fetch_again: Literal["auto", "always", "never"] = "auto"
@@ -279,7 +281,9 @@ class Settings:
             self.data.micro_batch,
             f"a divisor of data.global_batch = {self.data.global_batch}",
         )
-        problem = memory_options_problem(self.attention, None, self.parallel.recompute_branches)
+        problem = split_options_problem(
+            self.attention, None, self.parallel.recompute_branches, self.parallel.fetch
+        )
         if problem is not None:
             raise ValueError(f"parallel.{problem}")
         _check_engine(self)

@@ -16,6 +16,9 @@ from nsa_kernels.compressors import COMPRESSORS, parameter_names
 BRANCHES = ("compressed", "selected", "window")
 """The order of branches everywhere: in gates, projections and results."""
 
+FETCHES = ("chosen", "full")
+"""Which selected blocks of other ranks are fetched: those that were chosen, or all visible ones."""
+
 CompressKind: TypeAlias = str
 """A kind of `nsa_kernels.compressors`, or ``"custom"``."""
 GateKind = Literal["linear", "mlp", "static"]
@@ -314,10 +317,15 @@ class RotaryConfig:
         return dim
 
 
-def memory_options_problem(
-    config: NSAConfig, fetch_again: bool | None, recompute_branches: Sequence[str]
+def split_options_problem(
+    config: NSAConfig,
+    fetch_again: bool | None = None,
+    recompute_branches: Sequence[str] = (),
+    fetch: str = "chosen",
 ) -> str | None:
-    """The error in the options that trade time for memory, or None."""
+    """The error in a layer's options that change its time, memory and bytes alone, or None."""
+    if fetch not in FETCHES:
+        return f"fetch must be one of {FETCHES}, got {fetch!r}"
     if fetch_again is not None and type(fetch_again) is not bool:
         return f"fetch_again must be True, False or None, got {fetch_again!r}"
     given = recompute_branches

@@ -26,7 +26,7 @@ from nsa_dist.checks import (
 )
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
-from nsa_dist.config import NSAConfig, RotaryConfig, memory_options_problem
+from nsa_dist.config import NSAConfig, RotaryConfig, split_options_problem
 from nsa_dist.nn.compressor import BlockCompressor, check_custom
 from nsa_dist.nn.dropout import drop_tokens
 from nsa_dist.nn.gates import make_gate
@@ -72,6 +72,9 @@ class NativeSparseAttention(nn.Module):
             heads.
         recompute_branches: branches of which nothing but inputs is kept for backward, which
             computes their forward again.
+        fetch: over several ranks, which selected blocks of other ranks are fetched: "chosen", or
+            "full", all that local queries may choose. Then nothing is requested and no size is
+            waited for. It is faster where nearly all are chosen.
 
     Attributes:
         communication: bytes sent by this layer, by kind, since its last ``reset``.
@@ -100,6 +103,7 @@ class NativeSparseAttention(nn.Module):
         selector: Selector | None = None,
         fetch_again: bool | None = None,
         recompute_branches: Sequence[str] = (),
+        fetch: str = "chosen",
     ) -> None:
         super().__init__()
         context = context_group(group)
@@ -118,7 +122,7 @@ class NativeSparseAttention(nn.Module):
             given = {"k_compressor": k_compressor, "v_compressor": v_compressor}
             for name, module in given.items():
                 check(module is None, name, module, "None with a selector")
-        problem = memory_options_problem(config, fetch_again, recompute_branches)
+        problem = split_options_problem(config, fetch_again, recompute_branches, fetch)
         if problem is not None:
             raise ValueError(problem)
         check_backend(backend, config, device)
@@ -134,6 +138,7 @@ class NativeSparseAttention(nn.Module):
             selector_grids=self._selector.grids(config),
             fetch_again=fetch_again,
             recompute_branches=recompute_branches,
+            fetch=fetch,
         )
         self.num_key_sets = len(self.setup.key_sets) if config.independent_kv else 1
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -72,6 +72,7 @@ class DistributedOptions(Sizes):
             times what nothing hides, are printed, the largest of any rank.
         fetch_again: whether backward fetches blocks again: auto, always or never.
         recompute: branches that backward computes again.
+        fetch: which selected blocks of other ranks are fetched: chosen, or full.
     """
 
     lengths: tuple[int, ...] = (65536, 131072)
@@ -80,6 +81,7 @@ class DistributedOptions(Sizes):
     trace: Path | None = None
     fetch_again: Literal["auto", "always", "never"] = "auto"
     recompute: tuple[str, ...] = ()
+    fetch: Literal["chosen", "full"] = "chosen"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,12 +227,12 @@ def over_ranks(
 
 
 def candidates(
-    stream: Stream, layout: str, context: ContextGroup, **memory: Any
+    stream: Stream, layout: str, context: ContextGroup, **options_of_nsa: Any
 ) -> list[Callable[[], Candidate]]:
     """Dense ring attention and Native Sparse Attention on the stream, built when called.
 
     Args:
-        memory: ``fetch_again`` and ``recompute_branches`` of the latter.
+        options_of_nsa: ``fetch_again``, ``recompute_branches`` and ``fetch`` of the latter.
     """
     config, options, length = stream.config, stream.options, stream.length
     bounds = None
@@ -267,7 +269,7 @@ def candidates(
                 backend=stream.ops.name,
                 plan=plan,
                 communication=counter,
-                **memory,
+                **options_of_nsa,
             )
             return out[0]
 
@@ -328,11 +330,12 @@ def bench(
     for length in options.lengths:
         torch.manual_seed(0)
         stream = Stream(options, length, meter.device)
-        memory = {
+        options_of_nsa = {
             "fetch_again": FETCH_AGAIN[options.fetch_again],
             "recompute_branches": options.recompute,
+            "fetch": options.fetch,
         }
-        for build in candidates(stream, layout, context, **memory):
+        for build in candidates(stream, layout, context, **options_of_nsa):
             candidate = build()
             problem = candidate.problem
             verdict = of_all(problem.verdict(), context)

@@ -27,6 +27,7 @@ _ONLY: tuple[tuple[str, Any, str], ...] = (
     ("rotary.scaling", "none", "Megatron scales frequencies otherwise"),
     ("attention.compress_pre_rope", False, "Megatron hands over rotated keys"),
     ("parallel.layout", "zigzag_per_document", "so Megatron splits packed documents"),
+    ("parallel.fetch", "chosen", "its layers take no other"),
     ("parallel.fetch_again", "auto", "its layers decide"),
     ("parallel.recompute_branches", (), "see model.recompute_part"),
 )

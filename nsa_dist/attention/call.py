@@ -43,6 +43,7 @@ class Setup:
         grids: all grids of a call, including the blocks to select from.
         key_sets: the sets of keys and values that a call reads.
         fetch_again: whether backward fetches selected remote blocks again.
+        fetch: which remote blocks are fetched, "chosen" or "full".
         recompute_branches: the branches whose forward backward computes again.
     """
 
@@ -56,6 +57,7 @@ class Setup:
     key_sets: tuple[str, ...]
     fetch_again: bool = False
     recompute_branches: tuple[str, ...] = ()
+    fetch: str = "chosen"
 
     def refuse(
         self, problem: str, stated: Mapping[str, str], cause: Exception | None = None
@@ -81,12 +83,13 @@ def make_setup(
     selector_grids: Mapping[str, Grid] | None = None,
     fetch_again: bool | None = None,
     recompute_branches: Sequence[str] = (),
+    fetch: str = "chosen",
 ) -> Setup:
     """A setup from what its layer is built with.
 
     Args:
         selector_grids: the blocks that the selector reads; None for NSA's own selector.
-        fetch_again, recompute_branches: as for the layer, checked by ``memory_options_problem``.
+        fetch_again, recompute_branches, fetch: as for the layer (``split_options_problem``).
     """
     grids = all_grids(config, selector_grids)
     sets = key_sets(config, grids)
@@ -94,7 +97,9 @@ def make_setup(
         fetch_again = config.num_kv_heads > HEADS_IN_FLIGHT
     again = fetch_again and group.size > 1 and "selected" in config.branches
     recompute = tuple(branch for branch in BRANCHES if branch in recompute_branches)
-    return Setup(config, layout, group, backend, counter, rotary, grids, sets, again, recompute)
+    return Setup(
+        config, layout, group, backend, counter, rotary, grids, sets, again, recompute, fetch
+    )
 
 
 def recomputed(
@@ -119,7 +124,7 @@ class Call:
         plan: which rank holds and sends what.
         channel: group and counter of the call's messages.
         rotary: rotary embedding of unrotated keys; None if keys are already rotated.
-        fetch_again, recompute_branches: as of ``Setup``.
+        fetch_again, recompute_branches, fetch: as of ``Setup``.
     """
 
     config: NSAConfig
@@ -129,6 +134,7 @@ class Call:
     rotary: Rotary | None = None
     fetch_again: bool = False
     recompute_branches: tuple[str, ...] = ()
+    fetch: str = "chosen"
 
 
 def refuse(
@@ -217,4 +223,5 @@ def make_call(
         setup.rotary,
         setup.fetch_again,
         setup.recompute_branches,
+        setup.fetch,
     )

@@ -30,8 +30,8 @@ which this file makes nodes is, reversed, the schedule of backward.
 
 Messages, in order (``CommunicationCounter`` has the kinds):
 
-    forward     plan; one halo for each separate set of keys and values; gather; request; one fetch
-                per KV head
+    forward     plan; one halo for each separate set of keys and values; gather; request (none if
+                all visible blocks are fetched); one fetch per KV head
     backward    plan; one fetch_grad per KV head, last head first; gather_grad; one halo_grad per
                 set, last set first. With ``fetch_again`` there is a fetch per KV head too, last
                 head first: two before the first fetch_grad, then one after each
@@ -64,7 +64,14 @@ from torch import Tensor
 
 from nsa_dist.attention.call import Call, recomputed
 from nsa_dist.attention.selectors import Selection, Selector, cos_sin, run_selector
-from nsa_dist.comm import HeadFetch, Work, begin_halo, begin_request, heads_per_transfer
+from nsa_dist.comm import (
+    HeadFetch,
+    Work,
+    begin_halo,
+    begin_request,
+    fetch_all_visible,
+    heads_per_transfer,
+)
 from nsa_dist.comm.agreement import AgreeInBackward
 from nsa_dist.nn.rotary import apply_rotary
 from nsa_kernels import Backend
@@ -253,9 +260,15 @@ class _Selected:
         self._first = self._fetch(0)
 
     def request(self, blocks_NGn: Tensor) -> None:
-        """Begin to ask other ranks for their blocks."""
+        """Begin to ask other ranks for their blocks, or already to fetch all that are visible."""
         self._blocks = _split_heads(blocks_NGn, self._width)
-        self._asking = begin_request(blocks_NGn, self._call.plan, self._call.channel)
+        plan, channel = self._call.plan, self._call.channel
+        if self._call.fetch == "full":
+            fetch = fetch_all_visible(blocks_NGn.shape[1], plan)
+            self._first.begin(fetch.transfers[0])
+            self._asking = Work.done(fetch)
+        else:
+            self._asking = begin_request(blocks_NGn, plan, channel)
 
     def attend(
         self, q_NHD: Tensor, gate_NH: Tensor | None
@@ -277,7 +290,8 @@ class _Selected:
         at = 0 if gate_NH is None else 2
         results: list[list[Tensor]] = []
         ahead, before = self._first, None
-        ahead.begin(transfers[0])
+        if self._call.fetch != "full":
+            ahead.begin(transfers[0])
         for g in range(len(transfers)):
             fetch = ahead
             if g + 1 < len(transfers):

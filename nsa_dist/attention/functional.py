@@ -18,7 +18,7 @@ from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
-from nsa_dist.config import BRANCHES, NSAConfig, memory_options_problem
+from nsa_dist.config import BRANCHES, NSAConfig, split_options_problem
 from nsa_dist.plan import Plan
 
 
@@ -63,6 +63,7 @@ def native_sparse_attention(
     selector: Selector | None = ...,
     fetch_again: bool | None = ...,
     recompute_branches: Sequence[str] = ...,
+    fetch: str = ...,
 ) -> Tensor: ...
 @overload
 def native_sparse_attention(
@@ -85,6 +86,7 @@ def native_sparse_attention(
     selector: Selector | None = ...,
     fetch_again: bool | None = ...,
     recompute_branches: Sequence[str] = ...,
+    fetch: str = ...,
 ) -> tuple[Tensor, NSADetails]: ...
 def native_sparse_attention(
     q: Tensor,
@@ -106,6 +108,7 @@ def native_sparse_attention(
     selector: Selector | None = None,
     fetch_again: bool | None = None,
     recompute_branches: Sequence[str] = (),
+    fetch: str = "chosen",
 ) -> Tensor | tuple[Tensor, NSADetails]:
     """Native Sparse Attention (arXiv 2502.11089), with the sequence split over a group of ranks.
 
@@ -139,6 +142,9 @@ def native_sparse_attention(
             heads.
         recompute_branches: branches of which nothing but inputs is kept for backward, which
             computes their forward again.
+        fetch: over several ranks, which selected blocks of other ranks are fetched: "chosen", or
+            "full", all that local queries may choose. Then nothing is requested and no size is
+            waited for. It is faster where nearly all are chosen.
 
     Returns:
         [B, L, H, Dv] in the dtype of ``q``; with ``return_details`` also ``NSADetails``.
@@ -152,12 +158,16 @@ def native_sparse_attention(
         refuse(f"config must be an NSAConfig, got {config!r}", {}, context, counter)
     used = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
     grids = used.grids(config)
-    problem = memory_options_problem(config, fetch_again, recompute_branches)
-    memory: dict[str, Any] = {}
+    problem = split_options_problem(config, fetch_again, recompute_branches, fetch)
+    options: dict[str, Any] = {}
     if problem is None:
-        memory = {"fetch_again": fetch_again, "recompute_branches": recompute_branches}
+        options = {
+            "fetch_again": fetch_again,
+            "recompute_branches": recompute_branches,
+            "fetch": fetch,
+        }
     setup = make_setup(
-        config, layout, context, backend, counter, rotary=rotary, selector_grids=grids, **memory
+        config, layout, context, backend, counter, rotary=rotary, selector_grids=grids, **options
     )
     problem = problem or selector_problem(used, config) or query_problem(q, config)
     problem = problem or inputs_problem(q, k, v, gates, config, setup.key_sets)
@@ -205,6 +215,7 @@ def attend(
         backend = repr(call.backend.name)
         more["fetch_again"] = repr(call.fetch_again)
         more["recompute_branches"] = repr(call.recompute_branches)
+        more["fetch"] = repr(call.fetch)
         agree(statement.also(**more, backend=backend), problem, channel.group, channel.counter)
     watched = is_watched()
     if watched:

@@ -8,7 +8,13 @@ begins and finishes transfers.
 
 from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.counter import CommunicationCounter
-from nsa_dist.comm.fetch import FetchPlan, HeadFetch, begin_request, heads_per_transfer
+from nsa_dist.comm.fetch import (
+    FetchPlan,
+    HeadFetch,
+    begin_request,
+    fetch_all_visible,
+    heads_per_transfer,
+)
 from nsa_dist.comm.gather import begin_gather
 from nsa_dist.comm.halo import begin_halo
 from nsa_dist.comm.work import Work
@@ -22,5 +28,6 @@ __all__ = [
     "begin_gather",
     "begin_halo",
     "begin_request",
+    "fetch_all_visible",
     "heads_per_transfer",
 ]

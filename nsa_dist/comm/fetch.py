@@ -1,4 +1,4 @@
-"""Fetch of exactly the remote blocks that local queries selected.
+"""Fetch of the remote blocks that local queries selected: exactly those, or all they may select.
 
 Letters: N local queries, G KV heads, D widths, n selected blocks per query, B selection blocks of
 all documents, E rows of a buffer with its halo.
@@ -6,6 +6,7 @@ all documents, E rows of a buffer with its halo.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,49 +74,81 @@ def begin_request(selected_NGn: Tensor, plan: Plan, channel: Channel) -> Work[Fe
     """
     group, blocks = channel.group, plan.grids["selected"]
     num_heads = selected_NGn.shape[1]
-    if group.size == 1:  # All blocks are own, in the order of their ids.
-        transfer = Transfer(0, blocks.own_rows[:0], (0,), (0,))
-        return Work.done(FetchPlan((transfer,), blocks.own_rows.expand(num_heads, -1)))
+    if group.size == 1:
+        return Work.done(_fetch_nothing(num_heads, plan))
     fork = Fork(selected_NGn.device)
     with fork.run(selected_NGn):
-        own_rows_GB = blocks.own_rows.expand(num_heads, -1)
-        block_rows_GB = selected_NGn.new_full((num_heads, blocks.total), -1, dtype=torch.int64)
-        block_rows_GB = block_rows_GB.index_copy(1, blocks.own_ids, own_rows_GB)
         wanted_GB = _wanted_blocks(selected_NGn, blocks, group.rank)
         answer = _begin_requests(wanted_GB, blocks, channel)
-    halo_rows = plan.halos["selected"].num_rows
 
     def finish() -> FetchPlan:
         with fork.run():
-            asked = answer.finish()
-            fetch = _plan_fetch(asked, wanted_GB, block_rows_GB, blocks, halo_rows, channel, fork)
+            asked_GPB = answer.finish()
+            counts = _count(asked_GPB, wanted_GB, blocks)
+            # The only wait of the host for the device in a forward.
+            values = values_on_host(counts, channel, "request")
+            fetch = _plan_fetch(asked_GPB, wanted_GB, plan, values, fork)
         fork.join(fetch.block_rows, *(transfer.send_rows for transfer in fetch.transfers))
         return fetch
 
     return Work(finish)
 
 
+def fetch_all_visible(num_heads: int, plan: Plan) -> FetchPlan:
+    """The transfers of all remote blocks that local queries may choose.
+
+    Their sizes follow from the plan: nothing is requested, and the host waits for nothing.
+    """
+    blocks, visible = plan.grids["selected"], plan.visible
+    if visible is None:
+        return _fetch_nothing(num_heads, plan)
+    before = sum(blocks.counts[: plan.rank])
+    asked_PB = visible.by_reader[:, before : before + blocks.counts[plan.rank]]
+    wanted_B = visible.by_reader[plan.rank]
+    counts = (visible.send_tokens, visible.recv_tokens, visible.send_blocks)
+    of_heads = [[list(values)] * num_heads for values in counts]
+    asked_GPB = asked_PB.expand(num_heads, -1, -1)
+    return _plan_fetch(asked_GPB, wanted_B.expand(num_heads, -1), plan, of_heads, None)
+
+
+def _fetch_nothing(num_heads: int, plan: Plan) -> FetchPlan:
+    """Of a single rank: all blocks are own, in the order of their ids."""
+    rows = plan.grids["selected"].own_rows
+    transfer = Transfer(0, rows[:0], (0,), (0,))
+    return FetchPlan((transfer,), rows.expand(num_heads, -1))
+
+
+def _count(asked_GPB: Tensor, wanted_GB: Tensor, blocks: BlockOwnership) -> Tensor:
+    """Tokens to send and to receive, and blocks to send, by head and rank: int64 [3, G, P]."""
+    num_heads, size, _ = asked_GPB.shape
+    wanted_tokens = wanted_GB * blocks.lengths[blocks.by_rank]
+    recv = wanted_tokens.new_zeros(num_heads, size)
+    recv = recv.index_add(1, blocks.owner[blocks.by_rank], wanted_tokens)
+    send = (asked_GPB * blocks.lengths[blocks.own_ids]).sum(-1)
+    return torch.stack((send, recv, asked_GPB.sum(-1)))
+
+
 def _plan_fetch(
     asked: Tensor,
     wanted_GB: Tensor,
-    block_rows_GB: Tensor,
-    blocks: BlockOwnership,
-    halo_rows: int,
-    channel: Channel,
-    fork: Fork,
+    plan: Plan,
+    counts: Sequence[Sequence[Sequence[int]]],
+    fork: Fork | None,
 ) -> FetchPlan:
-    """The transfers, from requests of other ranks [G, P, own blocks] and of this one."""
-    num_heads, size, num_own = asked.shape
-    own_lengths = blocks.lengths[blocks.own_ids]
-    lengths_by_rank = blocks.lengths[blocks.by_rank]
-    wanted_tokens = wanted_GB * lengths_by_rank
-    recv = wanted_tokens.new_zeros(num_heads, size)
-    recv = recv.index_add(1, blocks.owner[blocks.by_rank], wanted_tokens)
-    send = (asked * own_lengths).sum(-1)
-    counts = torch.stack((send, recv, asked.sum(-1)))
-    # The only wait of the host for the device in a forward. What follows is queued without one.
-    send_counts, recv_counts, asked_blocks = values_on_host(counts, channel, "request")
+    """The transfers, from requests of other ranks [G, P, own blocks] and of this one.
 
+    Args:
+        counts: the values of ``_count``.
+        fork: where it runs, apart from the current stream.
+    """
+    blocks, halo_rows = plan.grids["selected"], plan.halos["selected"].num_rows
+    num_heads, _, num_own = asked.shape
+    send_counts, recv_counts, asked_blocks = counts
+    own_lengths = blocks.lengths[blocks.own_ids]
+    wanted_tokens = wanted_GB * blocks.lengths[blocks.by_rank]
+    own_rows_GB = blocks.own_rows.expand(num_heads, -1)
+    block_rows_GB = own_rows_GB.new_full((num_heads, blocks.total), -1)
+    block_rows_GB = block_rows_GB.index_copy(1, blocks.own_ids, own_rows_GB)
     start = wanted_tokens.cumsum(-1) - wanted_tokens + halo_rows
     start = torch.where(wanted_GB, start, block_rows_GB[:, blocks.by_rank])
     block_rows_GB = block_rows_GB.index_copy(1, blocks.by_rank, start)

@@ -17,7 +17,7 @@ from nsa_dist.plan.grid import Grid, all_grids, key_sets
 from nsa_dist.plan.halo import HaloBuilder, grid_reach, window_reach
 from nsa_dist.plan.layout import Layout, concat_ranges
 from nsa_dist.plan.stream import Stream, cut_stream
-from nsa_dist.plan.tables import BlockOwnership, Plan
+from nsa_dist.plan.tables import BlockOwnership, Plan, VisibleBlocks
 from nsa_kernels import QuerySegments
 
 
@@ -95,6 +95,33 @@ def build_plan(
         documents=of_tokens(doc),
         halos=halos,
         grids=blocks,
+        visible=_visible_blocks(stream, grids["selected"], blocks["selected"], rank, size)
+        if size > 1 and "selected" in grids
+        else None,
+    )
+
+
+def _visible_blocks(
+    stream: Stream, grid: Grid, blocks: BlockOwnership, rank: int, size: int
+) -> VisibleBlocks:
+    """A rank may choose the blocks that begin before its last query of their document ends."""
+    num_docs = len(stream.doc_length)
+    per_doc = grid.per_document(stream.doc_length)
+    doc = torch.repeat_interleave(torch.arange(num_docs), per_doc, output_size=blocks.total)
+    start = (torch.arange(blocks.total) - (per_doc.cumsum(0) - per_doc)[doc]) * grid.stride
+    _, end, _ = stream.run_positions()
+    last = torch.zeros(size * num_docs, dtype=torch.int64)
+    last = last.scatter_reduce(0, stream.run_rank * num_docs + stream.run_doc, end, "amax")
+    visible = start < last.view(size, num_docs)[:, doc]
+    visible &= blocks.owner != torch.arange(size)[:, None]
+    owner, visible = blocks.owner[blocks.by_rank], visible[:, blocks.by_rank]
+    tokens = visible * blocks.lengths[blocks.by_rank]
+    recv = torch.zeros(size, dtype=torch.int64).index_add(0, owner, tokens[rank])
+    return VisibleBlocks(
+        by_reader=visible,
+        send_tokens=tuple(tokens[:, owner == rank].sum(-1).tolist()),
+        recv_tokens=tuple(recv.tolist()),
+        send_blocks=tuple(visible[:, owner == rank].sum(-1).tolist()),
     )
 
 

@@ -79,6 +79,23 @@ class BlockOwnership:
 
 
 @dataclass(frozen=True, eq=False)
+class VisibleBlocks:
+    """The selection blocks of other ranks that each rank's queries may choose.
+
+    Attributes:
+        by_reader: bool [P, blocks], by reading rank; columns ordered by owner, then id.
+        send_tokens, recv_tokens: tokens of those that each rank reads of this one, and this one of
+            each rank.
+        send_blocks: blocks that each rank reads of this one.
+    """
+
+    by_reader: Tensor
+    send_tokens: tuple[int, ...]
+    recv_tokens: tuple[int, ...]
+    send_blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Everything that one rank's forward and backward need to know about the split.
 
@@ -92,6 +109,8 @@ class Plan:
         halos: by set of keys and values; a single object for all sets if K, V is shared.
         grids: blocks by grid name: ``selected`` if that branch is used, and the selector's grids
             (NSA: ``compressed``).
+        visible: selection blocks by the ranks that may choose them; None for one rank, and without
+            the selected branch.
         statement: the values that all ranks must agree on, as text.
     """
 
@@ -106,6 +125,7 @@ class Plan:
     documents: Tensor
     halos: Mapping[str, Halo]
     grids: Mapping[str, BlockOwnership]
+    visible: VisibleBlocks | None = None
     statement: Statement = field(default_factory=lambda: Statement({}))
 
     def __str__(self) -> str:
@@ -127,7 +147,7 @@ def _move(value: Any, device: torch.device, memo: dict[int, Any]) -> Any:
         moved = value.to(device)
     elif isinstance(value, Mapping):
         moved = {k: _move(v, device, memo) for k, v in value.items()}
-    elif isinstance(value, (Plan, Halo, BlockOwnership)):
+    elif isinstance(value, (Plan, Halo, BlockOwnership, VisibleBlocks)):
         moved = replace(
             value, **{f.name: _move(getattr(value, f.name), device, memo) for f in fields(value)}
         )

@@ -150,6 +150,7 @@ MEMORY: dict[str, dict[str, Any]] = {
     "fetched-again": {"fetch_again": True},
     "recomputed": {"fetch_again": False, "recompute_branches": BRANCHES},
     "both": {"fetch_again": True, "recompute_branches": BRANCHES},
+    "full": {"fetch_again": True, "fetch": "full"},
 }
 PACKED = replace(CASE, lengths=(1, 60, 3, 97, 0, 45, 11), dtype=torch.float32)
 CASES = {
@@ -193,6 +194,32 @@ def test_options_for_memory_change_no_bit(
 ) -> None:
     for found in ranks_of(size).run(with_less_memory, CASES[name]):
         assert found == dict.fromkeys(MEMORY, True)
+
+
+def of_all_visible(case: LayerCase) -> tuple[list[str], dict[int, int], dict[int, int]]:
+    """Kinds of messages of a forward, and bytes by head, of all visible blocks and of chosen."""
+    recorder = Recorder()
+    layers = [case.layer(dist.group.WORLD, fetch=fetch) for fetch in ("full", "chosen")]
+    layers[0].setup = replace(layers[0].setup, counter=recorder)
+    sharding = case.sharding(dist.group.WORLD)
+    local = sharding.shard(case.inputs()[0])
+    for layer in layers:
+        layer(local, cu_seqlens=sharding.cu_seqlens)
+    kinds = [kind for kind, *_ in recorder.messages]
+    return kinds, dict(recorder.fetched_per_head), dict(layers[1].communication.fetched_per_head)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "zigzag_per_document"])
+def test_all_visible_blocks_without_a_request(
+    layout: str, ranks_of: Callable[[int], Ranks]
+) -> None:
+    few = variants(replace(PACKED, layout=layout), num_selected=4)
+    all_chosen = variants(few, num_selected=16)  # Each query chooses all that it sees.
+    for case in (few, all_chosen):
+        for kinds, full, chosen in ranks_of(2).run(of_all_visible, case):
+            assert kinds == ["plan", *["halo"] * 3, "gather", *["fetch"] * HEADS]
+            assert all(full[g] >= chosen[g] for g in range(HEADS))
+            assert (full == chosen) or case is few
 
 
 def backwards(case: LayerCase, name: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -313,9 +340,10 @@ def test_fetched_blocks_are_not_kept(ranks_of: Callable[[int], Ranks]) -> None:
             {"recompute_branches": ("window", "gather")},
             r"recompute_branches must be a choice from branches = \(.*\) without repeats, got \(",
         ),
+        ({"fetch": "all"}, r"fetch must be one of \('chosen', 'full'\), got 'all'"),
         ({"recompute_branches": "window"}, "recompute_branches must be a choice from branches"),
     ],
-    ids=["fetch_again", "unknown-branch", "a-name"],
+    ids=["fetch_again", "unknown-branch", "fetch", "a-name"],
 )
 def test_unknown_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
