@@ -40,6 +40,15 @@ def test_meta_construction_gives_the_weights_of_direct_construction(
         assert bool(weight.isfinite().all()), name
 
 
+def test_a_run_file_says_what_layers_fetch_and_compute_again(root: Path) -> None:
+    parallel = {"fetch": "full", "fetch_again": "never", "recompute_branches": ["window"]}
+    settings = tiny(root, model={"layers": 2, "dense_every": 2}, parallel=parallel)
+    sparse, dense = (block.attention for block in Decoder(settings, 256).blocks)
+    assert (sparse.setup.fetch, sparse.setup.fetch_again) == ("full", False)
+    assert sparse.setup.recompute_branches == ("window",)
+    assert isinstance(dense, DenseAttention)
+
+
 def test_every_so_many_th_layer_of_a_hybrid_model_is_dense(root: Path) -> None:
     def kinds(**model: object) -> list[type]:
         settings = tiny(root, model={"layers": 7, **model})

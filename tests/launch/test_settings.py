@@ -262,6 +262,12 @@ REFUSED = {
     ),
     "cp": ("[parallel]\ncp = 0\n", "parallel.cp must be at least 1", "got 0"),
     "dp": ("[parallel]\ndp = 0\n", "parallel.dp must be at least 1, or -1", "got 0"),
+    "recompute_branches": (
+        '[parallel]\nrecompute_branches = ["gather"]\n',
+        "parallel.recompute_branches",
+        "must be a choice from branches",
+    ),
+    "fetch": ('[parallel]\nfetch = "all"\n', "parallel.fetch", "full"),
     "layout": ('[parallel]\nlayout = "striped"\n', "parallel.layout", "zigzag"),
     "steps": ("[run]\nsteps = 0\n", "run.steps must be at least 1", "got 0"),
     "temperature": (
