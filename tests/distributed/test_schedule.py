@@ -329,6 +329,55 @@ def test_fetched_blocks_are_not_kept(ranks_of: Callable[[int], Ranks]) -> None:
     assert ranks.run(kept_bytes, few, {}) == ranks.run(kept_bytes, few, {"fetch_again": False})
 
 
+def blocks_in_memory(case: LayerCase) -> tuple[list[int], list[int]]:
+    """How many KV heads' fetched blocks there are when each head is attended to; and in backward
+    how many of all heads' there are when a head's gradients begin to return."""
+    group = dist.group.WORLD
+    layer = case.layer(group, fetch_again=True)
+    sharding = case.sharding(group)
+    x, grad = case.inputs()
+    sizes: list[torch.UntypedStorage] = []
+    found: tuple[list[int], list[int]] = ([], [])
+    attention, new_buffer = pytorch.selected_attention, fetch._Exchange.new_buffer
+
+    def there() -> int:
+        return sum(storage.nbytes() > 0 for storage in sizes)
+
+    def attend(*args: Any, **options: Any) -> Any:
+        found[0].append(there())
+        return attention(*args, **options)
+
+    def made(exchange: Any, like: Tensor) -> Tensor:
+        buffer = new_buffer(exchange, like)
+        sizes.append(buffer.untyped_storage())
+        return buffer
+
+    begin = fetch.begin_all_to_all
+
+    def returned(*args: Any, **options: Any) -> Any:
+        if args[-1] == "fetch_grad":
+            found[1].append(there())
+        return begin(*args, **options)
+
+    pytorch.selected_attention, fetch._Exchange.new_buffer = attend, made  # type: ignore
+    fetch.begin_all_to_all = returned
+    try:
+        out = layer(sharding.shard(x).requires_grad_(), cu_seqlens=sharding.cu_seqlens)
+        assert there() == 0
+        out.backward(sharding.shard(grad))
+    finally:
+        pytorch.selected_attention, fetch._Exchange.new_buffer = attention, new_buffer  # type: ignore
+        fetch.begin_all_to_all = begin
+    return found
+
+
+def test_only_heads_in_flight_hold_fetched_blocks(ranks_of: Callable[[int], Ranks]) -> None:
+    for forward, backward in ranks_of(2).run(blocks_in_memory, CASE):
+        assert forward == [2] * (HEADS - 1) + [1]
+        # ``blocks_in_memory`` holds what autograd has let go: one more each time.
+        assert backward == [2, 3, 4, 4]
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
