@@ -29,6 +29,7 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
+from launch.bench.exposed import record
 from launch.bench.judges import Verdict, compare_sampled
 from launch.bench.meter import Meter
 from launch.bench.operators import measure, shape_of, where
@@ -36,7 +37,6 @@ from launch.bench.options import Sizes, check_docs
 from launch.bench.problems import Problem, problems
 from launch.bench.stream import Stream
 from launch.bench.table import Row, described, number, pair, table, write_csv, write_numbers
-from launch.bench.trace import record
 from launch.bench.work import Flops
 from launch.processes.mistakes import end, read_once
 from nsa_dist import (

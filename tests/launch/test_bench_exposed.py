@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from launch.bench.distributed import DistributedOptions, RanksMeter, bench
-from launch.bench.trace import common, exposed, merged
+from launch.bench.exposed import common, exposed, merged
 from nsa_dist.comm.group import context_group
 from tests.distributed.ranks import Ranks
 
