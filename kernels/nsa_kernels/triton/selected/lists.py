@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.shared.arguments import head_rows
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.tables import load_query_tile, positions, selected_bases
 
 # Blocks at the start of a list of which not all tokens of the tile may see all.
@@ -155,7 +156,7 @@ def block_lists(
         torch.empty(*shape, length, dtype=torch.int64, device=device),
         torch.empty(shape, dtype=torch.int32, device=device),
     )
-    _block_lists_kernel[shape](
+    launcher(_block_lists_kernel, shape)(
         head_rows(selected_NGn), block_rows_GB, block_rows_GB.stride(0), block_lengths_B, tiles,
         blocks, C=ListConstants(groups, num, select_block, length, EDGES, candidates, at_once),
         num_warps=warps,
@@ -270,7 +271,7 @@ def query_lists(
     entry_seen = torch.empty(entries, dtype=torch.int16, device=device)
     width = triton.next_power_of_2(num)
     at_once = max(1, 1024 // width)
-    _entries_kernel[(triton.cdiv(num_rows, at_once), groups)](
+    launcher(_entries_kernel, (triton.cdiv(num_rows, at_once), groups))(
         head_rows(selected_NGn), positions(segments), selected_bases(segments), block_lengths_B,
         keys, entry_seen, num_rows, num_blocks,
         C=EntryConstants(groups, num, width, select_block, at_once),
@@ -279,7 +280,7 @@ def query_lists(
     keys, by_block = keys.sort(stable=True)
     rows = torch.empty_like(keys)
     seen = torch.empty_like(entry_seen)
-    _sorted_entries_kernel[(triton.cdiv(entries, 1024),)](
+    launcher(_sorted_entries_kernel, (triton.cdiv(entries, 1024),))(
         by_block, entry_seen, rows, seen, entries, groups * num, SIZE=1024
     )
     bounds = torch.arange(none + 1, dtype=torch.int32, device=device)
@@ -288,7 +289,7 @@ def query_lists(
 
     programs = min(none, entries) + entries // most
     owner, place = (torch.empty(programs, dtype=torch.int64, device=device) for _ in range(2))
-    _programs_kernel[(triton.cdiv(programs, 256),)](
+    launcher(_programs_kernel, (triton.cdiv(programs, 256),))(
         rows, starts, ends, owner, place, programs, none, num_blocks, entries, num_rows, launch,
         most, STEPS=none.bit_length(), G=groups, SIZE=256,
     )  # fmt: skip
