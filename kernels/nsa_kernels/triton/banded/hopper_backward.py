@@ -157,7 +157,9 @@ def hopper_backward(
     def empty(tiles: int) -> list[Tensor]:
         return [lse_NH.new_empty(tiles * KEYS, groups, w) for w in widths]
 
-    workspace, carried, carry = empty(keys.launches[0]), empty(1), empty(1)
+    workspace = carried = carry = empty(keys.launches[0])
+    if len(keys.launches) > 1:
+        carried, carry = empty(1), empty(1)
     by_line = [lines(x) for x in rows]
     first = 0
     for launch in keys.launches:

@@ -443,7 +443,9 @@ def selected_backward(
             q_NHD, do_NHD, tensors, log_sum_NH, delta_NH, gate_NH, queries, blocks, scale,
             in_logits, most,
         )  # fmt: skip
-    workspace, carried, carry = empty(min(launch, programs)), empty(1), empty(1)
+    workspace = carried = carry = empty(min(launch, programs))
+    if programs > launch:
+        carried, carry = empty(1), empty(1)
     for first in range(0, programs, launch):
         end = min(first + launch, programs)
         if gluon:

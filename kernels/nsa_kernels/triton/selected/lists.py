@@ -223,9 +223,10 @@ def _count_choices_kernel(selected, bases, counted, num_rows, rows, num_blocks, 
     i_c = tl.program_id(0).to(tl.int64)
     i_g = tl.program_id(1).to(tl.int64)
     p_counts = counted.counts + (i_g * counted.chunks + i_c) * num_blocks
-    o_b = tl.arange(0, C.BB)
-    for first in tl.range(0, num_blocks, C.BB):
-        zero = tl.zeros([C.BB], dtype=tl.int32)
+    BB: tl.constexpr = C.BB
+    o_b = tl.arange(0, BB)
+    for first in tl.range(0, num_blocks, BB):
+        zero = tl.zeros([BB], dtype=tl.int32)
         tl.store(p_counts + first + o_b, zero, mask=first + o_b < num_blocks)
     tl.debug_barrier()
     begin = i_c * rows
@@ -307,8 +308,11 @@ def _list_queries_kernel(
     p_counts = counted.counts + (i_g * counted.chunks + i_c) * num_blocks
     begin = i_c * rows
     end = tl.minimum(begin + rows, num_rows)
-    o_c = tl.arange(0, C.BC)
-    for first in tl.range(begin, end, C.SR):
+    SR: tl.constexpr = C.SR
+    PN: tl.constexpr = C.PN
+    BC: tl.constexpr = C.BC
+    o_c = tl.arange(0, BC)
+    for first in tl.range(begin, end, SR):
         row = first + o_c // C.PN
         place = o_c % C.PN
         m_c = (row < end) & (place < C.NUM)
@@ -335,9 +339,9 @@ def _list_queries_kernel(
         b_length = tl.load(block_lengths + b_id, mask=chosen, other=0)
         b_seen = tl.load(row_positions + row, mask=m_c, other=0) + 1 - b_j * C.BLOCK
         b_seen = tl.where(chosen, tl.minimum(tl.maximum(b_seen, 0), b_length), 0)
-        several = tl.sum(tl.reshape(b_seen, [C.SR, C.PN]), 1) > 1
-        several = tl.broadcast_to(several[:, None], [C.SR, C.PN])
-        b_seen += tl.where(tl.reshape(several, [C.BC]), 256, 0)
+        b_sums = tl.sum(tl.reshape(b_seen, [SR, PN]), 1)[:, None]  # of a row
+        b_sums = tl.reshape(tl.broadcast_to(b_sums, [SR, PN]), [BC])
+        b_seen += tl.where(b_sums > 1, 256, 0)
         tl.store(queries.rows + at, row.to(tl.int32), mask=chosen)
         tl.store(queries.seen + at, b_seen.to(tl.int16), mask=chosen)
         # All have read what one of them changes.

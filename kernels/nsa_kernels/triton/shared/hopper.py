@@ -162,4 +162,10 @@ _GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.f
 
 def persistent_programs(x: Tensor, work: int) -> int:
     """Of a kernel whose programs stay: one a multiprocessor, or one for each of `work` tiles."""
-    return min(work, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    return min(work, _multiprocessors(x.device))
+
+
+@lru_cache(maxsize=None)
+def _multiprocessors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
