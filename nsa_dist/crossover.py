@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -32,7 +32,7 @@ def hint_at_crossover(longest: int, device: torch.device, backend: str, dtype: t
         _hint(longest, _name(device))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 

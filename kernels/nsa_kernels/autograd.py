@@ -53,10 +53,9 @@ def summand_of(o: Tensor, gate: Tensor | None) -> Tensor:
 
     A branch that is given its gate returns one beside o, which then carries no gradient. The
     gradient of the summand is that of the gated sum, the same for every branch, so `combine` hands
-    it to all of them as it is. What it holds, a single number, was never written. Without a gate it
-    is empty.
+    it to all of them as it is. All that it holds is a zero. Without a gate it is empty.
     """
-    return o.new_empty(0) if gate is None else o.new_empty(()).expand(o.shape)
+    return o.new_empty(0) if gate is None else o.new_zeros(()).expand(o.shape)
 
 
 def heads_of_summands(

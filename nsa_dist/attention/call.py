@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import NoReturn
 
 import torch
@@ -135,7 +135,7 @@ def _backend_of(name: str, device: torch.device) -> Backend:
     return get_backend(name, device) if compiles or device.type != "cuda" else _on_gpu(name, device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _on_gpu(name: str, device: torch.device) -> Backend:
     return get_backend(name, device)
 

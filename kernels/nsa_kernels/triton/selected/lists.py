@@ -207,9 +207,9 @@ class QueryConstants(NamedTuple):
 class Counted(NamedTuple):
     """Choices of each chunk of rows.
 
-    counts: int32 [G, chunks, B], how many rows of the chunk chose a block; later how many rows chose
-    it before those of the chunk that are still to be listed. sums: int32 [G, tiles, chunks], the
-    first over tiles of BB blocks. chunks: how many.
+    counts: int32 [G, chunks, B], how many rows of the chunk chose a block; later how many rows
+    chose it before those of the chunk that are still to be listed. sums: int32 [G, tiles, chunks],
+    the first over tiles of BB blocks. chunks: how many.
     """
 
     counts: Any
@@ -452,4 +452,3 @@ def query_lists(
         place, order, programs, per_launch, SIZE=32, BK=256
     )
     return queries
-

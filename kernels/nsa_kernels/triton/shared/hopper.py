@@ -14,7 +14,7 @@ Gluon calls the functions that plain kernels are made of, so maths of positions 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -149,7 +149,7 @@ def _descriptor(
     return made
 
 
-@lru_cache(maxsize=None)
+@cache
 def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How TMA lays a tile out in shared memory, so that matrix instructions can read it."""
     if len(block) == 1:
@@ -165,7 +165,7 @@ def persistent_programs(x: Tensor, work: int) -> int:
     return min(work, _multiprocessors(x.device))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _multiprocessors(device: torch.device) -> int:
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count

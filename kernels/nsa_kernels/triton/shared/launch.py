@@ -5,9 +5,9 @@ than short kernels take the GPU. What it finds depends on little: constants, dty
 addresses and numbers are multiples of 16. So a launch is known by these, and once Triton has made
 one, the next of its kind hands the driver the same code with its own addresses and numbers.
 
-Descriptors for the tensor memory accelerator (TMA) follow from an address, a shape and strides. They
-are made once for each and found again, when memory comes back to the same place as well: in training
-nearly always.
+Descriptors for the tensor memory accelerator (TMA) follow from an address, a shape and strides.
+They are made once for each and found again, when memory comes back to the same place as well: in
+training nearly always.
 
 Whatever is unusual takes Triton's own way: its interpreter, hooks of a profiler, an argument of
 another kind, a version of Triton whose launcher looks otherwise.

@@ -10,7 +10,7 @@ the lengths of blocks and the GPU, and from nothing else.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -203,7 +203,7 @@ def gpu_of(x: Tensor) -> Gpu:
     return GPUS.get(capability(x.device)[0], OTHER)
 
 
-@lru_cache(maxsize=None)
+@cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Of a GPU, asked once: every operator wants it several times a call."""
     return torch.cuda.get_device_capability(device)
