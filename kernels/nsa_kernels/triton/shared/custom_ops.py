@@ -105,7 +105,7 @@ def _eager_function(
             return output
 
     # As it is: a method in between would take the host's time at each call.
-    Eager.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     Eager.__name__ = Eager.__qualname__ = f"{function.__module__}.{function.__name__}"
     return Eager
 
