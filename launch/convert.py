@@ -21,9 +21,9 @@ if __name__ == "__main__":  # Import from the checkout, not from this file's fol
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from launch.engines import fsdp2, megatron_checkpoint
+from launch.loading import alone
 from launch.settings import Settings
 from launch.storage.checkpoint import SETTINGS, checkpoint_path, open_checkpoint, save_checkpoint
 from launch.storage.manifest import CheckpointError
@@ -100,14 +100,11 @@ def for_fsdp2(settings: Settings, dtype: torch.dtype) -> Settings:
 def main() -> None:
     if len(sys.argv) != 3:
         sys.exit("usage: convert.py RUN/checkpoints/step_N OTHER_RUN")
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        print(convert(Path(sys.argv[1]), Path(sys.argv[2])))
+        with alone():
+            print(convert(Path(sys.argv[1]), Path(sys.argv[2])))
     except (OSError, ValueError, CheckpointError) as error:
         sys.exit(f"convert.py: {error}")
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

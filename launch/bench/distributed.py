@@ -32,7 +32,7 @@ from torch import Tensor
 from launch.bench.judges import Verdict, compare_sampled
 from launch.bench.meter import Meter
 from launch.bench.operators import measure, shape_of, where
-from launch.bench.options import Sizes
+from launch.bench.options import Sizes, check_docs
 from launch.bench.problems import Problem, problems
 from launch.bench.stream import Stream
 from launch.bench.table import Row, described, number, pair, table, write_csv, write_numbers
@@ -47,7 +47,6 @@ from nsa_dist import (
     native_sparse_attention,
 )
 from nsa_dist.adapters.ring import dense_attention, get_dense_plan
-from nsa_dist.checks import check
 from nsa_dist.comm.group import ContextGroup, context_group
 from nsa_dist.plan.layout import make_layout
 from nsa_kernels.reference import masked_softmax, weighted_values
@@ -71,9 +70,7 @@ class DistributedOptions(Sizes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        must = "None, or with csv an existing document that has marks for the name of csv"
-        there = self.docs is None or (self.csv is not None and self.docs.is_file())
-        check(there, "docs", None if self.docs is None else str(self.docs), must)
+        check_docs(self.docs, self.csv)
 
     @property
     def layout_name(self) -> str:

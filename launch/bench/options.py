@@ -148,6 +148,13 @@ class Options(Sizes):
         check(not self.plot or find_spec("matplotlib") is not None, "plot", str(self.plot), must)
 
 
+def check_docs(docs: Path | None, csv: Path | None) -> None:
+    """Raise ValueError unless the tables of ``csv`` can go to ``docs``."""
+    must = "None, or with csv an existing document that has marks for the name of csv"
+    there = docs is None or (csv is not None and docs.is_file())
+    check(there, "docs", None if docs is None else str(docs), must)
+
+
 def check_folder(option: str, path: Path | None) -> None:
     """Refuse an output file whose folder does not exist."""
     there = path is None or path.parent.is_dir()

@@ -35,10 +35,20 @@ from torch import Tensor
 from launch.bench.judges import relative_error
 from launch.bench.meter import Meter
 from launch.bench.operators import dense_rows, line, measure, shape_of, triton_version, where
-from launch.bench.options import DATA, DTYPES, Sizes
+from launch.bench.options import DATA, DTYPES, Sizes, check_docs
 from launch.bench.problems import problems
 from launch.bench.stream import Stream
-from launch.bench.table import Row, Shape, described, find, number, pair, table, write_csv
+from launch.bench.table import (
+    Row,
+    Shape,
+    described,
+    find,
+    number,
+    pair,
+    table,
+    write_csv,
+    write_numbers,
+)
 from launch.bench.work import Peaks
 from nsa_dist.checks import as_choice, check
 
@@ -55,6 +65,7 @@ class PeersOptions(Sizes):
     Args:
         folder: a checkout that has the package flash_nsa.
         kinds: data to run on, of random and coherent; takes the place of ``data``.
+        docs: document that gets the tables, between its marks for the file of ``csv``.
 
     Raises:
         ValueError: naming the option, what it must be and its value.
@@ -62,6 +73,7 @@ class PeersOptions(Sizes):
 
     folder: tyro.conf.Positional[Path] = Path()
     kinds: tuple[str, ...] = DATA
+    docs: Path | None = None
     compress: str = "mean"
     independent_kv: bool = False
 
@@ -72,6 +84,7 @@ class PeersOptions(Sizes):
         there = (self.folder / PEER / "__init__.py").is_file()
         check(there, "folder", str(self.folder), f"one that has the package {PEER}")
         check(self.compress == "mean", "compress", self.compress, f"mean, which {PEER} has")
+        check_docs(self.docs, self.csv)
         check(not self.independent_kv, "independent_kv", True, f"False, as in {PEER}")
 
 
@@ -223,6 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"peers.py: {error}")
     if rows:
         print(f"\n{markdown(rows)}")
+        if options.docs is not None and options.csv is not None:
+            write_numbers(options.docs, markdown(rows), options.csv.name)
     if wrong:
         sys.exit("peers.py: wrong results, not timed:\n  " + "\n  ".join(wrong))
 

@@ -19,26 +19,27 @@ if __name__ == "__main__":  # Import from the checkout, not from this file's fol
     sys.path[:] = [str(root), str(root / "kernels"), *others]
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from launch.bench.options import first_bad_choice
 from launch.data.corpus import load_tokenizer
 from launch.data.sources import read_file
+from launch.details import recorded
 from launch.engines.fsdp2 import load_weights
 from launch.model import Decoder, build_model
 from launch.processes.mistakes import end, read_once
 from launch.processes.ranks import Ranks, start_ranks
 from launch.settings import Settings, from_toml
 from launch.storage.checkpoint import checkpoints, open_checkpoint
-from nsa_dist import NativeSparseAttention, shard_batch
+from nsa_dist import shard_batch
+from nsa_dist.attention.functional import NSADetails
 from nsa_dist.checks import check
 
 LAYOUT: Literal["zigzag_per_document"] = "zigzag_per_document"
@@ -117,29 +118,6 @@ def read_tokens(options: RecordOptions, settings: Settings) -> Tensor:
     return tokens[:length].to(torch.int64)[None]
 
 
-@contextmanager
-def recorded(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it, each forward of the model adds its layers' local choices, int32 [B, L, G, n]."""
-    choices: list[Tensor] = []
-
-    def ask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, kwargs | {"return_details": True}
-
-    def take(_: nn.Module, __: Any, result: Any) -> Tensor:
-        out, details = result
-        choices.append(details.selected)
-        return out
-
-    layers = [m for m in model.modules() if isinstance(m, NativeSparseAttention)]
-    handles = [layer.register_forward_pre_hook(ask, with_kwargs=True) for layer in layers]
-    handles += [layer.register_forward_hook(take) for layer in layers]
-    try:
-        yield choices
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def record(model: Decoder, tokens: Tensor, ranks: Ranks) -> Recording:
     """The choices of every layer on one document, tokens int64 [1, T]; collective."""
@@ -148,11 +126,16 @@ def record(model: Decoder, tokens: Tensor, ranks: Ranks) -> Recording:
         tokens.to(ranks.device), cu_seqlens=bounds, layout=LAYOUT, group=ranks.cp_mesh
     )
     model.eval()
-    with recorded(model) as choices:
+
+    def chosen(details: NSADetails) -> Tensor:
+        assert details.selected is not None  # find_checkpoint refuses models without it.
+        return details.selected
+
+    with recorded(model, chosen) as choices:
         # With labels no [T, vocabulary] of logits is made.
         loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
     # One layer's at a time on the device: [1, T, G, n] -> [G, T, n].
-    layers = [batch.unshard(chosen)[0].transpose(0, 1).cpu() for chosen in choices]
+    layers = [batch.unshard(each)[0].transpose(0, 1).cpu() for each in choices]
     mean = float(ranks.total(loss)) / max(batch.num_targets, 1)
     return Recording(torch.stack(layers), mean)
 

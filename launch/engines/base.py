@@ -2,8 +2,8 @@
 
 An engine is an ``EngineSpec``, which says what it is before anything is built and can be imported
 where the engine's library is not installed, and an ``Engine``, which the spec builds.
-``registry.py`` has a row for each. The programs find engines there; only ``convert.py`` and the
-recording of choices name one, whose files they read.
+``registry.py`` has a row for each. The programs find engines there; only ``convert.py``, the way
+back of ``export.py`` and the recording of choices name one, whose files they read or write.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from launch.processes.ranks import Ranks
 from launch.settings import OptimizerSettings, Settings
+from launch.storage.checkpoint import Checkpoint
 from nsa_dist import ShardedBatch
 from nsa_kernels.compressors import undecayed_parameters
 
@@ -28,6 +29,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def _accepts(*_: Any) -> None:
     """The check of an engine that refuses nothing."""
+
+
+def _has_no_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The reading of an engine whose checkpoints only itself can read."""
+    engine = checkpoint.settings.parallel.engine
+    raise ValueError(
+        f"parallel.engine must be one whose checkpoints can be read whole, got {engine!r} "
+        f"in {checkpoint.path}"
+    )
 
 
 def grid(settings: Settings, ranks: Ranks) -> str:
@@ -57,6 +67,9 @@ class EngineSpec:
         companion: end of the name of a folder beside a checkpoint, which holds it in another form
             and is renamed and removed with it; empty if there is none.
         is_companion: whether a folder of that name is one.
+        read_weights: whole weights of a verified checkpoint, by the names of ``model.Decoder``, on
+            the CPU, float32 where it has them, in a process group of one. Raises ValueError if a
+            file holds more than data, or this engine's checkpoints cannot be read so.
     """
 
     name: str
@@ -70,6 +83,7 @@ class EngineSpec:
     last_files: tuple[str, ...] = ()
     companion: str = ""
     is_companion: Callable[[Path], bool] = Path.is_dir
+    read_weights: Callable[[Checkpoint], dict[str, Tensor]] = _has_no_weights
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,12 @@ import filecmp
 import importlib.util
 from pathlib import Path
 
+from torch import Tensor
+
 from launch.engines.base import Engine, EngineSpec, grid
 from launch.processes.ranks import Ranks
 from launch.settings import Settings
+from launch.storage.checkpoint import Checkpoint
 from nsa_dist.checks import check
 
 COMPANION = "_universal"
@@ -46,6 +49,22 @@ def is_universal(path: Path) -> bool:
     return (path / "zero").is_dir()
 
 
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """``EngineSpec.read_weights``.
+
+    Raises:
+        ValueError: also where DeepSpeed is not installed.
+    """
+    there = importlib.util.find_spec("deepspeed") is not None
+    must = (
+        "one of another engine where deepspeed is not installed (pip install nsa-dist[deepspeed])"
+    )
+    check(there, "checkpoint", str(checkpoint.path), must)
+    from nsa_dist.adapters.deepspeed import read_weights
+
+    return read_weights(checkpoint.path)
+
+
 SPEC = EngineSpec(
     name="deepspeed",
     build=build,
@@ -57,6 +76,7 @@ SPEC = EngineSpec(
     file_suffixes=(".pt",),
     companion=COMPANION,
     is_companion=is_universal,
+    read_weights=read_weights,
 )
 
 

@@ -43,7 +43,7 @@ from launch.storage.checkpoint import SETTINGS, Checkpoint
 from launch.storage.manifest import shared_failure
 from nsa_dist import ShardedBatch
 from nsa_dist.checkpoints.dcp_metadata import read_metadata
-from nsa_dist.checkpoints.safe_load import check_dcp, load
+from nsa_dist.checkpoints.safe_load import check_dcp, load, read_tensors
 from nsa_dist.checks import check
 
 
@@ -128,12 +128,21 @@ class Fsdp2Engine:
         return load_state(path, self.model, self.optimizer)
 
 
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """``EngineSpec.read_weights``."""
+    check_dcp(checkpoint.path)
+    prefix = "model."
+    saved = read_tensors(checkpoint.path, lambda key: key.startswith(prefix))
+    return {key.removeprefix(prefix): value for key, value in saved.items()}
+
+
 SPEC = EngineSpec(
     name="fsdp2",
     build=Fsdp2Engine,
     options=("parallel.reshard_after_forward",),
     file_suffixes=(".distcp", ".metadata"),
     last_files=(".metadata",),
+    read_weights=read_weights,
 )
 
 

@@ -9,10 +9,12 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from launch.engines.base import Engine, EngineSpec, grid
 from launch.processes.ranks import Ranks
 from launch.settings import Settings
+from launch.storage.checkpoint import Checkpoint
 from nsa_dist.checks import check
 
 # The one value of an option that Megatron can run here, and why.
@@ -75,6 +77,13 @@ def build(settings: Settings, vocab_size: int, ranks: Ranks) -> Engine:
     return MegatronEngine(settings, vocab_size, ranks)
 
 
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """``EngineSpec.read_weights``; needs no Megatron."""
+    from launch.engines import megatron_checkpoint
+
+    return megatron_checkpoint.read_weights(checkpoint)
+
+
 SPEC = EngineSpec(
     name="megatron",
     build=build,
@@ -84,4 +93,5 @@ SPEC = EngineSpec(
     options=("parallel.tp", "parallel.pp", "parallel.sequence_parallel", "model.recompute_part"),
     file_suffixes=(".pt", ".distcp", ".metadata"),
     last_files=("metadata.json", ".metadata"),
+    read_weights=read_weights,
 )

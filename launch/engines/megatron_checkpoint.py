@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from launch.engines.base import MOMENTS, WholeState
@@ -21,8 +20,7 @@ from launch.engines.megatron_names import from_saved, to_saved
 from launch.settings import Settings
 from launch.storage.checkpoint import Checkpoint
 from launch.storage.manifest import shared_failure
-from nsa_dist.checkpoints.dcp_metadata import read_metadata
-from nsa_dist.checkpoints.safe_load import check_dcp, load, read_file
+from nsa_dist.checkpoints.safe_load import check_dcp, read_file, read_tensors
 
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -59,6 +57,24 @@ def read_whole(checkpoint: Checkpoint) -> WholeState:
     )
 
 
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights of ``read_whole`` alone: the float32 ones where there are any.
+
+    Raises:
+        ValueError: if a file holds more than data.
+    """
+    prefix = "optimizer.state.param."
+    check_dcp(checkpoint.path, "common.pt")
+
+    def wanted(key: str) -> bool:
+        return key.startswith(prefix) or not key.startswith("optimizer.")
+
+    saved = read_tensors(checkpoint.path, wanted)
+    whole = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+    rounded = {k: v for k, v in saved.items() if not k.startswith(prefix)}
+    return from_saved(rounded | whole, checkpoint.settings.attention)
+
+
 def write_whole(path: Path, state: WholeState, settings: Settings) -> None:
     """Write a checkpoint of Megatron into an empty folder, in a process group of one.
 
@@ -79,15 +95,3 @@ def write_whole(path: Path, state: WholeState, settings: Settings) -> None:
         save(tensors, checkpoint_id=path)
     torch.save({"step": state.step, "updates": state.updates}, path / "common.pt")
     (path / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whole, by key."""
-    sizes = read_metadata(path).state_dict_metadata
-    tensors = {
-        key: torch.empty(size.size, dtype=size.properties.dtype)
-        for key, size in sizes.items()
-        if isinstance(size, TensorStorageMetadata)
-    }
-    load(tensors, path)
-    return tensors

@@ -19,6 +19,10 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+BAD_INPUT = 2
+"""Status of a program whose every error is one of its command line or of the files it names, as
+that of a bad option."""
+
 # How long a rank waits for another one to print.
 _TIMEOUT = timedelta(seconds=20)
 
@@ -68,15 +72,15 @@ def told_once(words: str) -> Iterator[bool]:
     yield False
 
 
-def end(program: str, error: Exception) -> NoReturn:
-    """Print an error in one line, once, and end the program with status 1."""
+def end(program: str, error: Exception, status: int = 1) -> NoReturn:
+    """Print an error in one line, once, and end the program."""
     words = f"{program}: {' '.join(line.strip() for line in str(error).splitlines())}"
-    if not _has_launcher():
+    if not _has_launcher() and status == 1:
         sys.exit(words)
     with told_once(words) as first:
         if first:
             print(words, file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(status)
 
 
 def read_once(parse: Callable[[], T]) -> T:

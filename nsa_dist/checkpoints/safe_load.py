@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -90,6 +91,25 @@ def load(state: dict[str, Any], path: Path) -> None:
             raise
         named = [each if each.startswith(str(path)) else f"{path}: {each}" for each in messages]
         raise ValueError("; ".join(dict.fromkeys(named))) from error
+
+
+def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+    """Whole tensors of a checkpoint of torch.distributed.checkpoint, by key. A collective.
+
+    Args:
+        wanted: whether a key's tensor is read.
+
+    Raises:
+        ValueError: on every rank, if a file is missing, damaged or contains more than data.
+    """
+    sizes = on_every_rank(lambda: read_metadata(path)).state_dict_metadata
+    tensors = {
+        key: torch.empty(size.size, dtype=size.properties.dtype)
+        for key, size in sizes.items()
+        if isinstance(size, TensorStorageMetadata) and wanted(key)
+    }
+    load(tensors, path)
+    return tensors
 
 
 def check_dcp(path: Path, *files: str) -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from launch.convert import convert
-from launch.engines.megatron_checkpoint import read_tensors
 from launch.engines.megatron_names import from_saved, to_saved
 from launch.model import Decoder
 from launch.settings import Settings, from_toml, to_toml
+from nsa_dist.checkpoints.safe_load import read_tensors
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.checkpoints import flip, seal, shard
 from tests.launch.common import replaced, run_training, tiny

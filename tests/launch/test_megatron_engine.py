@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from launch.engines.base import is_decayed
-from launch.engines.megatron_checkpoint import read_tensors
 from launch.engines.megatron_names import block_to_megatron
 from launch.model import Decoder
 from launch.settings import Settings
 from launch.train import Result
+from nsa_dist.checkpoints.safe_load import read_tensors
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import first_gradients, replaced, run_training, tiny
 from tests.launch.megatron import (

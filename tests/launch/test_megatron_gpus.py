@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from launch.engines.megatron_checkpoint import read_tensors
 from launch.settings import Settings
 from launch.train import Result
+from nsa_dist.checkpoints.safe_load import read_tensors
 from tests.distributed.ranks import Ranks
 from tests.launch.common import Gradients, replaced, tiny
 from tests.launch.megatron import (

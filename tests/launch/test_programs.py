@@ -26,7 +26,11 @@ with open(os.environ["IMPORTED"], "a") as file:
 HELP = {
     "train.py": ("configs/default.toml", "--help"),
     "convert.py": (),
+    "inspect_attention.py": ("--help",),
     "prepare_data.py": ("--help",),
+    "evaluate.py": ("--help",),
+    "export.py": ("--help",),
+    "generate.py": ("--help",),
     "bench/operators.py": ("--help",),
     "bench/distributed.py": ("--help",),
     "bench/record_choices.py": ("--help",),

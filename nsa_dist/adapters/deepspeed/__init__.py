@@ -9,7 +9,7 @@ checkpoints and limits.
 """
 
 from nsa_dist.adapters.deepspeed.attention import NSADistributedAttention
-from nsa_dist.adapters.deepspeed.checkpoint import load_checkpoint
+from nsa_dist.adapters.deepspeed.checkpoint import load_checkpoint, read_weights
 from nsa_dist.adapters.deepspeed.loss import count_targets, scale_loss
 from nsa_dist.adapters.deepspeed.mpu import SequenceParallelMPU, make_mpu
 
@@ -19,5 +19,6 @@ __all__ = [
     "count_targets",
     "load_checkpoint",
     "make_mpu",
+    "read_weights",
     "scale_loss",
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nsa_dist.checkpoints.safe_load import PLAIN_VALUES, on_every_rank, read_file, weights_only
 from nsa_dist.checks import check
@@ -85,6 +88,32 @@ def load_checkpoint(
         if universal and stage == 3 and optimizer_states and not module_only:
             _restore_groups(engine.optimizer.optimizer, path)
     return read, state
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Whole weights of a ZeRO checkpoint, without an engine, on any number of ranks.
+
+    Args:
+        path: the folder of one tag.
+
+    Returns:
+        float32 on the CPU by the module's names: those that the optimizer steps.
+
+    Raises:
+        ValueError: if a file contains more than data, or they are not those of a ZeRO checkpoint.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    path, said = Path(path), io.StringIO()
+    with weights_only(_classes()):
+        for file in sorted(path.glob("*.pt")):
+            read_file(file, ALLOWED)
+        try:
+            with redirect_stdout(said), redirect_stderr(said):
+                whole = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} must be a whole checkpoint of ZeRO, got {error!r}") from error
+    return dict(whole)
 
 
 def _classes() -> tuple[Any, ...]:

@@ -33,6 +33,7 @@ register(FAMILIES.values())
 register_heads()
 
 __all__ = [
+    "FAMILIES",
     "NSAAttention",
     "NSACacheLayer",
     "NSALlamaConfig",

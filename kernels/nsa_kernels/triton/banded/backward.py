@@ -140,7 +140,6 @@ def _dq_kernel(
     delta,
     dq,
     gate,
-    weights,
     tiles,
     num_tiles,
     scale,
@@ -148,7 +147,7 @@ def _dq_kernel(
     FEW_KEYS: tl.constexpr,
     C: tl.constexpr,
 ):
-    """dq of one tile of queries, and for dk and dv the weights and delta, a gate's gradient.
+    """dq of one tile of queries, and for dk and dv the delta, a gate's gradient.
 
     With at most FEW_KEYS keys delta is the mean of dP under P, in a walk of its own: dP and delta
     may cancel there, and then the rounding of o and of the log-sum-exp would be what is left.
@@ -180,7 +179,6 @@ def _dq_kernel(
     keys = TileKeys(p_k, p_v, k.stride_row, v.stride_row, base, first, limit)
     b_o = load_rows(o, row_head * C.DV, tl.arange(0, C.PDV), m_m, C.DV, C.PDV)  # [BM, PDV]
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-    b_total = filled(C.BM, 1.0)
     if limit - begin <= FEW_KEYS:
         b_delta = filled(C.BM, 0.0)
         b_sum = filled(C.BM, 0.0)
@@ -191,8 +189,7 @@ def _dq_kernel(
             )
             b_delta += b_delta_piece
             b_sum += b_sum_piece
-        b_total = tl.where(b_sum == 0.0, 1.0, b_sum)
-        b_delta /= b_total
+        b_delta /= tl.where(b_sum == 0.0, 1.0, b_sum)
     b_dq = zeros(C.BM, C.PDK)
     b_rest = filled(C.BM, 0.0)
     for piece in tl.range(begin, limit, C.PIECE * C.BN):
@@ -206,9 +203,7 @@ def _dq_kernel(
     tl.store(delta + row_head, b_delta + b_rest, mask=m_m)
     b_dq *= scale
     if gate is not None:
-        b_weight = load_gate(gate, row, head, m_m) / b_total
-        tl.store(weights + row_head, b_weight, mask=m_m)
-        b_dq *= b_weight[:, None]
+        b_dq *= load_gate(gate, row, head, m_m)[:, None]
     b_dq = tl.where(sees_several(b_t, C)[:, None], b_dq, 0.0)
     o_dk = tl.arange(0, C.PDK)
     p_dq = dq + row_head[:, None] * C.DK + o_dk[None, :]
@@ -225,7 +220,7 @@ def _dkv_kernel(
     delta,
     dk,
     dv,
-    weights,
+    gate,
     tiles,
     programs,
     first_program,
@@ -283,8 +278,8 @@ def _dkv_kernel(
         if C.PRECISION == "ieee":
             b_p = tl.where(several, b_p, 1.0)
         b_p = tl.where(seen, b_p, 0.0)
-        if weights is not None:
-            b_p *= tl.load(weights + row_head, mask=m_m, other=0.0)[None, :]
+        if gate is not None:
+            b_p *= load_gate(gate, row, head, m_m)[None, :]
         b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, C)  # [BN, PDV]
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=C.PRECISION)  # [BN, BM]
         b_ds = tl.where(seen & several, b_p * (b_dp - b_delta[None, :]), 0.0)
@@ -370,13 +365,12 @@ def banded_backward(
         dv_EGD.zero_()
     q, k, v, do = (head_rows(x) for x in (q_NHD, k_EGD, v_EGD, do_NHD))
     gate = gate_rows(gate_NH)
-    weights_NH = None if gate is None else empty_as(lse_NH)
     in_logits = logit_scale(q_NHD, scale)
     tile = banded_tiles(q_NHD, v_EGD).dq
     C = constants(q_NHD, v_EGD, band, tile)
     tiles = query_tiles(segments, C.BT, band.column)
     launcher(_dq_kernel, (len(tiles.host), C.G))(
-        q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, gate, weights_NH, tiles.table,
+        q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, gate, tiles.table,
         len(tiles.host), scale, in_logits, FEW_KEYS=few_keys(q_NHD), C=C, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
@@ -396,7 +390,7 @@ def banded_backward(
     for first in range(0, count, launch):
         end = min(first + launch, count)
         launcher(_dkv_kernel, (end - first, C.G))(
-            q, k, v, do, lse_NH, delta_NH, *workspace, weights_NH, tiles.table, programs.table,
+            q, k, v, do, lse_NH, delta_NH, *workspace, gate, tiles.table, programs.table,
             first, scale, in_logits, C=C, num_warps=key_tile.warps, num_stages=key_tile.stages,
             maxnreg=key_tile.registers,
         )  # fmt: skip

@@ -137,8 +137,8 @@ SHORT = {
 OF_ONE_GPU = {"hopper_": 90}
 # Cases with the kernels taken from them: at these widths Hopper has kernels of its own.
 SHORT_HOPPER = (
-    (Case("selected", "fp16", 64, 64), 90, "selected.hopper_dkv"),
-    (Case("selected", "bf16", 128, 128, options=(("gate", 1),)), 90, "selected.hopper_dkv"),
+    (Case("selected", "fp16", 64, 64), 90, "selected.hopper_block_dkv"),
+    (Case("selected", "bf16", 128, 128, options=(("gate", 1),)), 90, "selected.hopper_block_dkv"),
     (Case("selected", "bf16", 128, 128), 80, "selected.dkv"),
     (Case("compressed", "bf16", 192, 128), 90, "banded.hopper_forward"),
     (Case("window", "bf16", 192, 128), 90, "banded.hopper_forward"),

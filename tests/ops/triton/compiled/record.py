@@ -91,7 +91,7 @@ def spills(entries: Iterable[Entry], compiled: Mapping[Launch, Compiled]) -> dic
 
 # Kernels whose accumulators leave too few registers at any tile: they may spill a little, outside
 # the loops that matter, and the record says how much.
-MAY_SPILL = {"selected.hopper_dkv"}
+MAY_SPILL = {"selected.hopper_block_dkv"}
 
 
 def must_not_spill(key: Key) -> bool:

@@ -1,0 +1,1 @@
+"""The tasks that judge a trained model, and how an answer is judged."""
