@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 
@@ -28,7 +29,12 @@ def hint_at_crossover(longest: int, device: torch.device, backend: str, dtype: t
     if torch.compiler.is_compiling() or device.type != "cuda":
         return
     if longest < max(CROSSOVER.values()) and not _warned_on:
-        _hint(longest, torch.cuda.get_device_name(device))
+        _hint(longest, _name(device))
+
+
+@cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def _hint(longest: int, gpu: str) -> None:

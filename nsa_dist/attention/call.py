@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +29,9 @@ Rotary = RotaryConfig | tuple[Tensor, Tensor]
 
 HEADS_IN_FLIGHT = 2
 """KV heads whose fetched blocks are needed at a time: one computes, the next one's travel."""
+
+# Without what guards it from compilers and modes, which takes the host longer than the search.
+_find_plan_unguarded = inspect.unwrap(find_plan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +165,17 @@ def check_backend(backend: str, config: NSAConfig, device: torch.device | str | 
         raise ValueError(refused)
 
 
+def _backend_of(name: str, device: torch.device) -> Backend:
+    """`get_backend`, which is asked once of a GPU."""
+    compiles = torch.compiler.is_compiling()
+    return get_backend(name, device) if compiles or device.type != "cuda" else _on_gpu(name, device)
+
+
+@cache
+def _on_gpu(name: str, device: torch.device) -> Backend:
+    return get_backend(name, device)
+
+
 def make_call(
     setup: Setup,
     rows: tuple[int, int],
@@ -189,7 +205,7 @@ def make_call(
     config, group = setup.config, setup.group
     computes_in = computes_in or dtype
     try:
-        backend = get_backend(setup.backend, device)
+        backend = _backend_of(setup.backend, device)
     except ValueError as error:
         setup.refuse(str(error), {**stated, "backend": repr(setup.backend)}, error)
     problem = backend.refuses(computes_in, config.kernel_options)
@@ -200,7 +216,8 @@ def make_call(
     if problem is not None:
         setup.refuse(problem, stated)
     if plan is None:
-        plan = find_plan(
+        guarded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        plan = (find_plan if guarded else _find_plan_unguarded)(
             config,
             setup.layout,
             group,

@@ -16,7 +16,7 @@ AT = crossover.CROSSOVER[GPU]
 @pytest.fixture(autouse=True)
 def _in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crossover, "_warned_on", set())
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(crossover, "_name", lambda device: GPU)
 
 
 def hint(
@@ -48,5 +48,5 @@ def test_nothing_is_said_of_what_was_not_measured() -> None:
 
 
 def test_nothing_is_said_of_a_gpu_that_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
+    monkeypatch.setattr(crossover, "_name", lambda device: "another GPU")
     assert not hint(16)

@@ -25,6 +25,7 @@ from nsa_kernels.triton.shared.arguments import (
     load_head_rows,
 )
 from nsa_kernels.triton.shared.custom_ops import empty_as, register
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import padded, rows_of_tile
 
 
@@ -112,7 +113,7 @@ def _combine(
     out_NHD = empty_as(outputs[0])
     if out_NHD.numel():
         C, num_rows = _constants(out_NHD, len(outputs)), out_NHD.shape[0] * out_NHD.shape[1]
-        _forward_kernel[(triton.cdiv(num_rows, C.BM),)](
+        launcher(_forward_kernel, (triton.cdiv(num_rows, C.BM),))(
             _branches(outputs), Gates(gates, *gates.stride()), out_NHD, num_rows, C=C, num_warps=4
         )
     return out_NHD
@@ -130,7 +131,7 @@ def _combine_backward(do: Tensor, outputs: Sequence[Tensor], gates: Tensor) -> l
     grads = [empty_as(x) for x in outputs]
     if do.numel():
         C, num_rows = _constants(do, len(outputs)), do.shape[0] * do.shape[1]
-        _backward_kernel[(triton.cdiv(num_rows, C.BM),)](
+        launcher(_backward_kernel, (triton.cdiv(num_rows, C.BM),))(
             head_rows(last_dim_contiguous(do)), _branches(outputs), Gates(gates, *gates.stride()),
             tuple(grads), dgates_NHb, num_rows, C=C, num_warps=4,
         )  # fmt: skip

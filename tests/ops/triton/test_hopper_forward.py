@@ -16,6 +16,7 @@ from torch import Tensor
 from nsa_kernels import QuerySegments
 from nsa_kernels.reference import masked_softmax, weighted_values
 from nsa_kernels.triton import compressed_attention
+from nsa_kernels.triton.shared import shapes
 from nsa_kernels.triton.shared.shapes import hopper_forward_tile
 from tests.ops.accuracy import assert_2x
 from tests.ops.backends import DEVICE, TRITON
@@ -48,7 +49,7 @@ def takes(
     v = torch.empty(9, 4, widths[1], dtype=dtype)
     with (
         mock.patch.object(Tensor, "is_cuda", True),
-        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+        mock.patch.object(shapes, "capability", return_value=capability),
     ):
         return hopper_forward_tile(q, v) is not None
 

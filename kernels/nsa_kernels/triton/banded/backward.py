@@ -42,6 +42,7 @@ from nsa_kernels.triton.shared.arithmetic import (
 )
 from nsa_kernels.triton.shared.custom_ops import empty_as
 from nsa_kernels.triton.shared.gates import gate_rows, load_gate
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, banded_tiles, padded
 from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
@@ -368,7 +369,7 @@ def banded_backward(
     tile = banded_tiles(q_NHD, v_EGD).dq
     C = constants(q_NHD, v_EGD, band, tile)
     tiles = query_tiles(segments, C.BT, band.column)
-    _dq_kernel[(len(tiles.host), C.G)](
+    launcher(_dq_kernel, (len(tiles.host), C.G))(
         q, k, v, o_NHD, do, lse_NH, delta_NH, dq_NHD, gate, tiles.table,
         len(tiles.host), scale, in_logits, FEW_KEYS=few_keys(q_NHD), C=C, num_warps=tile.warps,
         num_stages=tile.stages,
@@ -388,13 +389,13 @@ def banded_backward(
     workspace, carried, carry = empty(min(launch, count)), empty(1), empty(1)
     for first in range(0, count, launch):
         end = min(first + launch, count)
-        _dkv_kernel[(end - first, C.G)](
+        launcher(_dkv_kernel, (end - first, C.G))(
             q, k, v, do, lse_NH, delta_NH, *workspace, gate, tiles.table, programs.table,
             first, scale, in_logits, C=C, num_warps=key_tile.warps, num_stages=key_tile.stages,
             maxnreg=key_tile.registers,
         )  # fmt: skip
         for i, out in enumerate((dk_EGD, dv_EGD)):
-            _add_parts_kernel[(len(programs.parts) - 1, C.G, C.BN // 8)](
+            launcher(_add_parts_kernel, (len(programs.parts) - 1, C.G, C.BN // 8))(
                 programs.parts, PartialSums(workspace[i], carried[i], carry[i]), out,
                 programs.table, first, end,
                 C=SumConstants(C.G, C.BN, 8, widths[i], padded(widths[i]), C.PIECE),

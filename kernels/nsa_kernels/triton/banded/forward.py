@@ -40,6 +40,7 @@ from nsa_kernels.triton.shared.arithmetic import (
     power,
     zeros,
 )
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import banded_tiles, hopper_forward_tile
 from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
@@ -183,7 +184,7 @@ def banded_forward(
     most_keys = band.window + C.BT if band.window else band.most_keys(tiles.last)
     long = most_keys > (C.PIECE - 1) * C.BN
     if q_NHD.shape[0]:
-        _forward_kernel[(len(tiles.host), C.G)](
+        launcher(_forward_kernel, (len(tiles.host), C.G))(
             head_rows(q_NHD),
             head_rows(k_EGD),
             head_rows(v_EGD),

@@ -25,8 +25,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.banded.backward import (
@@ -48,8 +46,10 @@ from nsa_kernels.triton.shared.hopper import (
     WARPGROUP_ROWS,
     for_tma,
     head_tiles,
+    lines,
     persistent_programs,
 )
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import MOST_REGISTERS
 from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
@@ -101,12 +101,6 @@ def _hopper_prepare_kernel(o, do, lse, gate, delta, rows, tiles, num_tiles, C: t
         tl.store(rows.gate + to, load_gate(gate, row, head, m_m))
 
 
-def _lines(x: Tensor) -> TensorDescriptor:
-    """Float32 x in lines of 64, for TMA."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor.from_tensor(x.flatten(), [WARPGROUP_ROWS], layout)
-
-
 def hopper_backward(
     q_NHD: Tensor,
     k_EGD: Tensor,
@@ -138,7 +132,7 @@ def hopper_backward(
     lse, delta, *gate = lse_NH.new_empty(3 if C.GATED else 2, groups, count, WARPGROUP_ROWS)
     rows = Lines(lse, delta, gate[0] if C.GATED else delta)
     of_rows = RowConstants(groups, ratio, dv, C.BT, WARPGROUP_ROWS)
-    _hopper_prepare_kernel[(count, groups)](
+    launcher(_hopper_prepare_kernel, (count, groups))(
         o_NHD, head_rows(do_NHD), lse_NH, gate_rows(gate_NH), delta_NH, rows, tiles.table, count,
         C=of_rows, num_warps=4,
     )  # fmt: skip
@@ -148,7 +142,7 @@ def hopper_backward(
     work = query_work(segments, band, C.BT)
     grid = min(programs, work.num_programs * groups)
     aside = lse_NH.new_empty(grid, 2, 2, WARPGROUP_ROWS, dk)
-    _hopper_dq_kernel[(grid,)](
+    launcher(_hopper_dq_kernel, (grid,))(
         q, do, k, v, dq, dq_NHD, aside, *rows, work.table, work.num_programs * groups, count,
         *scales, C, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
     )  # fmt: skip
@@ -165,17 +159,19 @@ def hopper_backward(
     def empty(tiles: int) -> list[Tensor]:
         return [lse_NH.new_empty(tiles * KEYS, groups, w) for w in widths]
 
-    workspace, carried, carry = empty(keys.launches[0]), empty(1), empty(1)
-    by_line = [_lines(x) for x in rows]
+    workspace = carried = carry = empty(keys.launches[0])
+    if len(keys.launches) > 1:
+        carried, carry = empty(1), empty(1)
+    by_line = [lines(x) for x in rows]
     first = 0
     for launch in keys.launches:
         grid = min(programs, launch * groups)
-        _hopper_dkv_kernel[(grid,)](
+        launcher(_hopper_dkv_kernel, (grid,))(
             q, do, k, v, *by_line, *workspace, keys.table[first:], launch * groups, grid,
             count * WARPGROUP_ROWS, *scales, C, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
         )  # fmt: skip
         for i, out in enumerate((dk_EGD, dv_EGD)):
-            _add_parts_kernel[(len(keys.parts) - 1, groups, KEYS // 8)](
+            launcher(_add_parts_kernel, (len(keys.parts) - 1, groups, KEYS // 8))(
                 keys.parts, PartialSums(workspace[i], carried[i], carry[i]), out, keys.sums,
                 first, first + launch,
                 C=SumConstants(groups, KEYS, 8, widths[i], widths[i], PIECE),

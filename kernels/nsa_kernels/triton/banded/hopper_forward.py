@@ -51,6 +51,7 @@ from nsa_kernels.triton.shared.hopper import (
     row_tiles,
     to_16_bits,
 )
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import HopperTile
 from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
@@ -471,7 +472,7 @@ def hopper_forward(
     tiles = query_tiles(segments, C.BT, band.column)
     tokens, num_tiles = WARPGROUP_ROWS // C.R, len(tiles.host)
     first, rest = (128, 64) if C.DK == 192 else (C.DK, 0)
-    _hopper_forward_kernel[(persistent_programs(q_NHD, num_tiles * C.G),)](
+    launcher(_hopper_forward_kernel, (persistent_programs(q_NHD, num_tiles * C.G),))(
         head_tiles(q_NHD, tokens, C.R, first),
         row_tiles(k_EGD, C.BN, first),
         row_tiles(v_EGD, C.BN, C.DV),

@@ -20,6 +20,7 @@ from torch import Tensor
 from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
 from nsa_kernels.triton.shared.arguments import head_rows
 from nsa_kernels.triton.shared.arithmetic import PIECE, filled, zeros
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, padded, pooling_warps, rows_of_tile
 
 MEAN, CONV1D, ATTENTION_POOL, COPY = 0, 1, 2, 3
@@ -221,7 +222,7 @@ def pool(
     out = x_EGD.new_empty(count, groups, *rows, width)
     if count:
         sets = 1 if weight is None else weight.shape[0]
-        _pool_kernel[(count * groups,)](
+        launcher(_pool_kernel, (count * groups,))(
             head_rows(x_EGD), block_rows_C, x_EGD if weight is None else weight,
             x_EGD if bias is None else bias, out, C=_constants(groups, block, width, kind, sets),
             num_warps=pooling_warps(block, width), maxnreg=MOST_REGISTERS,
@@ -246,7 +247,7 @@ def conv1d_weight_gradient(
     """Float32 sum over blocks of do [C, G, D] times their rows -> [P, l, D]."""
     (count, groups, width), (runs, blocks) = do_CGD.shape, _runs(do_CGD.shape[0])
     sums = torch.empty(runs, groups, block, width, dtype=torch.float32, device=x_EGD.device)
-    _conv1d_weight_kernel[(runs, groups)](
+    launcher(_conv1d_weight_kernel, (runs, groups))(
         head_rows(x_EGD), block_rows_C, do_CGD, sums, count, blocks, PIECE_BLOCKS=PIECE,
         C=_constants(groups, block, width, CONV1D, 1), num_warps=pooling_warps(block, width),
         maxnreg=MOST_REGISTERS,
@@ -263,7 +264,7 @@ def attention_pool_backward(
     shares_CGl = torch.empty(count, groups, block, dtype=torch.float32, device=x_EGD.device)
     dlogits_CGl = torch.empty_like(shares_CGl)
     sums = torch.empty(runs, groups, width, dtype=torch.float32, device=x_EGD.device)
-    _attention_pool_backward_kernel[(runs, groups)](
+    launcher(_attention_pool_backward_kernel, (runs, groups))(
         head_rows(x_EGD), block_rows_C, query_PD, bias_Pl, do_CGD, shares_CGl, dlogits_CGl, sums,
         count, blocks, PIECE_BLOCKS=PIECE, C=_constants(groups, block, width, ATTENTION_POOL, sets),
         num_warps=pooling_warps(block, width), maxnreg=MOST_REGISTERS,
@@ -286,7 +287,7 @@ def pool_row_gradient(
     size = rows_of_tile(width)
     if dx_EGD.numel():
         sets = 1 if weight is None else weight.shape[0]
-        _pool_row_gradient_kernel[(triton.cdiv(num_rows, size), groups)](
+        launcher(_pool_row_gradient_kernel, (triton.cdiv(num_rows, size), groups))(
             do, do if weight is None else weight, do if shares_CGl is None else shares_CGl,
             do if dlogits_CGl is None else dlogits_CGl, dx_EGD, blocks, num_rows, BM=size,
             C=_constants(groups, block, width, kind, sets), num_warps=4, maxnreg=MOST_REGISTERS,

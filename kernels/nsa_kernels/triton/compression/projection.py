@@ -25,6 +25,7 @@ from torch import Tensor
 from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
 from nsa_kernels.triton.shared.arguments import head_rows
 from nsa_kernels.triton.shared.arithmetic import PIECE, add_dot, precision, zeros
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, ProductTile, product_tile
 
 PLAIN, SILU, SILU_BACKWARD = 0, 1, 2
@@ -284,7 +285,7 @@ def _project(
     tile = product_tile(x_EGD, columns, depth)
     grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(columns, tile.columns), sets)
     if num_rows:
-        _project_kernel[grid](
+        launcher(_project_kernel, grid)(
             head_rows(x_EGD), block_rows_C, weight_POI, weight_POI if bias_PO is None else bias_PO,
             out_CGO, dout_CGO, dh_CGO, num_rows,
             HAS_BIAS=bias_PO is not None, ACTIVATION=activation,
@@ -306,7 +307,7 @@ def project_row_gradient(
         tile = tile._replace(stages=2)  # A sum in pieces leaves no registers for more.
     grid = (triton.cdiv(num_rows, tile.rows) * block * triton.cdiv(width, tile.columns), sets)
     if num_rows:
-        _project_row_gradient_kernel[grid](
+        launcher(_project_row_gradient_kernel, grid)(
             dh_CGO, weight_POI, dx_EGD, blocks, num_rows,
             C=_constants(dh_CGO, groups, block, width, columns, sets, tile),
             num_warps=tile.warps, num_stages=tile.stages,
@@ -330,7 +331,7 @@ def project_weight_gradient(
     runs = triton.cdiv(num_tiles, tiles_a_program)
     sums = torch.empty(runs, sets, columns, depth, dtype=torch.float32, device=x_EGD.device)
     width = x_EGD.shape[2]
-    _project_weight_gradient_kernel[(tiles, runs, sets)](
+    launcher(_project_weight_gradient_kernel, (tiles, runs, sets))(
         dh_CGO, head_rows(x_EGD), block_rows_C, sums, num_rows, tiles_a_program,
         C=_constants(x_EGD, groups, depth // width, width, columns, sets, tile),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,

@@ -57,6 +57,7 @@ from nsa_kernels.triton.shared.arithmetic import (
     zeros,
 )
 from nsa_kernels.triton.shared.gates import gate_rows, load_gate
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import (
     MOST_REGISTERS,
     padded,
@@ -416,7 +417,7 @@ def selected_backward(
     )
     tiles = query_tiles(segments, tokens, "selected_base").table
     lists = block_lists(selected_NGn, block_rows_GB, block_lengths_B, tiles, tokens, select_block)
-    _dq_kernel[(len(tiles), C.G)](
+    launcher(_dq_kernel, (len(tiles), C.G))(
         q, sources, num_own, *tiles_of(tensors, walk), o_NHD, do, gate, log_sum_NH, delta_NH,
         dq_NHD, tiles, lists, scale, in_logits, EXACT=q_NHD.dtype == torch.float32,
         EDGE_BLOCKS=EDGES, LENGTH=lists.lists.shape[-1], C=C, num_warps=walk.warps,
@@ -442,19 +443,21 @@ def selected_backward(
             q_NHD, do_NHD, tensors, log_sum_NH, delta_NH, gate_NH, queries, blocks, scale,
             in_logits, most,
         )  # fmt: skip
-    workspace, carried, carry = empty(min(launch, programs)), empty(1), empty(1)
+    workspace = carried = carry = empty(min(launch, programs))
+    if programs > launch:
+        carried, carry = empty(1), empty(1)
     for first in range(0, programs, launch):
         end = min(first + launch, programs)
         if gluon:
             run_programs(workspace[0], workspace[1], first, end)
         else:
-            _dkv_kernel[(end - first, select_block // tile.keys)](
+            launcher(_dkv_kernel, (end - first, select_block // tile.keys))(
                 q, sources, num_own, do, gate, log_sum_NH, delta_NH, *workspace, queries, blocks,
                 num_blocks, first, scale, in_logits, MOST=most, C=C, num_warps=tile.warps,
                 num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
             )  # fmt: skip
         for i, width in enumerate(widths):
-            _add_programs_kernel[(C.G * num_blocks, select_block // 8)](
+            launcher(_add_programs_kernel, (C.G * num_blocks, select_block // 8))(
                 PartialSums(workspace[i], carried[i], carry[i]), grads[i], grads[i + 2], num_own,
                 queries.ends, blocks, num_blocks, first, end,
                 C=SumConstants(C.G, select_block, 8, width, padded(width), PIECE),

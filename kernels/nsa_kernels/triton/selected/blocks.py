@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa_kernels.triton.shared.arguments import HeadRows, KeyValues, head_rows, last_dim_contiguous
 from nsa_kernels.triton.shared.arithmetic import precision
+from nsa_kernels.triton.shared.launch import descriptor
 from nsa_kernels.triton.shared.shapes import WalkTile, padded
 
 
@@ -143,8 +144,9 @@ def _fits_tma(x: Tensor) -> bool:
 
 
 def _descriptor(x: Tensor, keys: int) -> TensorDescriptor:
-    shape, strides = [x.shape[0], _columns(x)], [x.stride(0), 1]
-    return TensorDescriptor(x, shape, strides, [keys, x.shape[2]])
+    shape, strides = (x.shape[0], _columns(x)), (x.stride(0), 1)
+    made: TensorDescriptor = descriptor(x, shape, strides, (keys, x.shape[2]))
+    return made
 
 
 @triton.jit

@@ -51,6 +51,7 @@ from nsa_kernels.triton.shared.arithmetic import (
     power,
     zeros,
 )
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import token_tile, walk_tiles
 from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
@@ -222,7 +223,7 @@ def selected_forward(
         blocks = block_lists(
             selected_NGn, block_rows_GB, block_lengths_B, tiles, tokens, select_block
         )
-        _forward_kernel[(len(tiles), C.G)](
+        launcher(_forward_kernel, (len(tiles), C.G))(
             head_rows(q_NHD), sources_of(tensors), k_own_EGD.shape[0],
             *tiles_of(tensors, tile), o_NHD, lse_NH, log_sum_NH, tiles, blocks,
             logit_scale(q_NHD, scale), EDGE_BLOCKS=EDGES, LENGTH=blocks.lists.shape[-1], C=C,

@@ -37,6 +37,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nsa_kernels.triton.shared.hopper import tile_layout
+from nsa_kernels.triton.shared.launch import descriptor, launcher
+
 WORKERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a tile of queries, and keys of a block
 HALF = gl.constexpr(64)  # channels that a swizzled row of shared memory has
@@ -384,13 +387,19 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _queries(x: Tensor, ratio: int, layout: Any) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, ratio, HALF.value], layout)
+    made: TensorDescriptor = descriptor(
+        x, tuple(x.shape), x.stride(), (1, ratio, HALF.value), layout, TensorDescriptor
+    )
+    return made
 
 
 def _keys(x: Tensor, layout: Any) -> TensorDescriptor:
     """Of x [rows, G, D] as a matrix whose row has all heads, each from its stride on."""
-    shape = [x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]]
-    return TensorDescriptor(x, shape, [x.stride(0), 1], [ROWS.value, x.shape[2]], layout)
+    shape, strides = (x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]), (x.stride(0), 1)
+    made: TensorDescriptor = descriptor(
+        x, shape, strides, (ROWS.value, x.shape[2]), layout, TensorDescriptor
+    )
+    return made
 
 
 class HopperDkv:
@@ -413,9 +422,8 @@ class HopperDkv:
         num_own, fetched_rows = len(tensors[0]), len(tensors[2])
         groups, heads = tensors[0].shape[1], q_NHD.shape[1]
         ratio, widths = heads // groups, (q_NHD.shape[2], do_NHD.shape[2])
-        dtype = gl.bfloat16 if q_NHD.dtype == torch.bfloat16 else gl.float16
-        rows = gl.NVMMASharedLayout.get_default_for([1, ratio, HALF.value], dtype)
-        keys = [gl.NVMMASharedLayout.get_default_for([ROWS.value, w], dtype) for w in widths]
+        rows = tile_layout((1, ratio, HALF.value), q_NHD.dtype)
+        keys = [tile_layout((ROWS.value, w), q_NHD.dtype) for w in widths]
         # A descriptor of nothing cannot be made; the other one is not read then.
         own, fetched = tensors[:2], tensors[2:]
         own, fetched = own if num_own else fetched, fetched if fetched_rows else own
@@ -436,7 +444,7 @@ class HopperDkv:
 
     def __call__(self, dk: Tensor, dv: Tensor, first: int, end: int) -> None:
         """Programs first..end-1, to workspaces [programs, 64, D]."""
-        _hopper_block_dkv_kernel[(-(-(end - first) // WORKERS.value),)](
+        launcher(_hopper_block_dkv_kernel, (-(-(end - first) // WORKERS.value),))(
             *self._before, dk, dv, *self._after, first, end - first, *self._scales,
             *self._constants, num_warps=4, maxnreg=168,
         )  # fmt: skip

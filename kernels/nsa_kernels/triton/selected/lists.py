@@ -8,7 +8,7 @@ with sizes that follow from shapes alone, so that nothing waits for the device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.shared.arguments import head_rows
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.tables import load_query_tile, positions, selected_bases
 
 # Blocks at the start of a list of which not all tokens of the tile may see all.
@@ -155,7 +156,7 @@ def block_lists(
         torch.empty(*shape, length, dtype=torch.int64, device=device),
         torch.empty(shape, dtype=torch.int32, device=device),
     )
-    _block_lists_kernel[shape](
+    launcher(_block_lists_kernel, shape)(
         head_rows(selected_NGn), block_rows_GB, block_rows_GB.stride(0), block_lengths_B, tiles,
         blocks, C=ListConstants(groups, num, select_block, length, EDGES, candidates, at_once),
         num_warps=warps,
@@ -183,57 +184,178 @@ class QueryLists(NamedTuple):
     order: Tensor
 
 
-class EntryConstants(NamedTuple):
-    """BR rows of a program; NUM chosen blocks of a token, padded to PN, of BLOCK tokens each."""
+class QueryConstants(NamedTuple):
+    """What the lists of queries are compiled for.
+
+    G KV heads; NUM chosen blocks of a token, padded to PN, of BLOCK tokens each. At most PC chunks
+    of rows, BB blocks at a time. Where choices are counted BR rows at a time; where they are listed
+    SR, with BC choices, compared with BK at a time.
+    """
 
     G: int
     NUM: int
     PN: int
     BLOCK: int
+    PC: int
+    BB: int
     BR: int
+    SR: int
+    BC: int
+    BK: int
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
-def _entries_kernel(
-    selected, row_positions, bases, block_lengths, keys, seen, num_rows, num_blocks, C: tl.constexpr
-):
-    """For each choice of BR rows and a KV head: g*B + b, G*B without one, and `QueryLists.seen`."""
-    i_g = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * C.BR + tl.arange(0, C.BR)
+class Counted(NamedTuple):
+    """Choices of each chunk of rows.
+
+    counts: int32 [G, chunks, B], how many rows of the chunk chose a block; later how many rows
+    chose it before those of the chunk that are still to be listed. sums: int32 [G, tiles, chunks],
+    the first over tiles of BB blocks. chunks: how many.
+    """
+
+    counts: Any
+    sums: Any
+    chunks: Any
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows", "num_blocks"])
+def _count_choices_kernel(selected, bases, counted, num_rows, rows, num_blocks, C: tl.constexpr):
+    """How often each block was chosen in a chunk of `rows` rows, and these numbers by tile."""
+    i_c = tl.program_id(0).to(tl.int64)
+    i_g = tl.program_id(1).to(tl.int64)
+    p_counts = counted.counts + (i_g * counted.chunks + i_c) * num_blocks
+    BB: tl.constexpr = C.BB
+    o_b = tl.arange(0, BB)
+    for first in tl.range(0, num_blocks, BB):
+        zero = tl.zeros([BB], dtype=tl.int32)
+        tl.store(p_counts + first + o_b, zero, mask=first + o_b < num_blocks)
+    tl.debug_barrier()
+    begin = i_c * rows
+    end = tl.minimum(begin + rows, num_rows)
     o_n = tl.arange(0, C.PN)
-    m_row = row < num_rows
-    mask = m_row[:, None] & (o_n < C.NUM)[None, :]
-    p_j = selected.p + (row * selected.stride_row + i_g * selected.stride_head)[:, None]
-    b_j = tl.load(p_j + o_n[None, :], mask=mask, other=-1).to(tl.int64)  # [BR, PN]
-    chosen = b_j >= 0
-    b_id = b_j + tl.load(bases + row, mask=m_row, other=0)[:, None]
-    b_length = tl.load(block_lengths + b_id, mask=chosen, other=0)
-    b_seen = tl.load(row_positions + row, mask=m_row, other=0)[:, None] + 1 - b_j * C.BLOCK
-    b_seen = tl.where(chosen, tl.minimum(tl.maximum(b_seen, 0), b_length), 0)
-    several = tl.sum(b_seen, 1) > 1
-    b_seen += tl.where(several, 256, 0)[:, None]
-    b_key = tl.where(chosen, b_id + i_g * num_blocks, num_blocks * C.G)
-    o_out = ((row * C.G + i_g) * C.NUM)[:, None] + o_n[None, :]
-    tl.store(keys + o_out, b_key.to(tl.int32), mask=mask)
-    tl.store(seen + o_out, b_seen.to(tl.int16), mask=mask)
+    for first in tl.range(begin, end, C.BR):
+        row = first + tl.arange(0, C.BR)
+        m_row = row < end
+        mask = m_row[:, None] & (o_n < C.NUM)[None, :]
+        p_j = selected.p + (row * selected.stride_row + i_g * selected.stride_head)[:, None]
+        b_j = tl.load(p_j + o_n[None, :], mask=mask, other=-1)  # [BR, PN]
+        base = tl.load(bases + row, mask=m_row, other=0)
+        # Which of them comes first does not matter to a sum.
+        p_count = p_counts + base[:, None] + b_j
+        tl.atomic_add(p_count, tl.full(b_j.shape, 1, tl.int32), mask=b_j >= 0, sem="relaxed")
+    tl.debug_barrier()
+    tiles = tl.cdiv(num_blocks, C.BB)
+    for i_tile in tl.range(0, tiles):
+        o = i_tile * C.BB + o_b
+        b_count = tl.load(p_counts + o, mask=o < num_blocks, other=0, cache_modifier=".cg")
+        tl.store(counted.sums + (i_g * tiles + i_tile) * counted.chunks + i_c, tl.sum(b_count, 0))
 
 
-@triton.jit(do_not_specialize=["num", "num_choices"])
-def _sorted_entries_kernel(by_block, entry_seen, rows, seen, num, num_choices, SIZE: tl.constexpr):
-    """Row and `seen` of SIZE choices in the order of their blocks; num_choices: of a row."""
-    o = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    mask = o < num
-    entry = tl.load(by_block + o, mask=mask, other=0)
-    tl.store(rows + o, (entry // num_choices).to(tl.int32), mask=mask)
-    tl.store(seen + o, tl.load(entry_seen + entry, mask=mask, other=0), mask=mask)
+@triton.jit(do_not_specialize=["num_blocks"])
+def _starts_kernel(counted, starts, num_blocks, C: tl.constexpr):
+    """Where the queries of BB blocks begin, and of each chunk's how many are before."""
+    i_tile = tl.program_id(0)
+    i_g = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(num_blocks, C.BB)
+    earlier = (i_g * tiles + i_tile) * counted.chunks
+    o_sum = tl.arange(0, 1024)
+    b_sum = tl.zeros([1024], dtype=tl.int64)
+    for first in tl.range(0, earlier, 1024):
+        b_sum += tl.load(counted.sums + first + o_sum, mask=first + o_sum < earlier, other=0)
+    start = tl.sum(b_sum, 0)
+
+    o_c = tl.arange(0, C.PC)
+    o_b = i_tile * C.BB + tl.arange(0, C.BB)
+    p_counts = counted.counts + (i_g * counted.chunks + o_c[:, None]) * num_blocks + o_b[None, :]
+    mask = (o_c < counted.chunks)[:, None] & (o_b < num_blocks)[None, :]
+    b_count = tl.load(p_counts, mask=mask, other=0)  # [PC, BB]
+    b_before = tl.cumsum(b_count, 0) - b_count
+    tl.store(p_counts, b_before, mask=mask)
+    b_all = tl.sum(b_count, 0).to(tl.int64)
+    b_end = start + tl.cumsum(b_all, 0)
+    p_starts = starts + i_g * num_blocks + o_b
+    tl.store(p_starts, b_end - b_all, mask=o_b < num_blocks)
+    if i_g == C.G - 1:
+        tl.store(p_starts + 1, b_end, mask=o_b == num_blocks - 1)
+
+
+@triton.jit
+def _count_programs(starts, ends, none, most, SIZE: tl.constexpr):
+    """`QueryLists.ends` of all blocks."""
+    before = tl.cast(0, tl.int64)
+    for first in tl.range(0, none, SIZE):
+        o = first + tl.arange(0, SIZE)
+        mask = o < none
+        b_start = tl.load(starts + o, mask=mask, other=0)
+        b_end = tl.load(starts + o + 1, mask=mask, other=0)
+        b_programs = (b_end - b_start + most - 1) // most
+        tl.store(ends + o, before + tl.cumsum(b_programs, 0), mask=mask)
+        before += tl.sum(b_programs, 0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows", "num_blocks"])
+def _list_queries_kernel(
+    selected, row_positions, bases, block_lengths, counted, queries, num_rows, rows, num_blocks,
+    most, C: tl.constexpr,
+):  # fmt: skip
+    """Rows and `seen` of a chunk's choices, in the order of rows; and by one program `ends`."""
+    if tl.program_id(0) == 0:
+        if tl.program_id(1) == 0:
+            _count_programs(queries.starts, queries.ends, num_blocks * C.G, most, 1024)
+        return
+    i_c = (tl.program_id(0) - 1).to(tl.int64)
+    i_g = tl.program_id(1).to(tl.int64)
+    p_starts = queries.starts + i_g * num_blocks
+    p_counts = counted.counts + (i_g * counted.chunks + i_c) * num_blocks
+    begin = i_c * rows
+    end = tl.minimum(begin + rows, num_rows)
+    SR: tl.constexpr = C.SR
+    PN: tl.constexpr = C.PN
+    BC: tl.constexpr = C.BC
+    o_c = tl.arange(0, BC)
+    for first in tl.range(begin, end, SR):
+        row = first + o_c // C.PN
+        place = o_c % C.PN
+        m_c = (row < end) & (place < C.NUM)
+        p_row = selected.p + i_g * selected.stride_head + row * selected.stride_row
+        b_j = tl.load(p_row + place, mask=m_c, other=-1)
+        chosen = b_j >= 0
+        b_id = b_j + tl.load(bases + row, mask=m_c, other=0)
+        b_id = tl.where(chosen, b_id, -1)
+        rank = tl.zeros_like(b_j)  # How many choices of the same block come before, of these,
+        total = tl.zeros_like(b_j)  # and how many there are.
+        for start in tl.range(0, C.BC, C.BK):
+            o_k = start + tl.arange(0, C.BK)
+            row_k = first + o_k // C.PN
+            m_k = (row_k < end) & (o_k % C.PN < C.NUM)
+            p_k = selected.p + i_g * selected.stride_head + row_k * selected.stride_row
+            b_k = tl.load(p_k + o_k % C.PN, mask=m_k, other=-1)
+            k_id = b_k + tl.load(bases + row_k, mask=m_k, other=0)
+            k_id = tl.where(b_k >= 0, k_id, -2)
+            same = b_id[:, None] == k_id[None, :]  # [BC, BK]
+            total += tl.sum(same.to(tl.int32), 1)
+            rank += tl.sum((same & (o_k[None, :] < o_c[:, None])).to(tl.int32), 1)
+        before = tl.load(p_counts + b_id, mask=chosen, other=0, cache_modifier=".cg")
+        at = tl.load(p_starts + b_id, mask=chosen, other=0) + before + rank
+        b_length = tl.load(block_lengths + b_id, mask=chosen, other=0)
+        b_seen = tl.load(row_positions + row, mask=m_c, other=0) + 1 - b_j * C.BLOCK
+        b_seen = tl.where(chosen, tl.minimum(tl.maximum(b_seen, 0), b_length), 0)
+        b_sums = tl.sum(tl.reshape(b_seen, [SR, PN]), 1)[:, None]  # of a row
+        b_sums = tl.reshape(tl.broadcast_to(b_sums, [SR, PN]), [BC])
+        b_seen += tl.where(b_sums > 1, 256, 0)
+        tl.store(queries.rows + at, row.to(tl.int32), mask=chosen)
+        tl.store(queries.seen + at, b_seen.to(tl.int16), mask=chosen)
+        # All have read what one of them changes.
+        tl.debug_barrier()
+        tl.store(p_counts + b_id, before + total, mask=chosen & (rank == total - 1))
+        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["num_programs", "none", "num_blocks", "num_entries", "num_rows"])
 def _programs_kernel(
-    rows, starts, ends, owner, place, num_programs, none, num_blocks, num_entries, num_rows, launch,
-    most, STEPS: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr,
+    queries, place, num_programs, none, num_blocks, num_entries, num_rows, most,
+    STEPS: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The block of each of SIZE programs, and what sorts them: launch, KV head, first query.
+    """The block of each of SIZE programs, and what sorts those of a launch: KV head, first query.
 
     none: how many blocks there are, < 2**STEPS. Programs too many come after all others.
     """
@@ -242,16 +364,38 @@ def _programs_kernel(
     low = tl.zeros([SIZE], dtype=tl.int32)  # How many blocks end at or before this program.
     for step in tl.static_range(STEPS):
         middle = low + (1 << (STEPS - 1 - step))
-        end = tl.load(ends + middle - 1, mask=middle <= none, other=9223372036854775807)
+        end = tl.load(queries.ends + middle - 1, mask=middle <= none, other=9223372036854775807)
         low = tl.where(end <= i_program, middle, low)
     last = tl.minimum(low, none - 1)
-    before = tl.load(ends + last - 1, mask=last > 0, other=0)
-    entry = tl.load(starts + last) + (i_program - before) * most
-    first = tl.load(rows + tl.minimum(entry, num_entries - 1)).to(tl.int64)
-    first = tl.where(low < none, first, num_rows)
-    group = (i_program // launch).to(tl.int64) * G + last // num_blocks
-    tl.store(owner + i_program, low.to(tl.int64), mask=mask)
+    before = tl.load(queries.ends + last - 1, mask=last > 0, other=0)
+    entry = tl.load(queries.starts + last) + (i_program - before) * most
+    first = tl.load(queries.rows + tl.minimum(entry, num_entries - 1), mask=low < none, other=0)
+    first = tl.where(low < none, first, num_rows).to(tl.int64)
+    tl.store(queries.owner + i_program, low.to(tl.int64), mask=mask)
+    group = tl.where(low < none, last // num_blocks, G).to(tl.int64)
     tl.store(place + i_program, group * (num_rows + 1) + first, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_programs", "per_launch"])
+def _order_kernel(place, order, num_programs, per_launch, SIZE: tl.constexpr, BK: tl.constexpr):
+    """Where SIZE programs come in their launch, by `place`, then by number."""
+    first = tl.program_id(1).to(tl.int64) * per_launch
+    end = tl.minimum(first + per_launch, num_programs)
+    i_program = first + tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    mask = i_program < end
+    b_place = tl.load(place + i_program, mask=mask, other=0)
+    rank = tl.zeros([SIZE], dtype=tl.int32)
+    for start in tl.range(first, end, BK):
+        i_k = start + tl.arange(0, BK)
+        b_k = tl.load(place + i_k, mask=i_k < end, other=9223372036854775807)
+        less = b_k[None, :] < b_place[:, None]  # [SIZE, BK]
+        earlier = (b_k[None, :] == b_place[:, None]) & (i_k[None, :] < i_program[:, None])
+        rank += tl.sum((less | earlier).to(tl.int32), 1)
+    tl.store(order + first + rank, i_program, mask=mask)
+
+
+# Programs that count and list choices, each a chunk of rows of a KV head.
+CHUNK_PROGRAMS = 512
 
 
 def query_lists(
@@ -260,36 +404,51 @@ def query_lists(
     segments: QuerySegments,
     select_block: int,
     most: int,
-    launch: int,
+    per_launch: int,
 ) -> QueryLists:
-    """For programs that walk over at most `most` queries of a block each, `launch` at a time."""
+    """For programs that walk over at most `most` queries of a block each, `per_launch` at a time.
+
+    A counting sort: choices of chunks of rows are counted by block, summed up over blocks and
+    chunks, and written to their places by programs that each take a chunk in the order of its rows.
+    """
     num_rows, groups, num = selected_NGn.shape
     num_blocks, device = block_lengths_B.shape[0], selected_NGn.device
     none, entries = groups * num_blocks, selected_NGn.numel()
-    keys = torch.empty(entries, dtype=torch.int32, device=device)
-    entry_seen = torch.empty(entries, dtype=torch.int16, device=device)
     width = triton.next_power_of_2(num)
-    at_once = max(1, 1024 // width)
-    _entries_kernel[(triton.cdiv(num_rows, at_once), groups)](
-        head_rows(selected_NGn), positions(segments), selected_bases(segments), block_lengths_B,
-        keys, entry_seen, num_rows, num_blocks,
-        C=EntryConstants(groups, num, width, select_block, at_once),
+    most_chunks, listed = max(1, CHUNK_PROGRAMS // groups), max(1, 256 // width)
+    padded_chunks = triton.next_power_of_2(most_chunks)
+    C = QueryConstants(
+        groups, num, width, select_block, padded_chunks, max(16, 8192 // padded_chunks),
+        max(1, 1024 // width), listed, listed * width, 16,
     )  # fmt: skip
-    # Equal keys stay in the order of rows.
-    keys, by_block = keys.sort(stable=True)
-    rows = torch.empty_like(keys)
-    seen = torch.empty_like(entry_seen)
-    _sorted_entries_kernel[(triton.cdiv(entries, 1024),)](
-        by_block, entry_seen, rows, seen, entries, groups * num, SIZE=1024
-    )
-    bounds = torch.arange(none + 1, dtype=torch.int32, device=device)
-    starts = torch.searchsorted(keys, bounds)
-    ends = ((starts.diff() + most - 1) // most).cumsum(0)
-
+    rows = listed * triton.cdiv(num_rows, listed * most_chunks)
+    chunks, tiles = triton.cdiv(num_rows, rows), triton.cdiv(num_blocks, C.BB)
     programs = min(none, entries) + entries // most
-    owner, place = (torch.empty(programs, dtype=torch.int64, device=device) for _ in range(2))
-    _programs_kernel[(triton.cdiv(programs, 256),)](
-        rows, starts, ends, owner, place, programs, none, num_blocks, entries, num_rows, launch,
-        most, STEPS=none.bit_length(), G=groups, SIZE=256,
+
+    def empty(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    counts, sums, listed_rows = (
+        empty(x, torch.int32) for x in (none * chunks, groups * tiles * chunks, entries)
+    )
+    counted = Counted(counts, sums, chunks)
+    starts, ends, owner, order, place = map(empty, (none + 1, none, *[programs] * 3))
+    queries = QueryLists(listed_rows, empty(entries, torch.int16), starts, ends, owner, order)
+    selected, bases = head_rows(selected_NGn), selected_bases(segments)
+    launcher(_count_choices_kernel, (chunks, groups))(
+        selected, bases, counted, num_rows, rows, num_blocks, C=C
+    )
+    launcher(_starts_kernel, (tiles, groups))(counted, starts, num_blocks, C=C, num_warps=8)
+    launcher(_list_queries_kernel, (chunks + 1, groups))(
+        selected, positions(segments), bases, block_lengths_B, counted, queries, num_rows, rows,
+        num_blocks, most, C=C,
     )  # fmt: skip
-    return QueryLists(rows, seen, starts, ends, owner, place.argsort())
+    launcher(_programs_kernel, (triton.cdiv(programs, 256),))(
+        queries, place, programs, none, num_blocks, entries, num_rows, most,
+        STEPS=none.bit_length(), G=groups, SIZE=256,
+    )  # fmt: skip
+    in_launch = min(programs, per_launch)
+    launcher(_order_kernel, (triton.cdiv(in_launch, 32), triton.cdiv(programs, per_launch)))(
+        place, order, programs, per_launch, SIZE=32, BK=256
+    )
+    return queries

@@ -32,6 +32,7 @@ class Operator:
         )
         self._overload: Any = self._definition._opoverload
         self._eager: type[torch.autograd.Function] | None = None
+        self._has_lists = "[]" in schema.partition("->")[0]
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """As `CustomOpDef.register_fake` of torch.library."""
@@ -42,20 +43,26 @@ class Operator:
     ) -> None:
         """As `CustomOpDef.register_autograd` of torch.library."""
         self._definition.register_autograd(backward, setup_context=setup_context)
-        self._eager = _eager_function(self._function, backward, setup_context)
+        make = _eager_function_of_lists if self._has_lists else _eager_function
+        self._eager = make(self._function, backward, setup_context)
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _is_watched():
             return self._overload(*arguments)
-        flat, lists = _flatten(arguments)
-        tensors = [x for x in flat if isinstance(x, Tensor)]
-        if not all(type(x) in PLAIN_TYPES for x in tensors):
-            return self._overload(*arguments)
-        if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+        flat: Sequence[Any] = arguments
+        if self._has_lists:
+            flat, lists = _flatten(arguments)
+        differentiates = False
+        for x in flat:
+            if type(x) in PLAIN_TYPES:
+                differentiates = differentiates or x.requires_grad
+            elif isinstance(x, Tensor):
+                return self._overload(*arguments)
+        if not differentiates or not torch.is_grad_enabled():
             return self._function(*arguments)
         if self._eager is None:  # torch says so when somebody asks for the derivative.
             return self._overload(*arguments)
-        return self._eager.apply(lists, *flat)
+        return self._eager.apply(lists, *flat) if self._has_lists else self._eager.apply(*flat)
 
 
 def _is_watched() -> bool:
@@ -88,7 +95,25 @@ def _unflatten(flat: Sequence[Any], lists: tuple[int, ...]) -> list[Any]:
 def _eager_function(
     function: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> type[torch.autograd.Function]:
-    """What is registered with torch.library, as a Function of flat arguments."""
+    """What is registered with torch.library, as a Function of the arguments."""
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = function(*arguments)
+            setup_context(ctx=ctx, inputs=arguments, output=output)
+            return output
+
+    # As it is: a method in between would take the host's time at each call.
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
+    Eager.__name__ = Eager.__qualname__ = f"{function.__module__}.{function.__name__}"
+    return Eager
+
+
+def _eager_function_of_lists(
+    function: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    """The same where arguments are lists, as a Function of their elements."""
 
     class Eager(torch.autograd.Function):
         @staticmethod

@@ -14,8 +14,7 @@ Gluon calls the functions that plain kernels are made of, so maths of positions 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa_kernels.triton.shared.launch import descriptor
 
 # Rows of a warpgroup's matrix instruction.
 WARPGROUP_ROWS = 64
@@ -103,11 +104,15 @@ def keep_rows(tile, low, high, ROWS: gl.constexpr, WIDTH: gl.constexpr):
 def for_tma(x: Tensor) -> Tensor:
     """x [rows, heads, D], copied where TMA cannot read it as it stands."""
     step = TMA_ALIGNMENT // x.element_size()
+    row, head, channel = x.stride()
     readable = (
-        x.stride(-1) == 1
+        channel == 1
         and x.data_ptr() % TMA_ALIGNMENT == 0
-        and all(stride > 0 and stride % step == 0 for stride in x.stride()[:-1])
-        and (x.shape[1] - 1) * x.stride(1) < 1 << 31  # The column of a head is 32 bits.
+        and row > 0
+        and head > 0
+        and row % step == 0
+        and head % step == 0
+        and (x.shape[1] - 1) * head < 1 << 31  # The column of a head is 32 bits.
     )
     return x if readable else x.clone(memory_format=torch.contiguous_format)
 
@@ -115,7 +120,7 @@ def for_tma(x: Tensor) -> Tensor:
 def head_tiles(x: Tensor, tokens: int, heads: int, width: int, column: int = 0) -> TensorDescriptor:
     """Tiles [tokens, heads, width] of x [rows, H, D], for TMA; from channel `column` on."""
     x = x[..., column:] if column else x
-    return _descriptor(x, x.shape, x.stride(), (tokens, heads, width))
+    return _descriptor(x, tuple(x.shape), x.stride(), (tokens, heads, width))
 
 
 def row_tiles(x: Tensor, rows: int, width: int, column: int = 0) -> TensorDescriptor:
@@ -130,15 +135,25 @@ def row_tiles(x: Tensor, rows: int, width: int, column: int = 0) -> TensorDescri
     return _descriptor(x, (all_rows, columns), (stride_row, 1), (rows, width))
 
 
+def lines(x: Tensor) -> TensorDescriptor:
+    """Contiguous float32 numbers in lines of 64, for TMA."""
+    return _descriptor(x, (x.numel(),), (1,), (WARPGROUP_ROWS,))
+
+
 def _descriptor(
-    x: Tensor, shape: Sequence[int], strides: Sequence[int], block: tuple[int, ...]
+    x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
 ) -> TensorDescriptor:
-    return TensorDescriptor(x, list(shape), list(strides), list(block), _layout(block, x.dtype))
+    made: TensorDescriptor = descriptor(
+        x, shape, strides, block, tile_layout(block, x.dtype), TensorDescriptor
+    )
+    return made
 
 
-@lru_cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+@cache
+def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How TMA lays a tile out in shared memory, so that matrix instructions can read it."""
+    if len(block) == 1:
+        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     return gl.NVMMASharedLayout.get_default_for(list(block), _GLUON_DTYPES[dtype])
 
 
@@ -147,4 +162,10 @@ _GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.f
 
 def persistent_programs(x: Tensor, work: int) -> int:
     """Of a kernel whose programs stay: one a multiprocessor, or one for each of `work` tiles."""
-    return min(work, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    return min(work, _multiprocessors(x.device))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count

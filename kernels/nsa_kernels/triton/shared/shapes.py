@@ -10,6 +10,7 @@ the lengths of blocks and the GPU, and from nothing else.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -199,7 +200,13 @@ def gpu_of(x: Tensor) -> Gpu:
     """The row of the GPU that x is on."""
     if not x.is_cuda:
         return INTERPRETER
-    return GPUS.get(torch.cuda.get_device_capability(x.device)[0], OTHER)
+    return GPUS.get(capability(x.device)[0], OTHER)
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU, asked once: every operator wants it several times a call."""
+    return torch.cuda.get_device_capability(device)
 
 
 def padded(width: int) -> int:

@@ -20,6 +20,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from nsa_kernels.triton.shared import shapes
+
 TARGETS = (80, 90, 100)
 # Of a GPU that a persistent kernel asks for how many multiprocessors it has.
 PROPERTIES = SimpleNamespace(multi_processor_count=132)
@@ -84,7 +86,7 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(torch.Tensor, "is_cuda", True),
-        mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)),
+        mock.patch.object(shapes, "capability", return_value=divmod(capability, 10)),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=PROPERTIES),
     ):
         yield found
