@@ -153,7 +153,7 @@ def selected_attention(
     select_block: int,
     scale: float,
     gate: Tensor | None = None,
-) -> Any:
+) -> tuple[Tensor, ...]:
     """See `Backend.selected_attention`; with a gate [N, H] also the summand, see `summand_of`."""
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
     assert scale > 0, scale
