@@ -145,6 +145,7 @@ def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 _GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
-def persistent_programs(x: Tensor, work: int) -> int:
-    """Of a kernel whose programs stay: one a multiprocessor, or one for each of `work` tiles."""
-    return min(work, torch.cuda.get_device_properties(x.device).multi_processor_count)
+def persistent_programs(x: Tensor, work: int, at_once: int = 1) -> int:
+    """Of a kernel whose programs stay: `at_once` a multiprocessor, no more than `work`."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return min(work, at_once * processors)
