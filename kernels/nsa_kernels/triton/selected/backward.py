@@ -4,8 +4,8 @@ The probabilities P are computed again from the log-sum-exp: dP = do v^T, dS = P
 delta = sum of o do, dq = scale dS k, dk = scale dS^T q, dv = P^T do. dq walks the blocks of a tile
 of tokens, as forward does. dk and dv walk, for each block, the queries that chose it, BQ of them
 with their R heads at a time; long lists are shared out to programs whose float32 sums are then
-added in order. Each sum has one owner and one order. On Hopper dk and dv have a kernel of their
-own, see hopper_dkv.py.
+added in order. Each sum has one owner and one order. On Hopper dq as well as dk and dv have kernels
+of their own, see hopper_dq.py and hopper_dkv.py.
 
 A gate g makes g P of P, see shared/gates.py. In dq, where queries are rows, it multiplies the sum.
 
@@ -38,6 +38,7 @@ from nsa_kernels.triton.selected.blocks import (
     tiles_of,
 )
 from nsa_kernels.triton.selected.hopper_dkv import HopperDkv
+from nsa_kernels.triton.selected.hopper_dq import hopper_dq
 from nsa_kernels.triton.selected.lists import (
     EDGES,
     block_lists,
@@ -63,6 +64,7 @@ from nsa_kernels.triton.shared.shapes import (
     padded,
     selected_dkv_gluon,
     selected_dkv_tile,
+    selected_walk_gluon,
     token_tile,
     walk_tiles,
 )
@@ -417,12 +419,18 @@ def selected_backward(
     )
     tiles = query_tiles(segments, tokens, "selected_base").table
     lists = block_lists(selected_NGn, block_rows_GB, block_lengths_B, tiles, tokens, select_block)
-    launcher(_dq_kernel, (len(tiles), C.G))(
-        q, sources, num_own, *tiles_of(tensors, walk), o_NHD, do, gate, log_sum_NH, delta_NH,
-        dq_NHD, tiles, lists, scale, in_logits, EXACT=q_NHD.dtype == torch.float32,
-        EDGE_BLOCKS=EDGES, LENGTH=lists.lists.shape[-1], C=C, num_warps=walk.warps,
-        num_stages=walk.stages, maxnreg=walk.registers, enable_fp_fusion=False,
-    )  # fmt: skip
+    if selected_walk_gluon(q_NHD, v_own_EGD, select_block, walk) and any(map(len, tensors)):
+        hopper_dq(
+            q_NHD, tensors, o_NHD, do_NHD, gate_NH, log_sum_NH, delta_NH, dq_NHD, tiles, lists,
+            scale, in_logits,
+        )  # fmt: skip
+    else:
+        launcher(_dq_kernel, (len(tiles), C.G))(
+            q, sources, num_own, *tiles_of(tensors, walk), o_NHD, do, gate, log_sum_NH, delta_NH,
+            dq_NHD, tiles, lists, scale, in_logits, EXACT=q_NHD.dtype == torch.float32,
+            EDGE_BLOCKS=EDGES, LENGTH=lists.lists.shape[-1], C=C, num_warps=walk.warps,
+            num_stages=walk.stages, maxnreg=walk.registers, enable_fp_fusion=False,
+        )  # fmt: skip
     del lists
 
     tile = selected_dkv_tile(q_NHD, v_own_EGD, select_block)

@@ -8,6 +8,7 @@ not choose leaves the token's running maximum, sum and accumulator as they are, 
 blocks come in ascending order for every token. So a query's output depends neither on its
 neighbours in the tile nor on where its document was cut. Multiply-adds are explicit and the
 compiler makes no others, so that the loop at the causal edge and the loop before it round alike.
+Hopper has a kernel of its own, see hopper_forward.py.
 
 `BlockLists` (lists.py) says what an entry of a tile's list holds.
 
@@ -34,6 +35,7 @@ from nsa_kernels.triton.selected.blocks import (
     tiles_of,
     with_int32_blocks,
 )
+from nsa_kernels.triton.selected.hopper_forward import hopper_forward
 from nsa_kernels.triton.selected.lists import (
     EDGES,
     block_lists,
@@ -52,7 +54,7 @@ from nsa_kernels.triton.shared.arithmetic import (
     zeros,
 )
 from nsa_kernels.triton.shared.launch import launcher
-from nsa_kernels.triton.shared.shapes import token_tile, walk_tiles
+from nsa_kernels.triton.shared.shapes import selected_walk_gluon, token_tile, walk_tiles
 from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
 
@@ -223,12 +225,15 @@ def selected_forward(
         blocks = block_lists(
             selected_NGn, block_rows_GB, block_lengths_B, tiles, tokens, select_block
         )
+        in_logits = logit_scale(q_NHD, scale)
+        if selected_walk_gluon(q_NHD, v_own_EGD, select_block, tile) and any(map(len, tensors)):
+            hopper_forward(q_NHD, tensors, o_NHD, lse_NH, log_sum_NH, tiles, blocks, in_logits)
+            return o_NHD, lse_NH, log_sum_NH
         launcher(_forward_kernel, (len(tiles), C.G))(
             head_rows(q_NHD), sources_of(tensors), k_own_EGD.shape[0],
-            *tiles_of(tensors, tile), o_NHD, lse_NH, log_sum_NH, tiles, blocks,
-            logit_scale(q_NHD, scale), EDGE_BLOCKS=EDGES, LENGTH=blocks.lists.shape[-1], C=C,
-            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-            enable_fp_fusion=False,
+            *tiles_of(tensors, tile), o_NHD, lse_NH, log_sum_NH, tiles, blocks, in_logits,
+            EDGE_BLOCKS=EDGES, LENGTH=blocks.lists.shape[-1], C=C, num_warps=tile.warps,
+            num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
         )  # fmt: skip
     return o_NHD, lse_NH, log_sum_NH
 

@@ -160,9 +160,9 @@ def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLay
 _GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
-def persistent_programs(x: Tensor, work: int) -> int:
-    """Of a kernel whose programs stay: one a multiprocessor, or one for each of `work` tiles."""
-    return min(work, _multiprocessors(x.device))
+def persistent_programs(x: Tensor, work: int, at_once: int = 1) -> int:
+    """Of a kernel whose programs stay: `at_once` a multiprocessor, no more than `work`."""
+    return min(work, at_once * _multiprocessors(x.device))
 
 
 @cache

@@ -95,7 +95,7 @@ class Gpu:
         masks take registers. None: as other widths.
     banded_256, banded_float32_128, banded_float32_256: the larger widths in 16 bits, and float32.
     selected_tma: whether forward and dq of widths up to 128 load whole blocks by TMA, in 16 bits.
-    selected_gluon: whether dk and dv have a kernel in Gluon: see `selected_dkv_gluon`.
+    selected_gluon: whether there are kernels in Gluon: see `selected_walk_gluon`.
     selected_dq_keys: most keys of a tile of dq in 16 bits.
     selected_dq_warps: of dq in 16 bits, where programs are small.
     selected_tall_registers: of a thread, where tiles are 64 rows high or more. None: the compiler's
@@ -330,16 +330,29 @@ def walk_tiles(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkT
     )
 
 
-def selected_dkv_gluon(q: Tensor, v: Tensor, select_block: int) -> bool:
-    """Whether dk and dv of the selected branch are the kernel's of selected/hopper_dkv.py."""
+def _selected_gluon(q: Tensor, v: Tensor, select_block: int) -> bool:
+    """Whether kernels of the selected branch in Gluon take this GPU, dtype, widths and blocks."""
     widths = {q.shape[-1], v.shape[-1]}
     return (
         gpu_of(q).selected_gluon
         and q.dtype != torch.float32
         and widths <= {64, 128}
-        and q.shape[1] // v.shape[1] in (8, 16, 32)
         and select_block == 64
     )
+
+
+def selected_walk_gluon(q: Tensor, v: Tensor, select_block: int, walk: WalkTile) -> bool:
+    """Whether forward or dq of the selected branch are those of selected/hopper_walk.py.
+
+    walk: what the plain kernel takes else. Sums in pieces are left to it.
+    """
+    ratio = q.shape[1] // v.shape[1]
+    return _selected_gluon(q, v, select_block) and ratio in (4, 8, 16, 32) and not walk.apart
+
+
+def selected_dkv_gluon(q: Tensor, v: Tensor, select_block: int) -> bool:
+    """Whether dk and dv of the selected branch are the kernel's of selected/hopper_dkv.py."""
+    return _selected_gluon(q, v, select_block) and q.shape[1] // v.shape[1] in (8, 16, 32)
 
 
 def selected_dkv_tile(q: Tensor, v: Tensor, select_block: int) -> Tile:

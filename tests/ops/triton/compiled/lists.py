@@ -139,6 +139,11 @@ OF_ONE_GPU = {"hopper_": 90}
 SHORT_HOPPER = (
     (Case("selected", "fp16", 64, 64), 90, "selected.hopper_block_dkv"),
     (Case("selected", "bf16", 128, 128, options=(("gate", 1),)), 90, "selected.hopper_block_dkv"),
+    (Case("selected", "fp16", 64, 64, options=(("gate", 1),)), 90, "selected.hopper_block_dq"),
+    (Case("selected", "bf16", 128, 128, options=(("gate", 1),)), 90, "selected.hopper_block_dq"),
+    (Case("selected", "fp16", 64, 64), 90, "selected.hopper_block_forward"),
+    (Case("selected", "bf16", 128, 128), 80, "selected.forward"),
+    (Case("selected", "bf16", 128, 128), 80, "selected.dq"),
     (Case("selected", "bf16", 128, 128), 80, "selected.dkv"),
     (Case("compressed", "bf16", 192, 128), 90, "banded.hopper_forward"),
     (Case("window", "bf16", 192, 128), 90, "banded.hopper_forward"),
