@@ -64,6 +64,20 @@ def make_inputs(case: Case, dtype: torch.dtype, gain: float = 1.0) -> tuple[Tens
     return q, random(count, case.groups, case.key_width, dtype=dtype)
 
 
+def exact_inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each head reads a channel of its own, in which some keys outshine all before them: the last
+    of these has probability 1 to the bit, all others 0, and most blocks tie."""
+    group = case.heads // case.groups
+    q = torch.zeros(sum(case.documents), case.groups, group, case.key_width, dtype=dtype)
+    for r in range(group):
+        q[:, :, r, r] = 2048.0
+    shape = case.compressed_bounds[-1], case.groups, case.key_width
+    shines = torch.rand(shape) < 0.2
+    k = torch.where(shines, torch.arange(shape[0])[:, None, None] + 1.0, -1.0).to(dtype)
+    assert shape[0] < 256  # exact in bfloat16
+    return q.flatten(1, 2), k
+
+
 def assert_well_formed(
     case: Case, selected: Tensor, positions: Tensor, init: int, local: int
 ) -> None:

@@ -8,7 +8,6 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
 
 from nsa_kernels.reference import num_compressed, select_blocks
 from tests.ops.backends import DTYPES as KERNEL_DTYPES
@@ -17,6 +16,7 @@ from tests.ops.choices import (
     assert_highest,
     assert_well_formed,
     choose,
+    exact_inputs,
     make_inputs,
     one,
     scores,
@@ -59,20 +59,6 @@ def test_chosen_scores_are_the_highest(
     keys = fill(k, layout.compressed_index)
     selected = choose(backend, case, layout.segments, q[case.local_rows], keys)
     assert_highest(case, selected, q, k)
-
-
-def exact_inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each head reads a channel of its own, in which some keys outshine all before them: the last
-    of these has probability 1 to the bit, all others 0, and most blocks tie."""
-    group = case.heads // case.groups
-    q = torch.zeros(sum(case.documents), case.groups, group, case.key_width, dtype=dtype)
-    for r in range(group):
-        q[:, :, r, r] = 2048.0
-    shape = case.compressed_bounds[-1], case.groups, case.key_width
-    shines = torch.rand(shape) < 0.2
-    k = torch.where(shines, torch.arange(shape[0])[:, None, None] + 1.0, -1.0).to(dtype)
-    assert shape[0] < 256  # exact in bfloat16
-    return q.flatten(1, 2), k
 
 
 @pytest.mark.usefixtures("small_tiles")

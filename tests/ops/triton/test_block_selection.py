@@ -11,16 +11,20 @@ import torch
 from nsa_kernels.reference import (
     masked_softmax,
     num_compressed,
+    select_blocks,
 )
 from nsa_kernels.triton.selection import operator
+from nsa_kernels.triton.selection.scores import SHORT_LOG2E
 from nsa_kernels.triton.shared.shapes import ScoreTile
 from tests.ops.backends import DEVICE, DTYPES, TRITON
 from tests.ops.choices import (
     assert_highest,
     assert_some_are_the_highest,
     choose,
+    exact_inputs,
     make_inputs,
     one,
+    scores,
     small,
 )
 from tests.ops.op_cases import Case, Layout, case_id, fill, random
@@ -74,6 +78,37 @@ def test_tile_shapes(columns: int, heads: int, monkeypatch: pytest.MonkeyPatch) 
         TRITON, case, layout.segments, q[case.local_rows], fill(k, layout.compressed_index)
     )
     assert_highest(case, selected, q, k)
+
+
+@pytest.mark.parametrize("per_block", [2, 4, 8, 16])
+def test_halves_of_blocks(per_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of a block in two parts of 16 rows: the scores are those of keys in their order."""
+    shape = ScoreTile(columns=128, keys=64, warps=4, stages=2, halves=2)
+    monkeypatch.setattr(operator, "score_tile", lambda *_: shape)
+    case = small("halves", heads=8, stride=4, block=8, select_block=4 * per_block)
+    case = replace(case, documents=(24 * per_block, 33), runs=())
+    layout = Layout(case)
+    q, k = make_inputs(case, torch.float16)
+    keys = fill(k, layout.compressed_index)
+    assert_highest(case, choose(TRITON, case, layout.segments, q, keys), q, k)
+
+
+def test_scores_that_are_exact_in_16_bits() -> None:
+    """A probability of 1 is 1, also where log2(e) is part of the scale: ties fall as defined.
+
+    The interpreter rounds a product before it adds; so log2(e) itself is looked at, too.
+    """
+    shortened = SHORT_LOG2E.value * 2**15
+    assert shortened == round(math.log2(math.e) * 2**15)
+    case = Case("exact", (99, 64), heads=16, groups=1, num_selected=5)
+    layout = Layout(case)
+    q, k = exact_inputs(case, torch.float16)
+    documents = range(len(case.documents))
+    expected = torch.cat(
+        [select_blocks(scores(case, i, q, k, torch.float64), case.options) for i in documents]
+    )
+    keys = fill(k, layout.compressed_index)
+    assert torch.equal(choose(TRITON, case, layout.segments, q, keys), expected)
 
 
 @pytest.mark.parametrize(("init", "local"), [(0, 1), (0, 4), (3, 1), (2, 2)])

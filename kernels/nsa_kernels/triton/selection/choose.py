@@ -144,8 +144,7 @@ def choose_blocks(
     while True:
         first = found is selected_NGn
         parts = triton.cdiv(count, MOST_COLUMNS)
-        # Powers of 4: few kernels to compile.
-        width = min(1 << max(6, -(-(count - 1).bit_length() // 2) * 2), MOST_COLUMNS)
+        width = min(max(64, triton.next_power_of_2(count)), MOST_COLUMNS)
         out = selected_NGn
         if parts > 1:
             out = selected_NGn.new_empty(rows * groups * parts * num_selected)

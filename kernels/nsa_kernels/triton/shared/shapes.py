@@ -49,13 +49,18 @@ class BandedTiles(NamedTuple):
 
 
 class ScoreTile(NamedTuple):
-    """columns: (head, token) pairs of a tile of scores; keys: its rows; registers: of a thread."""
+    """columns: (head, token) pairs of a tile of scores; keys: its rows; registers: of a thread.
+
+    halves: 2 where the keys of a selection block, 2 to 16 of them, stand one half in the first 8 of
+        16 rows and the other half in the last 8.
+    """
 
     columns: int
     keys: int
     warps: int
     stages: int
     registers: int | None = None
+    halves: int = 1
 
 
 # The same on every GPU so far.
@@ -105,6 +110,7 @@ class Gpu:
     score_columns: of a tile of scores in 16 bits, with many heads and long blocks.
     score_single_columns: of one with a single head and key to sum, where a thread keeps all scores.
     score_registers: of a thread, for scores in 16 bits.
+    score_halves: of a tile of score_columns with 16 heads or more, see `ScoreTile`.
     score_two_programs: whether tiles of score_columns have the registers that let two programs
         share a multiprocessor.
     choose_first_registers: of a thread that ranks scores for the first time.
@@ -127,6 +133,7 @@ class Gpu:
     score_columns: int = 128
     score_single_columns: int = 128
     score_registers: int | None = None
+    score_halves: int = 1
     score_two_programs: bool = False
     choose_first_registers: int | None = None
 
@@ -170,6 +177,7 @@ HOPPER = Gpu(
     selected_dq_warps=4,
     selected_tall_registers=None,
     score_columns=256,
+    score_halves=2,
     score_two_programs=True,
 )
 BLACKWELL = Gpu(
@@ -191,6 +199,8 @@ INTERPRETER = Gpu(
     banded_float32_128=_INTERPRETED,
     banded_float32_256=_INTERPRETED,
     selected_dq_warps=4,
+    score_columns=256,
+    score_halves=2,
 )
 # By the major number of the compute capability. GPUs that are not here are OTHER.
 GPUS = {8: AMPERE, 9: HOPPER, 10: BLACKWELL}
@@ -396,6 +406,9 @@ def score_tile(q: Tensor, heads: int, per_block: int) -> ScoreTile:
         # memory, when exchanging a tile's scores between threads takes no more than 1 KiB of it.
         scores = tile.columns // heads * (tile.keys // per_block)
         tile = tile._replace(registers=128, stages=3 if 4 * scores <= 1024 else 2)
+    # With fewer heads the more tokens of a tile take the registers.
+    if heads >= 16 and 2 <= per_block <= 16:
+        tile = tile._replace(halves=gpu.score_halves)
     return tile
 
 

@@ -87,7 +87,7 @@ def _select() -> Iterator[Case]:
     yield from _widths("select", "fp16")
     case = Case("select", "bf16", 64, 64)
     for n in (2, 16, 64):
-        for far in (10, 60, 200, 1000, 4000, 5000, 600_000):
+        for far in (10, 60, 100, 200, 400, 1000, 2000, 4000, 5000, 600_000):
             for stride in (16, 32):
                 yield _options(case, stride=stride, n=n, far=far)
 
