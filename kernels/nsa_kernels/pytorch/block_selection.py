@@ -88,11 +88,15 @@ def select_blocks(
     device, dtype = q.device, accumulation_dtype(q)
     num_queries, num_heads, _ = q.shape
     num_groups = k.shape[1]
-    keys_GCD = heads_first(k, dtype)
     selected = Rows(q.new_zeros((0, num_groups, num_selected), dtype=torch.int32), -1)
     for segment in segments.rows:
-        most = max(1, num_visible(segment.position + segment.length - 1, block, stride))
-        for part in segment.split(tile_rows(num_heads * most)):
+        newest_of_all = segment.position + segment.length - 1
+        most = num_visible(newest_of_all, block, stride)
+        keys_GCD = k.new_empty(0)
+        if newest_of_all // select_block + 1 > num_selected:  # Some query has a choice.
+            base = segment.compressed_base
+            keys_GCD = heads_first(k[base : base + most], dtype)
+        for part in segment.split(tile_rows(num_heads * max(1, most))):
             rows = slice(part.start, part.start + part.length)
             newest = part.position + part.length - 1
             num_blocks = newest // select_block + 1
@@ -101,11 +105,11 @@ def select_blocks(
                 best = torch.arange(num_blocks, device=device)
                 best = best.expand(num_groups, part.length, num_blocks)
             else:
-                base, visible = part.compressed_base, num_visible(newest, block, stride)
+                visible = num_visible(newest, block, stride)
                 probs_GmC = _group_probabilities(
                     part,
                     group_queries(q[rows], num_groups, dtype),
-                    keys_GCD[:, base : base + visible],
+                    keys_GCD[:, :visible],
                     block,
                     stride,
                     scale,
