@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsa_dist.attention.call import Call
 from nsa_dist.attention.flow import attend_branches
-from nsa_dist.attention.selectors import CompressedSelector, Selector
+from nsa_dist.attention.selectors import CompressedSelector
 from nsa_dist.comm import CommunicationCounter, Work
 from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.group import ContextGroup
@@ -24,6 +24,10 @@ from nsa_dist.decoding.cache import LayerCache, num_blocks
 from nsa_dist.nn.compressor import apply_compressor
 from nsa_dist.plan import BlockOwnership, Halo, Plan
 from nsa_kernels import Backend, QuerySegments
+from nsa_kernels.backend import attend_few
+
+FEW_TOKENS = 16
+"""New tokens of a row, at most, that kernels for few queries are used for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,7 @@ class Step:
         past: cached tokens of each row, with padding.
         starts: column of the first token of each row.
         capacity, block_capacity: tokens and compressed tokens of a row that there is room for.
+        most_new: new tokens of the row that has most, without padding.
         new_slots: int64 [new blocks], where the compressed tokens of blocks that become complete
             are stored.
         plan: segments of the N queries, and the blocks: ``compressed`` has those that become
@@ -46,6 +51,7 @@ class Step:
     starts: tuple[int, ...]
     capacity: int
     block_capacity: int
+    most_new: int
     new_slots: Tensor
     plan: Plan
 
@@ -118,7 +124,8 @@ def plan_step(
             "selected": _own(rows, lengths),
         },
     )
-    return Step(past, starts, capacity, block_capacity, slots, plan)
+    most_new = max((count for _, count, *_ in segments), default=0)
+    return Step(past, starts, capacity, block_capacity, most_new, slots, plan)
 
 
 def _to_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -170,9 +177,12 @@ def attend_cached(
     keys: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
     gates_NHb: Tensor,
-    selector: Selector,
+    selector: CachedCompression,
 ) -> Tensor:
     """The attention [N, H, Dv] of new tokens over the rows of a cache that holds them.
+
+    A backend that has kernels for few queries computes up to FEW_TOKENS of a row with these, where
+    no gradients are needed; else the steps are those of training.
 
     Args:
         context: a group of one rank.
@@ -181,4 +191,32 @@ def attend_cached(
     """
     assert context.size == 1, context.size
     call = Call(config, backend, step.plan, Channel(context, counter, step.plan))
+    few = attend_few(backend)
+    if (
+        few is not None
+        and step.most_new <= FEW_TOKENS
+        and {"selected", "window"} <= set(config.branches)
+        and not torch.is_grad_enabled()
+    ):
+        extended = {name: (k, values.get(name, k)) for name, k in keys.items()}
+        k_CGD, v_CGD = selector.begin(call, extended).finish()
+        blocks = step.plan.grids["selected"].own_rows
+        out_NHD, _ = few(
+            q_NHD,
+            {**keys, "compressed": k_CGD},
+            {**values, "compressed": v_CGD},
+            gates_NHb,
+            step.plan.segments,
+            blocks.expand(config.num_kv_heads, -1),
+            branches=config.branches,
+            block=config.compress_block,
+            stride=config.compress_stride,
+            select_block=config.select_block,
+            num_selected=config.num_selected,
+            num_init_blocks=config.num_init_blocks,
+            num_local_blocks=config.num_local_blocks,
+            window=config.window,
+            scale=config.softmax_scale,
+        )
+        return out_NHD
     return attend_branches(call, q_NHD, keys, values, gates_NHb, selector).out_NHD

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -20,8 +21,15 @@ from nsa_dist.adapters.huggingface.batch import assert_starts, read_mask
 from nsa_dist.adapters.huggingface.cache import NSACacheLayer
 from nsa_dist.decoding.cache import capacity_for, num_blocks
 from nsa_kernels import pytorch
-from tests.adapters.huggingface.small_models import SMALL, left_padded, some_tokens, sparse_model
+from tests.adapters.huggingface.small_models import (
+    ON_GPU,
+    SMALL,
+    left_padded,
+    some_tokens,
+    sparse_model,
+)
 from tests.distributed.layer_case import largest
+from tests.ops.accuracy import assert_2x
 from tests.traps.mutation import Rewritten, catches
 
 
@@ -212,3 +220,39 @@ def test_a_device_judges_a_mask_as_the_host_does() -> None:
                 continue
             with pytest.raises(RuntimeError, match="attention_mask must be one"):
                 assert_starts(mask, (start,))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@torch.no_grad()
+def test_steps_by_kernels_for_few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a left padded batch, of which one row begins to compress."""
+    from nsa_kernels import triton
+
+    config = replace(SMALL, **ON_GPU)
+    tokens, mask = left_padded([some_tokens(1, n, seed=n)[0] for n in (41, 5)])
+    steps = (some_tokens(2, 1, seed=5), some_tokens(2, 3, seed=6), some_tokens(2, 1, seed=7))
+    calls = []
+    few = triton.attend_few
+
+    def counted(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(q))
+        return few(q, *args, **kwargs)
+
+    monkeypatch.setattr(triton, "attend_few", counted)
+
+    def logits(backend: str, dtype: torch.dtype) -> Tensor:
+        model = sparse_model("qwen3", config, dtype=dtype, num_hidden_layers=1)
+        cache, seen, found = DynamicCache(config=model.config), mask, []
+        model.use_group(None, backend="pytorch")  # Faster than the interpreter.
+        model(tokens, attention_mask=mask, past_key_values=cache)
+        model.use_group(None, backend=backend)
+        for step in steps:
+            seen = torch.cat((seen, torch.ones_like(step)), dim=1)
+            found.append(model(step, attention_mask=seen, past_key_values=cache).logits)
+        return torch.cat(found, dim=1).flatten(0, 1)
+
+    ours = logits("triton", torch.float32)
+    assert calls == [2, 6, 2]  # queries
+    plain, exact = logits("pytorch", torch.float32), logits("pytorch", torch.float64)
+    assert len(calls) == 3
+    assert_2x(ours, plain, exact, torch.float32, "logits of steps")
