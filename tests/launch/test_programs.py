@@ -27,6 +27,7 @@ HELP = {
     "train.py": ("configs/default.toml", "--help"),
     "convert.py": (),
     "prepare_data.py": ("--help",),
+    "bench/decoding.py": ("--help",),
     "bench/operators.py": ("--help",),
     "bench/distributed.py": ("--help",),
     "bench/record_choices.py": ("--help",),
