@@ -2,7 +2,7 @@
 
 For one KV head at a time, the blocks that some query chose become a pool [A, s, D]. A tile of
 queries gathers the n blocks of each, so that a query's sums have one order, whatever its neighbours
-chose. Few queries gather theirs without a pool. Backward, which must only be the same in every run,
+chose. Backward, which must only be the same in every run,
 sorts many queries' choices by block, so that each product is one of a block with the queries that
 chose it, and no key is copied for them.
 
@@ -32,14 +32,6 @@ from nsa_kernels.pytorch._common import (
     tile_rows,
 )
 from nsa_kernels.segments import QuerySegments, Segment
-
-# Of a document's part, at most, for `_attend_few`.
-FEW_QUERIES = 8
-
-
-def most_rows(segments: QuerySegments) -> int:
-    """The length of the longest segment."""
-    return max((segment.length for segment in segments.rows), default=0)
 
 
 class _Pool:
@@ -116,105 +108,27 @@ class _Pool:
         rows, n = slice(part.start, part.start + part.length), self.num_chosen(part)
         slots_mn = self.slots_Nn[rows, :n]
         keys_AsD, values_AsD, bad_As = self.context
-        context = FiniteRows(
-            self.gather(keys_AsD, slots_mn),
-            self.gather(values_AsD, slots_mn),
-            None if bad_As is None else bad_As[slots_mn].flatten(1),
+        logits_mRK = scaled_product(query_mRD, self.gather(keys_AsD, slots_mn).mT, scale)
+        if bad_As is not None:
+            logits_mRK = logits_mRK.masked_fill(bad_As[slots_mn].flatten(1).unsqueeze(1), math.nan)
+        seen_mn = self.seen_Nn[rows, :n]
+        hidden_m1K = (self.offset_s >= seen_mn.unsqueeze(-1)).flatten(1).unsqueeze(1)
+        logits_mRK = logits_mRK.masked_fill(hidden_m1K, -math.inf)
+        probs_mRK = logits_mRK.softmax(dim=-1)
+        # NaN where a query sees nothing, and only there and where it sees NaN.
+        blind_m1 = (seen_mn == 0).all(dim=-1)[:, None]
+        out_mRD = torch.bmm(probs_mRK, self.gather(values_AsD, slots_mn)).masked_fill(
+            blind_m1.unsqueeze(-1), 0.0
         )
-        return _attend(query_mRD, context, self.seen_Nn[rows, :n], self.offset_s, scale)
+        # The largest probability is exp(max - lse).
+        lse_mR = logits_mRK.amax(dim=-1) - probs_mRK.amax(dim=-1).log()
+        return out_mRD, lse_mR.masked_fill(blind_m1, -math.inf)
 
     def scatter(self, grads: Tensor) -> Tensor:
         """Gradients of the pool [A - 1, s, D], without its zeros -> of the rows [E + F, D]."""
         out = grads.new_zeros(self.num_rows + 1, grads.shape[-1])
         out[self.rows_As[:-1]] = grads  # blocks share no row but the last
         return out[:-1]
-
-
-def _attend(
-    query_mRD: Tensor, context: FiniteRows, seen_mn: Tensor, offset_s: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """o [m, R, Dv] and lse [m, R] of queries to the K = n*s gathered keys of each.
-
-    seen_mn: how many tokens of each block the query sees.
-    """
-    logits_mRK = scaled_product(query_mRD, context.keys.mT, scale)
-    if context.bad is not None:
-        logits_mRK = logits_mRK.masked_fill(context.bad.unsqueeze(1), math.nan)
-    hidden_m1K = (offset_s >= seen_mn.unsqueeze(-1)).flatten(1).unsqueeze(1)
-    logits_mRK = logits_mRK.masked_fill(hidden_m1K, -math.inf)
-    probs_mRK = logits_mRK.softmax(dim=-1)
-    # NaN where a query sees nothing, and only there and where it sees NaN.
-    blind_m1 = (seen_mn == 0).all(dim=-1)[:, None]
-    out_mRD = torch.bmm(probs_mRK, context.values).masked_fill(blind_m1.unsqueeze(-1), 0.0)
-    # The largest probability is exp(max - lse).
-    lse_mR = logits_mRK.amax(dim=-1) - probs_mRK.amax(dim=-1).log()
-    return out_mRD, lse_mR.masked_fill(blind_m1, -math.inf)
-
-
-def _head_rows(x_EGD: Tensor, rows_mGK: Tensor) -> Tensor:
-    """x[rows[m, g, k], g], [m, G, K, D]."""
-    row, head, channel = x_EGD.stride()
-    if channel != 1 or head == 0 or row % head:
-        x_EGD = x_EGD.contiguous()
-        row, head, _ = x_EGD.stride()
-    num_rows, num_groups, width = x_EGD.shape
-    # Rows of one head: torch gathers along the first dimension four times as fast as along two.
-    apart = row // head
-    rows_of_heads = x_EGD.as_strided(
-        ((num_rows - 1) * apart + num_groups, width), (head, 1), x_EGD.storage_offset()
-    )
-    index = rows_mGK * apart + torch.arange(num_groups, device=x_EGD.device).unsqueeze(1)
-    return rows_of_heads.index_select(0, index.flatten()).view(*rows_mGK.shape, width)
-
-
-def _attend_few(
-    q_NHD: Tensor,
-    sources: list[Tensor],
-    selected_NGn: Tensor,
-    block_rows_GB: Tensor,
-    segments: QuerySegments,
-    select_block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """o [N, H, Dv] and lse [N, H], of all KV heads at once.
-
-    For queries so few that a pool of blocks would serve none twice, as in decoding.
-
-    sources: keys and values, own and then fetched.
-    """
-    dtype, device = accumulation_dtype(q_NHD), q_NHD.device
-    num_queries, num_groups, _ = selected_NGn.shape
-    newest = max(s.position + s.length - 1 for s in segments.rows)
-    selected_NGn = selected_NGn[..., : newest // select_block + 1]
-    chosen_NGn = selected_NGn >= 0
-    ids_NGn = (selected_NGn + segments.selected_bases[:, None, None]).where(chosen_NGn, 0)
-    head_G1 = torch.arange(num_groups, device=device).unsqueeze(1)
-    starts_NGn = block_rows_GB[head_G1, ids_NGn]
-    missing_NGn = chosen_NGn & (starts_NGn < 0)
-    assert not missing_NGn.any(), f"block {int(ids_NGn[missing_NGn][0])} was chosen and is not here"
-    ends_NGn = segments.positions[:, None, None] + 1 - selected_NGn * select_block
-    seen_NGn = ends_NGn.clamp(0, select_block).where(chosen_NGn, 0)
-    offset_s = torch.arange(select_block, device=device)
-    group = q_NHD.shape[1] // num_groups
-    width = max(x.shape[-1] for x in sources)
-    size = tile_rows(num_groups * selected_NGn.shape[-1] * select_block * width, 4)
-    o = Rows(q_NHD.new_zeros(0, q_NHD.shape[1], sources[1].shape[-1]), 0.0)
-    lse = Rows(q_NHD.new_zeros(0, q_NHD.shape[1], dtype=dtype), -math.inf)
-    for start in range(0, num_queries, size):
-        rows = slice(start, start + size)
-        seen_Pn = seen_NGn[rows].flatten(0, 1)  # P pairs of a query and a KV head
-        hidden_PK = (offset_s >= seen_Pn.unsqueeze(-1)).flatten(1)
-        rows_mGK = (starts_NGn[rows].unsqueeze(-1) + offset_s).flatten(2)
-        # What is hidden is multiplied by 0: by the query's first key, as rows that nobody sees may
-        # hold NaN.
-        first_mGK = rows_mGK[..., :1].clamp(min=0).expand_as(rows_mGK)
-        rows_mGK = first_mGK.where(hidden_PK.view_as(rows_mGK), rows_mGK)
-        context = FiniteRows.of(*(_head_rows(x, rows_mGK).flatten(0, 1).to(dtype) for x in sources))
-        query_PRD = q_NHD[rows].to(dtype).reshape(-1, group, q_NHD.shape[-1])
-        out_PRD, lse_PR = _attend(query_PRD, context, seen_Pn, offset_s, scale)
-        o.add(start, out_PRD.view(-1, q_NHD.shape[1], out_PRD.shape[-1]))
-        lse.add(start, lse_PR.view(-1, q_NHD.shape[1]))
-    return o.joined(num_queries), lse.joined(num_queries)
 
 
 class _SelectedAttention(torch.autograd.Function):
@@ -253,13 +167,6 @@ class _SelectedAttention(torch.autograd.Function):
         ctx.save_for_backward(*tensors, gate_NH)
         ctx.pool_arguments = (block_lengths_B, segments, select_block, dtype)
         ctx.scale = scale
-        if block_rows_GB.numel() and 0 < most_rows(segments) <= FEW_QUERIES:
-            sources = [
-                torch.cat(pair) if len(pair[1]) else pair[0]
-                for pair in ((k_own_EGD, k_fetched_FGD), (v_own_EGD, v_fetched_FGD))
-            ]
-            few = (selected_NGn, block_rows_GB, segments, select_block, scale)
-            return with_summand(ctx, *_attend_few(q_NHD, sources, *few), gate_NH)
         group = q_NHD.shape[1] // k_own_EGD.shape[1]
         of_heads = []
         for g in range(k_own_EGD.shape[1]):

@@ -20,7 +20,6 @@ from transformers import DynamicCache
 from nsa_dist.adapters.huggingface.batch import assert_starts, read_mask
 from nsa_dist.adapters.huggingface.cache import NSACacheLayer
 from nsa_dist.decoding.cache import capacity_for, num_blocks
-from nsa_kernels import pytorch
 from tests.adapters.huggingface.small_models import (
     ON_GPU,
     SMALL,
@@ -39,28 +38,16 @@ class Elements(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.written = 0
-        self.counts = True
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         found = function(*args, **(kwargs or {}))
-        if self.counts and not function.is_view:
+        if not function.is_view:
             for x in found if isinstance(found, (tuple, list)) else (found,):
                 if isinstance(x, Tensor):
                     self.written += x.numel()
         return found
-
-    def leave_out(self, function: Any) -> Any:
-        """The function, whose elements are not counted."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self.counts = False
-            found = function(*args, **kwargs)
-            self.counts = True
-            return found
-
-        return run
 
 
 def _filled(model: Any, length: int) -> DynamicCache:
@@ -83,27 +70,22 @@ def _filled(model: Any, length: int) -> DynamicCache:
 @torch.no_grad()
 @catches(
     "a step over all cached rows",
-    "the window branch copies every row and not its segment's",
-    Rewritten(
-        "nsa_kernels.pytorch:TiledAttention.forward",
-        "slice(*$TILE.span)",
-        "slice(0, $TILE.span[1])",
-    ),
+    "all rows are copied before some are gathered",
+    Rewritten("nsa_kernels.pytorch:_gather", "rows.index_select(0, $INDEX)", "(rows + 0)[$INDEX]"),
 )
-def test_a_step_does_not_grow_with_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the compressed branch and its scores it writes the same at 16K tokens as at 1K."""
+def test_a_step_grows_by_compressed_tokens_alone() -> None:
+    """From 1K to 16K tokens: by the new ones' keys and values, and some numbers for each head."""
     blocks = {"compress_block": 32, "compress_stride": 16, "select_block": 64}
-    model = sparse_model("llama", replace(SMALL, window=128, **blocks))
-    written = []
-    for length in (1024, 16384):
+    config = replace(SMALL, window=128, **blocks)
+    model, written, lengths = sparse_model("llama", config), [], (1024, 16384)
+    for length in lengths:
         cache = _filled(model, length)
-        with monkeypatch.context() as patch, Elements() as elements:
-            for name in ("compressed_attention", "select_blocks"):
-                patch.setattr(pytorch, name, elements.leave_out(getattr(pytorch, name)))
+        with Elements() as elements:
             model(some_tokens(1, 1), past_key_values=cache)
         written.append(elements.written)
-    # What grows is the table of selection blocks: some numbers for 256 of them.
-    assert written[1] <= 1.5 * written[0], written
+    first, last = (num_blocks(length, config) for length in lengths)
+    numbers = 2 * config.num_kv_heads * config.head_dim + 12 * config.num_heads
+    assert written[1] - written[0] <= len(cache.layers) * (last - first) * numbers, written
 
 
 @torch.no_grad()

@@ -2,87 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from nsa_kernels import QuerySegments
-from nsa_kernels.backend import attend_few
-from nsa_kernels.reference import masked_softmax, weighted_values
 from nsa_kernels.triton.decoding import constants
 from tests.ops.accuracy import assert_2x
-from tests.ops.backends import DEVICE, PYTORCH, TRITON, natively_all
+from tests.ops.backends import PYTORCH, TRITON, natively_all
+from tests.ops.few_queries import CASES, Decoding, Problem
 from tests.ops.op_cases import same_bits
 from tests.traps.mutation import Rewritten, catches
-
-BRANCHES = ("compressed", "selected", "window")
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """rows: (tokens, new ones) of each document; the rest as the operators take them."""
-
-    name: str
-    rows: tuple[tuple[int, int], ...]
-    heads: int = 4
-    groups: int = 2
-    key_width: int = 32
-    value_width: int = 32
-    block: int = 8
-    stride: int = 4
-    select_block: int = 16
-    num_selected: int = 4
-    window: int = 40
-    branches: tuple[str, ...] = BRANCHES
-
-    @property
-    def capacity(self) -> int:
-        return max(tokens for tokens, _ in self.rows) + 5
-
-    @property
-    def compressed(self) -> int:
-        return self.capacity // self.stride
-
-    @property
-    def most(self) -> int:
-        return -(-self.capacity // self.select_block)
-
-    @property
-    def scale(self) -> float:
-        return self.key_width**-0.5
-
-    @property
-    def options(self) -> dict[str, Any]:
-        names = ("block", "stride", "select_block", "num_selected", "window", "scale", "branches")
-        forced = {"num_init_blocks": 1, "num_local_blocks": 2}
-        return {name: getattr(self, name) for name in names} | forced
-
-
-CASES = (
-    Decoding("ends of documents", ((150, 1), (33, 1), (6, 1), (1, 1))),
-    Decoding("several tokens", ((90, 5), (40, 1), (17, 3)), block=4, stride=4),
-    Decoding(
-        "padded",
-        ((70, 2), (49, 1)),
-        heads=3,
-        groups=1,
-        key_width=48,
-        value_width=80,
-        block=16,
-        stride=4,
-        select_block=32,
-        num_selected=3,
-        window=33,
-    ),
-    Decoding("32 heads", ((60, 1),), heads=32, groups=1, value_width=16),
-    Decoding("many parts", ((300, 1), (280, 1)), block=4, stride=2, num_selected=7, window=100),
-    Decoding("nothing compressed yet", ((7, 1), (3, 2))),
-    Decoding("compressed keys that only select", ((90, 1),), branches=("selected", "window")),
-)
 
 
 @pytest.fixture(autouse=True)
@@ -91,97 +23,6 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "SPLIT", 64)
     monkeypatch.setattr(constants, "PART", 32)
     monkeypatch.setattr(constants, "PIECE", 2)
-
-
-class Problem:
-    """Caches with NaN in all rows that nobody may read, and the queries at their ends."""
-
-    def __init__(self, case: Decoding, dtype: torch.dtype) -> None:
-        self.case, self.dtype = case, dtype
-        generator = torch.Generator().manual_seed(len(case.name))
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype)
-
-        batch, groups = len(case.rows), case.groups
-        queries = sum(new for _, new in case.rows)
-        self.q = normal(queries, case.heads, case.key_width)
-        self.gates = torch.rand(queries, case.heads, len(case.branches), generator=generator)
-        self.keys, self.values = {}, {}
-        for name in BRANCHES:
-            rows = case.compressed if name == "compressed" else case.capacity
-            # KV heads of all branches stand beside each other, as in a cache with independent sets.
-            both = normal(batch, rows, 3 * groups, max(case.key_width, case.value_width))
-            for b, (tokens, _) in enumerate(case.rows):
-                seen = tokens
-                if name == "compressed":
-                    seen = max(0, (tokens - case.block) // case.stride + 1)
-                both[b, seen:] = math.nan
-            k, v = both[:, :, :groups], both[:, :, groups : 2 * groups]
-            self.keys[name] = k[..., : case.key_width].flatten(0, 1)
-            if name in case.branches:
-                self.values[name] = v[..., : case.value_width].flatten(0, 1)
-        blocks = torch.arange(case.most) * case.select_block
-        rows = torch.arange(batch)[:, None] * case.capacity + blocks
-        ends = torch.tensor([tokens for tokens, _ in case.rows])[:, None]
-        self.block_rows = rows.where(blocks < ends, -1).flatten().expand(groups, -1)
-
-    def segments(self, rows: list[int] | None = None, only: int | None = None) -> QuerySegments:
-        """Of all rows, or of these; of one of their tokens, counted from the end, if `only`."""
-        case, found, start = self.case, [], 0
-        for b, (tokens, new) in enumerate(case.rows):
-            if rows is not None and b not in rows:
-                continue
-            length, position = (new, tokens - new) if only is None else (1, tokens - only)
-            base = (b * case.compressed, b * case.most, b * case.capacity)
-            found.append((start, length, position, *base))
-            start += length
-        return QuerySegments.from_rows(found)
-
-    def run(self, segments: QuerySegments, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Of some of the queries, which stand in the segments."""
-        few = attend_few(TRITON.ops)
-        assert few is not None
-
-        def placed(x: Tensor) -> Tensor:
-            return x.to(DEVICE)
-
-        out, blocks = few(
-            placed(self.q[queries]),
-            {name: placed(x) for name, x in self.keys.items()},
-            {name: placed(x) for name, x in self.values.items()},
-            placed(self.gates[queries]),
-            segments.to(DEVICE),
-            placed(self.block_rows),
-            **self.case.options,
-        )
-        return out.cpu(), blocks.cpu()
-
-    def dense(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-        """All branches by dense code in a dtype, with the given choice."""
-        case, out, n = self.case, [], 0
-        for b, (tokens, new) in enumerate(case.rows):
-            for t in range(tokens - new, tokens):
-                key = torch.arange(case.capacity)
-                ends = torch.arange(case.compressed) * case.stride + case.block - 1
-                chosen = (key // case.select_block == blocks[n].unsqueeze(-1)).any(1)
-                masks = {
-                    "compressed": ends <= t,
-                    "selected": chosen & (key <= t),
-                    "window": (key <= t) & (key > t - case.window),
-                }
-                total = torch.zeros(1, case.heads, case.value_width, dtype=dtype)
-                for i, name in enumerate(case.branches):
-                    rows = len(masks["compressed"] if name == "compressed" else key)
-                    at = slice(b * rows, (b + 1) * rows)
-                    k, v = (x[name][at].to(dtype).nan_to_num() for x in (self.keys, self.values))
-                    q = self.q[n : n + 1].to(dtype)
-                    probs, _ = masked_softmax(q, k, masks[name][None], case.scale)
-                    gate = self.gates[n, :, i, None].to(dtype)
-                    total = total + gate * weighted_values(probs, v)
-                out.append(total)
-                n += 1
-        return torch.cat(out)
 
 
 def case_id(value: Any) -> str:
@@ -202,7 +43,7 @@ def case_id(value: Any) -> str:
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_against_dense_code(case: Decoding, dtype: torch.dtype) -> None:
     problem = Problem(case, dtype)
-    out, blocks = problem.run(problem.segments(), torch.arange(len(problem.q)))
+    out, blocks = problem.run(TRITON, problem.segments(), torch.arange(len(problem.q)))
     assert out.dtype == dtype
     exact = problem.dense(blocks, torch.float64)
     assert_2x(out, problem.dense(blocks, dtype), exact, dtype, case.name, heads=True)
@@ -232,15 +73,15 @@ def test_float16() -> None:
 def test_bits_are_those_of_every_batch_and_chunking(case: Decoding) -> None:
     """A query alone, its document alone, and all of them."""
     problem = Problem(case, torch.float32)
-    out, blocks = problem.run(problem.segments(), torch.arange(len(problem.q)))
+    out, blocks = problem.run(TRITON, problem.segments(), torch.arange(len(problem.q)))
     first = 0
     for b, (_, new) in enumerate(case.rows):
         at = torch.arange(first, first + new)
-        alone, alone_blocks = problem.run(problem.segments([b]), at)
+        alone, alone_blocks = problem.run(TRITON, problem.segments([b]), at)
         assert same_bits(alone, out[at])
         assert torch.equal(alone_blocks, blocks[at])
         for i in range(new):
-            single, _ = problem.run(problem.segments([b], only=new - i), at[i : i + 1])
+            single, _ = problem.run(TRITON, problem.segments([b], only=new - i), at[i : i + 1])
             assert same_bits(single, out[at[i : i + 1]])
         first += new
 
@@ -249,12 +90,12 @@ def test_equal_scores_go_to_the_lower_block() -> None:
     """Queries of zeros: all compressed keys have one probability, in all parts."""
     problem = Problem(Decoding("equal", ((290, 1),), block=4, stride=4), torch.float32)
     problem.q.zero_()
-    _, blocks = problem.run(problem.segments(), torch.arange(1))
+    _, blocks = problem.run(TRITON, problem.segments(), torch.arange(1))
     assert blocks.tolist() == [[[0, 1, 17, 18]] * 2]
 
 
 def test_no_query() -> None:
     problem = Problem(CASES[0], torch.float32)
-    out, blocks = problem.run(QuerySegments.from_rows([]), torch.arange(0))
+    out, blocks = problem.run(TRITON, QuerySegments.from_rows([]), torch.arange(0))
     assert out.shape == (0, 4, 32)
     assert blocks.shape == (0, 2, 4)
