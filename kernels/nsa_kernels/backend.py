@@ -194,6 +194,8 @@ class AttendFew(Protocol):
         segments: QuerySegments,
         block_rows: Tensor,
         *,
+        compressed_rows: Tensor | None = None,
+        compressed_page: int = 0,
         branches: tuple[str, ...],
         block: int,
         stride: int,
@@ -209,9 +211,13 @@ class AttendFew(Protocol):
 
         q [N, H, Dk]; keys, values: rows [E, G, D] of the branches "compressed", "selected" and
         "window", the first of compressed tokens; gates [N, H, b] in the order of `branches`, which
-        has "selected" and "window" and may have "compressed", whose values else need not be given;
-        block_rows int64 [G, B] as `selected_attention` takes them, -1 for blocks after a query's
-        own only.
+        has "selected" and "window" and may have "compressed", whose values else need not be given.
+
+        Caches may be paged. block_rows int64 [B]: where block id b = selected_base + j of l' tokens
+        starts, for the selected and the window branch alike, anything for blocks after a query's
+        own; window_base is not read. compressed_rows int64 [pages]: where page c = compressed_base
+        + j of `compressed_page` compressed tokens starts, a power of two; without it those of a
+        document follow one another from row compressed_base on.
         -> out [N, H, Dv] in q.dtype, and the chosen blocks int32 [N, G, n].
 
         The bits of a query depend on what it sees and on nothing else of the call: not on the other

@@ -134,14 +134,13 @@ class Problem:
                 f"backend must be one with kernels for few queries, got {self.ops.name}"
             )
         k, v = self.k.flatten(0, 1), self.v.flatten(0, 1)
-        rows = self.step.plan.grids["selected"].own_rows.expand(c.num_kv_heads, -1)
         return run(
             self.q,
             {"compressed": self.k_cmp.flatten(0, 1), "selected": k, "window": k},
             {"compressed": self.v_cmp.flatten(0, 1), "selected": v, "window": v},
             self.gates,
             self.step.plan.segments,
-            rows,
+            self.step.plan.grids["selected"].own_rows,
             branches=c.branches,
             block=c.compress_block,
             stride=c.compress_stride,

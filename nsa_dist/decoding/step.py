@@ -200,14 +200,13 @@ def attend_cached(
     ):
         extended = {name: (k, values.get(name, k)) for name, k in keys.items()}
         k_CGD, v_CGD = selector.begin(call, extended).finish()
-        blocks = step.plan.grids["selected"].own_rows
         out_NHD, _ = few(
             q_NHD,
             {**keys, "compressed": k_CGD},
             {**values, "compressed": v_CGD},
             gates_NHb,
             step.plan.segments,
-            blocks.expand(config.num_kv_heads, -1),
+            step.plan.grids["selected"].own_rows,
             branches=config.branches,
             block=config.compress_block,
             stride=config.compress_stride,

@@ -111,7 +111,38 @@ class Problem:
         blocks = torch.arange(case.most) * case.select_block
         rows = torch.arange(batch)[:, None] * case.capacity + blocks
         ends = torch.tensor([tokens for tokens, _ in case.rows])[:, None]
-        self.block_rows = rows.where(blocks < ends, -1).flatten().expand(groups, -1)
+        self.block_rows = rows.where(blocks < ends, -1).flatten()
+        self.paging: dict[str, Any] = {}
+
+    def into_pages(self, page: int) -> None:
+        """Move blocks, and pages of compressed tokens, each to another place; NaN between them."""
+        case, groups = self.case, self.case.groups
+        generator = torch.Generator().manual_seed(page)
+        starts, size = self.block_rows, case.select_block
+        lengths = [
+            min(size, max(0, tokens - j * size))
+            for tokens, _ in case.rows
+            for j in range(case.most)
+        ]
+        pages = -(-case.compressed // page)
+        of_compressed = [
+            (b * case.compressed + j * page, min(page, case.compressed - j * page))
+            for b in range(len(case.rows))
+            for j in range(pages)
+        ]
+        self.block_rows = torch.randperm(len(lengths), generator=generator) * (size + 1)
+        rows = torch.randperm(len(of_compressed), generator=generator) * page
+        self.paging = {"compressed_rows": rows, "compressed_page": page}
+        for given in (self.keys, self.values):
+            for name, old in given.items():
+                places = list(zip(starts.tolist(), lengths, self.block_rows.tolist(), strict=True))
+                if name == "compressed":
+                    places = [(*x, y) for x, y in zip(of_compressed, rows.tolist(), strict=True)]
+                room = max(place for *_, place in places) + max(size, page)
+                new = old.new_full((room, groups, old.shape[-1]), math.nan)
+                for start, length, place in places:
+                    new[place : place + length] = old[max(0, start) : max(0, start) + length]
+                given[name] = new
 
     def segments(self, rows: list[int] | None = None, only: int | None = None) -> QuerySegments:
         """Of all rows, or of these; of one of their tokens, counted from the end, if `only`."""
@@ -120,7 +151,8 @@ class Problem:
             if rows is not None and b not in rows:
                 continue
             length, position = (new, tokens - new) if only is None else (1, tokens - only)
-            base = (b * case.compressed, b * case.most, b * case.capacity)
+            page = self.paging.get("compressed_page", 1)
+            base = (b * -(-case.compressed // page), b * case.most, b * case.capacity)
             found.append((start, length, position, *base))
             start += length
         return QuerySegments.from_rows(found)
@@ -142,6 +174,7 @@ class Problem:
             placed(self.gates[queries]),
             segments.to(backend.device),
             placed(self.block_rows),
+            **{n: placed(x) if isinstance(x, Tensor) else x for n, x in self.paging.items()},
             **self.case.options,
         )
         return out.cpu(), blocks.cpu()

@@ -48,6 +48,17 @@ def test_some_queries_at_a_time(elements: int, monkeypatch: pytest.MonkeyPatch) 
     assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name.replace(" ", "-"))
+def test_paged_caches(case: Decoding) -> None:
+    problem = Problem(case, torch.float64)
+    every = torch.arange(len(problem.q))
+    expected, expected_blocks = problem.run(PYTORCH, problem.segments(), every)
+    problem.into_pages(8)
+    found, blocks = problem.run(PYTORCH, problem.segments(), every)
+    assert torch.equal(found, expected)
+    assert torch.equal(blocks, expected_blocks)
+
+
 def test_no_query() -> None:
     problem = Problem(CASES[0], torch.float32)
     out, blocks = problem.run(PYTORCH, QuerySegments.from_rows([]), torch.arange(0))

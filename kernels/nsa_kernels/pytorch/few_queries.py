@@ -50,13 +50,26 @@ class _Queries:
     """What all layers need to know of m queries, the rows [start, stop) of a call."""
 
     def __init__(
-        self, segments: QuerySegments, start: int, stop: int, block: int, stride: int, window: int
+        self,
+        segments: QuerySegments,
+        block_rows_B: Tensor,
+        pages: Tensor | None,
+        page: int,
+        start: int,
+        stop: int,
+        block: int,
+        stride: int,
+        select_block: int,
+        window: int,
     ) -> None:
+        # Kept, as `_queries_of` knows them by their identity.
+        self._tables = (block_rows_B, pages)
         rows = slice(start, stop)
         self.position_m = segments.positions[rows]
         of_query = torch.repeat_interleave(segments.table[:, 3:], segments.table[:, 1], dim=0)
-        compressed_base, selected_base, window_base = of_query[rows].unbind(1)
-        self.selected_base_m11 = selected_base[:, None, None]
+        compressed_base, selected_base, _ = of_query[rows].unbind(1)
+        compressed_base, selected_base = compressed_base[:, None], selected_base[:, None]
+        self.selected_base_m11 = selected_base.unsqueeze(1)
         newest, oldest = int(self.position_m.max()), int(self.position_m.min())
         self.newest, self.some_blind = newest, oldest < block - 1
         self.num_visible = num_visible(newest, block, stride)
@@ -65,11 +78,16 @@ class _Queries:
         column = torch.arange(self.num_visible, device=device)
         hidden = column * stride + (block - 1) > t_m1
         column = column.where(~hidden, 0)
-        self.compressed = _Gathered(compressed_base.unsqueeze(1) + column, hidden)
+        of_keys = compressed_base + column
+        if pages is not None:
+            of_keys = pages[compressed_base + column // page] + column % page
+        self.compressed = _Gathered(of_keys, hidden)
         width = min(window, newest + 1)
         key = t_m1 - torch.arange(width - 1, -1, -1, device=device)
         hidden = key < 0
-        self.window = _Gathered(window_base.unsqueeze(1) + key.where(~hidden, t_m1), hidden)
+        key = key.where(~hidden, t_m1)
+        of_keys = block_rows_B[selected_base + key // select_block] + key % select_block
+        self.window = _Gathered(of_keys, hidden)
 
 
 _queries: weakref.WeakKeyDictionary[QuerySegments, dict[Any, _Queries]] = (
@@ -77,11 +95,14 @@ _queries: weakref.WeakKeyDictionary[QuerySegments, dict[Any, _Queries]] = (
 )
 
 
-def _queries_of(segments: QuerySegments, *arguments: int) -> _Queries:
+def _queries_of(
+    segments: QuerySegments, block_rows_B: Tensor, pages: Tensor | None, *arguments: int
+) -> _Queries:
     known = _queries.setdefault(segments, {})
-    if arguments not in known:
-        known[arguments] = _Queries(segments, *arguments)
-    return known[arguments]
+    key = (id(block_rows_B), id(pages), *arguments)
+    if key not in known:
+        known[key] = _Queries(segments, block_rows_B, pages, *arguments)
+    return known[key]
 
 
 def _index_of_heads(rows: Tensor, apart: int, num_groups: int) -> Tensor:
@@ -136,6 +157,8 @@ def attend_few(
     segments: QuerySegments,
     block_rows: Tensor,
     *,
+    compressed_rows: Tensor | None = None,
+    compressed_page: int = 0,
     branches: tuple[str, ...],
     block: int,
     stride: int,
@@ -154,12 +177,14 @@ def attend_few(
     out_NHD = q.new_empty(num_queries, num_heads, width)
     blocks_NGn = q.new_empty((num_queries, num_groups, num_selected), dtype=torch.int32)
     offset_s = torch.arange(select_block, device=device)
-    head_G1 = torch.arange(num_groups, device=device).unsqueeze(1)
     most_keys = max(num_selected * select_block, window)
     size = tile_rows(num_groups * most_keys * max(q.shape[-1], width), 4)
     for start in range(0, num_queries, size):
         stop = min(start + size, num_queries)
-        at = _queries_of(segments, start, stop, block, stride, window)
+        at = _queries_of(
+            *(segments, block_rows, compressed_rows, compressed_page),
+            *(start, stop, block, stride, select_block, window),
+        )
         query_PRD = q[start:stop].to(dtype).reshape(-1, num_heads // num_groups, q.shape[-1])
         outputs = {}
 
@@ -208,7 +233,7 @@ def attend_few(
 
         # Selected branch: the first chosen block begins with a key that the query sees.
         ids_mGn = (best_mGn + at.selected_base_m11).where(chosen_mGn, at.selected_base_m11)
-        starts_mGn = block_rows[head_G1, ids_mGn]
+        starts_mGn = block_rows[ids_mGn]
         positions_mGns = (best_mGn * select_block).unsqueeze(-1) + offset_s
         hidden_mGK = (positions_mGns > at.position_m[:, None, None, None]).flatten(2)
         rows_mGK = (starts_mGn.unsqueeze(-1) + offset_s).flatten(2)

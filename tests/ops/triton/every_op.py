@@ -111,7 +111,7 @@ def run(options: Options, device: str) -> None:
     few(
         q.detach(), dict(zip(branches, (keys.detach(), k.detach(), k.detach()), strict=True)),
         dict(zip(branches, (values.detach(), v.detach(), v.detach()), strict=True)),
-        gates.detach(), table, places, branches=branches, **band,
+        gates.detach(), table, places[0], branches=branches, **band,
         select_block=options.select_block, num_selected=4, num_init_blocks=1, num_local_blocks=2,
         window=options.window,
     )  # fmt: skip

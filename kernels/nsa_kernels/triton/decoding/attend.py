@@ -39,17 +39,16 @@ class KeysAndValues(NamedTuple):
     v: Any
 
 
-class Chosen(NamedTuple):
-    """selected int32 [N, G, n]; rows int64 [G, B], where each block starts; stride of its G."""
+class Blocks(NamedTuple):
+    """selected int32 [N, G, n]; rows int64 [B], where each block starts."""
 
     selected: Any
     rows: Any
-    stride: Any
 
 
 @triton.jit(do_not_specialize=["first_part", "num_parts"])
 def _selected_and_window_kernel(
-    q, of_selected, chosen, of_window, partial, rows, first_part, num_parts, logit_scale,
+    q, of_selected, blocks, of_window, partial, rows, first_part, num_parts, logit_scale,
     C: tl.constexpr,
 ):  # fmt: skip
     """A part of the selected branch, or behind these of the window; what a query lacks is empty."""
@@ -61,15 +60,15 @@ def _selected_and_window_kernel(
     b_max = filled(C.BM, -float("inf"))
     b_sum = filled(C.BM, 0.0)
     o_n = tl.arange(0, C.BN)
+    first_id = tl.load(rows + i_n * 4 + 2)
     if i_part < C.PARTS_SELECTED:
         TILES: tl.constexpr = C.SELECT_BLOCK // C.BN
-        p_list = chosen.selected + (i_n * C.G + i_g) * C.NUM
-        first_id = tl.load(rows + i_n * 4 + 2)
+        p_list = blocks.selected + (i_n * C.G + i_g) * C.NUM
         # All eligible blocks are chosen while there are no more than NUM: no other place is empty.
         count = tl.minimum(position // C.SELECT_BLOCK + 1, C.NUM) - i_part * C.ENTRIES
         for i in tl.range(0, tl.minimum(count, C.ENTRIES) * TILES):
             block = tl.load(p_list + i_part * C.ENTRIES + i // TILES)
-            row = tl.load(chosen.rows + i_g * chosen.stride + first_id + block)
+            row = tl.load(blocks.rows + first_id + block)
             o_key = i % TILES * C.BN + o_n
             m_key = block * C.SELECT_BLOCK + o_key <= position
             b_acc, b_max, b_sum, _ = attend_tile(
@@ -77,7 +76,6 @@ def _selected_and_window_kernel(
                 logit_scale, C,
             )  # fmt: skip
     else:
-        base = tl.load(rows + i_n * 4 + 3)
         oldest = tl.maximum(position - C.WINDOW + 1, 0)
         part = oldest // C.PART + i_part - C.PARTS_SELECTED
         begin = tl.maximum(part * C.PART, oldest // C.BN * C.BN)
@@ -85,8 +83,11 @@ def _selected_and_window_kernel(
         for first in tl.range(begin, end, C.BN):
             o_key = first + o_n
             m_key = (o_key >= oldest) & (o_key <= position)
+            # A tile lies in one block.
+            row = tl.load(blocks.rows + first_id + first // C.SELECT_BLOCK)
+            o_row = row + first % C.SELECT_BLOCK + o_n
             b_acc, b_max, b_sum, _ = attend_tile(
-                b_acc, b_max, b_sum, b_q, of_window.k, of_window.v, i_g, base + o_key, m_key,
+                b_acc, b_max, b_sum, b_q, of_window.k, of_window.v, i_g, o_row, m_key,
                 logit_scale, C,
             )  # fmt: skip
     store_part(partial, i_n, first_part + i_part, head, m_m, num_parts, b_acc, b_max, b_sum, C)
@@ -158,7 +159,7 @@ def attend_selected_and_window(
     q_NHD: Tensor,
     selected: tuple[Tensor, Tensor],
     blocks_NGn: Tensor,
-    block_rows_GB: Tensor,
+    block_rows_B: Tensor,
     window: tuple[Tensor, Tensor],
     partial: Partial,
     rows_N4: Tensor,
@@ -171,7 +172,7 @@ def attend_selected_and_window(
     parts = C.PARTS_SELECTED + C.PARTS_WINDOW
     _selected_and_window_kernel[(q_NHD.shape[0], C.G, parts)](
         head_rows(q_NHD), KeysAndValues(*map(head_rows, selected)),
-        Chosen(blocks_NGn, block_rows_GB, block_rows_GB.stride(0)),
+        Blocks(blocks_NGn, block_rows_B),
         KeysAndValues(*map(head_rows, window)), partial, rows_N4, splits, splits + parts,
         logit_scale, C=C, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         enable_fp_fusion=False,

@@ -47,9 +47,13 @@ class HeadScores(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_parts", "num_tiles", "pitch"])
 def _compressed_kernel(
-    q, k, v, partial, scores, rows, num_parts, num_tiles, pitch, logit_scale, C: tl.constexpr
-):
-    """The part of the softmax over keys [i_split * SPLIT, ...), and their scores."""
+    q, k, v, partial, scores, rows, pages, num_parts, num_tiles, pitch, logit_scale,
+    PAGE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The part of the softmax over keys [i_split * SPLIT, ...), and their scores.
+
+    pages: where each PAGE keys start, if PAGE is not 0; a document's first is then its base.
+    """
     i_n, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_split = tl.program_id(2)
     base = tl.load(rows + i_n * 4 + 1)
@@ -67,8 +71,12 @@ def _compressed_kernel(
         within = tl.minimum(C.PER_BLOCK - column, C.OVERLAP)
         for first in tl.range(begin, tl.minimum(begin + C.SPLIT, seen), C.BC):
             o_j = first + tl.arange(0, C.BC)
+            o_row = base + o_j
+            if PAGE > 0:
+                page = tl.load(pages + base + o_j // PAGE, mask=o_j < seen, other=0)
+                o_row = page + o_j % PAGE
             b_acc, b_max, b_sum, b_p = attend_tile(
-                b_acc, b_max, b_sum, b_q, k, v, i_g, base + o_j, o_j < seen, logit_scale, C
+                b_acc, b_max, b_sum, b_q, k, v, i_g, o_row, o_j < seen, logit_scale, C
             )
             if scores is not None:
                 b_blocks = tl.reshape(b_p, [C.BM, BLOCKS, C.PER_BLOCK])
@@ -143,6 +151,8 @@ def attend_compressed(
     v_CGD: Tensor | None,
     partial: Partial,
     rows_N4: Tensor,
+    pages: Tensor | None,
+    page: int,
     splits: int,
     blocks: int,
     logit_scale: float,
@@ -151,6 +161,7 @@ def attend_compressed(
 ) -> Tensor | None:
     """Write the first `splits` parts of `partial`; without values their maxima and sums count.
 
+    pages, page: as `AttendFew` takes compressed_rows and compressed_page.
     blocks: selection blocks up to the newest query's; 0 if they need no scores.
 
     Returns:
@@ -172,7 +183,7 @@ def attend_compressed(
     if splits:
         _compressed_kernel[(num_queries, C.G, splits)](
             head_rows(q_NHD), head_rows(k_CGD), None if v_CGD is None else head_rows(v_CGD),
-            partial, scores, rows_N4, parts, tiles, columns, logit_scale, C=C,
+            partial, scores, rows_N4, pages, parts, tiles, columns, logit_scale, PAGE=page, C=C,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             enable_fp_fusion=False,
         )  # fmt: skip

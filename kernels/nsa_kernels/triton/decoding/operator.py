@@ -30,6 +30,8 @@ def attend_few(
     segments: QuerySegments,
     block_rows: Tensor,
     *,
+    compressed_rows: Tensor | None = None,
+    compressed_page: int = 0,
     branches: tuple[str, ...],
     block: int,
     stride: int,
@@ -48,7 +50,8 @@ def attend_few(
     assert q.shape[0] == segments.num_queries, (q.shape, segments.num_queries)
     options = Options(block, stride, select_block, num_selected, window)
     q = last_dim_contiguous(q)
-    block_rows = last_dim_contiguous(block_rows)
+    block_rows = block_rows.contiguous()
+    pages = None if compressed_rows is None else compressed_rows.contiguous()
     keys, values = (
         {name: last_dim_contiguous(x) for name, x in given.items()} for given in (keys, values)
     )
@@ -71,7 +74,8 @@ def attend_few(
     in_logits = logit_scale(q, scale)
     scores = attend_compressed(
         q, keys["compressed"], values["compressed"] if "compressed" in branches else None, partial,
-        rows_N4, splits, last // select_block + 1, in_logits, tile, C,
+        rows_N4, pages, compressed_page if pages is not None else 0, splits,
+        last // select_block + 1, in_logits, tile, C,
     )  # fmt: skip
     assert scores is not None
     choose_blocks(

@@ -173,6 +173,7 @@ def few(
     select_block: int = 64,
     n: int = 16,
     window: int = 512,
+    page: int = 0,
 ) -> None:
     """A step of decoding, whose query sees several parts of the compressed keys."""
     q, k, v = case.inputs(2, 64)
@@ -180,7 +181,9 @@ def few(
         triton.attend_few(
             q, dict.fromkeys(BRANCHES, k), dict.fromkeys(BRANCHES, v),
             torch.empty(2, GROUPS * case.ratio, 3), _segments(2, 2000 * stride),
-            torch.zeros(GROUPS, 2000, dtype=torch.int64), branches=BRANCHES, block=block,
+            torch.zeros(2000, dtype=torch.int64),
+            compressed_rows=torch.zeros(2000, dtype=torch.int64) if page else None,
+            compressed_page=page, branches=BRANCHES, block=block,
             stride=stride, select_block=select_block, num_selected=n, num_init_blocks=1,
             num_local_blocks=2 if n > 2 else 1, window=window, scale=SCALE,
         )  # fmt: skip

@@ -102,6 +102,7 @@ def _few() -> Iterator[Case]:
             ):  # fmt: skip
                 yield _options(case, block=block, stride=stride, select_block=select_block)
             yield _options(case, n=64, window=4096)
+            yield _options(case, page=16)
 
 
 def _rows() -> Iterator[Case]:
