@@ -41,7 +41,8 @@ LEAST_CAPABILITY = (8, 0)
 class Backend(Protocol):
     """The functions a backend implements; all but `select_blocks` are differentiable.
 
-    A backend may also have `gated_branches`, see `gated_branches` below.
+    A backend may also have `gated_branches` and `attend_few`, see the functions of these names
+    below.
     """
 
     @property
@@ -179,6 +180,54 @@ class Backend(Protocol):
 def gated_branches(backend: Backend) -> Sequence[str]:
     """The branches whose functions take a gate and return a summand; others know no `gate`."""
     return getattr(backend, "gated_branches", ())
+
+
+class AttendFew(Protocol):
+    """All branches for few queries of each document, over caches, and their gated sum."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        keys: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        gates: Tensor,
+        segments: QuerySegments,
+        block_rows: Tensor,
+        *,
+        compressed_rows: Tensor | None = None,
+        compressed_page: int = 0,
+        branches: tuple[str, ...],
+        block: int,
+        stride: int,
+        select_block: int,
+        num_selected: int,
+        num_init_blocks: int,
+        num_local_blocks: int,
+        window: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """What `compressed_attention`, `select_blocks`, `selected_attention`, `window_attention`
+        and `combine` give one after another, without gradients.
+
+        q [N, H, Dk]; keys, values: rows [E, G, D] of the branches "compressed", "selected" and
+        "window", the first of compressed tokens; gates [N, H, b] in the order of `branches`, which
+        has "selected" and "window" and may have "compressed", whose values else need not be given.
+
+        Caches may be paged. block_rows int64 [B]: where block id b = selected_base + j of l' tokens
+        starts, for the selected and the window branch alike, anything for blocks after a query's
+        own; window_base is not read. compressed_rows int64 [pages]: where page c = compressed_base
+        + j of `compressed_page` compressed tokens starts, a power of two; without it those of a
+        document follow one another from row compressed_base on.
+        -> out [N, H, Dv] in q.dtype, and the chosen blocks int32 [N, G, n].
+
+        The bits of a query depend on what it sees and on nothing else of the call: not on the other
+        queries, nor on how many there are of its document. They are not those of the operators.
+        """
+
+
+def attend_few(backend: Backend) -> AttendFew | None:
+    """The function of a backend that has kernels for few queries, or None."""
+    return getattr(backend, "attend_few", None)
 
 
 def as_gate(gate: Tensor | None) -> dict[str, Any]:

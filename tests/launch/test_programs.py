@@ -31,6 +31,7 @@ HELP = {
     "evaluate.py": ("--help",),
     "export.py": ("--help",),
     "generate.py": ("--help",),
+    "bench/decoding.py": ("--help",),
     "bench/operators.py": ("--help",),
     "bench/distributed.py": ("--help",),
     "bench/record_choices.py": ("--help",),

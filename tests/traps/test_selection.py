@@ -149,7 +149,7 @@ def test_trap_ties() -> None:
     "ties",
     "float64 scores are compared as they are",
     Rewritten(
-        "nsa_kernels.pytorch:select_blocks",
+        "nsa_kernels.pytorch:best_blocks",
         "$SCORES.float().nan_to_num(nan=0.0)",
         "$SCORES.nan_to_num(nan=0.0)",
     ),

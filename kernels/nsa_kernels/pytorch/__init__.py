@@ -13,10 +13,12 @@ from nsa_kernels.pytorch.block_selection import select_blocks
 from nsa_kernels.pytorch.combine import combine
 from nsa_kernels.pytorch.compressed_attention import compressed_attention
 from nsa_kernels.pytorch.compression import compress, gather_blocks
+from nsa_kernels.pytorch.few_queries import attend_few
 from nsa_kernels.pytorch.selected_attention import selected_attention
 from nsa_kernels.pytorch.window_attention import window_attention
 
 __all__ = [
+    "attend_few",
     "combine",
     "compress",
     "compressed_attention",

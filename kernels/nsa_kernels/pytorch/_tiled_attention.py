@@ -40,7 +40,8 @@ class Tile(NamedTuple):
     """m queries [start, stop) against keys [key_start, key_stop); every query sees at least one.
 
     hidden: (first column, bool [m, columns]), True where the query does not see the key; columns
-    count from key_start. Columns in none of them are seen by every query.
+    count from key_start. Columns in none of them are seen by every query. span: the rows that the
+    tiles of this one's segment read.
     """
 
     start: int
@@ -48,6 +49,7 @@ class Tile(NamedTuple):
     key_start: int
     key_stop: int
     hidden: tuple[tuple[int, Tensor], ...]
+    span: tuple[int, int]
 
     def mask_(self, x_GQK: Tensor, value: float) -> Tensor:
         """Fills what is hidden in x, in place."""
@@ -56,9 +58,18 @@ class Tile(NamedTuple):
             grid_GRmK[..., column : column + hidden.shape[1]].masked_fill_(hidden, value)
         return x_GQK
 
-    def logits(self, query_GQD: Tensor, context: FiniteRows, scale: float) -> Tensor:
-        """[G, Q, K]: -inf where hidden, NaN where a bad row is seen."""
-        columns = slice(self.key_start, self.key_stop)
+    def columns(self, first: int) -> slice:
+        """Its keys in rows that begin with row `first`."""
+        return slice(self.key_start - first, self.key_stop - first)
+
+    def logits(
+        self, query_GQD: Tensor, context: FiniteRows, scale: float, first: int = 0
+    ) -> Tensor:
+        """[G, Q, K]: -inf where hidden, NaN where a bad row is seen.
+
+        first: the row that the context begins with.
+        """
+        columns = self.columns(first)
         logits_GQK = scaled_product(query_GQD, context.keys[:, columns].mT, scale)
         if context.bad is not None:
             logits_GQK = logits_GQK.masked_fill(context.bad[:, None, columns], math.nan)
@@ -95,14 +106,19 @@ class TiledAttention(torch.autograd.Function):
         in_a_row: float = SUMMANDS_IN_A_ROW,
     ) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(q_NHD)
-        context = FiniteRows.of(heads_first(k_EGD, dtype), heads_first(v_EGD, dtype))
         num_groups = k_EGD.shape[1]
+        # Of many rows, such as those of a cache, few queries may read few: no others are copied.
+        span, context = None, None
         o = Rows(q_NHD.new_zeros(0, q_NHD.shape[1], v_EGD.shape[-1]), 0.0)
         lse = Rows(q_NHD.new_zeros(0, q_NHD.shape[1], dtype=dtype), -math.inf)
         for tile in tiles():
-            rows, columns = slice(tile.start, tile.stop), slice(tile.key_start, tile.key_stop)
+            if context is None or tile.span != span:
+                span, read = tile.span, slice(*tile.span)
+                keys, values = heads_first(k_EGD[read], dtype), heads_first(v_EGD[read], dtype)
+                context = FiniteRows.of(keys, values)
+            rows, columns = slice(tile.start, tile.stop), tile.columns(tile.span[0])
             query_GQD = group_queries(q_NHD[rows], num_groups, dtype)
-            logits_GQK = tile.logits(query_GQD, context, scale)
+            logits_GQK = tile.logits(query_GQD, context, scale, tile.span[0])
             probs_GQK = logits_GQK.softmax(dim=-1)
             # The largest probability is exp(max - lse), so no second pass of exp is needed.
             lse_GQ = logits_GQK.amax(dim=-1) - probs_GQK.amax(dim=-1).log()

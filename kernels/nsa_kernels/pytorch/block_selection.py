@@ -66,6 +66,33 @@ def _best(scores_GmB: Tensor, num_selected: int) -> Tensor:
     return chosen_GmB.nonzero()[:, -1].view(*scores_GmB.shape[:-1], num_selected)
 
 
+def best_blocks(
+    probs_GmC: Tensor,
+    own_m1: Tensor,
+    num_blocks: int,
+    *,
+    per_block: int,
+    overlap: int,
+    num_selected: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+) -> Tensor:
+    """int64 [G, m, n] of more blocks than n; those after a query's own for what it lacks.
+
+    probs_GmC: probabilities of compressed keys, summed over the heads of a group; own_m1: the block
+    of each query; per_block: compressed keys that begin in a block; overlap: of a key, in strides.
+    """
+    scores_GmB = _block_scores(probs_GmC, num_blocks, per_block, overlap)
+    # NaN: the query sees no key, or one that is not finite.
+    scores_GmB = scores_GmB.float().nan_to_num(nan=0.0)
+    column_B = torch.arange(num_blocks, device=own_m1.device)
+    forced_mB = (column_B < num_init_blocks) | (column_B > own_m1 - num_local_blocks)
+    scores_GmB = scores_GmB.masked_fill(forced_mB, math.inf).masked_fill(
+        column_B > own_m1, -math.inf
+    )
+    return _best(scores_GmB, num_selected)
+
+
 @torch.no_grad()
 @exact
 def select_blocks(
@@ -88,11 +115,15 @@ def select_blocks(
     device, dtype = q.device, accumulation_dtype(q)
     num_queries, num_heads, _ = q.shape
     num_groups = k.shape[1]
-    keys_GCD = heads_first(k, dtype)
     selected = Rows(q.new_zeros((0, num_groups, num_selected), dtype=torch.int32), -1)
     for segment in segments.rows:
-        most = max(1, num_visible(segment.position + segment.length - 1, block, stride))
-        for part in segment.split(tile_rows(num_heads * most)):
+        newest_of_all = segment.position + segment.length - 1
+        most = num_visible(newest_of_all, block, stride)
+        keys_GCD = k.new_empty(0)
+        if newest_of_all // select_block + 1 > num_selected:  # Some query has a choice.
+            base = segment.compressed_base
+            keys_GCD = heads_first(k[base : base + most], dtype)
+        for part in segment.split(tile_rows(num_heads * max(1, most))):
             rows = slice(part.start, part.start + part.length)
             newest = part.position + part.length - 1
             num_blocks = newest // select_block + 1
@@ -101,25 +132,25 @@ def select_blocks(
                 best = torch.arange(num_blocks, device=device)
                 best = best.expand(num_groups, part.length, num_blocks)
             else:
-                base, visible = part.compressed_base, num_visible(newest, block, stride)
+                visible = num_visible(newest, block, stride)
                 probs_GmC = _group_probabilities(
                     part,
                     group_queries(q[rows], num_groups, dtype),
-                    keys_GCD[:, base : base + visible],
+                    keys_GCD[:, :visible],
                     block,
                     stride,
                     scale,
                 )
-                per_block, overlap = select_block // stride, block // stride
-                scores_GmB = _block_scores(probs_GmC, num_blocks, per_block, overlap)
-                # NaN: the query sees no key, or one that is not finite.
-                scores_GmB = scores_GmB.float().nan_to_num(nan=0.0)
-                column_B = torch.arange(num_blocks, device=device)
-                forced_mB = (column_B < num_init_blocks) | (column_B > own_m1 - num_local_blocks)
-                scores_GmB = scores_GmB.masked_fill(forced_mB, math.inf).masked_fill(
-                    column_B > own_m1, -math.inf
+                best = best_blocks(
+                    probs_GmC,
+                    own_m1,
+                    num_blocks,
+                    per_block=select_block // stride,
+                    overlap=block // stride,
+                    num_selected=num_selected,
+                    num_init_blocks=num_init_blocks,
+                    num_local_blocks=num_local_blocks,
                 )
-                best = _best(scores_GmB, num_selected)
             best = best.masked_fill(best > own_m1, -1).transpose(0, 1)  # [m, G, n]
             selected.add(part.start, F.pad(best, (0, num_selected - best.shape[-1]), value=-1))
     return selected.joined(num_queries)

@@ -53,12 +53,13 @@ def compressed_attention(
                 position=segment.position + blind,
             )
             most = num_visible(seeing.position + seeing.length - 1, block, stride)
+            span = (seeing.compressed_base, seeing.compressed_base + most)
             for part in seeing.split(tile_rows(num_heads * most)):
                 first = num_visible(part.position, block, stride)
                 last = num_visible(part.position + part.length - 1, block, stride)
                 hidden_mC = hidden_blocks(part, first, last, block, stride, q.device)
                 base = part.compressed_base
                 stop = part.start + part.length
-                yield Tile(part.start, stop, base, base + last, ((first, hidden_mC),))
+                yield Tile(part.start, stop, base, base + last, ((first, hidden_mC),), span)
 
     return TiledAttention.apply(q, k, v, tiles, scale, gate)

@@ -1,9 +1,10 @@
 """The selected branch: attention to the tokens of the chosen blocks (Eq. 12, arXiv 2502.11089).
 
-For one KV head at a time, the blocks that are here become a pool [A, s, D]. A tile of queries
-gathers the n blocks of each, so that a query's sums have one order, whatever its neighbours chose.
-Backward, which must only be the same in every run, sorts many queries' choices by block, so that
-each product is one of a block with the queries that chose it, and no key is copied for them.
+For one KV head at a time, the blocks that some query chose become a pool [A, s, D]. A tile of
+queries gathers the n blocks of each, so that a query's sums have one order, whatever its neighbours
+chose. Backward, which must only be the same in every run,
+sorts many queries' choices by block, so that each product is one of a block with the queries that
+chose it, and no key is copied for them.
 
 Letters: N local rows, H query heads, G KV heads, R = H/G, D widths, E and F own and fetched rows, B
 selection blocks, A blocks of a pool, s their tokens (l'), n chosen blocks, m queries of a tile, K
@@ -34,7 +35,7 @@ from nsa_kernels.segments import QuerySegments, Segment
 
 
 class _Pool:
-    """The blocks of one KV head that are here, and one more of zeros for the -1 of a choice.
+    """The blocks of one KV head that were chosen, and one more of zeros for the -1 of a choice.
 
     context: keys [A, s, Dk] and values [A, s, Dv], 0 behind a block's end; slots_Nn int64: which of
     them the queries chose; seen_Nn int64: how many of their tokens are causal; rows_As int64: where
@@ -54,29 +55,42 @@ class _Pool:
     ) -> None:
         device = block_rows_B.device
         num_rows = own[0].shape[0] + fetched[0].shape[0]
-        here = (block_rows_B >= 0).nonzero()[:, 0]
-        self.size = here.shape[0]
+        nowhere = block_rows_B.shape[0]
+        chosen_Nn = selected_Nn >= 0
+        ids_Nn = (selected_Nn.long() + segments.selected_bases.unsqueeze(1)).where(
+            chosen_Nn, nowhere
+        )
+        is_used = torch.zeros(nowhere + 1, dtype=torch.bool, device=device)
+        is_used[ids_Nn.flatten()] = True
+        used = is_used[:-1].nonzero()[:, 0]
+        starts = block_rows_B[used]
+        assert not (starts < 0).any(), (
+            f"block {int(used[starts < 0][0])} was chosen and is not here"
+        )
+        self.size = used.shape[0]
         self.select_block = select_block
         self.offset_s = torch.arange(select_block, device=device)
-        inside = self.offset_s < block_lengths_B[here].unsqueeze(1)
-        rows = (block_rows_B[here].unsqueeze(1) + self.offset_s).where(inside, num_rows)
+        inside = self.offset_s < block_lengths_B[used].unsqueeze(1)
+        rows = (starts.unsqueeze(1) + self.offset_s).where(inside, num_rows)
         self.num_rows = num_rows
         self.rows_As = F.pad(rows, (0, 0, 0, 1), value=num_rows)  # the last: zeros
+        self._no_rows = (self.rows_As == num_rows).flatten().nonzero()[:, 0]
         pairs = zip(own, fetched, strict=True)
-        sources = [torch.cat([a, b, a.new_zeros(1, a.shape[-1])]) for a, b in pairs]
-        self.context = FiniteRows.of(*(source[self.rows_As].to(dtype) for source in sources))
-
-        is_here = F.pad(block_rows_B >= 0, (0, 1))  # [B + 1]
-        slot_of = (is_here.cumsum(dim=0) - 1).where(is_here, self.size)
-        chosen_Nn = selected_Nn >= 0
-        ids_Nn = selected_Nn.long() + segments.selected_bases.unsqueeze(1)
-        self.slots_Nn = slot_of[ids_Nn.where(chosen_Nn, block_rows_B.shape[0])]
-        missing_Nn = chosen_Nn & (self.slots_Nn == self.size)
-        assert not missing_Nn.any(), (
-            f"block {int(ids_Nn[missing_Nn][0])} was chosen and is not here"
-        )
+        self.context = FiniteRows.of(*(self._rows_of(*pair).to(dtype) for pair in pairs))
+        slot_of = (is_used.cumsum(dim=0) - 1).where(is_used, self.size)
+        slot_of[nowhere] = self.size
+        self.slots_Nn = slot_of[ids_Nn]
         ends_Nn = segments.positions.unsqueeze(1) + 1 - selected_Nn.long() * select_block
         self.seen_Nn = ends_Nn.clamp(0, select_block).where(chosen_Nn, 0)
+
+    def _rows_of(self, own: Tensor, fetched: Tensor) -> Tensor:
+        """[A, s, D] of rows [E, D] and [F, D]; zeros behind a block's end."""
+        source = torch.cat([own, fetched]) if len(fetched) else own
+        if not len(source):
+            return source.new_zeros(*self.rows_As.shape, source.shape[-1])
+        rows = self.rows_As.clamp(max=len(source) - 1).flatten()
+        blocks = source.index_select(0, rows).index_fill_(0, self._no_rows, 0.0)
+        return blocks.view(*self.rows_As.shape, -1)
 
     def num_chosen(self, segment: Segment) -> int:
         """How many places of `slots_Nn` its queries can have filled; behind them stand -1."""

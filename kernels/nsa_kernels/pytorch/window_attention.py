@@ -34,6 +34,12 @@ def window_attention(
 
     def tiles() -> Iterator[Tile]:
         for segment in segments.rows:
+            first = segment.position
+            oldest_of_all = max(0, first - window + 1)
+            span = (
+                segment.window_base + oldest_of_all,
+                segment.window_base + first + segment.length,
+            )
             for part in segment.split(size):
                 end = part.position + part.length
                 oldest = max(0, part.position - window + 1)
@@ -46,7 +52,7 @@ def window_attention(
                 base = part.window_base
                 hidden = ((0, old_mK), (part.position + 1 - oldest, new_mK))
                 stop = part.start + part.length
-                yield Tile(part.start, stop, base + oldest, base + end, hidden)
+                yield Tile(part.start, stop, base + oldest, base + end, hidden, span)
 
     # A key is in few tiles: no tree of sums.
     return TiledAttention.apply(q, k, v, tiles, scale, gate, math.inf)

@@ -2,7 +2,8 @@
 
 The forward output is the same, bit for bit, however the sequence is split over ranks, and gradients
 repeat bit for bit: tile sizes follow from config, dtype and GPU alone, key tiles start at multiples
-of their size from the document's start, and no float is added atomically.
+of their size from the document's start, and no float is added atomically. What `attend_few` gives
+is of other kernels, and the same for every batch and every number of queries.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import torch
 from nsa_kernels.triton.banded import compressed_attention, window_attention
 from nsa_kernels.triton.combine import combine
 from nsa_kernels.triton.compression import compress, gather_blocks
+from nsa_kernels.triton.decoding import attend_few
 from nsa_kernels.triton.selected import selected_attention
 from nsa_kernels.triton.selection import select_blocks
 
 __all__ = [
+    "attend_few",
     "combine",
     "compress",
     "compressed_attention",

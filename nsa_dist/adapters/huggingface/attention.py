@@ -1,9 +1,8 @@
 """The attention module of a converted model, which replaces the dense one.
 
 It keeps the dense module's projections and norms and the model's rotary embedding, and adds gates
-and compressors. Without a cache it calls ``native_sparse_attention``. With a cache it runs the same
-operators over the cached rows, so that a new token only costs its own queries. What differs between
-models is in ``families``.
+and compressors. Without a cache it calls ``native_sparse_attention``, with one the same steps over
+cached rows (``nsa_dist.decoding``). What differs between models is in ``families``.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ from nsa_dist.adapters.huggingface.families import (
     split_projections,
 )
 from nsa_dist.adapters.huggingface.weights import whole
-from nsa_dist.attention.flow import ZeroGradient
 from nsa_dist.attention.functional import native_sparse_attention
-from nsa_dist.attention.selectors import choose_by_compressed
 from nsa_dist.config import NSAConfig
-from nsa_dist.nn.compressor import BlockCompressor, apply_compressor
+from nsa_dist.decoding.step import CachedCompression, attend_cached
+from nsa_dist.nn.compressor import BlockCompressor
 from nsa_dist.nn.gates import make_gate
 from nsa_dist.nn.norm import SetNorm
 from nsa_dist.nn.tensor_parallel import project
@@ -190,86 +188,30 @@ class NSAAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, batch: Batch, layer: NSACacheLayer
     ) -> Tensor:
         """As ``_attend``, over the cached tokens and the new ones, which it adds to the cache."""
-        config, tables = self.config, batch.tables
-        assert tables is not None and layer.get_seq_length() == tables.past
-        layer.check_starts(tables.starts)
-        ops = get_backend(batch.runtime.backend, q.device)
-        refused = ops.refuses(q.dtype, config.kernel_options)
+        step, runtime, shape = batch.step, batch.runtime, q.shape
+        assert step is not None
+        layer.rows.check_starts(step.starts)
+        ops = get_backend(runtime.backend, q.device)
+        refused = ops.refuses(q.dtype, self.config.kernel_options)
         if refused is not None:
             raise ValueError(refused)
-        shape = q.shape
         q, gates = q.flatten(0, 1), gates.flatten(0, 1)
         if batch.rows is not None:
             q, gates = q.index_select(0, batch.rows), gates.index_select(0, batch.rows)
-
-        keys, values = layer.update(k.transpose(1, 2), v.transpose(1, 2))
-        key_of = _rows_by_branch(keys, config.key_branches, config.num_key_sets)
-        value_of = _rows_by_branch(values, config.branches, config.num_value_sets)
-        segments, scale = tables.segments, config.softmax_scale
-        outputs: dict[str, Tensor] = {}
-        chosen = None
-        if config.uses_compression:
-            k_cmp, v_cmp = self._compress(
-                key_of["compressed"], value_of.get("compressed"), batch, layer
-            )
-            chosen = choose_by_compressed(ops, config, segments, q, k_cmp, v_cmp)
-            if chosen.output is not None:
-                outputs["compressed"] = chosen.output
-        if chosen is not None and chosen.blocks is not None:
-            k_rows, v_rows = key_of["selected"], value_of["selected"]
-            outputs["selected"], _ = ops.selected_attention(
-                q,
-                k_rows,
-                v_rows,
-                k_rows[:0],
-                v_rows[:0],
-                chosen.blocks,
-                tables.block_rows,
-                tables.block_lengths,
-                segments,
-                select_block=config.select_block,
-                scale=scale,
-            )
-        if "window" in config.branches:
-            outputs["window"], _ = ops.window_attention(
-                q,
-                key_of["window"],
-                value_of["window"],
-                segments,
-                window=config.window,
-                scale=scale,
-            )
-        out = ops.combine([outputs[branch] for branch in config.branches], gates)
-        for unused in () if chosen is None else chosen.unused:
-            out = ZeroGradient.apply(out, unused)
+        keys, values = layer.rows.append(k, v, step)
+        out = attend_cached(
+            self.config,
+            ops,
+            runtime.context,
+            runtime.communication,
+            step,
+            q,
+            keys,
+            values,
+            gates,
+            CachedCompression(self.k_compressor, self.v_compressor, layer.rows, step),
+        )
         return out.view(shape) if batch.rows is None else _put(out, batch.rows, shape)
-
-    def _compress(
-        self, keys: Tensor, values: Tensor | None, batch: Batch, layer: NSACacheLayer
-    ) -> tuple[Tensor, Tensor]:
-        """All compressed tokens [B * C, G, D]: the cached ones and those of new complete blocks.
-
-        Values have width 0 if only selection uses compressed keys.
-        """
-        config, tables = self.config, batch.tables
-        assert tables is not None and self.k_compressor is not None
-        ops = get_backend(batch.runtime.backend, keys.device)
-        rows, block = tables.new_rows, config.compress_block
-        made = [apply_compressor(self.k_compressor, keys, rows, block, ops)]
-        if self.v_compressor is None or values is None:
-            made.append(made[0][..., :0])
-        else:
-            made.append(apply_compressor(self.v_compressor, values, rows, block, ops))
-        shape = (len(tables.starts), tables.max_blocks)
-        updated = []
-        for new, old in zip(made, (layer.compressed_keys, layer.compressed_values), strict=True):
-            whole = new.new_zeros(*shape, *new.shape[1:])
-            if old is not None:
-                whole[:, : old.shape[1]] = old
-            updated.append(whole.flatten(0, 1).index_copy(0, tables.new_slots, new))
-        keys, values = updated
-        layer.store_compressed(keys.unflatten(0, shape), values.unflatten(0, shape), tables.starts)
-        return keys, values
 
     def extra_repr(self) -> str:
         return f"config={self.config}"
@@ -288,14 +230,6 @@ def _put(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
 def _by_branch(x: Tensor, branches: tuple[str, ...], dim: int) -> dict[str, Tensor]:
     """Sets of heads along ``dim``, one per branch."""
     return dict(zip(branches, x.chunk(len(branches), dim=dim), strict=True))
-
-
-def _rows_by_branch(x: Tensor, branches: tuple[str, ...], sets: int) -> dict[str, Tensor]:
-    """Cached [B, sets * G, T, D] to [B * T, G, D] per branch; a shared set is one object."""
-    if sets == 1:
-        return dict.fromkeys(branches, x.transpose(1, 2).flatten(0, 1))
-    split = _by_branch(x, branches, 1)
-    return {branch: one.transpose(1, 2).flatten(0, 1) for branch, one in split.items()}
 
 
 def _repeat_rows(linear: nn.Linear, times: int) -> nn.Linear:

@@ -12,18 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_dist.adapters.huggingface.cache import num_blocks
 from nsa_dist.attention.plan_cache import find_plan
 from nsa_dist.checks import INTEGER_DTYPES, describe, is_plain
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.group import ContextGroup
 from nsa_dist.config import NSAConfig
+from nsa_dist.decoding.step import Step, plan_step
 from nsa_dist.plan import Plan
 from nsa_dist.plan.statement import Statement
-from nsa_kernels import QuerySegments
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,33 +42,6 @@ class Runtime:
 
 
 @dataclass(frozen=True, eq=False)
-class CacheTables:
-    """Positions of the tokens and blocks of a batch with a cache.
-
-    Key rows are numbered b * T + column, compressed tokens b * C + block.
-
-    Attributes:
-        past: cached tokens of each row, with padding.
-        starts: column of the first token of each row.
-        segments: segments of the N queries.
-        max_blocks: C, the maximal number of compression blocks of a row.
-        new_rows: int64 [new blocks], start rows of the blocks that have become complete.
-        new_slots: int64 [new blocks], their indices among the B * C compressed tokens.
-        block_rows: int64 [G, selection blocks], start rows of the selection blocks.
-        block_lengths: int64 [selection blocks], tokens of each.
-    """
-
-    past: int
-    starts: tuple[int, ...]
-    segments: QuerySegments
-    max_blocks: int
-    new_rows: Tensor
-    new_slots: Tensor
-    block_rows: Tensor
-    block_lengths: Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class Batch:
     """The tokens of one forward.
 
@@ -77,13 +50,13 @@ class Batch:
         rows: int64 [N], the indices of tokens among the B * new columns; None if all columns are
             tokens and rows stay separate.
         plan: plan of the stream of tokens; None with a cache.
-        tables: positions with a cache, else None.
+        step: positions with a cache, else None.
     """
 
     runtime: Runtime
     rows: Tensor | None
     plan: Plan | None
-    tables: CacheTables | None
+    step: Step | None
 
 
 def read_mask(mask: Tensor | None, batch: int, length: int) -> list[tuple[int, int]] | None:
@@ -115,6 +88,41 @@ def read_mask(mask: Tensor | None, batch: int, length: int) -> list[tuple[int, i
         )
     first = torch.where(tokens > 0, first, length)
     return list(zip(first.tolist(), (first + tokens).tolist(), strict=True))
+
+
+def starts_of_step(
+    mask: Tensor | None, starts: tuple[int, ...], past: int
+) -> tuple[int, ...] | None:
+    """The start of each row in a step of one new token, without waiting for the device.
+
+    They are those of the cache, which a device compares the mask with by itself: where they differ
+    it fails as it does for an index out of range.
+
+    Args:
+        starts: of the rows of the cache.
+        past: cached tokens of each row.
+
+    Returns:
+        None where the mask has to be read: on the host, or if a row was all padding so far.
+    """
+    if not isinstance(mask, Tensor) or mask.device.type == "cpu" or max(starts, default=0) >= past:
+        return None
+    if tuple(mask.shape) != (len(starts), past + 1):
+        return None
+    assert_starts(mask, starts)
+    return starts
+
+
+def assert_starts(mask: Tensor, starts: tuple[int, ...]) -> None:
+    """Make the device fail unless each row of a mask is padding, tokens from its start, padding."""
+    shown = mask.bool()
+    opens = shown & ~F.pad(shown, (1, 0))[:, :-1]
+    columns = torch.arange(shown.shape[1], device=mask.device)
+    first = torch.tensor(starts).to(mask.device, non_blocking=True)[:, None]
+    torch._assert_async(
+        (opens == (columns == first)).all(),
+        "attention_mask must be one whose rows start as in the cache, without holes",
+    )
 
 
 def packed_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
@@ -260,70 +268,29 @@ def check_position_ids(position_ids: Tensor | None, shape: tuple[int, ...]) -> s
     return None
 
 
-def cache_tables(
+def plan_cached(
     config: NSAConfig,
     runtime: Runtime,
     tokens: Tensor,
-    ranges: list[tuple[int, int]] | None,
+    starts: tuple[int, ...],
     past: int,
+    capacity: int,
 ) -> tuple[Batch, Tensor]:
     """The batch of a forward with a cache, and its positions.
 
-    Padding after a row's tokens is treated as tokens, which causality hides from earlier ones.
-
     Args:
         tokens: [B, new] or [B, new, hidden]; only shape and device are used.
-        ranges: from ``read_mask``, for all B x T columns.
+        starts: column of the first token of each row.
         past: cached tokens of each row.
+        capacity: tokens that the caches have room for.
 
     Returns:
         The batch, and integer positions [B, new], 0 in padding.
     """
-    batch, new = tokens.shape[:2]
-    length, device = past + new, tokens.device
-    starts = tuple(0 for _ in range(batch))
-    if ranges is not None:
-        starts = tuple(start for start, _ in ranges)
-    stride, select = config.compress_stride, config.select_block
-    blocks = [num_blocks(length - start, config) for start in starts]
-    max_blocks = max(blocks, default=0)
-
-    segments, rows, positions = [], [], torch.zeros(batch, new, dtype=torch.int64)
-    new_rows, new_slots, block_rows, block_lengths = [], [], [], []
-    queries = 0
-    for b, start in enumerate(starts):
-        first = max(start, past)
-        selection = torch.arange(start, length, select)
-        block_rows.append(b * length + selection)
-        block_lengths.append((length - selection).clamp(max=select))
-        made = torch.arange(num_blocks(past - start, config), blocks[b])
-        new_rows.append(b * length + start + made * stride)
-        new_slots.append(b * max_blocks + made)
-        rows.append(torch.arange(first, length) - past + b * new)
-        positions[b, first - past :] = torch.arange(first - start, length - start)
-        if first < length:
-            selected_base = sum(map(len, block_rows[:-1]))
-            segments.append(
-                (
-                    queries,
-                    length - first,
-                    first - start,
-                    b * max_blocks,
-                    selected_base,
-                    b * length + start,
-                )
-            )
-        queries += length - first
-
-    tables = CacheTables(
-        past=past,
-        starts=starts,
-        segments=QuerySegments.from_rows(segments, device),
-        max_blocks=max_blocks,
-        new_rows=torch.cat(new_rows).to(device),
-        new_slots=torch.cat(new_slots).to(device),
-        block_rows=torch.cat(block_rows).expand(config.num_kv_heads, -1).contiguous().to(device),
-        block_lengths=torch.cat(block_lengths).to(device),
-    )
-    all_rows = torch.cat(rows).to(device) if queries < batch * new else None
-    return Batch(runtime, all_rows, None, tables), positions.to(device)
+    new, device = tokens.shape[1], tokens.device
+    step = plan_step(config, starts, past, new, capacity, device)
+    if max(starts, default=0) <= past:  # No padding among the new columns.
+        return Batch(runtime, None, None, step), step.plan.positions.view(tokens.shape[:2])
+    columns = torch.arange(past, past + new) - torch.tensor(starts)[:, None]
+    rows = (columns >= 0).flatten().nonzero().squeeze(1).to(device)
+    return Batch(runtime, rows, None, step), columns.clamp(min=0).to(device)

@@ -1,15 +1,4 @@
-"""Keys, values and compressed tokens of past tokens, as a layer of transformers' ``Cache``.
-
-A row's document starts after its left padding, so blocks of different rows may start at different
-columns:
-
-    keys, values                       [B, sets * KV heads, T, D], with padding
-    compressed_keys, compressed_values [B, C, KV heads, D], block i of each row's document;
-                                       undefined after the last block of a row with fewer than C
-
-A compressed token is computed once, when the last token of its block arrives. The number of blocks
-of a row follows from T and its start, so cropping only drops compressed tokens.
-"""
+"""A layer of transformers' ``Cache`` that holds a ``LayerCache``, and caches of such layers."""
 
 from __future__ import annotations
 
@@ -21,75 +10,105 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from nsa_dist.checks import check, type_name
 from nsa_dist.config import NSAConfig
-
-
-def num_blocks(length: int, config: NSAConfig) -> int:
-    """Number of compression blocks of a document of ``length`` tokens."""
-    return max(0, (length - config.compress_block) // config.compress_stride + 1)
+from nsa_dist.decoding.cache import LayerCache
 
 
 class NSACacheLayer(DynamicLayer):
-    """The cache of one layer with Native Sparse Attention; grows like ``DynamicLayer``.
+    """The cache of one layer with Native Sparse Attention.
+
+    The converted attention writes to ``rows``. What transformers reads are views of it:
 
     Attributes:
-        starts: for each row, the column of its first token after left padding; empty before the
-            first update.
-        compressed_keys, compressed_values: see the module docstring; None before the first update,
+        rows: keys, values and compressed tokens, in the layout of the operators.
+        keys, values: [B, sets * KV heads, T, D], with padding; None before the first tokens.
+        compressed_keys, compressed_values: [B, C, KV heads, D], block i of each row's document;
+            undefined after the last block of a row with fewer than C. None before the first tokens,
             and if the config does not use them.
+        starts: for each row, the column of its first token after left padding.
     """
 
     def __init__(self, config: NSAConfig) -> None:
+        self.rows = LayerCache(config)
         super().__init__()
-        self.config = config
-        self._forget()
 
-    def _forget(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized = False
-        self.starts: tuple[int, ...] = ()
-        self.compressed_keys: Tensor | None = None
-        self.compressed_values: Tensor | None = None
+    @property
+    def config(self) -> NSAConfig:
+        """The attention that filled it."""
+        return self.rows.config
 
-    def check_starts(self, starts: tuple[int, ...]) -> None:
-        """Raise ValueError if the start of a row has changed and it was not all padding so far."""
-        length = self.get_seq_length()
-        if length == 0:
-            return
-        same = all(
-            new == old or min(new, old) >= length
-            for new, old in zip(starts, self.starts, strict=True)
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """See the class."""
+        return self.rows.starts
+
+    @property
+    def keys(self) -> Tensor | None:
+        """See the class."""
+        return self._shown(self.rows.keys)
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        _refuse_to_set("keys", value)
+
+    @property
+    def values(self) -> Tensor | None:
+        """See the class."""
+        return self._shown(self.rows.values)
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        _refuse_to_set("values", value)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether it has tokens."""
+        return self.rows.length > 0
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        """transformers' constructor sets it to what it is."""
+
+    @property
+    def compressed_keys(self) -> Tensor | None:
+        """See the class."""
+        return self._shown_compressed(self.rows.compressed_keys)
+
+    @property
+    def compressed_values(self) -> Tensor | None:
+        """See the class."""
+        return self._shown_compressed(self.rows.compressed_values)
+
+    def _shown(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, : self.rows.length].transpose(1, 2)
+
+    def _shown_compressed(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, : self.rows.num_compressed()]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Only the converted attention adds tokens: it needs the tables of the batch.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "past_key_values must be filled by calls of the converted model, got update()"
         )
-        if not same:
-            raise ValueError(
-                f"attention_mask must be one whose rows start at {list(self.starts)} as in the "
-                f"cache, got rows that start at {list(starts)}"
-            )
 
-    def store_compressed(self, keys: Tensor, values: Tensor, starts: tuple[int, ...]) -> None:
-        """Replace ``compressed_keys``, ``compressed_values`` and ``starts``."""
-        self.compressed_keys, self.compressed_values, self.starts = keys, values, starts
+    def get_seq_length(self) -> int:
+        """Cached tokens of each row, with padding."""
+        return self.rows.length
 
     def reset(self) -> None:
         """Remove all tokens."""
-        self._forget()
+        self.rows.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; the argument is that of ``DynamicLayer.crop``."""
-        super().crop(tokens_to_remove)
-        length = self.get_seq_length()
-        if length == 0:
-            self._forget()
-        elif self.compressed_keys is not None and self.compressed_values is not None:
-            max_blocks = num_blocks(length - min(self.starts), self.config)
-            self.compressed_keys = self.compressed_keys[:, :max_blocks]
-            self.compressed_values = self.compressed_values[:, :max_blocks]
-
-    def _take_rows(self, rows: Tensor) -> None:
-        for name in ("keys", "values", "compressed_keys", "compressed_values"):
-            x = getattr(self, name)
-            if x is not None:
-                setattr(self, name, x.index_select(0, rows.to(x.device)))
-        self.starts = tuple(self.starts[row] for row in rows.tolist())
+        length = self.rows.length
+        # Older versions of transformers give the length to keep.
+        keep = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
+        if keep < length:
+            self.rows.crop(max(0, keep))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace row i by row ``beam_idx[i]``."""
@@ -105,7 +124,15 @@ class NSACacheLayer(DynamicLayer):
         if self.get_seq_length() > 0:
             if indices.dtype == torch.bool:
                 indices = indices.nonzero().squeeze(1)
-            self._take_rows(indices)
+            self.rows.take_rows(indices)
+
+
+def _refuse_to_set(name: str, value: Tensor | None) -> None:
+    if value is not None:  # transformers' constructor sets None.
+        raise ValueError(
+            f"{name} of past_key_values must be written by calls of the converted model, got a "
+            "tensor (crop, reorder_cache and batch_select_indices keep parts of it)"
+        )
 
 
 def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig, batch: int) -> None:

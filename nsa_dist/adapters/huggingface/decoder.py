@@ -19,12 +19,13 @@ from nsa_dist.adapters.huggingface.attention import NSAAttention
 from nsa_dist.adapters.huggingface.batch import (
     Batch,
     Runtime,
-    cache_tables,
     check_position_ids,
     check_positions_count_on,
     packed_boundaries,
+    plan_cached,
     plan_stream,
     read_mask,
+    starts_of_step,
 )
 from nsa_dist.adapters.huggingface.cache import adopt_cache
 from nsa_dist.adapters.huggingface.checks import check_attention, check_call, refuse_export
@@ -34,6 +35,7 @@ from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig
+from nsa_dist.decoding.cache import capacity_for
 from nsa_dist.plan.layout import make_layout
 
 
@@ -237,8 +239,16 @@ class SparseDecoder:
         if past_key_values is not None:
             adopt_cache(past_key_values, self.nsa_layers, config, rows)
             past = past_key_values.get_seq_length(self.nsa_layers[0])
-        ranges = read_mask(attention_mask, rows, past + length)
-        if ranges is None:
+        first_columns, ranges = None, None
+        if past > 0 and length == 1:
+            cached = past_key_values.layers[self.nsa_layers[0]].starts
+            first_columns = starts_of_step(attention_mask, cached, past)
+        if first_columns is None:
+            ranges = read_mask(attention_mask, rows, past + length)
+            first_columns = (0,) * rows
+            if ranges is not None:
+                first_columns = tuple(start for start, _ in ranges)
+        if ranges is None and not any(first_columns):
             # Dense layers look for packed documents only without a mask.
             attention_mask = None
         if position_ids is not None and cu_seqlens is None:
@@ -268,7 +278,9 @@ class SparseDecoder:
         if past_key_values is None:
             past_key_values = DynamicCache(config=hf_config)
             adopt_cache(past_key_values, self.nsa_layers, config, rows)
-        batch, positions = cache_tables(config, runtime, tokens, ranges, past)
+        room = past_key_values.layers[self.nsa_layers[0]].rows.capacity
+        capacity = capacity_for(past + length, room)
+        batch, positions = plan_cached(config, runtime, tokens, first_columns, past, capacity)
         if position_ids is not None:
             positions = position_ids
         return batch, positions, past_key_values, attention_mask

@@ -74,8 +74,8 @@ def _recomputed(model: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
     "compressed keys not kept up to date",
     "those of earlier steps are forgotten",
     Rewritten(
-        "nsa_dist.adapters.huggingface:NSAAttention._compress",
-        "$WHOLE[:, : $OLD.shape[1]] = $OLD",
+        "nsa_dist.decoding.cache:_with_room",
+        "$ROOM[:, :$USED] = $BUFFER[:, :$USED]",
         "pass",
     ),
     case="qwen3-shared-9",
@@ -108,9 +108,9 @@ def test_greedy_over_the_cache_is_full_recomputation(name: str, length: int) -> 
     "left padding counted as tokens",
     "a row's blocks start at its first column, not at its first token",
     Rewritten(
-        "nsa_dist.adapters.huggingface:cache_tables",
-        "tuple($START for $START, $END in ranges)",
-        "tuple(0 for $START, $END in ranges)",
+        "nsa_dist.adapters.huggingface:plan_cached",
+        "plan_step($CONFIG, starts, $PAST, $NEW, $CAPACITY, $DEVICE)",
+        "plan_step($CONFIG, (0,) * len(starts), $PAST, $NEW, $CAPACITY, $DEVICE)",
     ),
     case="qwen3-shared-all",
 )

@@ -13,6 +13,8 @@ from nsa_dist import NSAConfig
 
 pytest.importorskip("transformers")
 
+from transformers import DynamicCache
+
 from nsa_dist.adapters.huggingface import convert_to_nsa
 from tests.adapters.huggingface.small_models import cast, dense_model, left_padded, some_tokens
 from tests.ops.accuracy import assert_2x
@@ -128,3 +130,23 @@ def test_greedy_over_the_cache_is_full_recomputation_in_float32() -> None:
     with torch.no_grad():
         logits = model(found[:, :-1], use_cache=False).logits
     assert torch.equal(logits[:, prompt.shape[1] - 1 :].argmax(-1), found[:, prompt.shape[1] :])
+
+
+@torch.no_grad()
+def test_a_step_does_not_wait_for_the_device() -> None:
+    model = _model("llama", CONFIG, torch.bfloat16, "triton")
+    tokens, mask = left_padded([some_tokens(1, n, seed=n)[0] for n in (300, 170)])
+    tokens, mask = tokens.cuda(), mask.cuda()
+    cache = DynamicCache(config=model.config)
+    model(tokens, attention_mask=mask, past_key_values=cache)
+    step = some_tokens(2, 1).cuda()
+    seen = [torch.cat((mask, mask.new_ones(2, n)), dim=1) for n in (1, 2)]
+    model(step, attention_mask=seen[0], past_key_values=cache)  # Compiles.
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = model(step, attention_mask=seen[1], past_key_values=cache).logits
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert found.isfinite().all()

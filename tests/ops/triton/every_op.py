@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import QuerySegments, get_backend
+from nsa_kernels.backend import attend_few
 from nsa_kernels.compressors import COMPRESSORS
 from nsa_kernels.reference import num_compressed
 from nsa_kernels.triton.compression.kinds import KINDS
@@ -104,6 +105,16 @@ def run(options: Options, device: str) -> None:
     )  # fmt: skip
     o_win, _ = ops.window_attention(q, k, v, table, window=options.window, scale=scale)
     gates = leaf(tokens, heads, 3, dtype=dtype, device=device)
+    branches = ("compressed", "selected", "window")
+    few = attend_few(ops)
+    assert few is not None
+    few(
+        q.detach(), dict(zip(branches, (keys.detach(), k.detach(), k.detach()), strict=True)),
+        dict(zip(branches, (values.detach(), v.detach(), v.detach()), strict=True)),
+        gates.detach(), table, places[0], branches=branches, **band,
+        select_block=options.select_block, num_selected=4, num_init_blocks=1, num_local_blocks=2,
+        window=options.window,
+    )  # fmt: skip
     out = ops.combine([o_cmp, o_slc, o_win], gates)
     leaves = [fused, gates, *(x for kind in kinds.values() for x in kind.values())]
     torch.autograd.grad(out, leaves, torch.ones_like(out))

@@ -451,3 +451,13 @@ def pooling_warps(block: int, width: int) -> int:
 def rows_of_tile(width: int) -> int:
     """Of a kernel that passes once over rows of `width`."""
     return max(1, ROW_TILE_ELEMENTS // padded(width))
+
+
+def decoding_tile(q: Tensor, v: Tensor) -> Tile:
+    """Of the kernels for few queries, which read each key once: the same on every GPU."""
+    rows = max(16, triton.next_power_of_2(q.shape[1] // v.shape[1]))
+    wide = _padded_width(q, v) > 128
+    if q.dtype == torch.float32:
+        return Tile(rows, 16, 4, 1, MOST_REGISTERS)
+    keys, stages = (32, 2) if wide else (64, 3)
+    return Tile(rows, keys, 4, stages, MOST_REGISTERS)

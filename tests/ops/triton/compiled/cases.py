@@ -21,6 +21,7 @@ RATIOS = (1, 2, 3, 4, 8, 12, 16, 32)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GROUPS = 4
 SCALE = 0.1
+BRANCHES = ("compressed", "selected", "window")
 # A position behind which sums over keys take several pieces, and a row's scores several programs.
 FAR = 1 << 19
 
@@ -165,7 +166,30 @@ def combine(case: Case, branches: int = 3) -> None:
     _backward(triton.combine(outputs, gates), gates, *outputs)
 
 
+def few(
+    case: Case,
+    block: int = 32,
+    stride: int = 16,
+    select_block: int = 64,
+    n: int = 16,
+    window: int = 512,
+    page: int = 0,
+) -> None:
+    """A step of decoding, whose query sees several parts of the compressed keys."""
+    q, k, v = case.inputs(2, 64)
+    with torch.no_grad():
+        triton.attend_few(
+            q, dict.fromkeys(BRANCHES, k), dict.fromkeys(BRANCHES, v),
+            torch.empty(2, GROUPS * case.ratio, 3), _segments(2, 2000 * stride),
+            torch.zeros(2000, dtype=torch.int64),
+            compressed_rows=torch.zeros(2000, dtype=torch.int64) if page else None,
+            compressed_page=page, branches=BRANCHES, block=block,
+            stride=stride, select_block=select_block, num_selected=n, num_init_blocks=1,
+            num_local_blocks=2 if n > 2 else 1, window=window, scale=SCALE,
+        )  # fmt: skip
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (compressed, window, select, selected, compress, gather, combine)
+    for function in (compressed, window, select, selected, few, compress, gather, combine)
 }

@@ -92,6 +92,19 @@ def _select() -> Iterator[Case]:
                 yield _options(case, stride=stride, n=n, far=far)
 
 
+def _few() -> Iterator[Case]:
+    yield from _pairs("few")
+    for dtype in ("bf16", "fp32"):
+        for width in (64, 128, 256):
+            case = Case("few", dtype, width, width)
+            for block, stride, select_block in (
+                (4, 2, 16), (16, 16, 64), (64, 2, 128), (64, 16, 128),
+            ):  # fmt: skip
+                yield _options(case, block=block, stride=stride, select_block=select_block)
+            yield _options(case, n=64, window=4096)
+            yield _options(case, page=16)
+
+
 def _rows() -> Iterator[Case]:
     for dtype in ("bf16", "fp32", "fp16"):
         for case in _widths("compress", dtype):
@@ -108,7 +121,7 @@ def _rows() -> Iterator[Case]:
 
 
 def full_list() -> list[Entry]:
-    cases = dict.fromkeys([*_banded(), *_selected(), *_select(), *_rows()])
+    cases = dict.fromkeys([*_banded(), *_selected(), *_select(), *_few(), *_rows()])
     found = _entries((case, capability) for case in cases for capability in _targets(case))
     return list(dict.fromkeys([*found, *short_list()]))
 
@@ -172,6 +185,7 @@ def short_list() -> list[Entry]:
             _options(Case("compressed", dtype, width, width), long=1),
             Case("selected", dtype, width, width),
             Case("select", dtype, width, width),
+            Case("few", dtype, width, width),
             *(
                 _options(Case("compress", dtype, width, width), kind=kind)
                 for kind in KINDS
