@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # that lies in another part's folder is left to its own part.
 PARTS = (
     ("tests/launch",),
+    ("tests/adapters", "tests/repository"),
     ("tests/ops/triton",),
     ("tests/ops",),
-    ("tests/adapters", "tests/repository"),
     ("tests/distributed", "tests/traps", "tests/unit"),
 )
 WORKERS = 3
