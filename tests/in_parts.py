@@ -24,11 +24,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# The longest first. Together they have every folder, which `repository/test_tree.py` sees.
+# The longest first. Together they have every folder, which `repository/test_in_parts.py` sees. One
+# that lies in another part's folder is left to its own part.
 PARTS = (
     ("tests/launch",),
-    ("tests/ops",),
     ("tests/adapters", "tests/repository"),
+    ("tests/ops/triton",),
+    ("tests/ops",),
     ("tests/distributed", "tests/traps", "tests/unit"),
 )
 WORKERS = 3
@@ -45,8 +47,15 @@ class Part:
     started: float
 
 
+def inside(folders: tuple[str, ...], parts: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Folders of other parts that lie in ``folders``."""
+    others = (x for part in parts if part != folders for x in part)
+    return [x for x in others if any(x.startswith(f"{folder}/") for folder in folders)]
+
+
 def start(folders: tuple[str, ...], options: list[str], log: Path) -> Part:
-    cache = f"cache_dir=.pytest_cache/{Path(folders[0]).name}"  # pytest's own is for one process.
+    # pytest's own cache is for one process.
+    cache = f"cache_dir=.pytest_cache/{folders[0].replace('/', '_')}"
     command = [sys.executable, "-m", "pytest", "-o", cache, *options, *folders]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
@@ -63,20 +72,21 @@ def run_parts(
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
-                    log = Path(logs) / str(len(waiting))
-                    running.append(start(waiting.pop(0), options, log))
+                    log, part = Path(logs) / str(len(waiting)), waiting.pop(0)
+                    left = [f"--ignore={folder}" for folder in inside(part, parts)]
+                    running.append(start(part, [*options, *left], log))
                 time.sleep(0.2)
-                for part in [x for x in running if x.process.poll() is not None]:
-                    running.remove(part)
-                    codes.append(part.process.returncode)
-                    said = part.log.read_text(encoding="utf-8", errors="replace")
-                    seconds = time.perf_counter() - part.started
-                    print(f"== {' '.join(part.folders)}: {seconds:.0f} s\n{said}", flush=True)
+                for ended in [x for x in running if x.process.poll() is not None]:
+                    running.remove(ended)
+                    codes.append(ended.process.returncode)
+                    said = ended.log.read_text(encoding="utf-8", errors="replace")
+                    seconds = time.perf_counter() - ended.started
+                    print(f"== {' '.join(ended.folders)}: {seconds:.0f} s\n{said}", flush=True)
                     failed += [x for x in said.splitlines() if x.startswith(("FAILED", "ERROR"))]
         finally:
-            for part in running:
-                part.process.terminate()
-                part.process.wait()
+            for unfinished in running:
+                unfinished.process.terminate()
+                unfinished.process.wait()
     wrong = [code for code in codes if code not in (0, NOTHING_SELECTED)]
     if wrong:
         return max(wrong, key=abs), failed

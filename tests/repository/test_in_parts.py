@@ -16,7 +16,21 @@ PASSING, FAILING = "def test_a(): pass\n", "def test_b(): assert 1 == 2\n"
 def test_every_test_folder_is_in_a_part() -> None:
     """One that is in none would run nowhere."""
     folders = {f"tests/{x.relative_to(TESTS).parts[0]}" for x in TESTS.rglob("test_*.py")}
-    assert sorted(chain(*PARTS)) == sorted(folders)
+    outer = [x for x in chain(*PARTS) if x.count("/") == 1]
+    assert sorted(outer) == sorted(folders)
+
+
+def test_a_folder_inside_another_runs_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "inner").mkdir()
+    for folder, name in ((tmp_path, "outer"), (tmp_path / "inner", "inner")):
+        (folder / f"test_{name}.py").write_text(PASSING, encoding="utf-8")
+    parts = ((f"{tmp_path}/inner",), (str(tmp_path),))
+    assert run_parts(parts, ["-p", "no:cacheprovider", "-v"]) == (0, [])
+    said = capsys.readouterr().out
+    assert said.count("test_inner.py::test_a PASSED") == 1
+    assert said.count("test_outer.py::test_a PASSED") == 1
 
 
 @pytest.mark.parametrize(
