@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nsa_dist import NSAConfig, shard_batch
+from nsa_dist import NSAConfig, ShardedBatch, shard_batch
 from nsa_dist.adapters.huggingface import convert_to_nsa
 
 VOCABULARY = 97
@@ -158,6 +158,19 @@ def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 DOCUMENTS = (37, 5, 61, 1, 24)
 
 
+def loss_of(model: nn.Module, batch: ShardedBatch) -> Tensor:
+    """This rank's share of a split batch's loss."""
+    found: Tensor = model(
+        batch.tokens,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        labels=batch.labels,
+        shift_labels=batch.labels,
+        num_items_in_batch=batch.num_targets,
+    ).loss
+    return found
+
+
 def gradients(
     family: str,
     config: NSAConfig,
@@ -183,14 +196,7 @@ def gradients(
     bounds = torch.tensor([0, *DOCUMENTS]).cumsum(0).int() if packed else None
     tokens = some_tokens(1, sum(DOCUMENTS)) if packed else some_tokens(2, 75)
     batch = shard_batch(tokens, cu_seqlens=bounds, layout=layout, group=group)
-    loss = model(
-        batch.tokens,
-        position_ids=batch.position_ids,
-        cu_seqlens=batch.cu_seqlens,
-        labels=batch.labels,
-        shift_labels=batch.labels,
-        num_items_in_batch=batch.num_targets,
-    ).loss
+    loss = loss_of(model, batch)
     loss.backward()
     grads = {}
     total = loss.detach()

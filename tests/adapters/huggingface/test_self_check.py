@@ -14,6 +14,7 @@ from nsa_dist import ParallelReport, check_parallel, shard_batch
 from tests.adapters.huggingface.small_models import (
     DOCUMENTS,
     INDEPENDENT,
+    loss_of,
     some_tokens,
     sparse_model,
 )
@@ -30,15 +31,7 @@ def checked(layout: str, cut_as: str) -> ParallelReport:
     batch = shard_batch(tokens, cu_seqlens=bounds, layout=cut_as, group=group)
 
     def run() -> None:
-        loss = model(
-            batch.tokens,
-            position_ids=batch.position_ids,
-            cu_seqlens=batch.cu_seqlens,
-            labels=batch.labels,
-            shift_labels=batch.labels,
-            num_items_in_batch=batch.num_targets,
-        ).loss
-        loss.backward()
+        loss_of(model, batch).backward()
 
     return check_parallel(model, run, batch)
 
