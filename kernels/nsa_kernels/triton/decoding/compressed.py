@@ -36,8 +36,8 @@ SCORES_AT_ONCE = 64
 class HeadScores(NamedTuple):
     """What the keys of a block give to its score and to the next one's, for each head, [N, H, B].
 
-    maxima [N, H, tiles]: what those of each tile of keys are relative to. passed is None where
-    compression blocks do not overlap.
+    maxima [N, H, tiles]: what those of each tile of keys are relative to. passed is not used
+    where compression blocks do not overlap.
     """
 
     own: Any
@@ -178,7 +178,8 @@ def attend_compressed(
     scores = None
     if blocks:
         own = empty(num_queries, heads, columns)
-        passed = empty(num_queries, heads, columns) if C.OVERLAP > 1 else None
+        # Triton 3.6 asks a None inside a tuple for its type.
+        passed = empty(num_queries, heads, columns) if C.OVERLAP > 1 else own
         scores = HeadScores(own, passed, empty(num_queries, heads, tiles))
     if splits:
         _compressed_kernel[(num_queries, C.G, splits)](
