@@ -32,23 +32,14 @@ import torch
 import tyro
 from torch import Tensor
 
+from launch.bench.compare import beside_dense, compare_streams, run_program
 from launch.bench.judges import relative_error
 from launch.bench.meter import Meter
-from launch.bench.operators import dense_rows, line, measure, shape_of, triton_version, where
-from launch.bench.options import DATA, DTYPES, Sizes, check_docs
+from launch.bench.operators import measure
+from launch.bench.options import DATA, Sizes, check_docs
 from launch.bench.problems import problems
 from launch.bench.stream import Stream
-from launch.bench.table import (
-    Row,
-    Shape,
-    described,
-    find,
-    number,
-    pair,
-    table,
-    write_csv,
-    write_numbers,
-)
+from launch.bench.table import Row, Shape, described, find, number, pair, table
 from launch.bench.work import Peaks
 from nsa_dist.checks import as_choice, check
 
@@ -143,23 +134,19 @@ def results(
     return [out.detach(), *torch.autograd.grad(out, of, grad)]
 
 
-def rows_of(stream: Stream, peaks: Peaks, meter: Meter, wrong: list[str]) -> Iterator[Row]:
-    """Dense attention, flash_nsa and ours on one stream; adds messages to ``wrong``."""
+def rows_of(
+    stream: Stream, blank: Row, peaks: Peaks, meter: Meter, wrong: list[str]
+) -> Iterator[Row]:
+    """Dense attention, ours and flash_nsa on one stream; adds messages to ``wrong``."""
     options, length = stream.options, stream.length
     assert isinstance(options, PeersOptions)
-    torch.manual_seed(0)
-    blank = Row("", length, "", 0.0, None, shape_of(options, meter.gpu), **where())
-    yield from (row for row in dense_rows(stream, blank, peaks, meter) if "cudnn" in row.operator)
-    (ours,) = problems(stream, torch.empty(0), {}, ("whole",))
-    verdict = ours.verdict()
-    what = f"{length} tokens, {options.data} data"
-    if not verdict.right:
-        wrong.append(f"ours, {what}: error {verdict.error:.1e}, at most {verdict.limit:.1e}")
+    before = len(wrong)
+    yield from beside_dense(stream, blank, peaks, meter, wrong)
+    if len(wrong) > before:
         return
-    row = replace(blank, operator="whole", choices="random")
-    row = replace(row, error=verdict.error, limit=verdict.limit)
-    yield measure(row, ours.inputs, ours.run, ours.flops, peaks, meter)
 
+    (ours,) = problems(stream, torch.empty(0), {}, ("whole",))
+    what = f"{length} tokens, {options.data} data"
     q, gates, k, v = ours.inputs
     bounds = torch.arange(options.documents + 1, dtype=torch.int32) * stream.size
     run = load_peer(options, bounds.to(stream.device), stream.size)
@@ -178,21 +165,12 @@ def rows_of(stream: Stream, peaks: Peaks, meter: Meter, wrong: list[str]) -> Ite
 
 def compare(options: PeersOptions, meter: Meter) -> tuple[list[Row], list[str]]:
     """All rows, and messages on wrong results. Prints and writes each row."""
-    peaks = meter.peaks(DTYPES[options.dtype])
-    print(f"{meter.gpu}, torch {torch.__version__}, triton {triton_version()}", flush=True)
-    rows: list[Row] = []
-    wrong: list[str] = []
-    for length in options.lengths:
-        for kind in options.kinds:
-            stream = Stream(replace(options, data=kind), length, meter.device)
-            for row in rows_of(stream, peaks, meter, wrong):
-                rows.append(row)
-                print(line(row), flush=True)
-                if options.csv is not None:
-                    write_csv(options.csv, rows)
-            del stream  # Before the next is drawn.
-            torch.cuda.empty_cache()
-    return rows, wrong
+    variants = [
+        (replace(options, data=kind), length)
+        for length in options.lengths
+        for kind in options.kinds
+    ]
+    return compare_streams(variants, rows_of, meter, options.csv)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -228,18 +206,7 @@ def _ratio(dense: Row, row: Row) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(PeersOptions, args=arguments)
-    if not torch.cuda.is_available():
-        sys.exit("peers.py: the machine must have an NVIDIA GPU, got no CUDA device")
-    try:
-        rows, wrong = compare(options, Meter(options.repeats_ms))
-    except (ValueError, ImportError) as error:
-        sys.exit(f"peers.py: {error}")
-    if rows:
-        print(f"\n{markdown(rows)}")
-        if options.docs is not None and options.csv is not None:
-            write_numbers(options.docs, markdown(rows), options.csv.name)
-    if wrong:
-        sys.exit("peers.py: wrong results, not timed:\n  " + "\n  ".join(wrong))
+    run_program("peers.py", options, lambda meter: compare(options, meter), markdown, options.docs)
 
 
 if __name__ == "__main__":

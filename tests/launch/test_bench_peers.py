@@ -14,7 +14,7 @@ pytest.importorskip("numpy")
 
 from torch.nn.attention import SDPBackend
 
-from launch.bench import operators, peers
+from launch.bench import compare, operators, peers
 from launch.bench.problems import problems
 from launch.bench.stream import Stream
 from launch.bench.table import read_csv
@@ -93,7 +93,7 @@ def test_a_wrong_peer_is_not_timed_and_ends_the_program_with_1(
     path = folder / "flash_nsa" / "__init__.py"
     path.write_text(PACKAGE.replace("FACTOR", "1.2"))
     monkeypatch.setattr(peers.tyro, "cli", lambda *_, **__: options_of(folder))
-    monkeypatch.setattr(peers, "Meter", lambda _: NoClock())
+    monkeypatch.setattr(compare, "Meter", lambda _: NoClock())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(SystemExit, match=r"flash_nsa, 90 tokens, random data: 2\.0e-01 from ours"):
         peers.main([])

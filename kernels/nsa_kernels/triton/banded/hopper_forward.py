@@ -14,10 +14,13 @@ TMA takes no mask. What it brings of other documents' queries is computed with a
 their keys are masked as late ones are. Their values are set to zero in shared memory, in the first
 and the last tile alone: others hold only keys that some query of the tile sees.
 
-Sums are not cut into pieces. O and its sum l are rounded to float32 once a tile, far below the
-rounding of P and O to 16 bits: at 65,536 compressed keys, 1024 tiles, errors are those of the plain
-code (`test_sums_over_most_keys_take_no_pieces`). A second accumulator would leave no registers for
-tiles this large.
+Tensor cores cut off what an accumulator cannot hold instead of rounding it. Over 1024 tiles, which are
+65,536 compressed keys, that makes O too small by 2e-4: nothing beside its rounding to 16 bits, but
+delta, which backward makes of O and dO, is then off by the same share of a large sum, and dQ with it.
+So after PIECE tiles O is put aside and starts from 0. There are no registers for a second one: it goes
+to memory that each consumer has for itself, and that stays in the L2 cache. A piece ends at a multiple
+of PIECE, whatever tokens are in the tile of queries, and a key that a query does not see adds 0 to what
+was put aside: the bits of o do not depend on the tile.
 
 Letters are those of forward.py. NC consumers of TW = 64/R tokens each, a tile of BT = NC*TW tokens.
 """
@@ -56,6 +59,8 @@ from nsa_kernels.triton.shared.shapes import HopperTile
 from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
 ROWS = gl.constexpr(WARPGROUP_ROWS)
+# Tiles of keys that one accumulator adds up: a quarter of those with which O is off by 2e-4.
+PIECE = gl.constexpr(256)
 
 
 @gluon.jit
@@ -161,6 +166,13 @@ def _multiply_keys(q, q_rest, k, k_rest, stage, S_L: gl.constexpr, C: gl.constex
 
 
 @gluon.jit
+def _change(b_old, b_new):
+    """What sums relative to the maximum b_old are multiplied by, to be relative to b_new."""
+    # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
+    return gl.exp2(b_old - gl.where(b_new == -float("inf"), 0.0, b_new))
+
+
+@gluon.jit
 def _softmax(
     b_s,
     b_max,
@@ -201,6 +213,8 @@ def _steps(
     b_p,
     b_max,
     b_sum,
+    b_max_aside,
+    aside,
     q,
     q_rest,
     k,
@@ -215,6 +229,7 @@ def _steps(
     t,
     until,
     MASKED: gl.constexpr,
+    APART: gl.constexpr,
     STAGES: gl.constexpr,
     S_L: gl.constexpr,
     P_L: gl.constexpr,
@@ -243,7 +258,42 @@ def _steps(
         b_p = b_next
         stage, parity = advance(stage, parity, STAGES)
         turn ^= 1
-    return b_acc, b_p, b_max, b_sum, stage, parity, turn
+        if APART:
+            if (j + 1) % PIECE == 0:
+                b_change = _change(b_max_aside, b_max)
+                b_acc = _put_aside(b_acc, aside, j + 1 == PIECE, b_change, O_L, C)
+                b_max_aside = b_max
+    return b_acc, b_p, b_max, b_sum, b_max_aside, stage, parity, turn
+
+
+@gluon.jit
+def _at(p, first_column: gl.constexpr, L: gl.constexpr, WIDTH: gl.constexpr, C: gl.constexpr):
+    """Columns of p [64, DV]. Every thread has the same of them as in an accumulator."""
+    o_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
+    o_d = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L)) + first_column
+    return p + gl.expand_dims(o_m * C.DV, 1) + gl.expand_dims(o_d, 0)
+
+
+@gluon.jit
+def _put_aside(b_acc, aside, first, b_scale, O_L: gl.constexpr, C: gl.constexpr):
+    """aside [64, DV] becomes aside * b_scale + b_acc, or b_acc if that is the first; returns 0.
+
+    b_acc is written behind aside first, and added some columns at a time: there are no registers
+    for both.
+    """
+    if first:
+        gl.store(_at(aside, 0, O_L, C.DV, C), b_acc)
+    else:
+        p_new = aside + ROWS * C.DV
+        gl.store(_at(p_new, 0, O_L, C.DV, C), b_acc)
+        L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
+        DV: gl.constexpr = C.DV
+        b_factor = gl.expand_dims(gl.convert_layout(b_scale, gl.SliceLayout(1, L)), 1)
+        for column in gl.static_range(0, DV, 16):
+            b_old = gl.load(_at(aside, column, L, 16, C))
+            b_new = gl.load(_at(p_new, column, L, 16, C))
+            gl.store(_at(aside, column, L, 16, C), gl.fma(b_old, b_factor, b_new))
+    return gl.full([ROWS, C.DV], 0.0, gl.float32, O_L)
 
 
 @gluon.jit
@@ -299,6 +349,7 @@ def _consume(
     o_desc,
     o,
     lse,
+    aside,
     q,
     k,
     v,
@@ -311,6 +362,7 @@ def _consume(
     num_tiles,
     scale,
     NC: gl.constexpr,
+    APART: gl.constexpr,
     STAGES: gl.constexpr,
     C: gl.constexpr,
 ):
@@ -331,6 +383,7 @@ def _consume(
     q_w = q.tiles.index(w).reshape((ROWS, 128 if WIDE else C.DK))
     q_rest_w = q_rest.index(w).reshape((ROWS, 64)) if WIDE else q_w
     o_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L))
+    aside += (gl.program_id(0) * NC + w) * (2 * ROWS * C.DV)
     first_row, num_tokens, position, _base = _query_tile(gl.program_id(0), tiles, num_tiles, C)
     for work in range(gl.program_id(0), num_tiles * C.G, gl.num_programs(0)):
         first, limit, begin, inner, shared, end = _key_range(position, num_tokens, C)
@@ -357,21 +410,22 @@ def _consume(
             clean_parities = _keep_values(v, stage, low, C.BN, clean, clean_parities, w, C)
         # From here on the values are those of the stage before.
         stage, parity = advance(stage, parity, STAGES)
+        b_max_aside = b_max
         if C.WINDOW > 0:
-            b_acc, b_p, b_max, b_sum, stage, parity, turn = _steps(
-                begin + 1, inner, b_acc, b_p, b_max, b_sum, q_w, q_rest_w, k, v, k_rest,
+            b_acc, b_p, b_max, b_sum, b_max_aside, stage, parity, turn = _steps(
+                begin + 1, inner, b_acc, b_p, b_max, b_sum, b_max_aside, aside, q_w, q_rest_w, k, v, k_rest,
                 stage, parity, my_turn, next_turn, turn, scale, t, until, True,
-                STAGES, S_L, P_L, O_L, C,
+                APART, STAGES, S_L, P_L, O_L, C,
             )  # fmt: skip
-        b_acc, b_p, b_max, b_sum, stage, parity, turn = _steps(
-            inner, shared, b_acc, b_p, b_max, b_sum, q_w, q_rest_w, k, v, k_rest,
+        b_acc, b_p, b_max, b_sum, b_max_aside, stage, parity, turn = _steps(
+            inner, shared, b_acc, b_p, b_max, b_sum, b_max_aside, aside, q_w, q_rest_w, k, v, k_rest,
             stage, parity, my_turn, next_turn, turn, scale, t, until, False,
-            STAGES, S_L, P_L, O_L, C,
+            APART, STAGES, S_L, P_L, O_L, C,
         )  # fmt: skip
-        b_acc, b_p, b_max, b_sum, stage, parity, turn = _steps(
-            shared, end, b_acc, b_p, b_max, b_sum, q_w, q_rest_w, k, v, k_rest,
+        b_acc, b_p, b_max, b_sum, b_max_aside, stage, parity, turn = _steps(
+            shared, end, b_acc, b_p, b_max, b_sum, b_max_aside, aside, q_w, q_rest_w, k, v, k_rest,
             stage, parity, my_turn, next_turn, turn, scale, t, until, True,
-            STAGES, S_L, P_L, O_L, C,
+            APART, STAGES, S_L, P_L, O_L, C,
         )  # fmt: skip
         mbarrier.arrive(q.empty.index(w), count=1)
         q_parity ^= 1
@@ -390,8 +444,13 @@ def _consume(
         b_sum = gl.where(b_sum == 0.0, 1.0, b_sum)  # With nothing seen the maximum is -inf.
         b_lse = (b_max + gl.log2(b_sum)) * LN2
         b_scale = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, O_L))
+        b_change = _change(b_max_aside, b_max)
         b_o, b_p = warpgroup_mma_wait(0, deps=(b_o, b_p))
         mbarrier.arrive(v.empty.index(v_stage), count=1)
+        if APART:
+            if end >= PIECE:
+                _put_aside(b_o, aside, False, b_change, O_L, C)
+                b_o = gl.load(_at(aside, 0, O_L, C.DV, C))
         b_o = (b_o * gl.expand_dims(b_scale, 1)).to(DTYPE)
         _store(b_o, b_lse, o_desc, o, lse, o_s.index(w), row, tokens, work % C.G, S_L, O_L, C)
     tma.store_wait(0)
@@ -407,17 +466,21 @@ def _hopper_forward_kernel(
     o_desc,
     o,
     lse,
+    aside,
     tiles,
     num_tiles,
     k_head,
     v_head,
     scale,
+    APART: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     C: gl.constexpr,
 ):
     """o and lse of all tiles of queries.
 
+    APART: whether a tile may see PIECE tiles of keys. aside: float32 [programs of the grid, consumers,
+    2, 64, DV] then, else not used.
     Widths of tiles are powers of two: 192 channels of q and k are 128 and the rest of 64.
     """
     DTYPE: gl.constexpr = q_desc.dtype
@@ -442,12 +505,12 @@ def _hopper_forward_kernel(
     clean = new_barriers(STAGES, 1)
     # Arguments are written out: constants of a tuple that has a name would become tensors.
     gl.warp_specialize([
-        (_consume, (0, o_desc, o, lse, q, k, v, q_rest, k_rest, o_s, turns, clean, tiles,
-                    num_tiles, scale, NC, STAGES, C)),
-        (_consume, (1, o_desc, o, lse, q, k, v, q_rest, k_rest, o_s, turns, clean, tiles,
-                    num_tiles, scale, NC, STAGES, C)),
-        (_consume, (2, o_desc, o, lse, q, k, v, q_rest, k_rest, o_s, turns, clean, tiles,
-                    num_tiles, scale, NC, STAGES, C)),
+        (_consume, (0, o_desc, o, lse, aside, q, k, v, q_rest, k_rest, o_s, turns, clean, tiles,
+                    num_tiles, scale, NC, APART, STAGES, C)),
+        (_consume, (1, o_desc, o, lse, aside, q, k, v, q_rest, k_rest, o_s, turns, clean, tiles,
+                    num_tiles, scale, NC, APART, STAGES, C)),
+        (_consume, (2, o_desc, o, lse, aside, q, k, v, q_rest, k_rest, o_s, turns, clean, tiles,
+                    num_tiles, scale, NC, APART, STAGES, C)),
         (_produce, (q_desc, k_desc, v_desc, q_rest_desc, k_rest_desc, q, k, v, q_rest, k_rest,
                     tiles, num_tiles, k_head, v_head, NC, STAGES, C)),
     ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
@@ -472,7 +535,12 @@ def hopper_forward(
     tiles = query_tiles(segments, C.BT, band.column)
     tokens, num_tiles = WARPGROUP_ROWS // C.R, len(tiles.host)
     first, rest = (128, 64) if C.DK == 192 else (C.DK, 0)
-    launcher(_hopper_forward_kernel, (persistent_programs(q_NHD, num_tiles * C.G),))(
+    programs = persistent_programs(q_NHD, num_tiles * C.G)
+    # Nothing is put aside within fewer keys: the same bits, with more registers.
+    apart = not band.window and k_EGD.shape[0] >= PIECE.value * C.BN
+    shape = (programs, C.BM // WARPGROUP_ROWS, 2, WARPGROUP_ROWS, C.DV)
+    aside = lse_NH.new_empty(shape) if apart else lse_NH
+    launcher(_hopper_forward_kernel, (programs,))(
         head_tiles(q_NHD, tokens, C.R, first),
         row_tiles(k_EGD, C.BN, first),
         row_tiles(v_EGD, C.BN, C.DV),
@@ -481,11 +549,13 @@ def hopper_forward(
         head_tiles(o_NHD, tokens, C.R, C.DV),
         o_NHD,
         lse_NH,
+        aside,
         tiles.table,
         num_tiles,
         k_EGD.stride(1),
         v_EGD.stride(1),
         logit_scale(q_NHD, scale),
+        APART=apart,
         STAGES=tile.stages,
         REGISTERS=tile.consumer_registers,
         C=C,

@@ -77,7 +77,7 @@ def _gate(case: Case, rows: int) -> Tensor:
 def compressed(case: Case, long: int = 0, gate: int = 0) -> None:
     """gate: whether the branch takes its gate, as it does in a layer."""
     rows = _many_rows(case, long)
-    q, k, v = case.inputs(rows, 64)
+    q, k, v = case.inputs(rows, FAR // 16 if long else 64)
     segments = _segments(rows, FAR if long else 0)
     found = triton.compressed_attention(
         q, k, v, segments, block=32, stride=16, scale=SCALE,
