@@ -472,4 +472,5 @@ def test_a_run_on_a_gpu_times_everything(tmp_path: Path, documents: int) -> None
 
 def test_every_operator_of_a_backend_has_its_row() -> None:
     files = (Path(pytorch.__file__).parent).glob("[!_]*.py")
-    assert {path.stem for path in files} | {"whole"} == set(OPERATORS)
+    # decoding.py times few queries.
+    assert {path.stem for path in files} | {"whole"} == {*OPERATORS, "few_queries"}

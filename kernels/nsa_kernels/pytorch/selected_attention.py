@@ -60,9 +60,10 @@ class _Pool:
         ids_Nn = (selected_Nn.long() + segments.selected_bases.unsqueeze(1)).where(
             chosen_Nn, nowhere
         )
+        # Nothing is changed in place: what selective checkpointing keeps must not be.
         is_used = torch.zeros(nowhere + 1, dtype=torch.bool, device=device)
-        is_used[ids_Nn.flatten()] = True
-        used = is_used[:-1].nonzero()[:, 0]
+        is_used = F.pad(is_used.index_fill(0, ids_Nn.flatten(), True)[:-1], (0, 1))
+        used = is_used.nonzero()[:, 0]
         starts = block_rows_B[used]
         assert not (starts < 0).any(), (
             f"block {int(used[starts < 0][0])} was chosen and is not here"
@@ -78,7 +79,6 @@ class _Pool:
         pairs = zip(own, fetched, strict=True)
         self.context = FiniteRows.of(*(self._rows_of(*pair).to(dtype) for pair in pairs))
         slot_of = (is_used.cumsum(dim=0) - 1).where(is_used, self.size)
-        slot_of[nowhere] = self.size
         self.slots_Nn = slot_of[ids_Nn]
         ends_Nn = segments.positions.unsqueeze(1) + 1 - selected_Nn.long() * select_block
         self.seen_Nn = ends_Nn.clamp(0, select_block).where(chosen_Nn, 0)
@@ -89,7 +89,7 @@ class _Pool:
         if not len(source):
             return source.new_zeros(*self.rows_As.shape, source.shape[-1])
         rows = self.rows_As.clamp(max=len(source) - 1).flatten()
-        blocks = source.index_select(0, rows).index_fill_(0, self._no_rows, 0.0)
+        blocks = source.index_select(0, rows).index_fill(0, self._no_rows, 0.0)
         return blocks.view(*self.rows_As.shape, -1)
 
     def num_chosen(self, segment: Segment) -> int:

@@ -14,13 +14,13 @@ TMA takes no mask. What it brings of other documents' queries is computed with a
 their keys are masked as late ones are. Their values are set to zero in shared memory, in the first
 and the last tile alone: others hold only keys that some query of the tile sees.
 
-Tensor cores cut off what an accumulator cannot hold instead of rounding it. Over 1024 tiles, which are
-65,536 compressed keys, that makes O too small by 2e-4: nothing beside its rounding to 16 bits, but
-delta, which backward makes of O and dO, is then off by the same share of a large sum, and dQ with it.
-So after PIECE tiles O is put aside and starts from 0. There are no registers for a second one: it goes
-to memory that each consumer has for itself, and that stays in the L2 cache. A piece ends at a multiple
-of PIECE, whatever tokens are in the tile of queries, and a key that a query does not see adds 0 to what
-was put aside: the bits of o do not depend on the tile.
+Tensor cores cut off what an accumulator cannot hold instead of rounding it. Over 1024 tiles, which
+are 65,536 compressed keys, that makes O too small by 2e-4: nothing beside its rounding to 16 bits,
+but delta, which backward makes of O and dO, is then off by the same share of a large sum, and dQ
+with it. So after PIECE tiles O is put aside and starts from 0. There are no registers for a second
+one: it goes to memory that each consumer has for itself, and that stays in the L2 cache. A piece
+ends at a multiple of PIECE, whatever tokens are in the tile of queries, and a key that a query does
+not see adds 0 to what was put aside: the bits of o do not depend on the tile.
 
 Letters are those of forward.py. NC consumers of TW = 64/R tokens each, a tile of BT = NC*TW tokens.
 """
@@ -258,7 +258,7 @@ def _steps(
         b_p = b_next
         stage, parity = advance(stage, parity, STAGES)
         turn ^= 1
-        if APART:
+        if APART:  # noqa: SIM102 (known when this is compiled)
             if (j + 1) % PIECE == 0:
                 b_change = _change(b_max_aside, b_max)
                 b_acc = _put_aside(b_acc, aside, j + 1 == PIECE, b_change, O_L, C)
@@ -413,18 +413,18 @@ def _consume(
         b_max_aside = b_max
         if C.WINDOW > 0:
             b_acc, b_p, b_max, b_sum, b_max_aside, stage, parity, turn = _steps(
-                begin + 1, inner, b_acc, b_p, b_max, b_sum, b_max_aside, aside, q_w, q_rest_w, k, v, k_rest,
-                stage, parity, my_turn, next_turn, turn, scale, t, until, True,
+                begin + 1, inner, b_acc, b_p, b_max, b_sum, b_max_aside, aside, q_w, q_rest_w, k,
+                v, k_rest, stage, parity, my_turn, next_turn, turn, scale, t, until, True,
                 APART, STAGES, S_L, P_L, O_L, C,
             )  # fmt: skip
         b_acc, b_p, b_max, b_sum, b_max_aside, stage, parity, turn = _steps(
-            inner, shared, b_acc, b_p, b_max, b_sum, b_max_aside, aside, q_w, q_rest_w, k, v, k_rest,
-            stage, parity, my_turn, next_turn, turn, scale, t, until, False,
+            inner, shared, b_acc, b_p, b_max, b_sum, b_max_aside, aside, q_w, q_rest_w, k, v,
+            k_rest, stage, parity, my_turn, next_turn, turn, scale, t, until, False,
             APART, STAGES, S_L, P_L, O_L, C,
         )  # fmt: skip
         b_acc, b_p, b_max, b_sum, b_max_aside, stage, parity, turn = _steps(
-            shared, end, b_acc, b_p, b_max, b_sum, b_max_aside, aside, q_w, q_rest_w, k, v, k_rest,
-            stage, parity, my_turn, next_turn, turn, scale, t, until, True,
+            shared, end, b_acc, b_p, b_max, b_sum, b_max_aside, aside, q_w, q_rest_w, k, v,
+            k_rest, stage, parity, my_turn, next_turn, turn, scale, t, until, True,
             APART, STAGES, S_L, P_L, O_L, C,
         )  # fmt: skip
         mbarrier.arrive(q.empty.index(w), count=1)
@@ -447,7 +447,7 @@ def _consume(
         b_change = _change(b_max_aside, b_max)
         b_o, b_p = warpgroup_mma_wait(0, deps=(b_o, b_p))
         mbarrier.arrive(v.empty.index(v_stage), count=1)
-        if APART:
+        if APART:  # noqa: SIM102 (known when this is compiled)
             if end >= PIECE:
                 _put_aside(b_o, aside, False, b_change, O_L, C)
                 b_o = gl.load(_at(aside, 0, O_L, C.DV, C))
@@ -479,8 +479,8 @@ def _hopper_forward_kernel(
 ):
     """o and lse of all tiles of queries.
 
-    APART: whether a tile may see PIECE tiles of keys. aside: float32 [programs of the grid, consumers,
-    2, 64, DV] then, else not used.
+    APART: whether a tile may see PIECE tiles of keys. aside: float32 [programs of the grid,
+    consumers, 2, 64, DV] then, else not used.
     Widths of tiles are powers of two: 192 channels of q and k are 128 and the rest of 64.
     """
     DTYPE: gl.constexpr = q_desc.dtype

@@ -89,8 +89,8 @@ def spills(entries: Iterable[Entry], compiled: Mapping[Launch, Compiled]) -> dic
     return found
 
 
-# Kernels whose accumulators leave too few registers at any tile, and in which cases: they may spill a
-# little, outside the loops that matter or a word or two there, and the record says how much.
+# Kernels whose accumulators leave too few registers at any tile, and in which cases: they may spill
+# a little, outside the loops that matter or a word or two there, and the record says how much.
 MAY_SPILL = {"selected.hopper_block_dkv": "", "banded.hopper_forward": "long=1"}
 
 

@@ -25,7 +25,7 @@ from tests.ops.triton.compiled.lists import of_one_gpu
 
 ROOT = Path(__file__).resolve().parents[4]
 KERNELS = ROOT / "kernels" / "nsa_kernels" / "triton"
-MOST_COMPILES = 180
+MOST_COMPILES = 200
 # The first test waits for all compiles, which take much longer where the cores are not its own.
 pytestmark = pytest.mark.timeout(900)
 
