@@ -52,7 +52,9 @@ def test_a_wrong_result_is_told_with_its_shape(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(shapes.tyro, "cli", lambda *_, **__: options_of(shapes=("4/4/16/16",)))
     judge = "launch.bench.judges.Verdict.right"
     monkeypatch.setattr(judge, property(lambda _: False))
-    with pytest.raises(SystemExit, match=r"shapes.py: wrong .*\n.*4 heads in 4 groups.*90 tokens: error"):
+    with pytest.raises(
+        SystemExit, match=r"shapes.py: wrong .*\n.*4 heads in 4 groups.*90 tokens: error"
+    ):
         shapes.main([])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from nsa_kernels import QuerySegments
 from nsa_kernels.reference import masked_softmax, weighted_values
 from nsa_kernels.triton import compressed_attention
+from nsa_kernels.triton.banded.hopper_forward import PIECE
 from nsa_kernels.triton.shared import shapes
 from nsa_kernels.triton.shared.shapes import hopper_forward_tile
 from tests.ops.accuracy import assert_2x
@@ -183,8 +184,8 @@ def test_in_a_cuda_graph(name: str) -> None:
 @on_hopper
 @each_dtype
 @pytest.mark.parametrize("mean", [0.0, 1.0])
-def test_sums_over_most_keys_take_no_pieces(mean: float, dtype: torch.dtype) -> None:
-    """65,536 compressed keys in one running sum of 1024 tiles, values that cancel or add up."""
+def test_sums_over_most_keys(mean: float, dtype: torch.dtype) -> None:
+    """65,536 compressed keys, 1024 tiles in four pieces, values that cancel or add up."""
     count, rows, scale = 1 << 16, 200, 128**-0.5
     position = count * 16 + 16 - rows
     q, k = random(rows, 16, 128, dtype=dtype), random(count, 1, 128, dtype=dtype)
@@ -201,3 +202,23 @@ def test_sums_over_most_keys_take_no_pieces(mean: float, dtype: torch.dtype) -> 
     (plain, plain_lse), (exact, exact_lse) = dense
     assert_2x(o, plain, exact, dtype, "o", heads=True)
     assert_2x(lse, plain_lse, exact_lse, dtype, "lse", heads=True)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_pieces_do_not_depend_on_the_tile(pieces: int, width: int) -> None:
+    """Queries on both sides of where a piece ends, in tiles that are cut elsewhere."""
+    count, rows, dtype = PIECE.value * 64 * pieces + 100, 700, torch.bfloat16
+    position = PIECE.value * 64 * pieces * 4 + 8 - rows // 2
+    q, k, v = (
+        random(n, h, width, dtype=dtype).to(DEVICE) for n, h in ((rows, 16), (count, 1), (count, 1))
+    )
+    found = []
+    for ends in ((rows,), (1, 6, 200, 349, 350, 351, 355, 500, rows)):
+        starts = (0, *ends[:-1])
+        table = [(a, b - a, position + a, 0, 0, 0) for a, b in zip(starts, ends, strict=True)]
+        segments = QuerySegments.from_rows(table).to(DEVICE)
+        found.append(compressed_attention(q, k, v, segments, block=8, stride=4, scale=width**-0.5))
+    assert_same(list(found[0]), list(found[1]))
