@@ -41,8 +41,8 @@ LEAST_CAPABILITY = (8, 0)
 class Backend(Protocol):
     """The functions a backend implements; all but `select_blocks` are differentiable.
 
-    A backend may also have `gated_branches` and `attend_few`, see the functions of these names
-    below.
+    A backend may also have `gated_branches`, `attend_few` and `add_gradients`, see the functions of
+    these names below.
     """
 
     @property
@@ -180,6 +180,23 @@ class Backend(Protocol):
 def gated_branches(backend: Backend) -> Sequence[str]:
     """The branches whose functions take a gate and return a summand; others know no `gate`."""
     return getattr(backend, "gated_branches", ())
+
+
+class AddGradients(Protocol):
+    """What several branches give to q and to their gates, in one pass."""
+
+    def __call__(
+        self, grads: Sequence[Tensor], of_gates: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """grads: up to three [N, H, D] -> their sum, added in their order and rounded once.
+
+        of_gates: up to three [N, H], any strides -> [N, H, b], one beside the other.
+        """
+
+
+def add_gradients(backend: Backend) -> AddGradients | None:
+    """The function of a backend that has a kernel for it, or None."""
+    return getattr(backend, "add_gradients", None)
 
 
 class AttendFew(Protocol):

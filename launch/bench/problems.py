@@ -197,7 +197,9 @@ def _whole(stream: Stream, label: str, choices: Tensor | None) -> Problem:
             call = Call(config, given, plan, channel)
             by = CompressedSelector(*stream.compressors)
             return attend_branches(call, q, keys, values, gates, by).out_NHD
-        return run_public(q, gates, keys, values)[0]
+        # Not [0], whose backward fills and copies a tensor like the output.
+        out: Tensor = run_public(q, gates, keys, values)
+        return out.squeeze(0)
 
     def run_public(
         q: Tensor, gates: Tensor, keys: dict[str, Tensor], values: dict[str, Tensor], **more: Any

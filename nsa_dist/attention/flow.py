@@ -76,7 +76,7 @@ from nsa_dist.comm.agreement import AgreeInBackward
 from nsa_dist.nn.rotary import apply_rotary
 from nsa_kernels import Backend
 from nsa_kernels.autograd import first_order
-from nsa_kernels.backend import as_gate, gated_branches
+from nsa_kernels.backend import add_gradients, as_gate, gated_branches
 
 ByName = Mapping[str, Tensor]
 Extended = Mapping[str, tuple[Tensor, Tensor]]
@@ -114,9 +114,9 @@ def attend_branches(
         "selected": "selected" in branches,
     }
     readers = [name for name, does in reads.items() if does]
-    queries = dict(zip(readers, _for_readers(q_NHD, len(readers), ops), strict=True))
+    of_readers, gate_of = _for_readers(q_NHD, len(readers), gates_NHb, branches, ops)
+    queries = dict(zip(readers, of_readers, strict=True))
     summands: dict[str, Sequence[Tensor]] = dict.fromkeys(branches, ())
-    gate_of = _gates_of_branches(ops, branches, gates_NHb)
 
     def attend_window() -> None:
         if "window" in branches:
@@ -176,18 +176,21 @@ def attend_branches(
     return Attended(out_NHD, lse, selection.blocks)
 
 
-def _gates_of_branches(ops: Backend, branches: Sequence[str], gates_NHb: Tensor) -> ByName:
-    """The gate [N, H] of each branch whose function takes it; the others' stay with combine."""
+def _for_readers(
+    q_NHD: Tensor, count: int, gates_NHb: Tensor, branches: Sequence[str], ops: Backend
+) -> tuple[tuple[Tensor, ...], ByName]:
+    """q once for each of its ``count`` readers, and the gate [N, H] of branches that take theirs.
+
+    The gates of the others stay with combine. What readers give to q is added in one pass.
+    """
     taken = gated_branches(ops)
-    if not taken:
-        return {}
-    gates = zip(branches, gates_NHb.unbind(-1), strict=True)
-    return {branch: gate_NH for branch, gate_NH in gates if branch in taken}
-
-
-def _for_readers(x: Tensor, count: int, ops: Backend) -> tuple[Tensor, ...]:
-    """x once for each of its ``count`` readers, whose gradients are added in one pass."""
-    return (x,) * count if count < 2 else _ForReaders.apply(x, count, ops)
+    columns = len(branches) if taken else 0
+    if count + columns > 1:
+        given = _ForReaders.apply(q_NHD, gates_NHb, count, columns, ops)
+    else:
+        given = (q_NHD,) * count
+    of_branches = zip(branches, given[count:], strict=False)
+    return given[:count], {branch: gate for branch, gate in of_branches if branch in taken}
 
 
 def _rotate(call: Call, keys_NGD: ByName) -> ByName:
@@ -353,25 +356,40 @@ def _join_heads(parts: Sequence[Tensor]) -> Tensor:
 
 
 class _ForReaders(torch.autograd.Function):
-    """Return x for each reader, and add their gradients in their order, rounded once.
+    """Return q for each reader and columns of the gates, and add what they give to q in their
+    order, rounded once.
 
-    autograd itself would add one after the other, with a pass over memory and a rounding each time.
+    autograd itself would add one after the other, with a pass over memory and a rounding each time,
+    and would put the gates' gradients together in another pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, ops: Backend) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, q: Tensor, gates: Tensor, count: int, columns: int, ops: Backend
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.ops = ops
-        return tuple(x.view_as(x) for _ in range(count))
+        ctx.count, ctx.ops = count, ops
+        of_readers = (q.view_as(q) for _ in range(count))
+        return *of_readers, *(gates.select(-1, i) for i in range(columns))
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
-        given = [grad for grad in grads if grad is not None]
-        if len(given) < 2:
-            return (given[0] if given else None), None, None
-        weights = given[0].new_ones(()).expand(*given[0].shape[:2], len(given))
-        return ctx.ops.combine(given, weights), None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        to_q = [grad for grad in grads[: ctx.count] if grad is not None]
+        to_gates = [grad for grad in grads[ctx.count :] if grad is not None]
+        add = add_gradients(ctx.ops)
+        if add is not None and len(to_q) > 1 and 0 < len(to_gates) == len(grads) - ctx.count:
+            return *add(to_q, to_gates), None, None, None
+        dq = to_q[0] if to_q else None
+        if len(to_q) > 1:
+            weights = to_q[0].new_ones(()).expand(*to_q[0].shape[:2], len(to_q))
+            dq = ctx.ops.combine(to_q, weights)
+        dgates = None
+        if to_gates:  # None is of a branch that did not take its gate.
+            nothing = torch.zeros_like(to_gates[0])
+            all_gates = [nothing if x is None else x for x in grads[ctx.count :]]
+            dgates = torch.stack(all_gates, dim=-1)
+        return dq, dgates, None, None, None
 
 
 class ZeroGradient(torch.autograd.Function):

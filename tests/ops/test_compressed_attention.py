@@ -43,7 +43,7 @@ NARROW = [torch.float32, torch.bfloat16, torch.float16]
     "unmasked dK/dV store",
     "a short tile's gradients are stored as those of a whole one",
     Rewritten(
-        "nsa_kernels.triton:_add_parts_kernel",
+        "nsa_kernels.triton:_add_parts",
         "(($J >= $FIRST) & ($J < $END))[:, None]",
         "($J >= 0)[:, None]",
     ),

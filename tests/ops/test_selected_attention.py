@@ -101,7 +101,7 @@ KERNEL_CASES = [
     "unmasked dK/dV store",
     "a short block's gradients are stored as those of a whole one",
     Rewritten(
-        "nsa_kernels.triton:_add_programs_kernel",
+        "nsa_kernels.triton:_add_programs",
         "($N < $LENGTH)[:, None]",
         "($N < C.BLOCK)[:, None]",
     ),

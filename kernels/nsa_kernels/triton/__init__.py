@@ -11,13 +11,14 @@ from __future__ import annotations
 import torch
 
 from nsa_kernels.triton.banded import compressed_attention, window_attention
-from nsa_kernels.triton.combine import combine
+from nsa_kernels.triton.combine import add_gradients, combine
 from nsa_kernels.triton.compression import compress, gather_blocks
 from nsa_kernels.triton.decoding import attend_few
 from nsa_kernels.triton.selected import selected_attention
 from nsa_kernels.triton.selection import select_blocks
 
 __all__ = [
+    "add_gradients",
     "attend_few",
     "combine",
     "compress",

@@ -2,7 +2,8 @@
 
 A program takes BM of the N*H rows of width D, with their gates. The products are added by fused
 multiply-adds in the order of the branches, so that a row's bits depend on that row alone. Branches
-that took their gate themselves need no backward here: see shared/gates.py.
+that took their gate themselves need no backward here: see shared/gates.py. What they give to q is
+added by `add_gradients`, whose kernel also puts the gradients of their gates side by side.
 
 Letters: N local rows, H query heads, D width, b branches (NB of them, 1 to 3).
 """
@@ -25,6 +26,7 @@ from nsa_kernels.triton.shared.arguments import (
     load_head_rows,
 )
 from nsa_kernels.triton.shared.custom_ops import empty_as, register
+from nsa_kernels.triton.shared.gates import gate_rows, load_gate
 from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import padded, rows_of_tile
 
@@ -94,6 +96,24 @@ def _backward_kernel(do, branches, gates, grads, dgates, num_rows, C: tl.constex
         tl.store(dx + o_row[:, None] * C.D + o_d[None, :], b_dx, mask=mask)
         b_dg = tl.sum(b_do * b_x, 1).to(dgates.dtype.element_ty)  # [BM]
         tl.store(dgates + o_row * NB + branch, b_dg, mask=m_row)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _add_gradients_kernel(
+    grads, of_gates, out, out_gates, num_rows, NG: tl.constexpr, C: tl.constexpr
+):
+    """The sum of the NB grads [N, H, D], and the NG numbers [N, H] of gates side by side."""
+    o_row, n, h, m_row = _rows_of_program(num_rows, C)
+    b_sum = load_head_rows(grads[0], n, h, m_row, C.D, C.PD).to(tl.float32)  # [BM, PD]
+    NB: tl.constexpr = C.NB
+    for i in tl.static_range(1, NB):
+        b_sum += load_head_rows(grads[i], n, h, m_row, C.D, C.PD).to(tl.float32)  # [BM, PD]
+    o_d = tl.arange(0, C.PD)
+    p_out = out + o_row[:, None] * C.D + o_d[None, :]
+    tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=m_row[:, None] & (o_d < C.D)[None, :])
+    for i in tl.static_range(NG):
+        b_g = load_gate(of_gates[i], n, h, m_row)  # [BM]
+        tl.store(out_gates + o_row * NG + i, b_g.to(out_gates.dtype.element_ty), mask=m_row)
 
 
 def _constants(x_NHD: Tensor, branches: int) -> Constants:
@@ -180,3 +200,32 @@ def combine(
     assert gates.shape == (*outputs[0].shape[:2], len(outputs)), (gates.shape, len(outputs))
     counts = [len(heads) for heads in heads_of_summands(outputs, summands)]
     return _combine(list(outputs), gates, [x for of in summands for x in of], counts)
+
+
+@register("add_gradients(Tensor[] grads, Tensor[] of_gates) -> (Tensor, Tensor)")
+def _add_gradients(grads: Sequence[Tensor], of_gates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    out_NHD, out_NHb = empty_as(grads[0]), _side_by_side(of_gates)
+    if out_NHD.numel():
+        C, num_rows = _constants(out_NHD, len(grads)), out_NHD.shape[0] * out_NHD.shape[1]
+        launcher(_add_gradients_kernel, (triton.cdiv(num_rows, C.BM),))(
+            _branches(grads), tuple(map(gate_rows, of_gates)), out_NHD, out_NHb, num_rows,
+            NG=len(of_gates), C=C, num_warps=4,
+        )  # fmt: skip
+    return out_NHD, out_NHb
+
+
+@_add_gradients.register_fake
+def _(grads: Sequence[Tensor], of_gates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return empty_as(grads[0]), _side_by_side(of_gates)
+
+
+def _side_by_side(of_gates: Sequence[Tensor]) -> Tensor:
+    first = of_gates[0]
+    shape = (*first.shape, len(of_gates))
+    return torch.empty(shape, dtype=first.dtype, device=first.device)
+
+
+def add_gradients(grads: Sequence[Tensor], of_gates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """See `AddGradients` in backend.py."""
+    out_NHD, out_NHb = _add_gradients(list(grads), list(of_gates))
+    return out_NHD, out_NHb

@@ -40,6 +40,17 @@ def test_gates_of_another_dtype(dtype: torch.dtype, gates_dtype: torch.dtype) ->
     assert_combines(outputs, gates.to(gates_dtype), grad)
 
 
+@pytest.mark.parametrize("gates_dtype", [torch.float32, torch.float16], ids=case_id)
+@pytest.mark.parametrize("count", [2, 3])
+def test_gradients_are_added_as_combine_does(count: int, gates_dtype: torch.dtype) -> None:
+    """The bits of a sum with gates of 1 and of torch's stack, from any strides."""
+    grads, gates, _ = make(37, count, torch.float16)
+    grads, of_gates = [x.detach() for x in grads], gates.detach().to(gates_dtype).unbind(-1)
+    found = TRITON.ops.add_gradients(grads, of_gates)
+    expected = [TRITON.ops.combine(grads, torch.ones_like(gates)), torch.stack(of_gates, dim=-1)]
+    assert [same_bits(x, y) for x, y in zip(found, expected, strict=True)] == [True] * 2
+
+
 def test_gates_of_all_tokens_are_one_row() -> None:
     """Static gates are expanded over tokens; their gradient is that of every token's own."""
     outputs, gates, grad = make(37, 3, torch.float32)

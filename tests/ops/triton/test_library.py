@@ -173,10 +173,16 @@ def _calls(at: Packing) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "combine", ([a.detach(), b], gates, [summand], [1, 0])
     a, b, gates = (x.detach() for x in (a, b, gates))
     yield "combine_backward", (torch.randn_like(a), [a, b], gates)
+    yield "add_gradients", ([a, b], list(gates.unbind(-1)))
 
 
 OPERATORS = "banded_attention combine compress gather_blocks selected_attention".split()
-OPERATORS = [*OPERATORS, *(f"{name}_backward" for name in OPERATORS), "select_blocks"]
+OPERATORS = [
+    *OPERATORS,
+    *(f"{name}_backward" for name in OPERATORS),
+    "select_blocks",
+    "add_gradients",
+]
 
 
 def test_every_operator_is_checked() -> None:

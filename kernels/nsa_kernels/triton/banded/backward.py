@@ -60,15 +60,16 @@ class TileQueries(NamedTuple):
 
 
 class PartialSums(NamedTuple):
-    """Float32 sums over query tiles, each [.., BN, G, D].
+    """Float32 sums over query tiles for dk or dv, each [.., BN, G, D].
 
     workspace: of the programs of this launch; carried: of earlier ones of the key tile that is cut
-    by its start; carry: for later ones.
+    by its start; carry: for later ones. out: the gradient [E, G, D].
     """
 
     workspace: Any
     carried: Any
     carry: Any
+    out: Any
 
 
 class SumConstants(NamedTuple):
@@ -78,8 +79,10 @@ class SumConstants(NamedTuple):
     G: int
     BN: int
     BR: int
-    D: int
-    PD: int
+    DK: int
+    PDK: int
+    DV: int
+    PDV: int
     PIECE: int
 
 
@@ -293,40 +296,99 @@ def _dkv_kernel(
     tl.store(p_dv, b_dv, mask=m_j[:, None] & (o_dv < C.DV)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_program", "end_program"])
-def _add_parts_kernel(parts, sums, out, programs, first_program, end_program, C: tl.constexpr):
-    """Add what programs first_program..end_program-1 of one key tile left, in their order.
-
-    On top of `carried`, what earlier programs of the key tile left; to `carry` when more will come.
-    """
+@triton.jit
+def _add_parts(
+    parts, sums, programs, i_rows, first_program, end_program, D: tl.constexpr, PD: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Rows i_rows*BR.. of one key tile, of dk or dv: see `_add_parts_kernel`."""
     i_key = tl.program_id(0)
     i_g = tl.program_id(1)
     begin, end = tl.load(parts + i_key), tl.load(parts + i_key + 1)
     low = tl.maximum(begin, first_program)
     high = tl.minimum(end, end_program)
-    if low >= high:
-        return
-    base = tl.load(programs + begin * 6)
-    first_key = tl.load(programs + begin * 6 + 1).to(tl.int32)
-    end_key = tl.load(programs + begin * 6 + 2).to(tl.int32)
-    o_n = tl.program_id(2) * C.BR + tl.arange(0, C.BR)
-    o_d = tl.arange(0, C.PD)
-    o_j = first_key // C.BN * C.BN + o_n
-    mask = ((o_j >= first_key) & (o_j < end_key))[:, None] & (o_d < C.D)[None, :]
-    o_in = (o_n * C.G + i_g)[:, None] * C.D + o_d[None, :]  # in the BN rows of a program
-    b_sum = zeros(C.BR, C.PD)
-    if begin < low:
-        b_sum = tl.load(sums.carried + o_in, mask=mask, other=0.0)
-    b_sum = add_tiles(
-        b_sum, sums.workspace + o_in, (low - first_program).to(tl.int64),
-        (high - first_program).to(tl.int64), C.BN * C.G * C.D, mask, C.PIECE,
-    )  # fmt: skip
-    if end > high:
-        tl.store(sums.carry + o_in, b_sum, mask=mask)
-        return
-    row = base + o_j.to(tl.int64)
-    p_out = out + (row * C.G + i_g)[:, None] * C.D + o_d[None, :]
-    tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=mask)
+    if low < high:
+        base = tl.load(programs + begin * 6)
+        first_key = tl.load(programs + begin * 6 + 1).to(tl.int32)
+        end_key = tl.load(programs + begin * 6 + 2).to(tl.int32)
+        o_n = i_rows * C.BR + tl.arange(0, C.BR)
+        o_d = tl.arange(0, PD)
+        o_j = first_key // C.BN * C.BN + o_n
+        mask = ((o_j >= first_key) & (o_j < end_key))[:, None] & (o_d < D)[None, :]
+        o_in = (o_n * C.G + i_g)[:, None] * D + o_d[None, :]  # in the BN rows of a program
+        b_sum = zeros(C.BR, PD)
+        if begin < low:
+            b_sum = tl.load(sums.carried + o_in, mask=mask, other=0.0)
+        b_sum = add_tiles(
+            b_sum, sums.workspace + o_in, (low - first_program).to(tl.int64),
+            (high - first_program).to(tl.int64), C.BN * C.G * D, mask, C.PIECE,
+        )  # fmt: skip
+        if end > high:
+            tl.store(sums.carry + o_in, b_sum, mask=mask)
+        else:
+            row = base + o_j.to(tl.int64)
+            p_out = sums.out + (row * C.G + i_g)[:, None] * D + o_d[None, :]
+            tl.store(p_out, b_sum.to(sums.out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_program", "end_program"])
+def _add_parts_kernel(
+    parts, dk_sums, dv_sums, programs, first_program, end_program, C: tl.constexpr
+):
+    """Add what programs first_program..end_program-1 of one key tile left, in their order.
+
+    On top of `carried`, what earlier programs of the key tile left; to `carry` when more will come.
+    The first BN/BR programs of the last dimension of the grid add dk, as many after them dv.
+    """
+    i_rows = tl.program_id(2)
+    if i_rows < C.BN // C.BR:
+        _add_parts(parts, dk_sums, programs, i_rows, first_program, end_program, C.DK, C.PDK, C)
+    else:
+        i_rows -= C.BN // C.BR
+        _add_parts(parts, dv_sums, programs, i_rows, first_program, end_program, C.DV, C.PDV, C)
+
+
+class KeySums:
+    """The workspace of dk and dv, and the launches that add what their programs left in it.
+
+    tile: keys of a program's sums [tile, G, D]. programs: that run in one launch, at most.
+    parts, table: where each key tile's programs start, and the programs, as `_add_parts_kernel`
+    reads them.
+    """
+
+    def __init__(
+        self,
+        dk_EGD: Tensor,
+        dv_EGD: Tensor,
+        tile: int,
+        programs: int,
+        parts: Tensor,
+        table: Tensor,
+        piece: int,
+    ) -> None:
+        self._outs, self._tile = (dk_EGD, dv_EGD), tile
+        self._tables = parts, table
+        groups, widths = dk_EGD.shape[1], (dk_EGD.shape[2], dv_EGD.shape[2])
+        self._grid = (len(parts) - 1, groups, 2 * (tile // 8))
+        sizes = [width for w in widths for width in (w, padded(w))]
+        self._constants = SumConstants(groups, tile, 8, *sizes, piece)
+        self.workspace = self._carried = self._carry = self._empty(programs)
+        if programs < len(table):  # More launches than one, from each to the next.
+            self._carried, self._carry = self._empty(1), self._empty(1)
+
+    def _empty(self, tiles: int) -> list[Tensor]:
+        shapes = [(tiles * self._tile, *x.shape[1:]) for x in self._outs]
+        device = self._outs[0].device
+        return [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+
+    def add(self, first: int, end: int) -> None:
+        """Add what programs first..end-1 left."""
+        sums = map(PartialSums, self.workspace, self._carried, self._carry, self._outs)
+        launcher(_add_parts_kernel, self._grid)(
+            self._tables[0], *sums, self._tables[1], first, end, C=self._constants,
+            maxnreg=MOST_REGISTERS,
+        )  # fmt: skip
+        self._carried, self._carry = self._carry, self._carried
 
 
 def few_keys(q: Tensor) -> int:
@@ -380,26 +442,16 @@ def banded_backward(
     count = len(programs.table)
     if not count:
         return dq_NHD, dk_EGD, dv_EGD, delta_NH
-    widths = (C.DK, C.DV)
-
-    def empty(tiles: int) -> list[Tensor]:
-        return [q_NHD.new_empty(tiles * C.BN, C.G, w, dtype=torch.float32) for w in widths]
-
-    launch = max(1, WORKSPACE // (4 * C.BN * C.G * sum(widths)))
-    workspace, carried, carry = empty(min(launch, count)), empty(1), empty(1)
+    launch = max(1, WORKSPACE // (4 * C.BN * C.G * (C.DK + C.DV)))
+    sums = KeySums(
+        dk_EGD, dv_EGD, C.BN, min(launch, count), programs.parts, programs.table, C.PIECE
+    )
     for first in range(0, count, launch):
         end = min(first + launch, count)
         launcher(_dkv_kernel, (end - first, C.G))(
-            q, k, v, do, lse_NH, delta_NH, *workspace, gate, tiles.table, programs.table,
+            q, k, v, do, lse_NH, delta_NH, *sums.workspace, gate, tiles.table, programs.table,
             first, scale, in_logits, C=C, num_warps=key_tile.warps, num_stages=key_tile.stages,
             maxnreg=key_tile.registers,
         )  # fmt: skip
-        for i, out in enumerate((dk_EGD, dv_EGD)):
-            launcher(_add_parts_kernel, (len(programs.parts) - 1, C.G, C.BN // 8))(
-                programs.parts, PartialSums(workspace[i], carried[i], carry[i]), out,
-                programs.table, first, end,
-                C=SumConstants(C.G, C.BN, 8, widths[i], padded(widths[i]), C.PIECE),
-                maxnreg=MOST_REGISTERS,
-            )  # fmt: skip
-        carried, carry = carry, carried
+        sums.add(first, end)
     return dq_NHD, dk_EGD, dv_EGD, delta_NH

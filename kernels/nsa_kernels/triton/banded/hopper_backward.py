@@ -29,9 +29,7 @@ from torch import Tensor
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.banded.backward import (
     WORKSPACE,
-    PartialSums,
-    SumConstants,
-    _add_parts_kernel,
+    KeySums,
     few_keys,
 )
 from nsa_kernels.triton.banded.band import Band
@@ -50,7 +48,6 @@ from nsa_kernels.triton.shared.hopper import (
     persistent_programs,
 )
 from nsa_kernels.triton.shared.launch import launcher
-from nsa_kernels.triton.shared.shapes import MOST_REGISTERS
 from nsa_kernels.triton.shared.tables import load_query_tile, query_tiles
 
 # Keys of a tile of dq, and buffers: of keys in dq, of queries in dk and dv.
@@ -147,8 +144,7 @@ def hopper_backward(
         *scales, C, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
     )  # fmt: skip
 
-    widths = (dk, dv)
-    most = max(1, WORKSPACE // (4 * KEYS * groups * sum(widths)))
+    most = max(1, WORKSPACE // (4 * KEYS * groups * (dk + dv)))
     keys = key_work(segments, band, C.BT, groups, programs, most)
     if keys.num_keys < k_EGD.shape[0]:  # Rows that no query sees.
         dk_EGD.zero_()
@@ -156,27 +152,15 @@ def hopper_backward(
     if not keys.launches:
         return dq_NHD, dk_EGD, dv_EGD, delta_NH
 
-    def empty(tiles: int) -> list[Tensor]:
-        return [lse_NH.new_empty(tiles * KEYS, groups, w) for w in widths]
-
-    workspace = carried = carry = empty(keys.launches[0])
-    if len(keys.launches) > 1:
-        carried, carry = empty(1), empty(1)
+    sums = KeySums(dk_EGD, dv_EGD, KEYS, keys.launches[0], keys.parts, keys.sums, PIECE)
     by_line = [lines(x) for x in rows]
     first = 0
     for launch in keys.launches:
         grid = min(programs, launch * groups)
         launcher(_hopper_dkv_kernel, (grid,))(
-            q, do, k, v, *by_line, *workspace, keys.table[first:], launch * groups, grid,
+            q, do, k, v, *by_line, *sums.workspace, keys.table[first:], launch * groups, grid,
             count * WARPGROUP_ROWS, *scales, C, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
         )  # fmt: skip
-        for i, out in enumerate((dk_EGD, dv_EGD)):
-            launcher(_add_parts_kernel, (len(keys.parts) - 1, groups, KEYS // 8))(
-                keys.parts, PartialSums(workspace[i], carried[i], carry[i]), out, keys.sums,
-                first, first + launch,
-                C=SumConstants(groups, KEYS, 8, widths[i], widths[i], PIECE),
-                maxnreg=MOST_REGISTERS,
-            )  # fmt: skip
-        carried, carry = carry, carried
+        sums.add(first, first + launch)
         first += launch
     return dq_NHD, dk_EGD, dv_EGD, delta_NH

@@ -57,11 +57,11 @@ from nsa_kernels.triton.shared.arithmetic import (
     power,
     zeros,
 )
+from nsa_kernels.triton.shared.custom_ops import empty_as
 from nsa_kernels.triton.shared.gates import gate_rows, load_gate
 from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import (
     MOST_REGISTERS,
-    padded,
     selected_dkv_gluon,
     selected_dkv_tile,
     selected_walk_gluon,
@@ -83,26 +83,30 @@ class TileQueries(NamedTuple):
 
 
 class PartialSums(NamedTuple):
-    """Float32 sums over queries, each [.., BLOCK, D].
+    """Float32 sums over queries for dk or dv, each [.., BLOCK, D].
 
     workspace: of the programs of this launch; carried: of earlier ones of the block that is cut by
-    its start; carry: for later ones.
+    its start; carry: for later ones. own, fetched: the gradients [E, G, D] and [F, G, D].
     """
 
     workspace: Any
     carried: Any
     carry: Any
+    own: Any
+    fetched: Any
 
 
 class SumConstants(NamedTuple):
-    """What the sum of partial sums is compiled for: BN rows of BLOCK at a time, width D, PD padded,
-    PIECE summands of one running sum."""
+    """What the sum of partial sums is compiled for: BN rows of BLOCK at a time, widths DK and DV,
+    PDK and PDV padded, PIECE summands of one running sum."""
 
     G: int
     BLOCK: int
     BN: int
-    D: int
-    PD: int
+    DK: int
+    PDK: int
+    DV: int
+    PDV: int
     PIECE: int
 
 
@@ -246,7 +250,7 @@ def _dq_kernel(
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_m[:, None] & (o_dk < C.DK)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_own", "first_program"])
+@triton.jit(do_not_specialize=["stride_group", "num_blocks", "num_own", "first_program"])
 def _dkv_kernel(
     q,
     sources,
@@ -259,6 +263,7 @@ def _dkv_kernel(
     dv,
     queries,
     blocks,
+    stride_group,
     num_blocks,
     first_program,
     scale,
@@ -280,7 +285,7 @@ def _dkv_kernel(
     # one before.
     if num <= 0:
         return
-    start = tl.load(blocks.rows + i_block)
+    start = tl.load(blocks.rows + i_g * stride_group + i_block % num_blocks)
     length = tl.load(blocks.lengths + i_block % num_blocks).to(tl.int32)
     block = block_at(start, sources_of_head(sources, i_g), num_own)
     b_k, b_v = load_block(block, first_key, length, True, C)  # [BN, PDK], [BN, PDV]
@@ -328,53 +333,68 @@ def _dkv_kernel(
     store_tile(dv + tile * C.DV, b_dv, C.BN, C.DV, C.PDV)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_own", "first_program", "end_program"])
-def _add_programs_kernel(
-    sums,
-    own,
-    fetched,
-    num_own,
-    ends,
-    blocks,
-    num_blocks,
-    first_program,
-    end_program,
-    C: tl.constexpr,
-):
-    """Add what programs first_program..end_program-1 of one block left in the workspace, in order.
-
-    On top of `carried`, what earlier programs of the block left; to `carry` when more will come.
-    """
+@triton.jit
+def _add_programs(
+    sums, num_own, ends, blocks, stride_group, num_blocks, i_rows, first_program, end_program,
+    D: tl.constexpr, PD: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Rows i_rows*BN.. of one block, of dk or dv: see `_add_programs_kernel`."""
     i_block = tl.program_id(0).to(tl.int64)
-    first_key = tl.program_id(1) * C.BN
+    first_key = i_rows * C.BN
     begin = tl.where(i_block > 0, tl.load(ends + tl.maximum(i_block - 1, 0)), 0)
     end = tl.load(ends + i_block)
     low = tl.maximum(begin, first_program)
     high = tl.minimum(end, end_program)
-    if low >= high:
-        return
-    b_sum = zeros(C.BN, C.PD)
-    if begin < low:
-        b_sum = load_tile(sums.carried + first_key * C.D, C.BN, C.D, C.PD)
-    o_in = tl.arange(0, C.BN)[:, None] * C.D + tl.arange(0, C.PD)[None, :]
-    b_sum = add_tiles(
-        b_sum, sums.workspace + first_key * C.D + o_in, low - first_program, high - first_program,
-        C.BLOCK * C.D, (tl.arange(0, C.PD) < C.D)[None, :], C.PIECE,
-    )  # fmt: skip
-    if end > high:
-        store_tile(sums.carry + first_key * C.D, b_sum, C.BN, C.D, C.PD)
-        return
-    i_g = i_block // num_blocks
-    row = tl.load(blocks.rows + i_block)
-    length = tl.load(blocks.lengths + i_block % num_blocks).to(tl.int32)
-    p_out, _ = first_of(
-        HeadRows(own, C.G * C.D, C.D), HeadRows(fetched, C.G * C.D, C.D), row, num_own
-    )
-    o_n = first_key + tl.arange(0, C.BN)
-    o_d = tl.arange(0, C.PD)
-    p_out += i_g * C.D + o_n[:, None] * (C.G * C.D) + o_d[None, :]
-    mask = (o_n < length)[:, None] & (o_d < C.D)[None, :]
-    tl.store(p_out, b_sum.to(own.dtype.element_ty), mask=mask)
+    if low < high:
+        b_sum = zeros(C.BN, PD)
+        if begin < low:
+            b_sum = load_tile(sums.carried + first_key * D, C.BN, D, PD)
+        o_in = tl.arange(0, C.BN)[:, None] * D + tl.arange(0, PD)[None, :]
+        b_sum = add_tiles(
+            b_sum, sums.workspace + first_key * D + o_in, low - first_program,
+            high - first_program, C.BLOCK * D, (tl.arange(0, PD) < D)[None, :], C.PIECE,
+        )  # fmt: skip
+        if end > high:
+            store_tile(sums.carry + first_key * D, b_sum, C.BN, D, PD)
+        else:
+            i_g = i_block // num_blocks
+            row = tl.load(blocks.rows + i_g * stride_group + i_block % num_blocks)
+            length = tl.load(blocks.lengths + i_block % num_blocks).to(tl.int32)
+            own, fetched = sums.own, sums.fetched
+            p_out, _ = first_of(
+                HeadRows(own, C.G * D, D), HeadRows(fetched, C.G * D, D), row, num_own
+            )
+            o_n = first_key + tl.arange(0, C.BN)
+            o_d = tl.arange(0, PD)
+            p_out += i_g * D + o_n[:, None] * (C.G * D) + o_d[None, :]
+            mask = (o_n < length)[:, None] & (o_d < D)[None, :]
+            tl.store(p_out, b_sum.to(own.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["stride_group", "num_blocks", "num_own", "first_program", "end_program"]
+)
+def _add_programs_kernel(
+    dk_sums, dv_sums, num_own, ends, blocks, stride_group, num_blocks, first_program, end_program,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Add what programs first_program..end_program-1 of one block left in the workspace, in order.
+
+    On top of `carried`, what earlier programs of the block left; to `carry` when more will come.
+    The first BLOCK/BN programs of the last dimension of the grid add dk, as many after them dv.
+    """
+    i_rows = tl.program_id(1)
+    if i_rows < C.BLOCK // C.BN:
+        _add_programs(
+            dk_sums, num_own, ends, blocks, stride_group, num_blocks, i_rows, first_program,
+            end_program, C.DK, C.PDK, C,
+        )  # fmt: skip
+    else:
+        i_rows -= C.BLOCK // C.BN
+        _add_programs(
+            dv_sums, num_own, ends, blocks, stride_group, num_blocks, i_rows, first_program,
+            end_program, C.DV, C.PDV, C,
+        )  # fmt: skip
 
 
 def selected_backward(
@@ -402,13 +422,14 @@ def selected_backward(
     [N, H]. Besides the lists of lists.py this takes a workspace of at most WORKSPACE bytes.
     """
     tensors = [k_own_EGD, v_own_EGD, k_fetched_FGD, v_fetched_FGD]
-    dq_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype, device=q_NHD.device)
-    grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+    dq_NHD = empty_as(q_NHD)
+    grads = [empty_as(x) for x in tensors]
+    torch._foreach_zero_(grads)  # One launch. Rows of blocks that no query chose stay zero.
     num_blocks, num_own = block_lengths_B.shape[0], k_own_EGD.shape[0]
     if not q_NHD.shape[0] or not num_blocks:
         return dq_NHD.zero_(), *grads, torch.zeros_like(log_sum_NH)
     ratio = q_NHD.shape[1] // k_own_EGD.shape[1]
-    delta_NH = torch.empty_like(log_sum_NH)
+    delta_NH = empty_as(log_sum_NH)
     q, do, sources = head_rows(q_NHD), head_rows(do_NHD), sources_of(tensors)
     gate = gate_rows(gate_NH)
     in_logits = logit_scale(q_NHD, scale)
@@ -438,9 +459,10 @@ def selected_backward(
     rows = 64 if gluon else tile.rows
     C = constants(q_NHD, v_own_EGD, select_block, tokens=rows // ratio, rows=rows, keys=tile.keys)
     most, widths = C.BT * PIECE, (C.DK, C.DV)
+    in_sums = SumConstants(C.G, select_block, 8, C.DK, C.PDK, C.DV, C.PDV, PIECE)
     launch = max(1, WORKSPACE // (4 * select_block * sum(widths)) - 4)
     queries = query_lists(selected_NGn, block_lengths_B, segments, select_block, most, launch)
-    blocks = Blocks(block_rows_GB.contiguous(), block_lengths_B)
+    blocks, stride_group = Blocks(block_rows_GB, block_lengths_B), block_rows_GB.stride(0)
     programs = len(queries.owner)
 
     def empty(tiles: int) -> list[Tensor]:
@@ -461,15 +483,14 @@ def selected_backward(
         else:
             launcher(_dkv_kernel, (end - first, select_block // tile.keys))(
                 q, sources, num_own, do, gate, log_sum_NH, delta_NH, *workspace, queries, blocks,
-                num_blocks, first, scale, in_logits, MOST=most, C=C, num_warps=tile.warps,
-                num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
+                stride_group, num_blocks, first, scale, in_logits, MOST=most, C=C,
+                num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+                enable_fp_fusion=False,
             )  # fmt: skip
-        for i, width in enumerate(widths):
-            launcher(_add_programs_kernel, (C.G * num_blocks, select_block // 8))(
-                PartialSums(workspace[i], carried[i], carry[i]), grads[i], grads[i + 2], num_own,
-                queries.ends, blocks, num_blocks, first, end,
-                C=SumConstants(C.G, select_block, 8, width, padded(width), PIECE),
-                maxnreg=MOST_REGISTERS,
-            )  # fmt: skip
+        sums = map(PartialSums, workspace, carried, carry, grads[:2], grads[2:])
+        launcher(_add_programs_kernel, (C.G * num_blocks, 2 * (select_block // 8)))(
+            *sums, num_own, queries.ends, blocks, stride_group, num_blocks, first, end, C=in_sums,
+            maxnreg=MOST_REGISTERS,
+        )  # fmt: skip
         carried, carry = carry, carried
     return dq_NHD, *grads, delta_NH

@@ -74,8 +74,8 @@ def _program(
 def _load_warp(
     w: gl.constexpr, q_desc, do_desc, k_own, v_own, k_fetched, v_fetched, k_column, v_column,
     k_fetched_column, v_fetched_column, num_own, order, owner, ends, starts, rows, block_rows,
-    num_blocks, first_program, num_programs, q_c, do_c, k_s, v_s, q_full, q_empty, do_full,
-    do_empty, kv_full, G: gl.constexpr, R: gl.constexpr, DK: gl.constexpr,
+    group_step, num_blocks, first_program, num_programs, q_c, do_c, k_s, v_s, q_full, q_empty,
+    do_full, do_empty, kv_full, G: gl.constexpr, R: gl.constexpr, DK: gl.constexpr,
     DV: gl.constexpr, FETCHED: gl.constexpr, MOST: gl.constexpr,
 ):  # fmt: skip
     """The loads of worker w."""
@@ -88,7 +88,7 @@ def _load_warp(
     )
     if num > 0:
         i_g = (i_block // num_blocks).to(gl.int32)
-        row = gl.load(block_rows + i_block).to(gl.int32)
+        row = gl.load(block_rows + i_block + i_g * group_step).to(gl.int32)
         mbarrier.expect(kv_full.index(w), ROWS * (DK + DV) * 2)
         if FETCHED and row >= num_own:
             tma.async_copy_global_to_shared(
@@ -314,11 +314,15 @@ def _multiply(
 def _hopper_block_dkv_kernel(
     q_desc, do_desc, k_own, v_own, k_fetched, v_fetched, k_column, v_column, k_fetched_column,
     v_fetched_column, num_own, log_sum, delta, gate, gate_row, gate_head, dk, dv, order, owner,
-    ends, starts, rows, seen, block_rows, num_blocks, first_program, num_programs, scale,
-    logit_scale, G: gl.constexpr, R: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+    ends, starts, rows, seen, block_rows, group_step, num_blocks, first_program, num_programs,
+    scale, logit_scale, G: gl.constexpr, R: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
     FETCHED: gl.constexpr, GATED: gl.constexpr, MOST: gl.constexpr,
 ):  # fmt: skip
-    """As `_dkv_kernel` of backward.py, for programs first_program.. of a launch."""
+    """As `_dkv_kernel` of backward.py, for programs first_program.. of a launch.
+
+    group_step: how far the rows of the blocks of one group are from those of the next, less
+    num_blocks.
+    """
     TT: gl.constexpr = ROWS // R
     dtype: gl.constexpr = q_desc.dtype
     q_c = gl.allocate_shared_memory(
@@ -367,14 +371,14 @@ def _hopper_block_dkv_kernel(
         (_load_warp, (
             0, q_desc, do_desc, k_own, v_own, k_fetched, v_fetched, k_column, v_column,
             k_fetched_column, v_fetched_column, num_own, order, owner, ends, starts, rows,
-            block_rows, num_blocks, first_program, num_programs, q_c, do_c, k_s, v_s, q_full,
-            q_empty, do_full, do_empty, kv_full, G, R, DK, DV, FETCHED, MOST,
+            block_rows, group_step, num_blocks, first_program, num_programs, q_c, do_c, k_s, v_s,
+            q_full, q_empty, do_full, do_empty, kv_full, G, R, DK, DV, FETCHED, MOST,
         )),
         (_load_warp, (
             1, q_desc, do_desc, k_own, v_own, k_fetched, v_fetched, k_column, v_column,
             k_fetched_column, v_fetched_column, num_own, order, owner, ends, starts, rows,
-            block_rows, num_blocks, first_program, num_programs, q_c, do_c, k_s, v_s, q_full,
-            q_empty, do_full, do_empty, kv_full, G, R, DK, DV, FETCHED, MOST,
+            block_rows, group_step, num_blocks, first_program, num_programs, q_c, do_c, k_s, v_s,
+            q_full, q_empty, do_full, do_empty, kv_full, G, R, DK, DV, FETCHED, MOST,
         )),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
@@ -437,7 +441,7 @@ class HopperDkv:
         )  # fmt: skip
         self._after = (
             queries.order, queries.owner, queries.ends, queries.starts, queries.rows, queries.seen,
-            blocks.rows, len(blocks.lengths),
+            blocks.rows, blocks.rows.stride(0) - len(blocks.lengths), len(blocks.lengths),
         )  # fmt: skip
         self._scales = (scale, logit_scale)
         self._constants = (groups, ratio, *widths, fetched_rows > 0, gate_NH is not None, most)

@@ -44,6 +44,7 @@ from nsa_kernels.triton.selected.hopper_walk import (
 from nsa_kernels.triton.selected.lists import BlockLists, entry_chosen_by, entry_length
 from nsa_kernels.triton.shared.gates import gate_rows, load_gate
 from nsa_kernels.triton.shared.hopper import Ring, advance, keep_rows, new_barriers, to_16_bits
+from nsa_kernels.triton.shared.launch import launcher
 
 STAGES = (4, 2)  # of keys and of values
 
@@ -258,7 +259,7 @@ def hopper_dq(
     launch = walk_launch(q_NHD, tensors, len(tiles), lists, STAGES)
     C = launch.constants
     q, do, o = (query_rows(x, C.R) for x in (q_NHD, do_NHD, o_NHD))
-    _hopper_block_dq_kernel[(launch.programs,)](
+    launcher(_hopper_block_dq_kernel, (launch.programs,))(
         q, do, o, *launch.sources, launch.num_own, dq_NHD, log_sum_NH, delta_NH, gate_rows(gate_NH),
         tiles, lists, len(tiles), scale, logit_scale, C=C, num_warps=4, maxnreg=LAUNCH_REGISTERS,
         enable_fp_fusion=False,

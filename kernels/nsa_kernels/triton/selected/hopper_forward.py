@@ -50,6 +50,7 @@ from nsa_kernels.triton.shared.hopper import (
     new_barriers,
     to_16_bits,
 )
+from nsa_kernels.triton.shared.launch import launcher
 
 STAGES = (3, 4)  # of keys and of values
 
@@ -246,7 +247,7 @@ def hopper_forward(
 ) -> None:
     """Write o, lse and log_sum, as `_forward_kernel`. tensors, lists: see `walk_launch`."""
     launch = walk_launch(q_NHD, tensors, len(tiles), lists, STAGES)
-    _hopper_block_forward_kernel[(launch.programs,)](
+    launcher(_hopper_block_forward_kernel, (launch.programs,))(
         query_rows(q_NHD, launch.constants.R), *launch.sources, launch.num_own, o_NHD, lse_NH,
         log_sum_NH, tiles, lists, len(tiles), logit_scale, C=launch.constants, num_warps=4,
         maxnreg=LAUNCH_REGISTERS, enable_fp_fusion=False,

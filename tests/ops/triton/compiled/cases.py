@@ -164,6 +164,8 @@ def combine(case: Case, branches: int = 3) -> None:
     outputs = [case.empty(100, heads, case.value_width) for _ in range(branches)]
     gates = case.empty(100, heads, branches)
     _backward(triton.combine(outputs, gates), gates, *outputs)
+    if branches > 1:
+        triton.add_gradients([x.detach() for x in outputs], gates.detach().unbind(-1))
 
 
 def few(
