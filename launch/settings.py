@@ -222,6 +222,8 @@ class RunSettings:
     name: str = "run"
     folder: str = ""  # where everything is written; empty: runs/NAME-TIME
     resume: bool = False  # continue from the folder's latest checkpoint, if it has one
+    # begin at step 0 with the weights of another run, by its folder or one of its checkpoints
+    start_from: str = ""
     steps: int = 1000  # optimizer steps
     seed: int = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is a GPU
@@ -250,6 +252,8 @@ class RunSettings:
             _check_minimum("run", self, option, 1)
         for option in ("validate_every", "checkpoint_every", "keep_checkpoints", "sample_tokens"):
             _check_minimum("run", self, option, 0)
+        must = "empty with run.resume (a resumed run has weights of its own)"
+        check(not (self.resume and self.start_from), "run.start_from", self.start_from, must)
         _check_minimum("run", self, "self_check_rows", 0)
         must, used = "0 without run.self_check", self.self_check or not self.self_check_rows
         check(used, "run.self_check_rows", self.self_check_rows, must)

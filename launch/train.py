@@ -44,7 +44,8 @@ from launch.reporting.summary import Result, attention_name, peak_memory, summar
 from launch.sampling import check_prompt, sample_text
 from launch.seeds import mix_seed
 from launch.settings import OptimizerSettings, Settings, from_command_line
-from launch.storage.checkpoint import resume, save_checkpoint
+from launch.starting import find_start
+from launch.storage.checkpoint import Checkpoint, resume, save_checkpoint
 from launch.storage.folder import check_folder_options, run_folder, write_settings
 from launch.storage.manifest import CheckpointError
 from nsa_dist import ShardedBatch, check_parallel, shard_batch
@@ -152,6 +153,20 @@ def held_out_streams(corpus: Corpus, settings: Settings) -> list[Stream]:
     return [packed[i * packed.per_epoch // count] for i in range(count)]
 
 
+def start_engine(
+    settings: Settings, vocab_size: int, ranks: Ranks
+) -> tuple[Engine, Settings, Checkpoint | None]:
+    """The engine with its first weights; collective.
+
+    Returns:
+        It, the settings with the checkpoint that ``run.start_from`` names, and that checkpoint.
+    """
+    source = None
+    if settings.run.start_from:
+        settings, source = find_start(settings, vocab_size)
+    return make_engine(settings, vocab_size, ranks), settings, source
+
+
 class Run:
     """A run in its folder: its data, its engine, and how far it is.
 
@@ -159,6 +174,7 @@ class Run:
 
     Attributes:
         done: steps so far, with those of the runs that it continues.
+        source: the checkpoint that its first weights are of, if any.
     """
 
     def __init__(
@@ -171,11 +187,13 @@ class Run:
         self.unigram = unigram_loss(corpus.training, self.held_out, corpus.tokenizer.vocab_size)
 
         found = resume(folder, settings, corpus.digest) if settings.run.resume else None
-        self.engine = make_engine(settings, corpus.tokenizer.vocab_size, ranks)
+        self.engine, self.settings, self.source = start_engine(
+            settings, corpus.tokenizer.vocab_size, ranks
+        )
         self.done = self.engine.read(found.path) if found else 0
         self.broken_checkpoints = set(found.passed_over) if found else set()
         check_state(self.engine.tensors(), f"that step {self.done} left", ranks)
-        write_settings(folder, settings)
+        write_settings(folder, self.settings)
 
         self.first_step = self.logged = self.done
         self.history = History()
@@ -218,6 +236,8 @@ class Run:
             f"{engine.describe(settings, self.ranks)} on {device.type}; "
             f"{attention_name(settings, device)} attention; {self.folder}"
         )
+        if self.source is not None:
+            report.line(f"starts with the weights of step {self.source.step} of {self.source.path}")
 
     def catch_up(self) -> None:
         """Validate where the run before was stopped between a checkpoint and its validation."""
@@ -363,7 +383,7 @@ def self_check(settings: Settings, ranks: Ranks) -> bool:
     settings = dataclasses.replace(settings, data=data)
     corpus = read_corpus(settings, ranks)
     streams = corpus.training.streams(settings.data.length, settings.run.seed)
-    engine = make_engine(settings, corpus.tokenizer.vocab_size, ranks)
+    engine, settings, _ = start_engine(settings, corpus.tokenizer.vocab_size, ranks)
     (batch,) = step_batches(settings, streams, 0, ranks)
     report = check_parallel(
         engine.sampler,

@@ -35,7 +35,7 @@ from launch.engines.base import (
     make_adamw,
     spoil_gradients,
 )
-from launch.model import Decoder, build_model
+from launch.model import SAVED_PREFIX, Decoder, build_model
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
 from launch.settings import OptimizerSettings, Settings, from_toml
@@ -131,9 +131,8 @@ class Fsdp2Engine:
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """``EngineSpec.read_weights``."""
     check_dcp(checkpoint.path)
-    prefix = "model."
-    saved = read_tensors(checkpoint.path, lambda key: key.startswith(prefix))
-    return {key.removeprefix(prefix): value for key, value in saved.items()}
+    saved = read_tensors(checkpoint.path, lambda key: key.startswith(SAVED_PREFIX))
+    return {key.removeprefix(SAVED_PREFIX): value for key, value in saved.items()}
 
 
 SPEC = EngineSpec(

@@ -171,6 +171,29 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def newest_checkpoint(path: Path, option: str) -> Path:
+    """The checkpoint that ``path`` is, or the newest whole one (by names and sizes) of the run
+    folder that it is.
+
+    Args:
+        option: that named it.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if (path / "checkpoints").is_dir():
+        found = checkpoints(path)
+        if found:
+            return found[-1]
+        names = ", ".join(each.name for each in found_steps(path).values()) or "none"
+        raise ValueError(
+            f"{option} must be a run with a whole checkpoint, got {str(path)!r} with {names}"
+        )
+    must = "a run's folder, or one of its folders checkpoints/step_N"
+    check((path / SETTINGS).is_file(), option, str(path), must)
+    return path
+
+
 def open_checkpoint(path: Path, option: str) -> Checkpoint:
     """One checkpoint, verified; collective.
 
