@@ -121,6 +121,7 @@ class DataSettings:
     global_batch: int = 8  # streams in an optimizer step, over all ranks
     micro_batch: int = 1  # streams in one forward, joined end to end
     held_out: float = 0.05  # fraction of documents kept for validation
+    prefetch: int = 2  # steps whose batches a thread makes ahead; 0: none, and no thread
     # prepared: compare all files with their checksums at the start, about a second a GB and process
     verify: bool = True
 
@@ -128,6 +129,7 @@ class DataSettings:
         _check_values("data", self)
         for option in ("global_batch", "micro_batch"):
             _check_minimum("data", self, option, 1)
+        _check_minimum("data", self, "prefetch", 0)
         # A stream of one token has no target.
         check(self.length >= 2, "data.length", self.length, "at least 2")
         most = ((1 << 31) - 1) // self.micro_batch

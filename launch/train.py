@@ -21,15 +21,15 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from launch.data.corpus import Corpus, load_corpus, load_tokenizer, unigram_loss
-from launch.data.streams import Stream, Streams, join
+from launch.data.loader import Loader, host_batches, shard_stream, step_batches
+from launch.data.streams import Stream
 from launch.engines.base import Engine
 from launch.engines.registry import engine_spec, make_engine
 from launch.estimating.estimates import describe_run
@@ -48,7 +48,7 @@ from launch.starting import find_start
 from launch.storage.checkpoint import Checkpoint, resume, save_checkpoint
 from launch.storage.folder import check_folder_options, run_folder, write_settings
 from launch.storage.manifest import CheckpointError
-from nsa_dist import ShardedBatch, check_parallel, shard_batch
+from nsa_dist import ShardedBatch, check_parallel
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -58,41 +58,6 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
     progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return settings.lr * (settings.min_lr + (1 - settings.min_lr) * cosine)
-
-
-def step_batches(
-    settings: Settings, streams: Streams, step: int, ranks: Ranks
-) -> Iterator[ShardedBatch]:
-    """This rank's shards of its replica's micro-batches of one step.
-
-    The global batch of step s is streams s * global_batch and on; replicas take equal runs of it.
-    """
-    share = settings.data.global_batch // ranks.dp
-    first = step * settings.data.global_batch + ranks.dp_rank * share
-    for index in range(first, first + share, settings.data.micro_batch):
-        stream = join([streams[i] for i in range(index, index + settings.data.micro_batch)])
-        yield shard_stream(stream, settings, ranks)
-
-
-def shard_stream(stream: Stream, settings: Settings, ranks: Ranks) -> ShardedBatch:
-    """A whole stream's part of this context-parallel rank."""
-    tokens, cu_seqlens, labels = stream.tokens, stream.cu_seqlens, stream.tokens
-    if settings.parallel.sequence_parallel:
-        # Tensor parallel ranks share each rank's tokens: one more document fills up, without
-        # targets. Others are filled up by the layout, zigzag_per_document.
-        lengths = -(-cu_seqlens.diff() // (2 * ranks.cp)) * 2 * ranks.cp
-        fill = -int(lengths.sum()) % (2 * ranks.cp * ranks.tp)
-        if fill:
-            tokens = F.pad(tokens, (0, fill))
-            labels = F.pad(labels, (0, fill), value=-100)
-            cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + fill))
-    return shard_batch(
-        tokens.to(ranks.device),
-        cu_seqlens=cu_seqlens,
-        labels=labels.to(ranks.device),
-        layout=settings.parallel.layout,
-        group=ranks.cp_mesh,
-    )
 
 
 def train_step(
@@ -115,8 +80,8 @@ def train_step(
     done = engine.step(batches, rate, mix_seed(settings.run.seed, step))
     received = engine.communication()
     local = [stopping.asked, *(received.get(kind, 0) for kind in COMMUNICATION_KINDS)]
-    mean = done.loss_sum / max(done.targets, 1)
-    sums = ranks.total(torch.cat((mean[None], mean.new_tensor(local))))
+    mean = done.loss_sum / done.targets.clamp(min=1)
+    sums = ranks.total(torch.cat((mean[None], ranks.put(local))))
     return torch.cat((sums[:1], done.grad_norm.to(sums)[None], sums[1:]))
 
 
@@ -182,7 +147,7 @@ class Run:
     ) -> None:
         self.settings, self.ranks, self.stopping = settings, ranks, stopping
         self.corpus, self.folder = corpus, folder
-        self.streams = corpus.training.streams(settings.data.length, settings.run.seed)
+        streams = corpus.training.streams(settings.data.length, settings.run.seed)
         self.held_out = held_out_streams(corpus, settings)
         self.unigram = unigram_loss(corpus.training, self.held_out, corpus.tokenizer.vocab_size)
 
@@ -195,6 +160,12 @@ class Run:
         check_state(self.engine.tensors(), f"that step {self.done} left", ranks)
         write_settings(folder, self.settings)
 
+        self.loader = Loader(
+            lambda step: host_batches(self.settings, streams, step, ranks),
+            range(self.done, settings.run.steps),
+            settings.data.prefetch,
+            ranks.device,
+        )
         self.first_step = self.logged = self.done
         self.history = History()
         self.report = Report(settings, folder, active=ranks.is_main, first_step=self.done)
@@ -208,7 +179,7 @@ class Run:
         Args:
             started: when the process began with the run, by ``time.perf_counter``.
         """
-        with self.report:
+        with self.report, self.loader:
             self.introduce()
             self.stopping.steps_begin()
             self.catch_up()
@@ -247,9 +218,8 @@ class Run:
 
     def step(self) -> None:
         """One optimizer step; the device is not waited for."""
-        batches = list(step_batches(self.settings, self.streams, self.done, self.ranks))
         values = train_step(
-            self.engine, batches, self.settings, self.done, self.ranks, self.stopping
+            self.engine, next(self.loader), self.settings, self.done, self.ranks, self.stopping
         )
         self.history.add(values)
         self.done += 1

@@ -67,11 +67,12 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
 
 def forward_backward(
     model: nn.Module, batches: Sequence[ShardedBatch], ranks: Ranks, seed: int
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Tensor]:
     """Gradients of the mean loss over every target of every rank's batches.
 
     Returns:
-        The sum of this rank's losses (float64 scalar, nats) and the number of targets everywhere.
+        The sum of this rank's losses (float64 scalar, nats) and the number of targets everywhere
+        (int64 scalar); the host waits for neither.
     """
     targets = count_targets(batches, ranks)
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -79,7 +80,7 @@ def forward_backward(
         # Dropout's draws follow from the seed, the step and the micro-batch alone.
         torch.manual_seed(mix_seed(seed, "micro-batch", ranks.dp_rank * len(batches) + index))
         loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
-        (spoil_gradients(loss) / max(targets, 1)).backward()
+        (spoil_gradients(loss) / targets.clamp(min=1)).backward()
         loss_sum += loss.detach()
     return loss_sum, targets
 
