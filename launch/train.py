@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from launch.data.corpus import Corpus, load_corpus, load_tokenizer, unigram_loss
-from launch.data.loader import Loader, host_batches, shard_stream, step_batches
+from launch.data.loader import Loader, StepData, host_data, shard_stream, step_batches
 from launch.data.streams import Stream
 from launch.engines.base import Engine
 from launch.engines.registry import engine_spec, make_engine
@@ -37,6 +37,7 @@ from launch.processes import mistakes
 from launch.processes.ranks import Ranks, place_on_machine, start_ranks
 from launch.processes.startup import describe, join_store
 from launch.processes.stopping import STOPPED, Stopping
+from launch.reporting.flops import Speed, StepFlops
 from launch.reporting.health import Health, check_state, check_validation, finite_mean
 from launch.reporting.history import COMMUNICATION_KINDS, History
 from launch.reporting.report import Report
@@ -48,7 +49,7 @@ from launch.starting import find_start
 from launch.storage.checkpoint import Checkpoint, resume, save_checkpoint
 from launch.storage.folder import check_folder_options, run_folder, write_settings
 from launch.storage.manifest import CheckpointError
-from nsa_dist import ShardedBatch, check_parallel
+from nsa_dist import check_parallel
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -62,7 +63,7 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
 
 def train_step(
     engine: Engine,
-    batches: Sequence[ShardedBatch],
+    data: StepData,
     settings: Settings,
     step: int,
     ranks: Ranks,
@@ -72,14 +73,16 @@ def train_step(
 
     Returns:
         float64 vector, the same on every rank and not waited for: mean loss before the update,
-        global gradient norm before clipping, ranks that were asked to stop, then the bytes that all
-        layers on all ranks received, by ``COMMUNICATION_KINDS``.
+        global gradient norm before clipping, ranks that were asked to stop, the bytes that all
+        layers on all ranks received, by ``COMMUNICATION_KINDS``, then the operations of all
+        streams.
     """
     engine.reset_communication()
     rate = learning_rate(settings.optimizer, step, settings.run.steps)
-    done = engine.step(batches, rate, mix_seed(settings.run.seed, step))
+    done = engine.step(data.batches, rate, mix_seed(settings.run.seed, step))
     received = engine.communication()
-    local = [stopping.asked, *(received.get(kind, 0) for kind in COMMUNICATION_KINDS)]
+    moved = (received.get(kind, 0) for kind in COMMUNICATION_KINDS)
+    local = [stopping.asked, *moved, data.flops / ranks.replica]
     mean = done.loss_sum / done.targets.clamp(min=1)
     sums = ranks.total(torch.cat((mean[None], ranks.put(local))))
     return torch.cat((sums[:1], done.grad_norm.to(sums)[None], sums[1:]))
@@ -160,8 +163,9 @@ class Run:
         check_state(self.engine.tensors(), f"that step {self.done} left", ranks)
         write_settings(folder, self.settings)
 
+        count = StepFlops(settings, corpus.tokenizer.vocab_size).of
         self.loader = Loader(
-            lambda step: host_batches(self.settings, streams, step, ranks),
+            lambda step: host_data(self.settings, streams, step, ranks, count),
             range(self.done, settings.run.steps),
             settings.data.prefetch,
             ranks.device,
@@ -170,6 +174,7 @@ class Run:
         self.history = History()
         self.report = Report(settings, folder, active=ranks.is_main, first_step=self.done)
         self.report.unit = corpus.tokenizer.unit
+        self.speed = Speed(settings, ranks)
         self.health = Health(settings.optimizer, self.report)
         self.tokens, self.seconds, self.mark = 0, 0.0, 0.0
 
@@ -271,6 +276,7 @@ class Run:
                 "lr": rate,
                 "tokens_per_second": tokens / elapsed,
                 "peak_memory": self.ranks.largest(peak_memory(self.ranks.device)),
+                **self.speed.metrics(tokens, self.history.latest_flops(steps), elapsed, steps),
             },
             self.history.received(),
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 
@@ -67,36 +67,63 @@ def shard_stream(stream: Stream, settings: Settings, ranks: Ranks) -> ShardedBat
     return to_device(cut_stream(stream, settings, ranks), ranks.device)
 
 
-def host_batches(
+def micro_batches(
     settings: Settings, streams: Streams, step: int, ranks: Ranks
-) -> list[ShardedBatch]:
-    """This rank's shards of its replica's micro-batches of one step, on the host.
+) -> Iterator[Stream]:
+    """This replica's micro-batches of one step, whole.
 
     The global batch of step s is streams s * global_batch and on; replicas take equal runs of it.
     """
     share = settings.data.global_batch // ranks.dp
     first = step * settings.data.global_batch + ranks.dp_rank * share
     micro = settings.data.micro_batch
-    joined = (
-        join([streams[i] for i in range(index, index + micro)])
-        for index in range(first, first + share, micro)
-    )
-    return [cut_stream(stream, settings, ranks) for stream in joined]
+    for index in range(first, first + share, micro):
+        yield join([streams[i] for i in range(index, index + micro)])
 
 
 def step_batches(
     settings: Settings, streams: Streams, step: int, ranks: Ranks
 ) -> Iterator[ShardedBatch]:
-    """As ``host_batches``, on this rank's device."""
-    for batch in host_batches(settings, streams, step, ranks):
-        yield to_device(batch, ranks.device)
+    """This rank's shards of ``micro_batches``, on its device."""
+    for stream in micro_batches(settings, streams, step, ranks):
+        yield shard_stream(stream, settings, ranks)
+
+
+def host_data(
+    settings: Settings,
+    streams: Streams,
+    step: int,
+    ranks: Ranks,
+    count: Callable[[Sequence[Tensor]], float],
+) -> StepData:
+    """What this rank's step reads, on the host.
+
+    Args:
+        count: ``cu_seqlens`` of whole micro-batches -> operations.
+    """
+    whole = list(micro_batches(settings, streams, step, ranks))
+    flops = count([stream.cu_seqlens for stream in whole])
+    return StepData([cut_stream(stream, settings, ranks) for stream in whole], flops)
+
+
+@dataclass(frozen=True, eq=False)
+class StepData:
+    """What a rank's step reads.
+
+    Args:
+        batches: this rank's shards of its replica's micro-batches.
+        flops: operations of the replica's streams, by ``reporting.flops``.
+    """
+
+    batches: Sequence[ShardedBatch]
+    flops: float
 
 
 class Loader:
-    """The batches of a run's steps, each step once and in order.
+    """What a run's steps read, each step once and in order.
 
     Args:
-        make: step -> its batches on the host. Called by one thread at a time.
+        make: step -> its data, with batches on the host. Called by one thread at a time.
         steps: which steps there are.
         ahead: steps whose batches are made before they are asked for; 0: made when asked for.
         device: where batches are needed.
@@ -104,14 +131,14 @@ class Loader:
 
     def __init__(
         self,
-        make: Callable[[int], list[ShardedBatch]],
+        make: Callable[[int], StepData],
         steps: range,
         ahead: int,
         device: torch.device,
     ) -> None:
         self._make, self._device = make, device
         self._left = iter(steps)
-        self._made: deque[Future[list[ShardedBatch]]] = deque()
+        self._made: deque[Future[StepData]] = deque()
         self._ahead = ahead
         self._thread = ThreadPoolExecutor(1, "batches", self._enter) if ahead else None
 
@@ -129,14 +156,15 @@ class Loader:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
-    def __next__(self) -> Sequence[ShardedBatch]:
-        """The batches of the next step, on the device; raises what reading them raised."""
+    def __next__(self) -> StepData:
+        """The next step's data, with batches on the device; raises what reading it raised."""
         if self._thread is None:
-            batches = self._make(next(self._left))
+            made = self._make(next(self._left))
         else:
             self._begin()
-            batches = self._made.popleft().result()
-        return [to_device(batch, self._device) for batch in batches]
+            made = self._made.popleft().result()
+        batches = [to_device(batch, self._device) for batch in made.batches]
+        return replace(made, batches=batches)
 
     def _begin(self) -> None:
         """Have the next step's batches made, if there is one."""

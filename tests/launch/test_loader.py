@@ -16,7 +16,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.data.corpus import load_corpus
-from launch.data.loader import Loader, cut_stream, host_batches, step_batches, to_device
+from launch.data.loader import (
+    Loader,
+    StepData,
+    cut_stream,
+    host_data,
+    step_batches,
+    to_device,
+)
 from launch.processes.ranks import start_ranks
 from launch.processes.stopping import Stopping
 from launch.settings import DataSettings, Settings
@@ -43,11 +50,11 @@ def loaded(settings: Settings, steps: int, ahead: int) -> list[list[tuple[Any, .
     ranks = start_ranks(settings)
     streams = load_corpus(settings.data).training.streams(settings.data.length, 0)
 
-    def make(step: int) -> list[ShardedBatch]:
-        return host_batches(settings, streams, step, ranks)
+    def make(step: int) -> StepData:
+        return host_data(settings, streams, step, ranks, len)
 
     with Loader(make, range(3, 3 + steps), ahead, ranks.device) as loader:
-        found = [[values(batch) for batch in next(loader)] for _ in range(steps)]
+        found = [[values(batch) for batch in next(loader).batches] for _ in range(steps)]
     plain = [
         [values(batch) for batch in step_batches(settings, streams, step, ranks)]
         for step in range(3, 3 + steps)
@@ -104,12 +111,12 @@ class Maker:
         self.threads: set[int] = set()
         self.fails_at = fails_at
 
-    def __call__(self, step: int) -> list[ShardedBatch]:
+    def __call__(self, step: int) -> StepData:
         self.steps.append(step)
         self.threads.add(threading.get_ident())
         if step == self.fails_at:
             raise ValueError("data.path must hold tokens")
-        return []
+        return StepData([], 0.0)
 
 
 def test_steps_are_made_ahead_in_order_by_a_thread() -> None:
@@ -142,12 +149,12 @@ def test_what_cannot_be_read_ends_the_step_that_needs_it(ahead: int) -> None:
 
 
 def run_with_bad_step(settings: Settings) -> None:
-    def fail(settings: Settings, streams: Any, step: int, ranks: Any) -> list[ShardedBatch]:
+    def fail(settings: Settings, streams: Any, step: int, *rest: Any) -> StepData:
         if step == 2:
             raise ValueError("data.path must hold tokens")
-        return host_batches(settings, streams, step, ranks)
+        return host_data(settings, streams, step, *rest)
 
-    with mock.patch("launch.train.host_batches", fail):
+    with mock.patch("launch.train.host_data", fail):
         run_training(settings)
 
 
