@@ -78,7 +78,7 @@ def for_megatron(settings: Settings) -> Settings:
         layout="zigzag_per_document",
         reshard_after_forward=True,
     )
-    return replace(settings, parallel=parallel)
+    return replace(settings, parallel=parallel, run=replace(settings.run, start_from=""))
 
 
 def for_fsdp2(settings: Settings, dtype: torch.dtype) -> Settings:
@@ -90,7 +90,7 @@ def for_fsdp2(settings: Settings, dtype: torch.dtype) -> Settings:
     parallel = replace(
         settings.parallel, engine="fsdp2", tp=1, pp=1, dp=-1, sequence_parallel=False
     )
-    run = settings.run
+    run = replace(settings.run, start_from="")
     if dtype == torch.bfloat16:
         run = replace(run, dtype="bfloat16")
     model = replace(settings.model, recompute_part="block")

@@ -25,7 +25,7 @@ from launch.data.tokenizer import Tokenizer, make_tokenizer
 from launch.engines.registry import engine_spec
 from launch.model import Decoder, compute_dtype
 from launch.settings import Settings
-from launch.storage.checkpoint import SETTINGS, checkpoints, found_steps, open_checkpoint
+from launch.storage.checkpoint import newest_checkpoint, open_checkpoint
 from nsa_dist.checks import check
 
 Device = Literal["auto", "cuda", "cpu"]
@@ -124,25 +124,6 @@ def check_transformers() -> None:
         )
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that ``path`` is, or the newest whole one of the run folder that it is.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if (path / "checkpoints").is_dir():
-        found = checkpoints(path)
-        if found:
-            return found[-1]
-        names = ", ".join(each.name for each in found_steps(path).values()) or "none"
-        raise ValueError(
-            f"CHECKPOINT must be a run with a whole checkpoint, got {str(path)!r} with {names}"
-        )
-    must = "a run's folder, or one of its folders checkpoints/step_N"
-    check((path / SETTINGS).is_file(), "CHECKPOINT", str(path), must)
-    return path
-
-
 def load(path: Path) -> Trained:
     """A model from a run's folder or one of its checkpoints, whatever engine and ranks wrote it, in
     a process group of one.
@@ -150,7 +131,7 @@ def load(path: Path) -> Trained:
     Raises:
         ValueError: if there is none, it is not whole, or a file of it holds more than data.
     """
-    found = open_checkpoint(find(path), "CHECKPOINT")
+    found = open_checkpoint(newest_checkpoint(path, "CHECKPOINT"), "CHECKPOINT")
     settings = found.settings
     weights = engine_spec(settings.parallel.engine).read_weights(found)
     wide = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,20 @@ from launch.seeds import mix_seed
 from launch.settings import Settings
 from nsa_dist import NativeSparseAttention, NSABlock
 from nsa_dist.adapters.ring import DenseAttention, DenseBlock
+from nsa_dist.checkpoints.safe_load import read_into
 
 LOSS_ROWS = 4096
 """Tokens whose logits exist at one time in training: [4096, vocabulary], in float32 too."""
+SAVED_PREFIX = "model."
+"""Stands before a weight's name in checkpoints of engine fsdp2."""
 
 
 class Decoder(nn.Module):
     """Token embedding, blocks, a last norm, and the map to logits.
 
     Args:
-        settings: ``model``, ``attention``, ``rotary`` and options of ``parallel`` are read.
+        settings: ``model``, ``attention``, ``rotary``, options of ``parallel`` and
+            ``run.start_from`` are read.
         vocab_size: number of tokens.
         group: ranks that share the sequence, or None.
     """
@@ -39,6 +44,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         model = settings.model
+        self.start_from = settings.run.start_from
         self.embedding = nn.Embedding(vocab_size, model.hidden_size)
         dense = DenseBlock
         parallel = settings.parallel
@@ -120,7 +126,15 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_part(self, name: str, part: nn.Module, seed: int) -> None:
-        """Initialise one of ``parts()`` in place, leaving the random state as it was."""
+        """Initialise one of ``parts()`` in place, leaving the random state as it was: from the
+        seed, or with the weights of the checkpoint ``run.start_from``.
+
+        Raises:
+            ValueError: if that cannot be read.
+        """
+        if self.start_from:
+            read_part(part, name, Path(self.start_from))
+            return
         device = next(part.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(mix_seed(seed, "weights", name))
@@ -152,12 +166,25 @@ def _loss_sum(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
 
 
+def read_part(part: nn.Module, name: str, checkpoint: Path) -> None:
+    """Set one of ``Decoder.parts()`` to its weights in a checkpoint of engine fsdp2. No collective.
+
+    Raises:
+        ValueError: if a file is missing, damaged or contains more than data.
+    """
+    named = dict(part.named_parameters())
+    saved = {key: torch.empty_like(value, device="cpu") for key, value in named.items()}
+    read_into({f"{SAVED_PREFIX}{name}.{key}": value for key, value in saved.items()}, checkpoint)
+    for key, parameter in named.items():
+        parameter.copy_(saved[key])
+
+
 def build_model(settings: Settings, vocab_size: int, ranks: Ranks) -> Decoder:
     """The decoder of this run, its weights drawn from the seed and sharded over all ranks.
 
     Only one block's full weights exist at a time: the model is built on the meta device, then each
     part is materialised whole on every rank, initialised, and cut. So the weights depend on neither
-    dp nor cp.
+    dp nor cp. With ``run.start_from`` they are those of that checkpoint.
     """
     dtype = compute_dtype(settings, ranks.device)
     mixed = dtype == torch.bfloat16

@@ -34,20 +34,26 @@ tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else 
 def _check_values(section: str, options: Any) -> None:
     """Refuse values that settings.toml could not hold, and numbers that are not finite."""
     for option in dataclasses.fields(options):
-        name, value = f"{section}.{option.name}", getattr(options, option.name)
-        if isinstance(value, str):
-            is_utf8 = not any("\ud800" <= c <= "\udfff" for c in value)
-            check(is_utf8, name, value, "text in UTF-8")
-            # Only a prompt is text; all others are names and paths.
-            fits = "\0" not in value or name == "run.prompt"
-            check(fits, name, value, "text without NUL")
-        elif isinstance(value, float):
-            # An infinite clip is no clipping.
-            fits = math.isfinite(value) or (name == "optimizer.clip" and value == math.inf)
-            check(fits, name, value, "a finite number")
-        elif isinstance(value, int):
-            fits = -(1 << 63) <= value < 1 << 63
-            check(fits, name, value, "an integer of 64 bits")
+        _check_value(f"{section}.{option.name}", getattr(options, option.name))
+
+
+def _check_value(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        is_utf8 = not any("\ud800" <= c <= "\udfff" for c in value)
+        check(is_utf8, name, value, "text in UTF-8")
+        # Only a prompt is text; all others are names and paths.
+        fits = "\0" not in value or name == "run.prompt"
+        check(fits, name, value, "text without NUL")
+    elif isinstance(value, float):
+        # An infinite clip is no clipping.
+        fits = math.isfinite(value) or (name == "optimizer.clip" and value == math.inf)
+        check(fits, name, value, "a finite number")
+    elif isinstance(value, int):
+        fits = -(1 << 63) <= value < 1 << 63
+        check(fits, name, value, "an integer of 64 bits")
+    elif isinstance(value, tuple):
+        for at, each in enumerate(value):
+            _check_value(f"{name}[{at}]", each)
 
 
 def _check_minimum(section: str, options: Any, name: str, minimum: int) -> None:
@@ -103,6 +109,9 @@ class DataSettings:
     # stdlib: this Python's own sources; prepared: what prepare_data.py wrote
     source: Literal["stdlib", "folder", "jsonl", "prepared"] = "stdlib"
     path: str = ""  # the folder, or the JSONL file
+    # prepared: several folders in the place of path, mixed by weights
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()  # of each of sources, how much of the streams is from it
     # documents for validation, as path; empty: those of path that held_out keeps for it
     validation_path: str = ""
     pattern: str = "**/*.txt"  # which files of the folder are documents
@@ -112,6 +121,7 @@ class DataSettings:
     global_batch: int = 8  # streams in an optimizer step, over all ranks
     micro_batch: int = 1  # streams in one forward, joined end to end
     held_out: float = 0.05  # fraction of documents kept for validation
+    prefetch: int = 2  # steps whose batches a thread makes ahead; 0: none, and no thread
     # prepared: compare all files with their checksums at the start, about a second a GB and process
     verify: bool = True
 
@@ -119,6 +129,7 @@ class DataSettings:
         _check_values("data", self)
         for option in ("global_batch", "micro_batch"):
             _check_minimum("data", self, option, 1)
+        _check_minimum("data", self, "prefetch", 0)
         # A stream of one token has no target.
         check(self.length >= 2, "data.length", self.length, "at least 2")
         most = ((1 << 31) - 1) // self.micro_batch
@@ -126,7 +137,11 @@ class DataSettings:
         check(self.length <= most, "data.length", self.length, must)
         check(0 < self.held_out < 1, "data.held_out", self.held_out, "above 0 and below 1")
         self._check_unused()
-        if self.source == "stdlib":
+        self._check_mixture()
+        if self.sources:
+            must = "empty with data.sources, which have the place of it"
+            check(not self.path, "data.path", self.path, must)
+        elif self.source == "stdlib":
             must = "empty with data.source = 'stdlib'"
             check(not self.path, "data.path", self.path, must)
             check(not self.validation_path, "data.validation_path", self.validation_path, must)
@@ -135,6 +150,23 @@ class DataSettings:
             # must stay readable.
             must = f"an existing path with data.source = {self.source!r}"
             check(bool(self.path), "data.path", self.path, must)
+
+    def _check_mixture(self) -> None:
+        """Refuse sources and weights that do not belong together."""
+        sources, weights = self.sources, self.weights
+        must = "empty unless data.source = 'prepared'"
+        check(self.source == "prepared" or not sources, "data.sources", sources, must)
+        must = f"{len(sources)} numbers, one for each of data.sources" if sources else "empty"
+        must += "" if sources else " without data.sources"
+        check(len(weights) == len(sources), "data.weights", weights, must)
+        for at, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+            check(bool(source), f"data.sources[{at}]", source, "the path of a prepared folder")
+            must = "different from all before it (a weight says how often a folder is read)"
+            check(source not in sources[:at], f"data.sources[{at}]", source, must)
+            check(weight > 0, f"data.weights[{at}]", weight, "a positive number")
+        must = "a prepared folder with data.sources (validation has files of its own)"
+        named = bool(self.validation_path) or not sources
+        check(named, "data.validation_path", self.validation_path, must)
 
     def _check_unused(self) -> None:
         """Refuse options that would do nothing."""
@@ -222,6 +254,8 @@ class RunSettings:
     name: str = "run"
     folder: str = ""  # where everything is written; empty: runs/NAME-TIME
     resume: bool = False  # continue from the folder's latest checkpoint, if it has one
+    # begin at step 0 with the weights of another run, by its folder or one of its checkpoints
+    start_from: str = ""
     steps: int = 1000  # optimizer steps
     seed: int = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is a GPU
@@ -250,6 +284,8 @@ class RunSettings:
             _check_minimum("run", self, option, 1)
         for option in ("validate_every", "checkpoint_every", "keep_checkpoints", "sample_tokens"):
             _check_minimum("run", self, option, 0)
+        must = "empty with run.resume (a resumed run has weights of its own)"
+        check(not (self.resume and self.start_from), "run.start_from", self.start_from, must)
         _check_minimum("run", self, "self_check_rows", 0)
         must, used = "0 without run.self_check", self.self_check or not self.self_check_rows
         check(used, "run.self_check_rows", self.self_check_rows, must)

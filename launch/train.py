@@ -21,15 +21,15 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from launch.data.corpus import Corpus, load_corpus, load_tokenizer, unigram_loss
-from launch.data.streams import Stream, Streams, join
+from launch.data.loader import Loader, StepData, host_data, shard_stream, step_batches
+from launch.data.streams import Stream
 from launch.engines.base import Engine
 from launch.engines.registry import engine_spec, make_engine
 from launch.estimating.estimates import describe_run
@@ -37,6 +37,7 @@ from launch.processes import mistakes
 from launch.processes.ranks import Ranks, place_on_machine, start_ranks
 from launch.processes.startup import describe, join_store
 from launch.processes.stopping import STOPPED, Stopping
+from launch.reporting.flops import Speed, StepFlops
 from launch.reporting.health import Health, check_state, check_validation, finite_mean
 from launch.reporting.history import COMMUNICATION_KINDS, History
 from launch.reporting.report import Report
@@ -44,10 +45,11 @@ from launch.reporting.summary import Result, attention_name, peak_memory, summar
 from launch.sampling import check_prompt, sample_text
 from launch.seeds import mix_seed
 from launch.settings import OptimizerSettings, Settings, from_command_line
-from launch.storage.checkpoint import resume, save_checkpoint
+from launch.starting import find_start
+from launch.storage.checkpoint import Checkpoint, resume, save_checkpoint
 from launch.storage.folder import check_folder_options, run_folder, write_settings
 from launch.storage.manifest import CheckpointError
-from nsa_dist import ShardedBatch, check_parallel, shard_batch
+from nsa_dist import check_parallel
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -59,44 +61,9 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
     return settings.lr * (settings.min_lr + (1 - settings.min_lr) * cosine)
 
 
-def step_batches(
-    settings: Settings, streams: Streams, step: int, ranks: Ranks
-) -> Iterator[ShardedBatch]:
-    """This rank's shards of its replica's micro-batches of one step.
-
-    The global batch of step s is streams s * global_batch and on; replicas take equal runs of it.
-    """
-    share = settings.data.global_batch // ranks.dp
-    first = step * settings.data.global_batch + ranks.dp_rank * share
-    for index in range(first, first + share, settings.data.micro_batch):
-        stream = join([streams[i] for i in range(index, index + settings.data.micro_batch)])
-        yield shard_stream(stream, settings, ranks)
-
-
-def shard_stream(stream: Stream, settings: Settings, ranks: Ranks) -> ShardedBatch:
-    """A whole stream's part of this context-parallel rank."""
-    tokens, cu_seqlens, labels = stream.tokens, stream.cu_seqlens, stream.tokens
-    if settings.parallel.sequence_parallel:
-        # Tensor parallel ranks share each rank's tokens: one more document fills up, without
-        # targets. Others are filled up by the layout, zigzag_per_document.
-        lengths = -(-cu_seqlens.diff() // (2 * ranks.cp)) * 2 * ranks.cp
-        fill = -int(lengths.sum()) % (2 * ranks.cp * ranks.tp)
-        if fill:
-            tokens = F.pad(tokens, (0, fill))
-            labels = F.pad(labels, (0, fill), value=-100)
-            cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + fill))
-    return shard_batch(
-        tokens.to(ranks.device),
-        cu_seqlens=cu_seqlens,
-        labels=labels.to(ranks.device),
-        layout=settings.parallel.layout,
-        group=ranks.cp_mesh,
-    )
-
-
 def train_step(
     engine: Engine,
-    batches: Sequence[ShardedBatch],
+    data: StepData,
     settings: Settings,
     step: int,
     ranks: Ranks,
@@ -106,16 +73,18 @@ def train_step(
 
     Returns:
         float64 vector, the same on every rank and not waited for: mean loss before the update,
-        global gradient norm before clipping, ranks that were asked to stop, then the bytes that all
-        layers on all ranks received, by ``COMMUNICATION_KINDS``.
+        global gradient norm before clipping, ranks that were asked to stop, the bytes that all
+        layers on all ranks received, by ``COMMUNICATION_KINDS``, then the operations of all
+        streams.
     """
     engine.reset_communication()
     rate = learning_rate(settings.optimizer, step, settings.run.steps)
-    done = engine.step(batches, rate, mix_seed(settings.run.seed, step))
+    done = engine.step(data.batches, rate, mix_seed(settings.run.seed, step))
     received = engine.communication()
-    local = [stopping.asked, *(received.get(kind, 0) for kind in COMMUNICATION_KINDS)]
-    mean = done.loss_sum / max(done.targets, 1)
-    sums = ranks.total(torch.cat((mean[None], mean.new_tensor(local))))
+    moved = (received.get(kind, 0) for kind in COMMUNICATION_KINDS)
+    local = [stopping.asked, *moved, data.flops / ranks.replica]
+    mean = done.loss_sum / done.targets.clamp(min=1)
+    sums = ranks.total(torch.cat((mean[None], ranks.put(local))))
     return torch.cat((sums[:1], done.grad_norm.to(sums)[None], sums[1:]))
 
 
@@ -152,6 +121,20 @@ def held_out_streams(corpus: Corpus, settings: Settings) -> list[Stream]:
     return [packed[i * packed.per_epoch // count] for i in range(count)]
 
 
+def start_engine(
+    settings: Settings, vocab_size: int, ranks: Ranks
+) -> tuple[Engine, Settings, Checkpoint | None]:
+    """The engine with its first weights; collective.
+
+    Returns:
+        It, the settings with the checkpoint that ``run.start_from`` names, and that checkpoint.
+    """
+    source = None
+    if settings.run.start_from:
+        settings, source = find_start(settings, vocab_size)
+    return make_engine(settings, vocab_size, ranks), settings, source
+
+
 class Run:
     """A run in its folder: its data, its engine, and how far it is.
 
@@ -159,6 +142,7 @@ class Run:
 
     Attributes:
         done: steps so far, with those of the runs that it continues.
+        source: the checkpoint that its first weights are of, if any.
     """
 
     def __init__(
@@ -166,21 +150,31 @@ class Run:
     ) -> None:
         self.settings, self.ranks, self.stopping = settings, ranks, stopping
         self.corpus, self.folder = corpus, folder
-        self.streams = corpus.training.streams(settings.data.length, settings.run.seed)
+        streams = corpus.training.streams(settings.data.length, settings.run.seed)
         self.held_out = held_out_streams(corpus, settings)
         self.unigram = unigram_loss(corpus.training, self.held_out, corpus.tokenizer.vocab_size)
 
         found = resume(folder, settings, corpus.digest) if settings.run.resume else None
-        self.engine = make_engine(settings, corpus.tokenizer.vocab_size, ranks)
+        self.engine, self.settings, self.source = start_engine(
+            settings, corpus.tokenizer.vocab_size, ranks
+        )
         self.done = self.engine.read(found.path) if found else 0
         self.broken_checkpoints = set(found.passed_over) if found else set()
         check_state(self.engine.tensors(), f"that step {self.done} left", ranks)
-        write_settings(folder, settings)
+        write_settings(folder, self.settings)
 
+        count = StepFlops(settings, corpus.tokenizer.vocab_size).of
+        self.loader = Loader(
+            lambda step: host_data(self.settings, streams, step, ranks, count),
+            range(self.done, settings.run.steps),
+            settings.data.prefetch,
+            ranks.device,
+        )
         self.first_step = self.logged = self.done
         self.history = History()
         self.report = Report(settings, folder, active=ranks.is_main, first_step=self.done)
         self.report.unit = corpus.tokenizer.unit
+        self.speed = Speed(settings, ranks)
         self.health = Health(settings.optimizer, self.report)
         self.tokens, self.seconds, self.mark = 0, 0.0, 0.0
 
@@ -190,7 +184,7 @@ class Run:
         Args:
             started: when the process began with the run, by ``time.perf_counter``.
         """
-        with self.report:
+        with self.report, self.loader:
             self.introduce()
             self.stopping.steps_begin()
             self.catch_up()
@@ -218,6 +212,8 @@ class Run:
             f"{engine.describe(settings, self.ranks)} on {device.type}; "
             f"{attention_name(settings, device)} attention; {self.folder}"
         )
+        if self.source is not None:
+            report.line(f"starts with the weights of step {self.source.step} of {self.source.path}")
 
     def catch_up(self) -> None:
         """Validate where the run before was stopped between a checkpoint and its validation."""
@@ -227,9 +223,8 @@ class Run:
 
     def step(self) -> None:
         """One optimizer step; the device is not waited for."""
-        batches = list(step_batches(self.settings, self.streams, self.done, self.ranks))
         values = train_step(
-            self.engine, batches, self.settings, self.done, self.ranks, self.stopping
+            self.engine, next(self.loader), self.settings, self.done, self.ranks, self.stopping
         )
         self.history.add(values)
         self.done += 1
@@ -281,6 +276,7 @@ class Run:
                 "lr": rate,
                 "tokens_per_second": tokens / elapsed,
                 "peak_memory": self.ranks.largest(peak_memory(self.ranks.device)),
+                **self.speed.metrics(tokens, self.history.latest_flops(steps), elapsed, steps),
             },
             self.history.received(),
         )
@@ -363,7 +359,7 @@ def self_check(settings: Settings, ranks: Ranks) -> bool:
     settings = dataclasses.replace(settings, data=data)
     corpus = read_corpus(settings, ranks)
     streams = corpus.training.streams(settings.data.length, settings.run.seed)
-    engine = make_engine(settings, corpus.tokenizer.vocab_size, ranks)
+    engine, settings, _ = start_engine(settings, corpus.tokenizer.vocab_size, ranks)
     (batch,) = step_batches(settings, streams, 0, ranks)
     report = check_parallel(
         engine.sampler,

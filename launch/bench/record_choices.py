@@ -166,7 +166,7 @@ def run(options: RecordOptions) -> Recording:
         settings,
         parallel=replace(settings.parallel, cp=world, dp=1, layout=LAYOUT),
         data=replace(settings.data, global_batch=1, micro_batch=1),
-        run=replace(settings.run, device=options.device, dtype=options.dtype),
+        run=replace(settings.run, device=options.device, dtype=options.dtype, start_from=""),
     )
     ranks = start_ranks(settings)
     ranks.check_equal("step", path.name, "a checkpoint that every process sees")

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from launch.data.prepared import open_prepared
+from launch.data.mixing import MixedSplit, shares
+from launch.data.prepared import Prepared, open_prepared
 from launch.data.sources import read_documents
 from launch.data.streams import Split, Stream
 from launch.data.tokenizer import Tokenizer, make_tokenizer
@@ -96,8 +97,15 @@ def load_corpus(settings: DataSettings, share: tuple[int, int] = (0, 1)) -> Corp
 def load_tokenizer(settings: DataSettings) -> Tokenizer:
     """The tokenizer of a run's data."""
     if settings.source == "prepared":
-        return open_prepared(settings.path, "data.path").tokenizer()
+        return open_prepared(*_named_folders(settings)[0]).tokenizer()
     return make_tokenizer(settings.tokenizer)
+
+
+def _named_folders(settings: DataSettings) -> list[tuple[str, str]]:
+    """Paths of the prepared folders to train on, each with the option that names it."""
+    if settings.sources:
+        return [(path, f"data.sources[{at}]") for at, path in enumerate(settings.sources)]
+    return [(settings.path, "data.path")]
 
 
 def _read_corpus(settings: DataSettings) -> Corpus:
@@ -132,11 +140,19 @@ def _read_corpus(settings: DataSettings) -> Corpus:
 
 
 def _open_corpus(settings: DataSettings, share: tuple[int, int]) -> Corpus:
-    """The corpus of a prepared folder, and of another one for validation."""
-    folder = open_prepared(settings.path, "data.path")
-    folder.check_files(settings.verify, share)
+    """The corpus of a prepared folder or of several, and of another one for validation."""
+    folders = [open_prepared(path, option) for path, option in _named_folders(settings)]
+    for other in folders[1:]:
+        other.check_same_tokenizer(folders[0])
+    for folder in folders:
+        folder.check_files(settings.verify, share)
+    folder = folders[0]
     tokenizer = folder.tokenizer()
     digest, held_out = folder.digest, folder.split("held_out")
+    training: Split = folder.split("training")
+    if settings.sources:
+        digest = hashlib.sha256("\0".join(each.digest for each in folders).encode()).hexdigest()
+        training = _mix(settings, folders)
     if settings.validation_path:
         other = open_prepared(settings.validation_path, "data.validation_path")
         other.check_same_tokenizer(folder)
@@ -144,9 +160,28 @@ def _open_corpus(settings: DataSettings, share: tuple[int, int]) -> Corpus:
         digest = hashlib.sha256(f"{digest}\0validation\0{other.digest}".encode()).hexdigest()
         # Whatever was held out of it when it was prepared: all of it is for validation.
         held_out = other.split("training", "held_out")
-    corpus = Corpus(folder.split("training"), held_out, tokenizer, digest)
+    corpus = Corpus(training, held_out, tokenizer, digest)
     _check_splits(settings, corpus)
     return corpus
+
+
+def _mix(settings: DataSettings, folders: Sequence[Prepared]) -> MixedSplit:
+    """The training splits of several folders, by weight.
+
+    Raises:
+        ValueError: naming a folder without a stream to train on, or a weight that is too small.
+    """
+    places = shares(settings.weights, "data.weights")
+    splits = [folder.split("training") for folder in folders]
+    for folder, split in zip(folders, splits, strict=True):
+        documents, tokens = split.num_documents, split.num_tokens
+        must = (
+            f"a folder with a stream of data.length = {settings.length} tokens to train on and "
+            f"documents of two tokens or more ({documents} documents, {tokens} tokens)"
+        )
+        some = tokens >= settings.length and tokens > documents
+        check(some, folder.option, str(folder.folder), must)
+    return MixedSplit(splits, places)
 
 
 def _check_splits(settings: DataSettings, corpus: Corpus) -> None:

@@ -93,13 +93,13 @@ class Step:
     Args:
         loss_sum: float64 scalar, nats; the sum over all ranks is that of all targets, before the
             update.
-        targets: number of targets everywhere.
+        targets: number of targets everywhere, integer scalar; as all of these not waited for.
         grad_norm: scalar, the global norm of the mean loss's gradient before clipping; the same on
             every rank. Not finite if any gradient, or any micro-batch's loss, is not.
     """
 
     loss_sum: Tensor
-    targets: int
+    targets: Tensor
     grad_norm: Tensor
 
 
@@ -226,8 +226,10 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def count_targets(batches: Sequence[ShardedBatch], ranks: Ranks) -> int:
-    """Targets of all replicas' micro-batches. Collective."""
+def count_targets(batches: Sequence[ShardedBatch], ranks: Ranks) -> Tensor:
+    """Targets of all replicas' micro-batches, int64 scalar on this rank's device, which is not
+    waited for. Collective."""
     # Each rank reports its replica's whole count.
-    local = torch.tensor([sum(batch.num_targets for batch in batches)])
-    return int(ranks.total(local)) // ranks.replica
+    local = sum(batch.num_targets for batch in batches)
+    total = ranks.total(torch.full((), local, dtype=torch.int64, device=ranks.device))
+    return total // ranks.replica

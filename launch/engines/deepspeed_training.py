@@ -120,7 +120,8 @@ class DeepSpeedEngine:
     def step(self, batches: Sequence[ShardedBatch], learning_rate: float, seed: int) -> Step:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        targets = count_targets(batches, self.ranks)
+        counted = count_targets(batches, self.ranks)
+        targets = int(counted)  # DeepSpeed scales by a number.
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for index, batch in enumerate(batches):
             # As with FSDP2: dropout's draws follow from the seed and the micro-batch alone.
@@ -132,7 +133,7 @@ class DeepSpeedEngine:
             # gives it as inf.
             self.deepspeed.step()
             loss_sum += loss.detach()
-        return Step(loss_sum, targets, torch.as_tensor(self.deepspeed.get_global_grad_norm()))
+        return Step(loss_sum, counted, torch.as_tensor(self.deepspeed.get_global_grad_norm()))
 
     @torch.no_grad()
     def loss(self, batch: ShardedBatch) -> Tensor:

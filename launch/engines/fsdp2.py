@@ -35,7 +35,7 @@ from launch.engines.base import (
     make_adamw,
     spoil_gradients,
 )
-from launch.model import Decoder, build_model
+from launch.model import SAVED_PREFIX, Decoder, build_model
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
 from launch.settings import OptimizerSettings, Settings, from_toml
@@ -67,11 +67,12 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
 
 def forward_backward(
     model: nn.Module, batches: Sequence[ShardedBatch], ranks: Ranks, seed: int
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Tensor]:
     """Gradients of the mean loss over every target of every rank's batches.
 
     Returns:
-        The sum of this rank's losses (float64 scalar, nats) and the number of targets everywhere.
+        The sum of this rank's losses (float64 scalar, nats) and the number of targets everywhere
+        (int64 scalar); the host waits for neither.
     """
     targets = count_targets(batches, ranks)
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -79,7 +80,7 @@ def forward_backward(
         # Dropout's draws follow from the seed, the step and the micro-batch alone.
         torch.manual_seed(mix_seed(seed, "micro-batch", ranks.dp_rank * len(batches) + index))
         loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
-        (spoil_gradients(loss) / max(targets, 1)).backward()
+        (spoil_gradients(loss) / targets.clamp(min=1)).backward()
         loss_sum += loss.detach()
     return loss_sum, targets
 
@@ -131,9 +132,8 @@ class Fsdp2Engine:
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """``EngineSpec.read_weights``."""
     check_dcp(checkpoint.path)
-    prefix = "model."
-    saved = read_tensors(checkpoint.path, lambda key: key.startswith(prefix))
-    return {key.removeprefix(prefix): value for key, value in saved.items()}
+    saved = read_tensors(checkpoint.path, lambda key: key.startswith(SAVED_PREFIX))
+    return {key.removeprefix(SAVED_PREFIX): value for key, value in saved.items()}
 
 
 SPEC = EngineSpec(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,6 +58,12 @@ class Ranks:
     def replica(self) -> int:
         """Ranks that work on one stream."""
         return self.size // self.dp
+
+    def put(self, values: Sequence[float]) -> Tensor:
+        """float64 vector on this rank's device, without waiting for it."""
+        pinned = self.device.type == "cuda"
+        host = torch.tensor(values, dtype=torch.float64, pin_memory=pinned)
+        return host.to(self.device, non_blocking=True)
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over all ranks, on every rank. Does not change ``values``."""

@@ -70,7 +70,7 @@ class Report:
 
         Args:
             values: ``step``, ``mean_loss`` (since the last call), ``grad_norm``,
-                ``tokens_per_second``, and whatever else is a number.
+                ``tokens_per_second``, ``throughput(tps)``, and whatever else is a number.
             received: bytes moved in the step, over all layers and ranks, by kind.
         """
         if not self.active:
@@ -79,9 +79,12 @@ class Report:
         step = int(values["step"])
         self._scalars(step, {k: v for k, v in values.items() if k != "step"})
         self._scalars(step, {f"bytes/{kind}": size for kind, size in received.items()})
+        share = f"  MFU {values['mfu(%)']:.1f}%" if "mfu(%)" in values else ""
         text = (
             f"loss {values['mean_loss']:.4f}  norm {values['grad_norm']:.2f}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s  {show_bytes(sum(received.values()))}"
+            f"{values['tokens_per_second']:,.0f} tokens/s "
+            f"({values['throughput(tps)']:,.0f} a rank)  {values['tflops']:,.3g} TFLOP/s{share}  "
+            f"{show_bytes(sum(received.values()))}"
         )
         self._live.update(self._task, completed=step, description=text)
         if not self.console.is_terminal:

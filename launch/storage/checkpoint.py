@@ -47,7 +47,7 @@ _NAME = re.compile(r"step_([0-9]{8})")
 # spread over ranks, how long it runs and how it is optimised may change.
 _FIXED_SECTIONS = ("attention", "rotary", "model")
 _FREE_OPTIONS = ("recompute", "recompute_part", "backend")
-_FIXED_DATA = ("length", "global_batch", "held_out")
+_FIXED_DATA = ("length", "global_batch", "held_out", "weights")
 _DATA_BEFORE_DIGESTS = ("source", "path", "pattern", "field", "tokenizer")
 
 
@@ -169,6 +169,29 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
             "start anew"
         )
     return None
+
+
+def newest_checkpoint(path: Path, option: str) -> Path:
+    """The checkpoint that ``path`` is, or the newest whole one (by names and sizes) of the run
+    folder that it is.
+
+    Args:
+        option: that named it.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if (path / "checkpoints").is_dir():
+        found = checkpoints(path)
+        if found:
+            return found[-1]
+        names = ", ".join(each.name for each in found_steps(path).values()) or "none"
+        raise ValueError(
+            f"{option} must be a run with a whole checkpoint, got {str(path)!r} with {names}"
+        )
+    must = "a run's folder, or one of its folders checkpoints/step_N"
+    check((path / SETTINGS).is_file(), option, str(path), must)
+    return path
 
 
 def open_checkpoint(path: Path, option: str) -> Checkpoint:
@@ -380,7 +403,9 @@ def check_same_run(found: Checkpoint, now: Settings, data: str) -> None:
         old, new = (getattr(getattr(settings, section), name) for settings in (saved, now))
         check(old == new, option, new, f"{old!r}, the checkpoint's value")
     if found.data not in ("", data):
-        option = "tokenizer" if saved.data.tokenizer != now.data.tokenizer else "path"
+        option = "sources" if now.data.sources else "path"
+        if saved.data.tokenizer != now.data.tokenizer:
+            option = "tokenizer"
         value = repr(getattr(now.data, option) or now.data.source)
         if now.data.validation_path:
             value += f" and data.validation_path = {now.data.validation_path!r}"

@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,9 +81,25 @@ def load(state: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: on every rank, if a file is missing, damaged or contains more than data.
     """
-    reader = on_every_rank(lambda: SafeReader(path))
+    _load(state, path, on_every_rank(lambda: SafeReader(path)))
+
+
+def read_into(tensors: dict[str, Tensor], path: Path) -> None:
+    """Fill tensors on the CPU, by key, from a checkpoint of torch.distributed.checkpoint; not a
+    collective.
+
+    Raises:
+        ValueError: if a file is missing, damaged or contains more than data.
+    """
+    with warnings.catch_warnings():
+        # That this process reads alone is what was asked for.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        _load(tensors, path, SafeReader(path), no_dist=True)
+
+
+def _load(state: dict[str, Any], path: Path, reader: SafeReader, no_dist: bool = False) -> None:
     try:
-        load_dcp(state, storage_reader=reader, planner=SafePlanner())
+        load_dcp(state, storage_reader=reader, planner=SafePlanner(), no_dist=no_dist)
     except CheckpointException as error:
         messages = [
             str(each) for each, _ in error.failures.values() if isinstance(each, ValueError)

@@ -214,7 +214,7 @@ def first_gradients(settings: Settings) -> Gradients:
     streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
     batches = list(step_batches(settings, streams, 0, ranks))
     loss_sum, targets = forward_backward(model, batches, ranks, 0)
-    return _gradients(model, loss_sum, targets, ranks)
+    return _gradients(model, loss_sum, int(targets), ranks)
 
 
 def one_target_gradients(settings: Settings) -> Gradients:
@@ -237,7 +237,7 @@ def one_target_gradients(settings: Settings) -> Gradients:
     assert batch.num_targets == 1
     loss_sum, targets = forward_backward(model, [batch], ranks, 0)
     assert targets == 1
-    return _gradients(model, loss_sum, targets, ranks)
+    return _gradients(model, loss_sum, int(targets), ranks)
 
 
 def plain_gradients(settings: Settings) -> Gradients:

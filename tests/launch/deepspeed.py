@@ -42,7 +42,7 @@ def deepspeed_gradients(settings: Settings) -> Gradients:
     engine = DeepSpeedEngine(settings, 256, ranks)
     streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
     batches = list(step_batches(settings, streams, 0, ranks))
-    targets = count_targets(batches, ranks)
+    targets = int(count_targets(batches, ranks))
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for index, batch in enumerate(batches):
         loss = engine.deepspeed(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)

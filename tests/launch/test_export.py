@@ -15,8 +15,9 @@ from launch.convert import convert
 from launch.data.corpus import load_corpus
 from launch.data.tokenizer import make_tokenizer
 from launch.export import ExportOptions, main, run
-from launch.loading import alone, find, load
+from launch.loading import alone, load
 from launch.settings import to_toml
+from launch.storage.checkpoint import newest_checkpoint
 from launch.train import held_out_streams, shard_stream
 from tests.distributed.ranks import Ranks
 from tests.launch.checkpoints import flip, shard
@@ -167,8 +168,9 @@ def test_the_newest_whole_checkpoint_of_a_run_is_taken(root: Path, tmp_path: Pat
     for step in (3, 5, 7):
         write_run(tmp_path, settings, step=step)
     shard(tmp_path / "checkpoints" / "step_00000007").unlink()
-    assert find(tmp_path).name == "step_00000005"
-    assert find(tmp_path / "checkpoints" / "step_00000003").name == "step_00000003"
+    assert newest_checkpoint(tmp_path, "SOURCE").name == "step_00000005"
+    third = tmp_path / "checkpoints" / "step_00000003"
+    assert newest_checkpoint(third, "SOURCE") == third
 
 
 WRONG = {

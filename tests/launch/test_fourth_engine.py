@@ -69,7 +69,7 @@ class ReplicatedEngine:
             place = self.ranks.dp_rank * len(batches) + index
             torch.manual_seed(mix_seed(seed, "micro-batch", place))
             loss = self.model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
-            (spoil_gradients(loss) / max(targets, 1)).backward()
+            (spoil_gradients(loss) / targets.clamp(min=1)).backward()
             loss_sum += loss.detach()
         for parameter in self.model.parameters():
             dist.all_reduce(parameter.grad)

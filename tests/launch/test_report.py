@@ -20,7 +20,14 @@ from launch.settings import Settings
 from tests.launch.common import tiny
 from tests.launch.processes import environment
 
-VALUES = {"loss": 1.0, "mean_loss": 1.0, "grad_norm": 1.0, "tokens_per_second": 1.0}
+VALUES = {
+    "loss": 1.0,
+    "mean_loss": 1.0,
+    "grad_norm": 1.0,
+    "tokens_per_second": 1.0,
+    "throughput(tps)": 1.0,
+    "tflops": 1.0,
+}
 
 
 def run(settings: Settings, folder: Path, first: int, last: int, saves: tuple[int, ...]) -> None:
