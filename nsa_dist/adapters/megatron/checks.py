@@ -35,7 +35,6 @@ ONLY: tuple[tuple[str, Any, str], ...] = (
     ("log_max_attention_logit", False, "the largest logits are not kept"),
     ("multi_latent_attention", False, "latent attention is a different layer"),
     ("experimental_attention_variant", None, "each variant is a layer of its own"),
-    ("fp8", None, "the attention needs 16 bits or more"),
     ("fp4", None, "the attention needs 16 bits or more"),
     ("fp8_dot_product_attention", False, "the attention needs 16 bits or more"),
     ("fp8_multi_head_attention", False, "the attention needs 16 bits or more"),
@@ -59,6 +58,14 @@ ONLY: tuple[tuple[str, Any, str], ...] = (
     ("init_model_with_meta_device", False, UNTRIED),
     ("enable_autocast", False, "Megatron's own mixed precision casts parameters"),
 )
+
+# Modules of TransformerEngine's that the layer may be made of.
+OF_TRANSFORMER_ENGINE: dict[str, str | None] = {
+    "linear_qkv": "TEColumnParallelLinear",
+    "linear_proj": "TERowParallelLinear",
+    "q_layernorm": None,
+    "k_layernorm": None,
+}
 
 
 def check_build(
@@ -214,15 +221,27 @@ def _check_groups(config: TransformerConfig, pg_collection: ProcessGroupCollecti
 
 
 def _check_submodules(config: TransformerConfig, submodules: SelfAttentionSubmodules) -> None:
-    for name in ("linear_qkv", "linear_proj", "q_layernorm", "k_layernorm"):
+    engine = True
+    for name, allowed in OF_TRANSFORMER_ENGINE.items():
         module = _module(getattr(submodules, name))
-        origin = "" if module is None else module.__module__
+        found = getattr(module, "__qualname__", module)
+        is_engines = module is not None and "transformer_engine" in module.__module__
+        fine = "" if allowed is None else f" or TransformerEngine's {allowed}"
         check(
-            "transformer_engine" not in origin,
+            found == allowed or not is_engines,
             name,
-            getattr(module, "__qualname__", module),
-            "Megatron's own module (TransformerEngine's are untested here)",
+            found,
+            f"Megatron's own module{fine} (the gates need the normed input, and each set of keys "
+            "its norm; use_transformer_engine=True of the specs takes what fits)",
         )
+        engine = engine and (is_engines or allowed is None)
+    check(
+        engine or config.fp8 in (None, False),
+        "fp8",
+        config.fp8,
+        "None with Megatron's own linear layers (TransformerEngine's multiply in 8 bits; the "
+        "attention itself needs 16 bits or more)",
+    )
     for name in ("q_layernorm", "k_layernorm"):
         module = _module(getattr(submodules, name))
         has_weight = module not in (None, IdentityOp, L2Norm)

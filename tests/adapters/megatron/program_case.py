@@ -187,12 +187,12 @@ def prediction_layers() -> tuple[list[str], list[str], int]:
         return attentions, [n for n in names if n.endswith("Norm")], len(mtp.layers)
 
 
-def model_by_spec(config: Any, spec: Any = None) -> Any:
+def model_by_spec(config: Any, spec: Any = None, **changes: Any) -> Any:
     """A model of ``--spec nsa_dist.adapters.megatron nsa_spec``, found as Megatron finds it."""
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 
-    args = arguments()
+    args = arguments(**changes)
     with program(args):
         if spec is None:
             spec = import_module(args.spec)
