@@ -55,6 +55,9 @@ ONLY: tuple[tuple[str, Any, str], ...] = (
     ("heterogeneous_layers_config_path", None, "it describes attentions of its own"),
     ("use_legacy_models", False, "legacy models have no layer specs"),
     ("modelopt_enabled", False, "it builds layers of its own"),
+    ("hybrid_layer_pattern", None, "untested beside Mamba layers"),
+    ("hybrid_override_pattern", None, "untested beside Mamba layers"),
+    ("is_hybrid_model", False, "untested beside Mamba layers"),
 )
 
 
@@ -213,6 +216,10 @@ class LayerFromArguments(TransformerLayer):
         vp_stage: int | None = None,
         **options: Any,
     ) -> None:
+        # What models of Mamba layers build of a spec is their whole stack.
+        is_stack = "pre_process" in options
+        must = f"that of a stack of layers in a model with Mamba layers (not {' '.join(SPEC)})"
+        check(not is_stack, "spec", type(self).__name__, must)
         args = _arguments()
         lacks_norm = transformer_block.LayerNormImpl is WrappedTorchNorm
         check(

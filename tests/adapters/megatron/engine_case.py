@@ -18,6 +18,7 @@ from tests.adapters.megatron import fake_engine
 from tests.adapters.megatron.layer_case import build_layer
 from tests.adapters.megatron.program_case import arguments, build_by_program, model_by_spec
 from tests.adapters.megatron.small_gpt import (
+    HIDDEN,
     LENGTH,
     SMALL,
     VARIANTS,
@@ -121,6 +122,30 @@ def kinds_in_8_bits(recompute: bool) -> tuple[set[str], set[str], float]:
         for layer in run.model.decoder.layers:
             assert layer.self_attention.linear_qkv.save_original_input is recompute
         return ran, seen, error
+
+
+def graphs_without_attention(case: Case) -> bool:
+    """Whether a layer whose MLP alone is a CUDA graph, for which a function stands, gives the bits
+    of one without graphs, with no attention in the graph."""
+    with with_engine(case.layout):
+        from nsa_dist.adapters.megatron import make_packed_seq_params
+
+        options = {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": ["mlp"]}
+        layer = Run(case, None, engine=True, **options).model.decoder.layers[0]
+        attention = layer.self_attention
+        x = torch.randn(64 // case.layout.cp, 1, HIDDEN, dtype=torch.float64)
+        packed = None
+        if case.packed:
+            packed = make_packed_seq_params(torch.tensor([0, 24, 64], dtype=torch.int32))
+        expected, _ = layer.forward(x, None, packed_seq_params=packed)
+
+        def graph(hidden: Tensor, **_: Any) -> Any:
+            with mock.patch.object(attention, "forward", side_effect=AssertionError):
+                return layer._te_cuda_graph_capture(hidden)
+
+        layer.cuda_graphs.append(graph)
+        found, *_ = layer._te_cuda_graph_replay(x, attention_mask=None, packed_seq_params=packed)
+        return torch.equal(found, expected)
 
 
 def modules_of_a_layer(experts: bool) -> dict[str, str]:
@@ -271,10 +296,18 @@ def refusals_with_engine(layout: Layout) -> dict[str, str]:
 
         config = transformer_config(Variant(), layout, hetereogenous_dist_checkpoint=True)
         in_8_bits = replace(config, **IN_8_BITS)
+
+        def with_graphs(scope: list[str]) -> str:
+            options: dict[str, Any] = {"cuda_graph_impl": "transformer_engine"}
+            graphs = replace(config, **options, cuda_graph_scope=scope)
+            return message(lambda: build_layer(graphs, SMALL, use_transformer_engine=True))
+
         block: dict[str, Any] = {"use_transformer_engine": True, "layers": (1, 0)}
         return {
             "fused": message(fused),
             "fp8 of Megatron's": message(lambda: build_layer(in_8_bits, SMALL)),
             "fp8": message(lambda: build_layer(in_8_bits, SMALL, use_transformer_engine=True)),
+            "graphs of all": with_graphs([]),
+            "graphs of attention": with_graphs(["attn", "mlp"]),
             "dense": message(lambda: get_gpt_decoder_block_nsa_spec(config, SMALL, **block)),
         }

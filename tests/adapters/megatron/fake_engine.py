@@ -201,6 +201,13 @@ def fp8_autocast(
 
 
 @contextlib.contextmanager
+def fp8_model_init(enabled: bool = True, recipe: Any = None) -> Iterator[None]:
+    """For weights in 8 bits, which there are none of."""
+    assert not enabled
+    yield
+
+
+@contextlib.contextmanager
 def activation_recompute_forward(
     activation_recompute: bool = False, recompute_phase: bool = False
 ) -> Iterator[None]:
@@ -251,6 +258,7 @@ def install() -> None:
     module(
         "transformer_engine.pytorch",
         fp8_autocast=fp8_autocast,
+        fp8_model_init=fp8_model_init,
         GroupedLinear=type("GroupedLinear", (Linear,), {}),
         **{x.__name__: x for x in modules},
     )
@@ -258,6 +266,7 @@ def install() -> None:
         "transformer_engine.pytorch.fp8",
         FP8GlobalStateManager=FP8GlobalStateManager,
         fp8_autocast=fp8_autocast,
+        fp8_model_init=fp8_model_init,
     )
     module("transformer_engine.pytorch.tensor", QuantizedTensor=type("QuantizedTensor", (), {}))
     module(

@@ -230,6 +230,27 @@ def specs_agree(kind: str, layout: Layout) -> bool | str:
         return torch.equal(_logits(found, expected), _logits(expected, expected))
 
 
+def refusal_in_a_stack() -> str:
+    """The message with which a model of Mamba layers that is given the layer's spec is refused."""
+    with megatron(Layout()):
+        from megatron.core.models.mamba import MambaModel
+        from megatron.core.transformer.spec_utils import ModuleSpec
+
+        from nsa_dist.adapters.megatron.program import LayerFromArguments
+
+        try:
+            with program(arguments()):
+                MambaModel(
+                    transformer_config(Variant()),
+                    ModuleSpec(LayerFromArguments),
+                    vocab_size=VOCABULARY,
+                    max_sequence_length=LENGTH,
+                )
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
 def named_spec() -> tuple[bool, bool]:
     """Whether this release calls a spec, and whether what ``--spec`` names is called."""
     with megatron(Layout()):

@@ -12,6 +12,7 @@ import pytest
 from tests.adapters.megatron.engine_case import (
     IN_8_BITS,
     engine_agrees,
+    graphs_without_attention,
     keys_of_kinds,
     kinds_in_8_bits,
     load_engine,
@@ -97,6 +98,12 @@ def test_gradients_with_8_bit_layers_on_split_sequences(two: Ranks) -> None:
         assert max(errors.values()) <= 1e-12
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_cuda_graphs_of_mlps(packed: bool, two: Ranks) -> None:
+    case = Case("independent-mlp", CP2, packed=packed)
+    assert two.run(graphs_without_attention, case) == [True] * 2
+
+
 @pytest.mark.parametrize("by", ["builder", "object", "function"])
 def test_programs_with_transformer_engine(by: str, two: Ranks) -> None:
     assert two.run(programs_agree, by) == [True] * 2
@@ -120,3 +127,6 @@ def test_what_does_not_go_with_it(two: Ranks) -> None:
             assert f"{option} must be " in answer[name], answer
             assert f", got {found!r}" in answer[name], answer
         assert "use_transformer_engine=True" in answer["fused"]
+        for name in ("graphs of all", "graphs of attention"):
+            assert " must be one or more of ('mlp', 'moe', " in answer[name], answer
+            assert answer[name].startswith(("cuda_graph_scope", "cuda_graph_modules")), answer
