@@ -154,9 +154,11 @@ class Run:
 
 
 def _tail(text: str) -> str:
-    """The end of a rank's output, from where its error begins."""
+    """A rank's first error, and its last words."""
     began = text.find("Traceback (most recent call last)")
-    return text[max(len(text) - 6000, 0) :] if began < 0 else text[began : began + 6000]
+    if began < 0 or began >= len(text) - 6000:
+        return text[-6000:]
+    return f"{text[began : began + 4000]}\n...\n{text[max(began + 4000, len(text) - 2000) :]}"
 
 
 Runs = dict[str, Run]
