@@ -42,7 +42,15 @@ def two() -> Iterator[Ranks]:
         yield get(2)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DP2-rows",
+        "TP2xSP-packed",
+        pytest.param("TP2-rows", marks=pytest.mark.slow),
+        pytest.param("CP2-packed", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_are_those_of_megatrons_own_modules(name: str, two: Ranks) -> None:
     for errors in two.run(engine_agrees, CASES[name], {}):
         worst = max(errors, key=lambda x: errors[x])
@@ -72,7 +80,13 @@ def test_checkpoints_have_the_same_keys(two: Ranks) -> None:
         assert all("gate" in name or "compressor" in name for name in not_dense)
 
 
-@pytest.mark.parametrize("engine", [True, False], ids=["from it", "to it"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(True, id="from it"),
+        pytest.param(False, id="to it", marks=pytest.mark.slow),
+    ],
+)
 def test_checkpoints_load_in_layers_of_the_other_kind(
     engine: bool, two: Ranks, tmp_path: Path
 ) -> None:
@@ -92,6 +106,7 @@ def test_linear_layers_in_8_bits(recompute: bool, two: Ranks) -> None:
         assert error <= 1e-12
 
 
+@pytest.mark.slow
 def test_gradients_with_8_bit_layers_on_split_sequences(two: Ranks) -> None:
     case = Case("independent-mlp", CP2, packed=True, recompute="selective")
     for errors in two.run(engine_agrees, case, dict(IN_8_BITS)):
