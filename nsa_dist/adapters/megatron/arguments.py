@@ -140,6 +140,11 @@ def starts_from_dense(args: Namespace) -> bool:
     return bool(getattr(args, "nsa_from_dense", False))
 
 
+def uses_transformer_engine(args: Namespace) -> bool:
+    """Whether layers are made of TransformerEngine's modules."""
+    return bool(getattr(args, "transformer_impl", "local") == "transformer_engine")
+
+
 def backend_of(args: Namespace) -> str:
     """The backend that a command line names."""
     return str(getattr(args, "nsa_backend", "auto"))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import set_save_original_input
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention, SelfAttentionSubmodules
@@ -334,6 +335,11 @@ class NSASelfAttention(Attention):
         logits = logits.unflatten(-1, (kv_heads, -1))
         logits = F.pad(logits, (0, -logits.shape[-1] % GATE_MULTIPLE))
         return query, key, torch.cat((value, logits.to(value.dtype)), dim=-1)
+
+    def set_for_recompute_input_layernorm(self) -> None:
+        """Let the projection keep its input, which recomputation of the norm before it restores,
+        instead of a copy in 8 bits. Megatron calls it for FP8 alone."""
+        set_save_original_input(self.linear_qkv)
 
     def extra_repr(self) -> str:
         return f"nsa_config={self.nsa_config}"

@@ -35,19 +35,18 @@ ONLY: tuple[tuple[str, Any, str], ...] = (
     ("log_max_attention_logit", False, "the largest logits are not kept"),
     ("multi_latent_attention", False, "latent attention is a different layer"),
     ("experimental_attention_variant", None, "each variant is a layer of its own"),
-    ("fp8", None, "the attention needs 16 bits or more"),
     ("fp4", None, "the attention needs 16 bits or more"),
     ("fp8_dot_product_attention", False, "the attention needs 16 bits or more"),
     ("fp8_multi_head_attention", False, "the attention needs 16 bits or more"),
     ("apply_rope_fusion", False, "TransformerEngine's kernel is untested here; --no-rope-fusion"),
     ("fused_single_qkv_rope", False, "it expects one key and one value per KV head"),
     ("mrope_section", None, UNTRIED),
+    ("is_hybrid_model", False, "untested beside Mamba layers; layers= of the block spec mixes"),
     ("hybrid_context_parallel", False, "there is one context parallel group"),
     ("hierarchical_context_parallel_sizes", None, "there is one context parallel group"),
     ("flash_decode", False, "this attention is for training only"),
-    ("cuda_graph_impl", "none", "the host makes plans while the model runs"),
-    ("enable_cuda_graph", False, "the host makes plans while the model runs"),
-    ("external_cuda_graph", False, "the host makes plans while the model runs"),
+    ("enable_cuda_graph", False, "cuda_graph_impl takes its place"),
+    ("external_cuda_graph", False, "cuda_graph_impl takes its place"),
     ("fine_grained_activation_offloading", False, UNTRIED),
     ("cpu_offloading", False, UNTRIED),
     ("delay_wgrad_compute", False, UNTRIED),
@@ -59,6 +58,17 @@ ONLY: tuple[tuple[str, Any, str], ...] = (
     ("init_model_with_meta_device", False, UNTRIED),
     ("enable_autocast", False, "Megatron's own mixed precision casts parameters"),
 )
+
+GRAPHS = ("mlp", "moe", "moe_router", "moe_preprocess")
+"""Parts of a layer that CUDA graphs may capture."""
+
+# Modules of TransformerEngine's that the layer may be made of.
+OF_TRANSFORMER_ENGINE: dict[str, str | None] = {
+    "linear_qkv": "TEColumnParallelLinear",
+    "linear_proj": "TERowParallelLinear",
+    "q_layernorm": None,
+    "k_layernorm": None,
+}
 
 
 def check_build(
@@ -76,6 +86,7 @@ def check_build(
         # Some versions turn an option off by None, others by False.
         off = not value and isinstance(value, (bool, type(None))) and given in (False, None)
         check(given == value or off, option, given, f"{value!r} ({why})")
+    _check_cuda_graphs(config)
     _check_arguments(config)
     _check_shapes(config, nsa_config)
     _check_groups(config, pg_collection)
@@ -92,6 +103,31 @@ def check_build(
     refused = get_backend(backend, device).refuses(config.params_dtype, nsa_config.kernel_options)
     if refused is not None:
         raise ValueError(refused)
+
+
+def _check_cuda_graphs(config: TransformerConfig) -> None:
+    """Raise ValueError for CUDA graphs that have the attention in them."""
+    kind = config.cuda_graph_impl
+    # "local" captures whole layers, whatever the scope names.
+    check(
+        kind in (None, "none", "transformer_engine"),
+        "cuda_graph_impl",
+        kind,
+        "'none', or 'transformer_engine' with a scope of MLPs and experts alone (the host makes "
+        "this attention's plans while the model runs)",
+    )
+    if kind != "transformer_engine":
+        return
+    option = "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"
+    scope = getattr(config, option)
+    names = [getattr(x, "name", x) for x in (scope if isinstance(scope, list) else [scope])]
+    check(
+        bool(names) and set(names) <= set(GRAPHS),
+        option,
+        scope,
+        f"one or more of {GRAPHS} (an empty one is the whole layer; the host makes this "
+        "attention's plans while the model runs)",
+    )
 
 
 def _check_arguments(config: TransformerConfig) -> None:
@@ -214,15 +250,27 @@ def _check_groups(config: TransformerConfig, pg_collection: ProcessGroupCollecti
 
 
 def _check_submodules(config: TransformerConfig, submodules: SelfAttentionSubmodules) -> None:
-    for name in ("linear_qkv", "linear_proj", "q_layernorm", "k_layernorm"):
+    engine = True
+    for name, allowed in OF_TRANSFORMER_ENGINE.items():
         module = _module(getattr(submodules, name))
-        origin = "" if module is None else module.__module__
+        found = getattr(module, "__qualname__", module)
+        is_engines = module is not None and "transformer_engine" in module.__module__
+        fine = "" if allowed is None else f" or TransformerEngine's {allowed}"
         check(
-            "transformer_engine" not in origin,
+            found == allowed or not is_engines,
             name,
-            getattr(module, "__qualname__", module),
-            "Megatron's own module (TransformerEngine's are untested here)",
+            found,
+            f"Megatron's own module{fine} (the gates need the normed input, and each set of keys "
+            "its norm; use_transformer_engine=True of the specs takes what fits)",
         )
+        engine = engine and (is_engines or allowed is None)
+    check(
+        engine or config.fp8 in (None, False),
+        "fp8",
+        config.fp8,
+        "None with Megatron's own linear layers (TransformerEngine's multiply in 8 bits; the "
+        "attention itself needs 16 bits or more)",
+    )
     for name in ("q_layernorm", "k_layernorm"):
         module = _module(getattr(submodules, name))
         has_weight = module not in (None, IdentityOp, L2Norm)

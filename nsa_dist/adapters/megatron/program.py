@@ -14,6 +14,7 @@ from argparse import Namespace
 from inspect import signature
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import (
     OptimizerConfig,
@@ -39,6 +40,7 @@ from nsa_dist.adapters.megatron.arguments import (
     nsa_config_from_args,
     program_arguments,
     starts_from_dense,
+    uses_transformer_engine,
 )
 from nsa_dist.adapters.megatron.checks import has_experts
 from nsa_dist.adapters.megatron.spec import (
@@ -50,15 +52,27 @@ from nsa_dist.checks import check
 
 # Arguments of the program that choose another layer, the value of each that is allowed, and why.
 ONLY: tuple[tuple[str, Any, str], ...] = (
-    ("transformer_impl", "local", "TransformerEngine's modules are untested here"),
     ("heterogeneous_layers_config_path", None, "it describes attentions of its own"),
     ("use_legacy_models", False, "legacy models have no layer specs"),
     ("modelopt_enabled", False, "it builds layers of its own"),
+    ("hybrid_layer_pattern", None, "untested beside Mamba layers"),
+    ("hybrid_override_pattern", None, "untested beside Mamba layers"),
+    ("is_hybrid_model", False, "untested beside Mamba layers"),
 )
 
 
 def check_program(args: Namespace) -> None:
     """Raise ValueError for arguments of the program that choose another layer."""
+    kind = getattr(args, "transformer_impl", "local")
+    must = "'local' or 'transformer_engine' with this attention"
+    if not HAVE_TE:
+        must = "'local' without TransformerEngine, which is not installed"
+    check(
+        kind == "local" or (HAVE_TE and uses_transformer_engine(args)),
+        "transformer_impl",
+        kind,
+        must,
+    )
     for option, value, why in ONLY:
         given = getattr(args, option, value)
         off = not value and not given
@@ -152,6 +166,7 @@ def _block_of(
         nsa_config_from_args(args, config),
         backend=backend_of(args),
         from_dense=starts_from_dense(args),
+        use_transformer_engine=uses_transformer_engine(args),
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
@@ -169,6 +184,7 @@ def _layer_of(args: Namespace, config: TransformerConfig, layer_number: int) -> 
         nsa_config_from_args(args, config),
         backend=backend_of(args),
         from_dense=starts_from_dense(args),
+        use_transformer_engine=uses_transformer_engine(args),
         qk_layernorm=config.qk_layernorm,
         qk_l2_norm=config.qk_l2_norm,
         **experts,
@@ -200,6 +216,10 @@ class LayerFromArguments(TransformerLayer):
         vp_stage: int | None = None,
         **options: Any,
     ) -> None:
+        # What models of Mamba layers build of a spec is their whole stack.
+        is_stack = "pre_process" in options
+        must = f"that of a stack of layers in a model with Mamba layers (not {' '.join(SPEC)})"
+        check(not is_stack, "spec", type(self).__name__, must)
         args = _arguments()
         lacks_norm = transformer_block.LayerNormImpl is WrappedTorchNorm
         check(

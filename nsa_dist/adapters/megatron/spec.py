@@ -8,9 +8,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import (
+    HAVE_TE,
+    TEColumnParallelLinear,
+    TELayerNormColumnParallelLinear,
+    TENorm,
+)
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -36,17 +43,21 @@ def get_gpt_layer_nsa_spec(
     *args: Any,
     backend: str = "auto",
     from_dense: bool = False,
+    use_transformer_engine: bool = False,
     **kwargs: Any,
 ) -> ModuleSpec:
-    """A GPT layer with Native Sparse Attention, to use instead of ``get_gpt_layer_local_spec``.
+    """A GPT layer with Native Sparse Attention, to use instead of ``get_gpt_layer_local_spec`` or
+    ``get_gpt_layer_with_transformer_engine_spec``.
 
     Args:
         nsa_config: the attention; heads and widths must be those of the ``TransformerConfig``.
         backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a backend's name.
         from_dense: start gates as constants, at ``nsa_config.gate_init``, and compressors as the
             mean of a block, for the weights of a dense model.
-        args, kwargs: as for ``get_gpt_layer_local_spec``. ``normalization`` defaults to the
-            TransformerConfig's.
+        use_transformer_engine: take linear layers, norms and the MLP of TransformerEngine. The
+            norm before the attention is not fused with its projection: gates need its output.
+        args, kwargs: as for the function of Megatron that this one takes the place of.
+            ``normalization`` defaults to the TransformerConfig's.
 
     Returns:
         The spec of a ``TransformerLayer``. For sequence parallelism use
@@ -56,16 +67,22 @@ def get_gpt_layer_nsa_spec(
     Raises:
         ValueError: if an argument has a value that is not allowed.
     """
-    bound = inspect.signature(get_gpt_layer_local_spec).bind(*args, **kwargs)
+    _check_transformer_engine(use_transformer_engine)
+    make = (
+        get_gpt_layer_with_transformer_engine_spec
+        if use_transformer_engine
+        else get_gpt_layer_local_spec
+    )
+    bound = inspect.signature(make).bind(*args, **kwargs)
     given = bound.arguments
     for option in ("multi_latent_attention", "fp8", "use_kitchen"):
         value = given.get(option)
         check(not value, option, value, "None or False with this attention")
     # All norms are replaced below, so Megatron's global choice of norm does not matter.
     normalization = given.pop("normalization", None)
-    layer = get_gpt_layer_local_spec(*bound.args, **bound.kwargs)
+    layer = make(*bound.args, **bound.kwargs)
     layer = _with_nsa(layer, nsa_config, backend=backend, from_dense=from_dense)
-    return _with_our_norms(layer, normalization)
+    return _with_norms(layer, normalization)
 
 
 def get_gpt_decoder_block_nsa_spec(
@@ -75,6 +92,7 @@ def get_gpt_decoder_block_nsa_spec(
     layers: Sequence[int | bool] | None = None,
     backend: str = "auto",
     from_dense: bool = False,
+    use_transformer_engine: bool = False,
     qk_l2_norm: bool = False,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
@@ -84,7 +102,8 @@ def get_gpt_decoder_block_nsa_spec(
 
     Args:
         config: sets the number of layers, which of them are mixtures of experts, and the norm.
-        nsa_config, backend, from_dense: as for ``get_gpt_layer_nsa_spec``.
+        nsa_config, backend, from_dense, use_transformer_engine: as for
+            ``get_gpt_layer_nsa_spec``.
         layers: for each layer of the whole model, 1 for Native Sparse Attention or 0 for
             Megatron's dense attention; default 1 for all.
         qk_l2_norm, vp_stage, pp_rank: as for ``get_gpt_decoder_block_spec``.
@@ -92,6 +111,7 @@ def get_gpt_decoder_block_nsa_spec(
     Raises:
         ValueError: if an argument has a value that is not allowed.
     """
+    _check_transformer_engine(use_transformer_engine)
     check_comm_type(config)  # Before Megatron's layer reads past the end of such a list.
     count = config.num_layers
     if layers is None:
@@ -104,7 +124,10 @@ def get_gpt_decoder_block_nsa_spec(
     )
     if not all(layers):
         size = config.context_parallel_size
-        must = "1 with dense layers (Megatron's local dense attention runs on one rank)"
+        why = "Megatron's local dense attention runs on one rank"
+        if use_transformer_engine:
+            why = "TransformerEngine's dense attention is untested beside this one"
+        must = f"1 with dense layers ({why})"
         check(size == 1, "context_parallel_size", size, must)
         # Otherwise all layers are saved as slices of one tensor, and these differ in shape.
         all_dense = not any(layers)
@@ -113,21 +136,22 @@ def get_gpt_decoder_block_nsa_spec(
         check(all_dense or saved_apart, "hetereogenous_dist_checkpoint", saved_apart, must)
     block = get_gpt_decoder_block_spec(
         config,
-        use_transformer_engine=False,
+        use_transformer_engine=use_transformer_engine,
         qk_l2_norm=qk_l2_norm,
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
     options: dict[str, Any] = {"backend": backend, "from_dense": from_dense}
     specs = [
-        _with_our_norms(_with_nsa(spec, nsa_config, **options) if layers[at] else spec)
+        _with_norms(_with_nsa(spec, nsa_config, **options) if layers[at] else spec)
         for at, spec in zip(
             _layers_of_stage(config, len(block.layer_specs), vp_stage, pp_rank),
             block.layer_specs,
             strict=True,
         )
     ]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
+    last = block.layer_norm if use_transformer_engine else Norm
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=last)
 
 
 def get_gpt_mtp_block_nsa_spec(
@@ -149,13 +173,14 @@ def get_gpt_mtp_block_nsa_spec(
         ``GPTModel``'s ``mtp_block_spec``; None on stages without such layers.
     """
     layer = spec.layer_specs[-1] if isinstance(spec, TransformerBlockSubmodules) else spec
+    engine = _is_of_transformer_engine(layer)
     # They are numbered after the decoder's layers, which moe_layer_freq may list.
     layer = _with_params(layer, experts=None)
     block = get_gpt_mtp_block_spec(
-        config, layer, use_transformer_engine=False, vp_stage=vp_stage, pp_rank=pp_rank
+        config, layer, use_transformer_engine=engine, vp_stage=vp_stage, pp_rank=pp_rank
     )
-    if block is None:
-        return None
+    if block is None or engine:
+        return block
     norms = dict.fromkeys(("enorm", "hnorm", "layer_norm"), Norm)
     layers = [replace(x, submodules=replace(x.submodules, **norms)) for x in block.layer_specs]
     return replace(block, layer_specs=layers)
@@ -177,9 +202,24 @@ def _layers_of_stage(
 def _with_nsa(
     layer: ModuleSpec, nsa_config: NSAConfig, *, backend: str, from_dense: bool
 ) -> ModuleSpec:
-    """A layer with its self-attention replaced."""
-    dense = layer.submodules.self_attention
+    """A layer with its self-attention replaced.
+
+    TransformerEngine fuses the norm before the attention with the projection. Here they are two
+    modules, saved under the fused one's names, which are those of layers without
+    TransformerEngine, too.
+    """
+    parts = layer.submodules
+    dense = parts.self_attention
     assert dense.module is SelfAttention
+    linear_qkv = dense.submodules.linear_qkv
+    if linear_qkv is TELayerNormColumnParallelLinear:
+        linear_qkv = TEColumnParallelLinear
+        parts = replace(
+            parts,
+            input_layernorm=TENorm,
+            sharded_state_dict_keys_map=parts.sharded_state_dict_keys_map
+            | {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+        )
     attention = ModuleSpec(
         module=NSASelfAttention,
         params={
@@ -187,17 +227,17 @@ def _with_nsa(
             "nsa_config": nsa_config,
             "backend": backend,
             "from_dense": from_dense,
-            "experts": _has_experts(layer.submodules.mlp),
+            "experts": _has_experts(parts.mlp),
         },
         submodules=SelfAttentionSubmodules(
-            linear_qkv=dense.submodules.linear_qkv,
+            linear_qkv=linear_qkv,
             core_attention=NSACoreAttention,
             linear_proj=dense.submodules.linear_proj,
             q_layernorm=dense.submodules.q_layernorm,
             k_layernorm=dense.submodules.k_layernorm,
         ),
     )
-    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+    return replace(layer, submodules=replace(parts, self_attention=attention))
 
 
 def _with_params(layer: ModuleSpec, **params: Any) -> ModuleSpec:
@@ -214,24 +254,41 @@ def _has_experts(mlp: Any) -> bool:
     return isinstance(module, type) and issubclass(module, MoELayer)
 
 
-def _with_our_norms(layer: ModuleSpec, normalization: str | None = None) -> ModuleSpec:
-    """A layer with every norm replaced by one that works on split sequences."""
+def _with_norms(layer: ModuleSpec, normalization: str | None = None) -> ModuleSpec:
+    """A layer whose norms work on split sequences, and on sets of keys.
+
+    TransformerEngine's do the former: with them only those of queries and keys are replaced.
+    """
     norm = ModuleSpec(module=Norm, params={"normalization": normalization})
     head_norm = ModuleSpec(module=Norm, params={"normalization": normalization, "per_head": True})
     parts = layer.submodules
     inner = parts.self_attention.submodules
+    engine = _is_of_transformer_engine(layer)
+    if not engine:
+        parts = replace(
+            parts,
+            input_layernorm=_replaced(parts.input_layernorm, norm),
+            pre_mlp_layernorm=_replaced(parts.pre_mlp_layernorm, norm),
+        )
+    if engine and parts.self_attention.module is SelfAttention:
+        return layer
     inner = replace(
         inner,
         q_layernorm=_replaced(inner.q_layernorm, head_norm),
         k_layernorm=_replaced(inner.k_layernorm, head_norm),
     )
-    parts = replace(
-        parts,
-        input_layernorm=_replaced(parts.input_layernorm, norm),
-        pre_mlp_layernorm=_replaced(parts.pre_mlp_layernorm, norm),
-        self_attention=replace(parts.self_attention, submodules=inner),
-    )
-    return replace(layer, submodules=parts)
+    attention = replace(parts.self_attention, submodules=inner)
+    return replace(layer, submodules=replace(parts, self_attention=attention))
+
+
+def _is_of_transformer_engine(layer: ModuleSpec) -> bool:
+    linear_qkv = layer.submodules.self_attention.submodules.linear_qkv
+    return linear_qkv in (TEColumnParallelLinear, TELayerNormColumnParallelLinear)
+
+
+def _check_transformer_engine(wanted: bool) -> None:
+    must = "False without TransformerEngine, which is not installed"
+    check(HAVE_TE or not wanted, "use_transformer_engine", wanted, must)
 
 
 def _replaced(old: Any, norm: ModuleSpec) -> Any:

@@ -187,12 +187,12 @@ def prediction_layers() -> tuple[list[str], list[str], int]:
         return attentions, [n for n in names if n.endswith("Norm")], len(mtp.layers)
 
 
-def model_by_spec(config: Any, spec: Any = None) -> Any:
+def model_by_spec(config: Any, spec: Any = None, **changes: Any) -> Any:
     """A model of ``--spec nsa_dist.adapters.megatron nsa_spec``, found as Megatron finds it."""
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 
-    args = arguments()
+    args = arguments(**changes)
     with program(args):
         if spec is None:
             spec = import_module(args.spec)
@@ -228,6 +228,27 @@ def specs_agree(kind: str, layout: Layout) -> bool | str:
         except ValueError as error:
             return str(error)
         return torch.equal(_logits(found, expected), _logits(expected, expected))
+
+
+def refusal_in_a_stack() -> str:
+    """The message with which a model of Mamba layers that is given the layer's spec is refused."""
+    with megatron(Layout()):
+        from megatron.core.models.mamba import MambaModel
+        from megatron.core.transformer.spec_utils import ModuleSpec
+
+        from nsa_dist.adapters.megatron.program import LayerFromArguments
+
+        try:
+            with program(arguments()):
+                MambaModel(
+                    transformer_config(Variant()),
+                    ModuleSpec(LayerFromArguments),
+                    vocab_size=VOCABULARY,
+                    max_sequence_length=LENGTH,
+                )
+        except ValueError as error:
+            return str(error)
+        return ""
 
 
 def named_spec() -> tuple[bool, bool]:

@@ -163,8 +163,8 @@ def transformer_config(variant: Variant, layout: Layout = Layout(), **options: A
     )
 
 
-def build_model(config: Any, variant: Variant) -> nn.Module:
-    """This rank's stage of the model."""
+def build_model(config: Any, variant: Variant, engine: bool = False) -> nn.Module:
+    """This rank's stage of the model, of TransformerEngine's modules with ``engine``."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -175,7 +175,11 @@ def build_model(config: Any, variant: Variant) -> nn.Module:
 
     # Its widths and dtype are no Triton kernel's, on GPUs either.
     block = get_gpt_decoder_block_nsa_spec(
-        config, variant.nsa, layers=variant.layers, backend="pytorch"
+        config,
+        variant.nsa,
+        layers=variant.layers,
+        backend="pytorch",
+        use_transformer_engine=engine,
     )
     mtp = None if variant.mtp is None else get_gpt_mtp_block_nsa_spec(config, block)
     model = GPTModel(
@@ -308,9 +312,22 @@ def _loss(labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Ten
 
 
 class Run:
-    """A model of this layout, wrapped, with the whole weights loaded into it."""
+    """A model of this layout, wrapped, with the whole weights loaded into it.
 
-    def __init__(self, case: Case, weights: dict[str, Tensor] | None) -> None:
+    Args:
+        weights: None to draw them.
+        engine: of TransformerEngine's modules.
+        options: of the TransformerConfig.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        weights: dict[str, Tensor] | None,
+        *,
+        engine: bool = False,
+        **options: Any,
+    ) -> None:
         from megatron.core import parallel_state
         from megatron.core.distributed import (
             DistributedDataParallel,
@@ -320,16 +337,17 @@ class Run:
 
         self.case = case
         variant = ALL_VARIANTS[case.variant]
-        self.config = transformer_config(variant, case.layout, **recompute_options(case.recompute))
+        options = recompute_options(case.recompute) | options
+        self.config = transformer_config(variant, case.layout, **options)
         self.config.finalize_model_grads_func = finalize_model_grads
-        self.model = build_model(self.config, variant)
+        self.model = build_model(self.config, variant, engine)
         if weights is None:
             draw_weights(self.model)
         else:
             load_weights(self.model, weights)
         # Overlap aborts where a parameter got no gradient.
-        options = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=5000)
-        self.ddp = DistributedDataParallel(self.config, options, self.model)
+        buckets = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=5000)
+        self.ddp = DistributedDataParallel(self.config, buckets, self.model)
         self.config.no_sync_func = self.ddp.no_sync
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()

@@ -19,6 +19,7 @@ from tests.adapters.megatron.program_case import (
     options_without_a_flag,
     parsed_config,
     prediction_layers,
+    refusal_in_a_stack,
     refusal_of_program,
     specs_agree,
     undecayed,
@@ -123,6 +124,10 @@ def test_sequence_parallel_by_a_spec(megatron_ranks: GetRanks) -> None:
         for by in ("builder", "spec")
         for given in (
             ("transformer_impl", "transformer_engine"),
+            ("transformer_impl", "inference_optimized"),
+            ("hybrid_override_pattern", "M*-"),
+            ("hybrid_layer_pattern", "M*-"),
+            ("is_hybrid_model", True),
             ("heterogeneous_layers_config_path", "layers.json"),
             ("use_legacy_models", True),
             ("modelopt_enabled", True),
@@ -135,6 +140,12 @@ def test_arguments_of_another_model(
 ) -> None:
     (message,) = megatron_ranks(1).run(refusal_of_program, by, {option: value}, {}, Layout())
     assert f"{option} must be " in message and f"got {value!r}" in message
+
+
+def test_a_model_of_mamba_layers(megatron_ranks: GetRanks) -> None:
+    (message,) = megatron_ranks(1).run(refusal_in_a_stack)
+    assert message.startswith("spec must be that of a stack of layers in a model with Mamba layers")
+    assert "got 'LayerFromArguments'" in message
 
 
 def test_a_spec_beside_the_builder(megatron_ranks: GetRanks) -> None:

@@ -40,6 +40,7 @@ OPTIONS: dict[str, Any] = {
     "apply_rope_fusion": True,
     "fused_single_qkv_rope": True,
     "mrope_section": [2, 1, 1],
+    "is_hybrid_model": True,
     "hybrid_context_parallel": True,
     "hierarchical_context_parallel_sizes": [2, 2],
     "flash_decode": True,
@@ -74,6 +75,7 @@ SPEC_OPTIONS: dict[str, Any] = {
     "fp8": "e4m3",
     "use_kitchen": True,
     "qk_layernorm": True,
+    "use_transformer_engine": True,
     "backend": "cuda",
     "from_dense": True,
 }
