@@ -20,6 +20,8 @@ from nsa_kernels.triton.shared.arguments import head_rows
 from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.tables import load_query_tile, positions, selected_bases
 
+# Choices that a program sorts, of one tile or several.
+LIST_CHOICES = 1024
 # Blocks at the start of a list of which not all tokens of the tile may see all.
 EDGES = 2
 
@@ -42,8 +44,8 @@ class ListConstants(NamedTuple):
     """What the lists are compiled for.
 
     G KV heads; NUM chosen blocks of a token, of BLOCK tokens each; LENGTH entries of a list, of
-    which the first EDGES are edges; BT tokens of a tile, with BC >= BT*NUM choices, compared with
-    BK at a time.
+    which the first EDGES are edges; BL lists of a program; BT tokens of a tile, with BC >= BT*NUM
+    choices.
     """
 
     G: int
@@ -51,8 +53,9 @@ class ListConstants(NamedTuple):
     BLOCK: int
     LENGTH: int
     EDGES: int
+    BL: int
+    BT: int
     BC: int
-    BK: int
 
 
 @triton.jit
@@ -84,57 +87,59 @@ def entry_chosen_by(entry, token):
 
 @triton.jit
 def _block_lists_kernel(
-    selected, block_rows, stride_group, block_lengths, tiles, blocks, C: tl.constexpr
+    selected, block_rows, stride_group, block_lengths, tiles, blocks, num_lists, C: tl.constexpr
 ):
-    """The list of one tile and KV head, to `blocks`."""
-    i_tile = tl.program_id(0).to(tl.int64)
-    i_g = tl.program_id(1)
-    first_row, num_tokens, position, base = load_query_tile(tiles, i_tile)
+    """The lists of BL neighbours among all pairs of a tile and a KV head, to `blocks`.
+
+    A list's choices are sorted by block, then token. The first of each run of one block writes the
+    entry, with the bits of all tokens of the run, which are all different.
+    """
+    NONE: tl.constexpr = 134217727  # 2**27 - 1: with 4 bits for the token the largest int32.
+    o_list = tl.program_id(0).to(tl.int64) * C.BL + tl.arange(0, C.BL)
+    m_list = o_list < num_lists
+    i_list = tl.minimum(o_list, num_lists - 1)
+    i_g = i_list % C.G
+    first_row, num_tokens, position, base = load_query_tile(tiles, i_list // C.G)  # [BL]
     last = position + num_tokens - 1
     first_edge = (position + 1) // C.BLOCK  # Blocks before are seen whole by all.
     p_selected = selected.p + first_row * selected.stride_row + i_g * selected.stride_head
     p_rows = block_rows + i_g * stride_group + base
-    p_list = blocks.lists + (i_tile * C.G + i_g) * C.LENGTH
+    p_list = blocks.lists + i_list * C.LENGTH
 
     o_c = tl.arange(0, C.BC)
     token = o_c // C.NUM
-    p_c = p_selected + token.to(tl.int64) * selected.stride_row + o_c % C.NUM
-    b_j = tl.load(p_c, mask=token < num_tokens, other=-1).to(tl.int32)
-    bit = 1 << (token & 15)  # Places behind BT*NUM hold no choice.
+    p_c = p_selected[:, None] + (token.to(tl.int64) * selected.stride_row + o_c % C.NUM)[None, :]
+    b_j = tl.load(p_c, mask=token[None, :] < num_tokens[:, None], other=-1).to(tl.int32)  # [BL, BC]
+    token = token & 15  # Places behind BT*NUM hold no choice.
 
     EDGES: tl.constexpr = C.EDGES
     for i in tl.static_range(EDGES):
         j = first_edge + i
-        choosers = tl.sum(tl.where(b_j == j, bit, 0), 0)
-        entry = tl.cast(0, tl.int64)
-        if choosers > 0:
-            length = tl.load(block_lengths + base + j).to(tl.int32)
-            length = tl.minimum(length, last + 1 - j * C.BLOCK)
-            entry = make_entry(tl.load(p_rows + j), length, choosers)
-        tl.store(p_list + i, entry)
+        choosers = tl.sum(tl.where(b_j == j[:, None], (1 << token)[None, :], 0), 1)
+        chosen = choosers > 0
+        length = tl.load(block_lengths + base + j, mask=chosen, other=0).to(tl.int32)
+        length = tl.minimum(length, last + 1 - j * C.BLOCK)
+        entry = make_entry(tl.load(p_rows + j, mask=chosen, other=0), length, choosers)
+        tl.store(p_list + i, tl.where(chosen, entry, 0), mask=m_list)
 
-    inner = (b_j >= 0) & (b_j < first_edge)
-    b_j = tl.where(inner, b_j, 2147483647)
-    choosers = tl.zeros_like(b_j)
-    place = tl.zeros_like(b_j)  # How many of the tile's blocks come before.
-    for start in tl.range(0, C.BC, C.BK):
-        o_k = start + tl.arange(0, C.BK)
-        token_k = o_k // C.NUM
-        p_k = p_selected + token_k.to(tl.int64) * selected.stride_row + o_k % C.NUM
-        b_k = tl.load(p_k, mask=token_k < num_tokens, other=-1).to(tl.int32)
-        b_k = tl.where((b_k >= 0) & (b_k < first_edge), b_k, 2147483647)
-        same = b_j[:, None] == b_k[None, :]  # [BC, BK]
-        choosers += tl.sum(tl.where(same, (1 << (token_k & 15))[None, :], 0), 1)
-        # A block counts where the first token that chose it names it.
-        again = tl.max(tl.where(same & (o_c[:, None] < o_k[None, :]), 1, 0), 0)
-        counts_once = (again == 0) & (b_k != 2147483647)
-        before = counts_once[None, :] & (b_k[None, :] < b_j[:, None])
-        place += tl.sum(tl.where(before, 1, 0), 1)
-    first = inner & ((choosers & (bit - 1)) == 0)
-    row = tl.load(p_rows + b_j, mask=first, other=0)
-    entry = make_entry(row, C.BLOCK, choosers)
-    tl.store(p_list + C.EDGES + place, entry, mask=first)
-    tl.store(blocks.counts + i_tile * C.G + i_g, tl.sum(tl.where(first, 1, 0), 0))
+    inner = (b_j >= 0) & (b_j < first_edge[:, None])
+    choice = tl.sort(tl.where(inner, b_j, NONE) * 16 + token[None, :], 1)
+    b_j = choice >> 4
+    o_before = tl.broadcast_to(tl.maximum(o_c - 1, 0)[None, :], [C.BL, C.BC])
+    first = (b_j != NONE) & ((o_c == 0)[None, :] | (b_j != tl.gather(b_j, o_before, 1)))
+    run = tl.cumsum(first.to(tl.int32), 1)
+    # Bits are collected over 1, 2, 4, .. places of a run, whose number stands above them.
+    run_bits = run * 65536 + tl.where(b_j != NONE, 1 << (choice & 15), 0)
+    for i in tl.static_range(4):
+        if (1 << i) < C.BT:
+            o_other = tl.broadcast_to(tl.minimum(o_c + (1 << i), C.BC - 1)[None, :], [C.BL, C.BC])
+            other = tl.gather(run_bits, o_other, 1)
+            run_bits |= tl.where((other >> 16) == (run_bits >> 16), other, 0)
+    row = tl.load(p_rows[:, None] + b_j, mask=first, other=0)
+    entry = make_entry(row, C.BLOCK, run_bits & 65535)
+    p_entry = p_list[:, None] + C.EDGES - 1 + run
+    tl.store(p_entry, entry, mask=first & m_list[:, None])
+    tl.store(blocks.counts + o_list, tl.sum(first.to(tl.int32), 1), mask=m_list)
 
 
 def block_lists(
@@ -149,16 +154,20 @@ def block_lists(
     _, groups, num = selected_NGn.shape
     candidates = triton.next_power_of_2(tokens * num)
     length = EDGES + tokens * num
-    warps = max(1, min(8, candidates // 64))
-    at_once = min(candidates, max(2, 1024 * warps // candidates))
+    at_once = max(1, LIST_CHOICES // candidates)
+    warps = min(4, max(1, at_once * candidates // 256))
     shape, device = (len(tiles), groups), selected_NGn.device
     blocks = BlockLists(
         torch.empty(*shape, length, dtype=torch.int64, device=device),
         torch.empty(shape, dtype=torch.int32, device=device),
     )
-    launcher(_block_lists_kernel, shape)(
+    lists = len(tiles) * groups
+    launcher(_block_lists_kernel, (triton.cdiv(lists, at_once),))(
         head_rows(selected_NGn), block_rows_GB, block_rows_GB.stride(0), block_lengths_B, tiles,
-        blocks, C=ListConstants(groups, num, select_block, length, EDGES, candidates, at_once),
+        blocks, lists,
+        C=ListConstants(
+            groups, num, select_block, length, EDGES, at_once, tokens, candidates
+        ),
         num_warps=warps,
     )  # fmt: skip
     return blocks
