@@ -82,8 +82,8 @@ KERNEL_CASES = [
     "a short last selection block counts as empty",
     Rewritten(
         "nsa_kernels.triton:_block_lists_kernel",
-        "tl.load(block_lengths + $BASE + $J).to(tl.int32)",
-        "tl.load(block_lengths + $BASE + $J).to(tl.int32) // C.BLOCK * C.BLOCK",
+        "tl.load(block_lengths + $BASE + $J, mask=$M, other=0).to(tl.int32)",
+        "tl.load(block_lengths + $BASE + $J, mask=$M, other=0).to(tl.int32) // C.BLOCK * C.BLOCK",
     ),
     case="triton-R1-float32",
 )

@@ -69,17 +69,26 @@ def expected(
 
 
 @pytest.mark.parametrize(
-    "documents, groups, num, most, per_launch",
+    "documents, groups, num, most, per_launch, chunks",
     [
-        pytest.param([37], 2, 3, 4, 1000, id="one"),
-        pytest.param([50, 0, 1, 49], 1, 4, 5, 7, id="packed-several_launches"),
-        pytest.param([1], 3, 2, 4, 10, id="token"),
-        *([] if INTERPRETED else [pytest.param([1500, 2700], 4, 16, 256, 100, id="long")]),
+        pytest.param([37], 2, 3, 4, 1000, 512, id="one"),
+        pytest.param([50, 0, 1, 49], 1, 4, 5, 7, 512, id="packed-several_launches"),
+        pytest.param([1], 3, 2, 4, 10, 512, id="token"),
+        pytest.param([75], 2, 33, 8, 1000, 4, id="wide-chunks_of_several_steps"),
+        pytest.param([70], 5, 10, 8, 1000, 5, id="groups-a_chunk"),
+        *([] if INTERPRETED else [pytest.param([1500, 2700], 4, 16, 256, 100, 64, id="long")]),
     ],
 )
 def test_query_lists(
-    documents: list[int], groups: int, num: int, most: int, per_launch: int
+    documents: list[int],
+    groups: int,
+    num: int,
+    most: int,
+    per_launch: int,
+    chunks: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("nsa_kernels.triton.selected.lists.CHUNKS", chunks)
     segments, lengths = segments_of(documents)
     chosen = choices(documents, groups, num, seed=0)
     found = query_lists(chosen.to(DEVICE), lengths.to(DEVICE), segments, BLOCK, most, per_launch)

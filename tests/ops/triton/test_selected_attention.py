@@ -118,12 +118,12 @@ def test_bits_do_not_depend_on_the_split(dtype: torch.dtype) -> None:
 
 @catches(
     "index order changing bits",
-    "a tile walks its blocks in the order in which its tokens name them",
+    "a tile walks its last blocks first, as many as follow from its number of blocks",
     Rewritten(
         "nsa_kernels.triton:_block_lists_kernel",
-        "$ONCE[None, :] & ($K[None, :] < $J[:, None])",
-        "$ONCE[None, :] & ($AT_K[None, :] < $AT_J[:, None])",
-        given=("tl.where($SAME & ($AT_J[:, None] < $AT_K[None, :]), 1, 0)",),
+        "$LIST[:, None] + C.EDGES - 1 + $RUN",
+        "$LIST[:, None] + C.EDGES"
+        " + ($RUN - 1 + tl.max($RUN, 1)[:, None] % 4) % tl.max($RUN, 1)[:, None]",
     ),
 )
 @pytest.mark.usefixtures("_same_bits_in_any_row")

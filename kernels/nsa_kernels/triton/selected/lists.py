@@ -20,6 +20,8 @@ from nsa_kernels.triton.shared.arguments import head_rows
 from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.tables import load_query_tile, positions, selected_bases
 
+# Choices that a program sorts, of one tile or several.
+LIST_CHOICES = 1024
 # Blocks at the start of a list of which not all tokens of the tile may see all.
 EDGES = 2
 
@@ -42,8 +44,8 @@ class ListConstants(NamedTuple):
     """What the lists are compiled for.
 
     G KV heads; NUM chosen blocks of a token, of BLOCK tokens each; LENGTH entries of a list, of
-    which the first EDGES are edges; BT tokens of a tile, with BC >= BT*NUM choices, compared with
-    BK at a time.
+    which the first EDGES are edges; BL lists of a program; BT tokens of a tile, with BC >= BT*NUM
+    choices.
     """
 
     G: int
@@ -51,8 +53,9 @@ class ListConstants(NamedTuple):
     BLOCK: int
     LENGTH: int
     EDGES: int
+    BL: int
+    BT: int
     BC: int
-    BK: int
 
 
 @triton.jit
@@ -84,57 +87,59 @@ def entry_chosen_by(entry, token):
 
 @triton.jit
 def _block_lists_kernel(
-    selected, block_rows, stride_group, block_lengths, tiles, blocks, C: tl.constexpr
+    selected, block_rows, stride_group, block_lengths, tiles, blocks, num_lists, C: tl.constexpr
 ):
-    """The list of one tile and KV head, to `blocks`."""
-    i_tile = tl.program_id(0).to(tl.int64)
-    i_g = tl.program_id(1)
-    first_row, num_tokens, position, base = load_query_tile(tiles, i_tile)
+    """The lists of BL neighbours among all pairs of a tile and a KV head, to `blocks`.
+
+    A list's choices are sorted by block, then token. The first of each run of one block writes the
+    entry, with the bits of all tokens of the run, which are all different.
+    """
+    NONE: tl.constexpr = 134217727  # 2**27 - 1: with 4 bits for the token the largest int32.
+    o_list = tl.program_id(0).to(tl.int64) * C.BL + tl.arange(0, C.BL)
+    m_list = o_list < num_lists
+    i_list = tl.minimum(o_list, num_lists - 1)
+    i_g = i_list % C.G
+    first_row, num_tokens, position, base = load_query_tile(tiles, i_list // C.G)  # [BL]
     last = position + num_tokens - 1
     first_edge = (position + 1) // C.BLOCK  # Blocks before are seen whole by all.
     p_selected = selected.p + first_row * selected.stride_row + i_g * selected.stride_head
     p_rows = block_rows + i_g * stride_group + base
-    p_list = blocks.lists + (i_tile * C.G + i_g) * C.LENGTH
+    p_list = blocks.lists + i_list * C.LENGTH
 
     o_c = tl.arange(0, C.BC)
     token = o_c // C.NUM
-    p_c = p_selected + token.to(tl.int64) * selected.stride_row + o_c % C.NUM
-    b_j = tl.load(p_c, mask=token < num_tokens, other=-1).to(tl.int32)
-    bit = 1 << (token & 15)  # Places behind BT*NUM hold no choice.
+    p_c = p_selected[:, None] + (token.to(tl.int64) * selected.stride_row + o_c % C.NUM)[None, :]
+    b_j = tl.load(p_c, mask=token[None, :] < num_tokens[:, None], other=-1).to(tl.int32)  # [BL, BC]
+    token = token & 15  # Places behind BT*NUM hold no choice.
 
     EDGES: tl.constexpr = C.EDGES
     for i in tl.static_range(EDGES):
         j = first_edge + i
-        choosers = tl.sum(tl.where(b_j == j, bit, 0), 0)
-        entry = tl.cast(0, tl.int64)
-        if choosers > 0:
-            length = tl.load(block_lengths + base + j).to(tl.int32)
-            length = tl.minimum(length, last + 1 - j * C.BLOCK)
-            entry = make_entry(tl.load(p_rows + j), length, choosers)
-        tl.store(p_list + i, entry)
+        choosers = tl.sum(tl.where(b_j == j[:, None], (1 << token)[None, :], 0), 1)
+        chosen = choosers > 0
+        length = tl.load(block_lengths + base + j, mask=chosen, other=0).to(tl.int32)
+        length = tl.minimum(length, last + 1 - j * C.BLOCK)
+        entry = make_entry(tl.load(p_rows + j, mask=chosen, other=0), length, choosers)
+        tl.store(p_list + i, tl.where(chosen, entry, 0), mask=m_list)
 
-    inner = (b_j >= 0) & (b_j < first_edge)
-    b_j = tl.where(inner, b_j, 2147483647)
-    choosers = tl.zeros_like(b_j)
-    place = tl.zeros_like(b_j)  # How many of the tile's blocks come before.
-    for start in tl.range(0, C.BC, C.BK):
-        o_k = start + tl.arange(0, C.BK)
-        token_k = o_k // C.NUM
-        p_k = p_selected + token_k.to(tl.int64) * selected.stride_row + o_k % C.NUM
-        b_k = tl.load(p_k, mask=token_k < num_tokens, other=-1).to(tl.int32)
-        b_k = tl.where((b_k >= 0) & (b_k < first_edge), b_k, 2147483647)
-        same = b_j[:, None] == b_k[None, :]  # [BC, BK]
-        choosers += tl.sum(tl.where(same, (1 << (token_k & 15))[None, :], 0), 1)
-        # A block counts where the first token that chose it names it.
-        again = tl.max(tl.where(same & (o_c[:, None] < o_k[None, :]), 1, 0), 0)
-        counts_once = (again == 0) & (b_k != 2147483647)
-        before = counts_once[None, :] & (b_k[None, :] < b_j[:, None])
-        place += tl.sum(tl.where(before, 1, 0), 1)
-    first = inner & ((choosers & (bit - 1)) == 0)
-    row = tl.load(p_rows + b_j, mask=first, other=0)
-    entry = make_entry(row, C.BLOCK, choosers)
-    tl.store(p_list + C.EDGES + place, entry, mask=first)
-    tl.store(blocks.counts + i_tile * C.G + i_g, tl.sum(tl.where(first, 1, 0), 0))
+    inner = (b_j >= 0) & (b_j < first_edge[:, None])
+    choice = tl.sort(tl.where(inner, b_j, NONE) * 16 + token[None, :], 1)
+    b_j = choice >> 4
+    o_before = tl.broadcast_to(tl.maximum(o_c - 1, 0)[None, :], [C.BL, C.BC])
+    first = (b_j != NONE) & ((o_c == 0)[None, :] | (b_j != tl.gather(b_j, o_before, 1)))
+    run = tl.cumsum(first.to(tl.int32), 1)
+    # Bits are collected over 1, 2, 4, .. places of a run, whose number stands above them.
+    run_bits = run * 65536 + tl.where(b_j != NONE, 1 << (choice & 15), 0)
+    for i in tl.static_range(4):
+        if (1 << i) < C.BT:
+            o_other = tl.broadcast_to(tl.minimum(o_c + (1 << i), C.BC - 1)[None, :], [C.BL, C.BC])
+            other = tl.gather(run_bits, o_other, 1)
+            run_bits |= tl.where((other >> 16) == (run_bits >> 16), other, 0)
+    row = tl.load(p_rows[:, None] + b_j, mask=first, other=0)
+    entry = make_entry(row, C.BLOCK, run_bits & 65535)
+    p_entry = p_list[:, None] + C.EDGES - 1 + run
+    tl.store(p_entry, entry, mask=first & m_list[:, None])
+    tl.store(blocks.counts + o_list, tl.sum(first.to(tl.int32), 1), mask=m_list)
 
 
 def block_lists(
@@ -149,16 +154,20 @@ def block_lists(
     _, groups, num = selected_NGn.shape
     candidates = triton.next_power_of_2(tokens * num)
     length = EDGES + tokens * num
-    warps = max(1, min(8, candidates // 64))
-    at_once = min(candidates, max(2, 1024 * warps // candidates))
+    at_once = max(1, LIST_CHOICES // candidates)
+    warps = min(4, max(1, at_once * candidates // 256))
     shape, device = (len(tiles), groups), selected_NGn.device
     blocks = BlockLists(
         torch.empty(*shape, length, dtype=torch.int64, device=device),
         torch.empty(shape, dtype=torch.int32, device=device),
     )
-    launcher(_block_lists_kernel, shape)(
+    lists = len(tiles) * groups
+    launcher(_block_lists_kernel, (triton.cdiv(lists, at_once),))(
         head_rows(selected_NGn), block_rows_GB, block_rows_GB.stride(0), block_lengths_B, tiles,
-        blocks, C=ListConstants(groups, num, select_block, length, EDGES, candidates, at_once),
+        blocks, lists,
+        C=ListConstants(
+            groups, num, select_block, length, EDGES, at_once, tokens, candidates
+        ),
         num_warps=warps,
     )  # fmt: skip
     return blocks
@@ -188,8 +197,8 @@ class QueryConstants(NamedTuple):
     """What the lists of queries are compiled for.
 
     G KV heads; NUM chosen blocks of a token, padded to PN, of BLOCK tokens each. At most PC chunks
-    of rows, BB blocks at a time. Where choices are counted BR rows at a time; where they are listed
-    SR, with BC choices, compared with BK at a time.
+    of rows, BB blocks at a time. Choices are counted KG KV heads and BR rows at a time, and listed
+    SR rows at a time.
     """
 
     G: int
@@ -198,56 +207,81 @@ class QueryConstants(NamedTuple):
     BLOCK: int
     PC: int
     BB: int
+    KG: int
     BR: int
     SR: int
-    BC: int
-    BK: int
 
 
 class Counted(NamedTuple):
     """Choices of each chunk of rows.
 
-    counts: int32 [G, chunks, B], how many rows of the chunk chose a block; later how many rows
-    chose it before those of the chunk that are still to be listed. sums: int32 [G, tiles, chunks],
-    the first over tiles of BB blocks. chunks: how many.
+    counts: int32 [chunks, G, B], how many rows of the chunk chose a block; later how many rows
+    chose it in the chunks before. ranks: int32 [N, G, n], how many earlier rows of its chunk chose
+    the same block. sums: int32 [G, tiles, chunks], the first counts over tiles of BB blocks.
+    chunks: how many.
     """
 
     counts: Any
+    ranks: Any
     sums: Any
     chunks: Any
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows", "num_blocks"])
 def _count_choices_kernel(selected, bases, counted, num_rows, rows, num_blocks, C: tl.constexpr):
-    """How often each block was chosen in a chunk of `rows` rows, and these numbers by tile."""
+    """Counts and ranks of the choices of KG KV heads in a chunk of `rows` rows, and the sums.
+
+    A warp adds the choices of one row after another to the counts, and what was there before is
+    their rank. A row chooses a block once, and barriers order the rows, so the ranks follow from
+    the choice alone. BR rows are under way at a time.
+    """
     i_c = tl.program_id(0).to(tl.int64)
-    i_g = tl.program_id(1).to(tl.int64)
-    p_counts = counted.counts + (i_g * counted.chunks + i_c) * num_blocks
-    BB: tl.constexpr = C.BB
-    o_b = tl.arange(0, BB)
-    for first in tl.range(0, num_blocks, BB):
-        zero = tl.zeros([BB], dtype=tl.int32)
-        tl.store(p_counts + first + o_b, zero, mask=first + o_b < num_blocks)
+    first_g = tl.program_id(1).to(tl.int64) * C.KG
+    groups = tl.minimum(C.G - first_g, C.KG)
+    p_counts = counted.counts + (i_c * C.G + first_g) * num_blocks
+    o_zero = tl.arange(0, 1024)
+    size = groups * num_blocks
+    for first in tl.range(0, size, 1024):
+        zero = tl.zeros([1024], dtype=tl.int32)
+        tl.store(p_counts + first + o_zero, zero, mask=first + o_zero < size)
     tl.debug_barrier()
+
+    BR: tl.constexpr = C.BR
+    o_r, o_c = tl.arange(0, BR), tl.arange(0, C.KG * C.PN)
+    g, place = (o_c // C.PN).to(tl.int64), o_c % C.PN
+    m_c = (g < groups) & (place < C.NUM)
+    p_selected = selected.p + (first_g + g) * selected.stride_head + place
+    p_ranks = counted.ranks + (first_g + g) * C.NUM + place
     begin = i_c * rows
     end = tl.minimum(begin + rows, num_rows)
-    o_n = tl.arange(0, C.PN)
-    for first in tl.range(begin, end, C.BR):
-        row = first + tl.arange(0, C.BR)
+    for first in tl.range(begin, end, BR):
+        row = first + o_r
         m_row = row < end
-        mask = m_row[:, None] & (o_n < C.NUM)[None, :]
-        p_j = selected.p + (row * selected.stride_row + i_g * selected.stride_head)[:, None]
-        b_j = tl.load(p_j + o_n[None, :], mask=mask, other=-1)  # [BR, PN]
+        mask = m_row[:, None] & m_c[None, :]
+        p_j = p_selected[None, :] + (row * selected.stride_row)[:, None]
+        b_j = tl.load(p_j, mask=mask, other=-1)  # [BR, KG*PN]
+        chosen = b_j >= 0
         base = tl.load(bases + row, mask=m_row, other=0)
-        # Which of them comes first does not matter to a sum.
-        p_count = p_counts + base[:, None] + b_j
-        tl.atomic_add(p_count, tl.full(b_j.shape, 1, tl.int32), mask=b_j >= 0, sem="relaxed")
-    tl.debug_barrier()
+        # What is no choice adds 0 to some count: then a mask hides whole rows, at compile time.
+        o_count = tl.where(chosen, (g * num_blocks)[None, :] + base[:, None] + b_j, 0)
+        rank = tl.zeros_like(b_j)
+        for i in tl.static_range(BR):
+            now = tl.broadcast_to((o_r == i)[:, None], b_j.shape)
+            before = tl.atomic_add(p_counts + o_count, chosen.to(tl.int32), mask=now, sem="relaxed")
+            rank = tl.where(now, before, rank)
+            tl.debug_barrier()
+        p_rank = p_ranks[None, :] + (row * (C.G * C.NUM))[:, None]
+        tl.store(p_rank, rank, mask=chosen)
+
     tiles = tl.cdiv(num_blocks, C.BB)
-    for i_tile in tl.range(0, tiles):
-        o = i_tile * C.BB + o_b
-        b_count = tl.load(p_counts + o, mask=o < num_blocks, other=0, cache_modifier=".cg")
-        tl.store(counted.sums + (i_g * tiles + i_tile) * counted.chunks + i_c, tl.sum(b_count, 0))
+    for i_g in tl.range(0, groups):
+        p_sums = counted.sums + (first_g + i_g) * tiles * counted.chunks + i_c
+        for start in tl.range(0, tiles, 1024 // C.BB):
+            i_tile = start + tl.arange(0, 1024 // C.BB)
+            o_b = i_tile[:, None] * C.BB + tl.arange(0, C.BB)[None, :]
+            p_count = p_counts + i_g * num_blocks + o_b
+            b_count = tl.load(p_count, mask=o_b < num_blocks, other=0, cache_modifier=".cg")
+            tl.store(p_sums + i_tile * counted.chunks, tl.sum(b_count, 1), mask=i_tile < tiles)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -257,15 +291,16 @@ def _starts_kernel(counted, starts, num_blocks, C: tl.constexpr):
     i_g = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(num_blocks, C.BB)
     earlier = (i_g * tiles + i_tile) * counted.chunks
-    o_sum = tl.arange(0, 1024)
-    b_sum = tl.zeros([1024], dtype=tl.int64)
-    for first in tl.range(0, earlier, 1024):
+    o_sum = tl.arange(0, 4096)
+    b_sum = tl.zeros([4096], dtype=tl.int64)
+    for first in tl.range(0, earlier, 4096):
         b_sum += tl.load(counted.sums + first + o_sum, mask=first + o_sum < earlier, other=0)
     start = tl.sum(b_sum, 0)
 
     o_c = tl.arange(0, C.PC)
     o_b = i_tile * C.BB + tl.arange(0, C.BB)
-    p_counts = counted.counts + (i_g * counted.chunks + o_c[:, None]) * num_blocks + o_b[None, :]
+    p_chunk = counted.counts + (o_c.to(tl.int64) * C.G + i_g) * num_blocks
+    p_counts = p_chunk[:, None] + o_b[None, :]
     mask = (o_c < counted.chunks)[:, None] & (o_b < num_blocks)[None, :]
     b_count = tl.load(p_counts, mask=mask, other=0)  # [PC, BB]
     b_before = tl.cumsum(b_count, 0) - b_count
@@ -297,57 +332,35 @@ def _list_queries_kernel(
     selected, row_positions, bases, block_lengths, counted, queries, num_rows, rows, num_blocks,
     most, C: tl.constexpr,
 ):  # fmt: skip
-    """Rows and `seen` of a chunk's choices, in the order of rows; and by one program `ends`."""
+    """Rows and `seen` of the choices of SR rows and a KV head; and by one program `ends`.
+
+    A choice stands behind those of earlier chunks and of earlier rows of its chunk.
+    """
     if tl.program_id(0) == 0:
         if tl.program_id(1) == 0:
             _count_programs(queries.starts, queries.ends, num_blocks * C.G, most, 1024)
         return
-    i_c = (tl.program_id(0) - 1).to(tl.int64)
     i_g = tl.program_id(1).to(tl.int64)
-    p_starts = queries.starts + i_g * num_blocks
-    p_counts = counted.counts + (i_g * counted.chunks + i_c) * num_blocks
-    begin = i_c * rows
-    end = tl.minimum(begin + rows, num_rows)
-    SR: tl.constexpr = C.SR
-    PN: tl.constexpr = C.PN
-    BC: tl.constexpr = C.BC
-    o_c = tl.arange(0, BC)
-    for first in tl.range(begin, end, SR):
-        row = first + o_c // C.PN
-        place = o_c % C.PN
-        m_c = (row < end) & (place < C.NUM)
-        p_row = selected.p + i_g * selected.stride_head + row * selected.stride_row
-        b_j = tl.load(p_row + place, mask=m_c, other=-1)
-        chosen = b_j >= 0
-        b_id = b_j + tl.load(bases + row, mask=m_c, other=0)
-        b_id = tl.where(chosen, b_id, -1)
-        rank = tl.zeros_like(b_j)  # How many choices of the same block come before, of these,
-        total = tl.zeros_like(b_j)  # and how many there are.
-        for start in tl.range(0, C.BC, C.BK):
-            o_k = start + tl.arange(0, C.BK)
-            row_k = first + o_k // C.PN
-            m_k = (row_k < end) & (o_k % C.PN < C.NUM)
-            p_k = selected.p + i_g * selected.stride_head + row_k * selected.stride_row
-            b_k = tl.load(p_k + o_k % C.PN, mask=m_k, other=-1)
-            k_id = b_k + tl.load(bases + row_k, mask=m_k, other=0)
-            k_id = tl.where(b_k >= 0, k_id, -2)
-            same = b_id[:, None] == k_id[None, :]  # [BC, BK]
-            total += tl.sum(same.to(tl.int32), 1)
-            rank += tl.sum((same & (o_k[None, :] < o_c[:, None])).to(tl.int32), 1)
-        before = tl.load(p_counts + b_id, mask=chosen, other=0, cache_modifier=".cg")
-        at = tl.load(p_starts + b_id, mask=chosen, other=0) + before + rank
-        b_length = tl.load(block_lengths + b_id, mask=chosen, other=0)
-        b_seen = tl.load(row_positions + row, mask=m_c, other=0) + 1 - b_j * C.BLOCK
-        b_seen = tl.where(chosen, tl.minimum(tl.maximum(b_seen, 0), b_length), 0)
-        b_sums = tl.sum(tl.reshape(b_seen, [SR, PN]), 1)[:, None]  # of a row
-        b_sums = tl.reshape(tl.broadcast_to(b_sums, [SR, PN]), [BC])
-        b_seen += tl.where(b_sums > 1, 256, 0)
-        tl.store(queries.rows + at, row.to(tl.int32), mask=chosen)
-        tl.store(queries.seen + at, b_seen.to(tl.int16), mask=chosen)
-        # All have read what one of them changes.
-        tl.debug_barrier()
-        tl.store(p_counts + b_id, before + total, mask=chosen & (rank == total - 1))
-        tl.debug_barrier()
+    row = (tl.program_id(0) - 1).to(tl.int64) * C.SR + tl.arange(0, C.SR)
+    o_n = tl.arange(0, C.PN)
+    m_row = row < num_rows
+    mask = m_row[:, None] & (o_n < C.NUM)[None, :]
+    p_row = selected.p + row * selected.stride_row + i_g * selected.stride_head
+    b_j = tl.load(p_row[:, None] + o_n[None, :], mask=mask, other=-1)  # [SR, PN]
+    chosen = b_j >= 0
+    b_id = b_j + tl.load(bases + row, mask=m_row, other=0)[:, None]
+    i_c = (row.to(tl.int32) // rows).to(tl.int64)
+    p_count = counted.counts + ((i_c * C.G + i_g) * num_blocks)[:, None] + b_id
+    p_rank = counted.ranks + ((row * C.G + i_g) * C.NUM)[:, None] + o_n[None, :]
+    at = tl.load(queries.starts + i_g * num_blocks + b_id, mask=chosen, other=0)
+    at += tl.load(p_count, mask=chosen, other=0) + tl.load(p_rank, mask=chosen, other=0)
+    b_length = tl.load(block_lengths + b_id, mask=chosen, other=0)
+    b_seen = tl.load(row_positions + row, mask=m_row, other=0)[:, None] + 1 - b_j * C.BLOCK
+    b_seen = tl.where(chosen, tl.minimum(tl.maximum(b_seen, 0), b_length), 0)
+    several = tl.sum(b_seen, 1) > 1
+    b_seen += tl.where(several, 256, 0)[:, None]
+    tl.store(queries.rows + at, row.to(tl.int32)[:, None], mask=chosen)
+    tl.store(queries.seen + at, b_seen.to(tl.int16), mask=chosen)
 
 
 @triton.jit(do_not_specialize=["num_programs", "none", "num_blocks", "num_entries", "num_rows"])
@@ -355,7 +368,7 @@ def _programs_kernel(
     queries, place, num_programs, none, num_blocks, num_entries, num_rows, most,
     STEPS: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The block of each of SIZE programs, and what sorts those of a launch: KV head, first query.
+    """The block of each of SIZE programs, and what sorts a launch: KV head, first query, number.
 
     none: how many blocks there are, < 2**STEPS. Programs too many come after all others.
     """
@@ -373,12 +386,13 @@ def _programs_kernel(
     first = tl.where(low < none, first, num_rows).to(tl.int64)
     tl.store(queries.owner + i_program, low.to(tl.int64), mask=mask)
     group = tl.where(low < none, last // num_blocks, G).to(tl.int64)
-    tl.store(place + i_program, group * (num_rows + 1) + first, mask=mask)
+    first += group * (num_rows + 1)
+    tl.store(place + i_program, first * num_programs + i_program, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_programs", "per_launch"])
 def _order_kernel(place, order, num_programs, per_launch, SIZE: tl.constexpr, BK: tl.constexpr):
-    """Where SIZE programs come in their launch, by `place`, then by number."""
+    """Where SIZE programs come in their launch, by `place`."""
     first = tl.program_id(1).to(tl.int64) * per_launch
     end = tl.minimum(first + per_launch, num_programs)
     i_program = first + tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -388,14 +402,12 @@ def _order_kernel(place, order, num_programs, per_launch, SIZE: tl.constexpr, BK
     for start in tl.range(first, end, BK):
         i_k = start + tl.arange(0, BK)
         b_k = tl.load(place + i_k, mask=i_k < end, other=9223372036854775807)
-        less = b_k[None, :] < b_place[:, None]  # [SIZE, BK]
-        earlier = (b_k[None, :] == b_place[:, None]) & (i_k[None, :] < i_program[:, None])
-        rank += tl.sum((less | earlier).to(tl.int32), 1)
+        rank += tl.sum((b_k[None, :] < b_place[:, None]).to(tl.int32), 1)  # [SIZE, BK]
     tl.store(order + first + rank, i_program, mask=mask)
 
 
-# Programs that count and list choices, each a chunk of rows of a KV head.
-CHUNK_PROGRAMS = 512
+# Chunks of rows of all KV heads. A chunk is counted row after row.
+CHUNKS = 512
 
 
 def query_lists(
@@ -408,38 +420,39 @@ def query_lists(
 ) -> QueryLists:
     """For programs that walk over at most `most` queries of a block each, `per_launch` at a time.
 
-    A counting sort: choices of chunks of rows are counted by block, summed up over blocks and
-    chunks, and written to their places by programs that each take a chunk in the order of its rows.
+    A counting sort: the choices of chunks of rows are counted by block, which ranks them within
+    their chunk, the counts are summed up over blocks and chunks, and each choice goes to its place.
     """
     num_rows, groups, num = selected_NGn.shape
     num_blocks, device = block_lengths_B.shape[0], selected_NGn.device
     none, entries = groups * num_blocks, selected_NGn.numel()
     width = triton.next_power_of_2(num)
-    most_chunks, listed = max(1, CHUNK_PROGRAMS // groups), max(1, 256 // width)
+    most_chunks, counted_rows = max(1, CHUNKS // groups), max(1, 512 // max(width, 32))
     padded_chunks = triton.next_power_of_2(most_chunks)
+    together = max(1, 32 // width)  # A warp counts those of a row at once.
     C = QueryConstants(
-        groups, num, width, select_block, padded_chunks, max(16, 8192 // padded_chunks),
-        max(1, 1024 // width), listed, listed * width, 16,
+        groups, num, width, select_block, padded_chunks,
+        min(1024, max(16, 8192 // padded_chunks)), together, counted_rows, max(1, 512 // width),
     )  # fmt: skip
-    rows = listed * triton.cdiv(num_rows, listed * most_chunks)
+    rows = counted_rows * triton.cdiv(num_rows, counted_rows * most_chunks)
     chunks, tiles = triton.cdiv(num_rows, rows), triton.cdiv(num_blocks, C.BB)
     programs = min(none, entries) + entries // most
 
     def empty(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
-    counts, sums, listed_rows = (
-        empty(x, torch.int32) for x in (none * chunks, groups * tiles * chunks, entries)
+    counts, ranks, sums, listed_rows = (
+        empty(x, torch.int32) for x in (none * chunks, entries, groups * tiles * chunks, entries)
     )
-    counted = Counted(counts, sums, chunks)
+    counted = Counted(counts, ranks, sums, chunks)
     starts, ends, owner, order, place = map(empty, (none + 1, none, *[programs] * 3))
     queries = QueryLists(listed_rows, empty(entries, torch.int16), starts, ends, owner, order)
     selected, bases = head_rows(selected_NGn), selected_bases(segments)
-    launcher(_count_choices_kernel, (chunks, groups))(
-        selected, bases, counted, num_rows, rows, num_blocks, C=C
+    launcher(_count_choices_kernel, (chunks, triton.cdiv(groups, together)))(
+        selected, bases, counted, num_rows, rows, num_blocks, C=C, num_warps=1
     )
     launcher(_starts_kernel, (tiles, groups))(counted, starts, num_blocks, C=C, num_warps=8)
-    launcher(_list_queries_kernel, (chunks + 1, groups))(
+    launcher(_list_queries_kernel, (1 + triton.cdiv(num_rows, C.SR), groups))(
         selected, positions(segments), bases, block_lengths_B, counted, queries, num_rows, rows,
         num_blocks, most, C=C,
     )  # fmt: skip
