@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
-from launch.settings import Settings
+from launch.settings import FETCH_AGAIN, Settings
 from nsa_dist import NativeSparseAttention, NSABlock
 from nsa_dist.adapters.ring import DenseAttention, DenseBlock
 
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
         sparse = functools.partial(
             NSABlock,
             backend=model.backend,
-            fetch_again={"auto": None, "always": True, "never": False}[parallel.fetch_again],
+            fetch_again=FETCH_AGAIN[parallel.fetch_again],
             recompute_branches=parallel.recompute_branches,
             fetch=parallel.fetch,
         )

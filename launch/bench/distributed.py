@@ -39,6 +39,7 @@ from launch.bench.stream import Stream
 from launch.bench.table import Row, described, number, pair, table, write_csv, write_numbers
 from launch.bench.work import Flops
 from launch.processes.mistakes import end, read_once
+from launch.settings import FETCH_AGAIN
 from nsa_dist import (
     BRANCHES,
     CommunicationCounter,
@@ -53,8 +54,6 @@ from nsa_dist.comm.counter import KINDS
 from nsa_dist.comm.group import ContextGroup, context_group
 from nsa_dist.plan.layout import make_layout
 from nsa_kernels.reference import masked_softmax, weighted_values
-
-FETCH_AGAIN = {"auto": None, "always": True, "never": False}
 
 Attend = Callable[..., Tensor]
 """A rank's share of the inputs -> its share [L, H, Dv] of the output."""
