@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
-from launch.settings import Settings
+from launch.settings import FETCH_AGAIN, Settings
 from nsa_dist import NativeSparseAttention, NSABlock
 from nsa_dist.adapters.ring import DenseAttention, DenseBlock
 from nsa_dist.checkpoints.safe_load import read_into
@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         sparse = functools.partial(
             NSABlock,
             backend=model.backend,
-            fetch_again={"auto": None, "always": True, "never": False}[parallel.fetch_again],
+            fetch_again=FETCH_AGAIN[parallel.fetch_again],
             recompute_branches=parallel.recompute_branches,
             fetch=parallel.fetch,
         )

@@ -215,6 +215,10 @@ class OptimizerSettings:
         return 0.0 if self.clip == math.inf else self.clip
 
 
+FETCH_AGAIN = {"auto": None, "always": True, "never": False}
+"""Names of the layers' ``fetch_again``."""
+
+
 @dataclass(frozen=True)
 class ParallelSettings:
     """How the ranks are used: dp replicas of cp (megatron: pp x cp x tp) ranks."""

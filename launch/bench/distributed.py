@@ -29,6 +29,7 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
+from launch.bench import balance
 from launch.bench.exposed import record
 from launch.bench.judges import Verdict, compare_sampled
 from launch.bench.meter import Meter
@@ -39,6 +40,7 @@ from launch.bench.stream import Stream
 from launch.bench.table import Row, described, number, pair, table, write_csv, write_numbers
 from launch.bench.work import Flops
 from launch.processes.mistakes import end, read_once
+from launch.settings import FETCH_AGAIN
 from nsa_dist import (
     BRANCHES,
     CommunicationCounter,
@@ -53,8 +55,6 @@ from nsa_dist.comm.counter import KINDS
 from nsa_dist.comm.group import ContextGroup, context_group
 from nsa_dist.plan.layout import make_layout
 from nsa_kernels.reference import masked_softmax, weighted_values
-
-FETCH_AGAIN = {"auto": None, "always": True, "never": False}
 
 Attend = Callable[..., Tensor]
 """A rank's share of the inputs -> its share [L, H, Dv] of the output."""
@@ -73,6 +73,7 @@ class DistributedOptions(Sizes):
         fetch_again: whether backward fetches blocks again: auto, always or never.
         recompute: branches that backward computes again.
         fetch: which selected blocks of other ranks are fetched: chosen, or full.
+        balance: print the time and the work of each operator of nsa on each rank.
     """
 
     lengths: tuple[int, ...] = (65536, 131072)
@@ -82,6 +83,7 @@ class DistributedOptions(Sizes):
     fetch_again: Literal["auto", "always", "never"] = "auto"
     recompute: tuple[str, ...] = ()
     fetch: Literal["chosen", "full"] = "chosen"
+    balance: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,9 +237,7 @@ def candidates(
         options_of_nsa: ``fetch_again``, ``recompute_branches`` and ``fetch`` of the latter.
     """
     config, options, length = stream.config, stream.options, stream.length
-    bounds = None
-    if options.documents > 1 or layout == "zigzag_per_document":
-        bounds = torch.arange(options.documents + 1, dtype=torch.int32) * stream.size
+    bounds = stream.boundaries(layout)
     sharding = make_sharding(length, cu_seqlens=bounds, layout=layout, group=context)
     if sharding.padded_length != length:
         cut = make_layout(layout, context.size)
@@ -364,6 +364,8 @@ def bench(
                 print(line(rows[-1]), flush=True)
                 if options.csv is not None:
                     write_csv(options.csv, rows)
+            if options.balance and row.operator == "nsa":
+                print_balance(candidate, stream, layout, context, **options_of_nsa)
             if options.trace is not None and row.operator == "nsa":
                 print_trace(candidate, options.trace / f"nsa-{length}.json", context)
             del candidate
@@ -371,6 +373,15 @@ def bench(
                 torch.cuda.empty_cache()
         del stream
     return rows, wrong
+
+
+def print_balance(
+    candidate: Candidate, stream: Stream, layout: str, context: ContextGroup, **options: Any
+) -> None:
+    """Time each operator of one forward and backward; rank 0 prints. A collective."""
+    found = balance.of_ranks(candidate.local, stream, layout, context, **options)
+    if context.rank == 0:
+        print(balance.markdown(found), flush=True)
 
 
 def print_trace(candidate: Candidate, path: Path, context: ContextGroup) -> None:

@@ -36,6 +36,12 @@ class Stream:
         sizes = (self.blocks, self.select_blocks, self.size)
         return tuple(document * size for size in sizes)  # type: ignore[return-value]
 
+    def boundaries(self, layout: str) -> Tensor | None:
+        """int32 [documents + 1]; None for one document, where the layout needs none."""
+        if self.options.documents == 1 and layout != "zigzag_per_document":
+            return None
+        return torch.arange(self.options.documents + 1, dtype=torch.int32) * self.size
+
     def segments_of(self, rows: Tensor) -> QuerySegments:
         """A segment for each sampled row."""
         places = [(i, *divmod(row, self.size)) for i, row in enumerate(rows.tolist())]

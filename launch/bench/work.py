@@ -50,17 +50,21 @@ def count_pairs(options: Sizes, length: int) -> Pairs:
 
 def pairs_at(config: NSAConfig, positions: Tensor) -> Pairs:
     """Pairs of the queries at these positions of their documents, int64 [N]."""
+    return Pairs(**{name: int(count.sum()) for name, count in keys_at(config, positions).items()})
+
+
+def keys_at(config: NSAConfig, positions: Tensor) -> dict[str, Tensor]:
+    """Keys that each of these queries meets, int64 [N] by name of ``Pairs``."""
     t, select = positions, config.select_block
     blocks = (t - config.compress_block + 1) // config.compress_stride + 1
     # The own block is always chosen, and the only one that the query sees a part of.
     chosen = (t // select + 1).clamp(max=config.num_selected) - 1
-    counts = (
-        blocks.clamp(min=0),
-        chosen * select + t % select + 1,
-        (t + 1).clamp(max=config.window),
-        t + 1,
-    )
-    return Pairs(*(int(count.sum()) for count in counts))
+    return {
+        "compressed": blocks.clamp(min=0),
+        "selected": chosen * select + t % select + 1,
+        "window": (t + 1).clamp(max=config.window),
+        "dense": t + 1,
+    }
 
 
 def attention_flops(options: Sizes, pairs: int) -> Flops:

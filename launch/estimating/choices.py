@@ -1,19 +1,20 @@
-"""How many tokens of selected blocks each rank fetches from each other, from plans alone.
+"""How many tokens of selected blocks each rank fetches from each other, by simulation.
 
-Letters: P ranks, G KV heads, B selection blocks of the whole stream, n chosen blocks of a query,
-N local tokens.
+Letters: P ranks, G KV heads, B selection blocks of the whole stream, S its tokens, n chosen blocks
+of a query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nsa_dist import NSAConfig
-from nsa_dist.plan import Plan
+from nsa_dist.plan.layout import concat_ranges
+from nsa_dist.plan.stream import Stream
 
 Choices = Literal["all", "random", "coherent"]
 FRESH = 1.2 / 7
@@ -24,59 +25,101 @@ SURE = 1 - 1e-12
 
 
 def fetched_tokens(
-    config: NSAConfig, plans: Sequence[Plan], choices: Choices | Tensor, boundaries: Tensor
+    config: NSAConfig, stream: Stream, size: int, choices: Choices | Tensor
 ) -> Tensor:
     """Tokens that a rank receives of each owner: float64 [P, owner, G], 0 of its own.
 
+    A rank fetches, for each KV head, the blocks of others that any of its queries chooses.
+
     Args:
-        plans: of all ranks.
+        stream: split over ``size`` ranks.
         choices: how queries choose: ``all`` visible blocks; at ``random`` beside the forced ones,
             as the mean over draws; ``coherent``, as random, but most blocks are the neighbour's; or
-            recorded ones, integer [token, G, n] of one document, blocks ascending, then -1.
-        boundaries: int64 [documents + 1] of the whole stream.
+            recorded ones, integer [S, G, n] of the whole stream, blocks counted from their
+            document's start, ascending, then -1.
     """
-    size, heads = plans[0].size, config.num_kv_heads
+    heads = config.num_kv_heads
     result = torch.zeros(size, size, heads, dtype=torch.float64)
     if size == 1 or "selected" not in config.branches:
         return result
-    for plan in plans:
-        blocks = plan.grids["selected"]
+    blocks = _Blocks.of(config, stream)
+    for rank in range(size):
         if isinstance(choices, Tensor):
-            wanted = _union(choices[plan.positions], blocks.total)
+            wanted = _union(choices, stream, rank, blocks)
         else:
-            wanted = _probability(config, plan, choices, boundaries)[:, None].expand(-1, heads)
-        tokens = wanted * blocks.lengths[:, None]
-        result[plan.rank].index_add_(0, blocks.owner, tokens)
-        result[plan.rank, plan.rank] = 0
+            wanted = _probability(config, stream, rank, choices, blocks)[:, None].expand(-1, heads)
+        result[rank].index_add_(0, blocks.owner, wanted * blocks.lengths[:, None])
+        result[rank, rank] = 0
     return result
 
 
-def full_gather_tokens(plan: Plan) -> int:
-    """Tokens that a rank receives of one KV head where all are gathered."""
-    return plan.batch * plan.local_length * (plan.size - 1)
+def full_gather_tokens(stream: Stream, size: int) -> float:
+    """Tokens that a rank receives of one KV head where all are gathered, mean of ranks."""
+    return stream.total * (1 - 1 / size)
 
 
-def _union(chosen: Tensor, total: int) -> Tensor:
-    """Whether some query chose each block: float64 [B, G] of integer [N, G, n]."""
-    wanted = torch.zeros(chosen.shape[1], total + 1, dtype=torch.float64)
-    ids = torch.where(chosen >= 0, chosen, total).long()
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """Selection blocks of the whole stream.
+
+    Attributes:
+        bases: int64 [documents], number of the first block of each.
+        index: int64 [B], within its document.
+        ends: int64 [B], one past the last block of its document.
+        lengths, owner: int64 [B], tokens and rank of each.
+    """
+
+    bases: Tensor
+    index: Tensor
+    ends: Tensor
+    lengths: Tensor
+    owner: Tensor
+
+    @classmethod
+    def of(cls, config: NSAConfig, stream: Stream) -> _Blocks:
+        select = config.select_block
+        per_document = (stream.doc_length + select - 1) // select
+        ends = per_document.cumsum(0)
+        doc = torch.repeat_interleave(torch.arange(len(per_document)), per_document)
+        index = torch.arange(len(doc)) - (ends - per_document)[doc]
+        first = index * select
+        lengths = (stream.doc_length[doc] - first).clamp(max=select)
+        owner = stream.owner_of(stream.doc_start[doc] + first)
+        return cls(ends - per_document, index, ends[doc], lengths, owner)
+
+    @property
+    def total(self) -> int:
+        return len(self.index)
+
+
+def _union(choices: Tensor, stream: Stream, rank: int, blocks: _Blocks) -> Tensor:
+    """Whether some query of a rank chose each block: float64 [B, G]."""
+    mine = stream.run_rank == rank
+    start, count = stream.run_start[mine], (stream.run_end - stream.run_start)[mine]
+    chosen = choices[concat_ranges(start, count)]
+    bases = torch.repeat_interleave(blocks.bases[stream.run_doc[mine]], count)
+    wanted = torch.zeros(chosen.shape[1], blocks.total + 1, dtype=torch.float64)
+    ids = torch.where(chosen >= 0, chosen + bases[:, None, None], blocks.total).long()
     wanted.scatter_(1, ids.transpose(0, 1).flatten(1), 1.0)
-    return wanted[:, :total].T
+    return wanted[:, :-1].T
 
 
-def _probability(config: NSAConfig, plan: Plan, choices: Choices, boundaries: Tensor) -> Tensor:
-    """The probability that a query of this rank chooses each block, float64 [B]."""
-    blocks, select = plan.grids["selected"], config.select_block
-    per_document = (boundaries.diff() + select - 1) // select
-    ends = per_document.cumsum(0).repeat_interleave(per_document)
-    index = torch.arange(blocks.total) - (ends - per_document.repeat_interleave(per_document))
+def _probability(
+    config: NSAConfig, stream: Stream, rank: int, choices: Choices, blocks: _Blocks
+) -> Tensor:
+    """The probability that a query of a rank chooses each block, float64 [B]."""
+    select, index = config.select_block, blocks.index
+    mine = stream.run_rank == rank
+    position = (stream.run_start - stream.doc_start[stream.run_doc])[mine]
+    count, base = (stream.run_end - stream.run_start)[mine], blocks.bases[stream.run_doc[mine]]
 
     def later(values: Tensor, ahead: int) -> Tensor:
         """Of each block, the sum over those at least ``ahead`` after it in its document."""
         sums = torch.cat((values.new_zeros(1), values.cumsum(0)))
-        return sums[ends] - sums[torch.minimum(torch.arange(blocks.total) + ahead, ends)]
+        here = torch.arange(blocks.total) + ahead
+        return sums[blocks.ends] - sums[torch.minimum(here, blocks.ends)]
 
-    own = blocks.bases + plan.positions // select
+    own = torch.repeat_interleave(base, count) + concat_ranges(position, count) // select
     queries = torch.bincount(own, minlength=blocks.total).double()
     visible = later(queries, 0) > 0
     if choices == "all":
@@ -90,9 +133,8 @@ def _probability(config: NSAConfig, plan: Plan, choices: Choices, boundaries: Te
     miss = torch.log1p(-torch.where(certain, SURE, (drawn / eligible).clamp(max=SURE)))
     misses = torch.where(queries > 0, queries * miss, 0.0)
     if choices == "coherent":  # The first query of each run chooses anew.
-        for segment in plan.segments.rows:
-            at = segment.selected_base + segment.position // select
-            misses[at] += torch.log1p(-(free / eligible[at]).clamp(max=SURE))
+        at = base + position // select
+        misses.index_add_(0, at, torch.log1p(-(free / eligible[at]).clamp(max=SURE)))
     near = later(queries, 0) - later(queries, local) > 0.5
     wanted = 1 - torch.exp(later(misses, local))
     wanted[near | (index < config.num_init_blocks)] = 1.0

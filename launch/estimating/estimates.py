@@ -1,7 +1,7 @@
 """Estimates of a run: options, one line for each split of a stream, and their table.
 
-Bytes follow from the plan (``traffic.py``, ``choices.py``), memory from formulas, and time from
-measured rates (``costs.py``, ``model.py``).
+Bytes follow from the plan (``traffic.py``, ``choices.py``), memory from formulas (``memory.py``),
+time from measured rates (``costs.py``, ``schedule.py``, ``model.py``).
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from torch import Tensor
 
 from launch.bench.options import Options, check_folder, recorded_choices
 from launch.estimating.choices import fetched_tokens, full_gather_tokens
-from launch.estimating.costs import (
-    Links,
-    Rates,
-    attention_memory,
-    compute_of_ranks,
-    has_hopper_kernels,
-    pass_ms,
-    read_rates,
-)
+from launch.estimating.costs import Links, Rates, has_hopper_kernels, read_rates
+from launch.estimating.memory import attention_memory
 from launch.estimating.model import model_cost
-from launch.estimating.traffic import BACKWARD, FORWARD, count_traffic, plans_of_all
-from launch.settings import Settings
+from launch.estimating.schedule import compute_ms, passes
+from launch.estimating.traffic import (
+    BACKWARD,
+    FORWARD,
+    SplitOptions,
+    count_traffic,
+    plans_of_all,
+    split_stream,
+)
+from launch.settings import FETCH_AGAIN, Settings
 from nsa_dist.checks import as_choice, check
 from nsa_dist.plan import Plan
 from nsa_dist.plan.layout import make_layout
@@ -91,9 +92,11 @@ class Estimate:
             rank, and the mean.
         far_mib: of forward and backward, from other nodes.
         kept_gib, peak_gib: of one attention call over its inputs, until backward and at most.
-        forward_ms, backward_ms: of one attention call, messages in the open; with *_overlap_ms
-            messages behind compute where the schedule can.
-        step_ms, step_overlap_ms: of a micro-batch through the whole model.
+        forward_ms, backward_ms: of one attention call, by its schedule.
+        forward_open_ms, backward_open_ms: if every message stood between kernels.
+        exposed, exposed_open: the share of messages and waits that no kernel hides in these times.
+        imbalance: of kernels, the slowest rank's time over the mean, less 1.
+        step_ms: of a micro-batch through the whole model.
         model_gib: weights, gradients, optimizer state and activations of a rank.
     """
 
@@ -114,13 +117,12 @@ class Estimate:
     peak_gib: float
     forward_ms: float
     backward_ms: float
-    forward_overlap_ms: float
-    backward_overlap_ms: float
+    forward_open_ms: float
+    backward_open_ms: float
     exposed: float
-    exposed_overlap: float
+    exposed_open: float
     imbalance: float
     step_ms: float
-    step_overlap_ms: float
     model_gib: float
 
 
@@ -164,29 +166,44 @@ class Split:
     def estimate(self, choices: str, vocab_size: int) -> Estimate:
         """The line for one way to choose."""
         config, options, plans = self.settings.attention, self.settings.estimate, self.plans
-        length = int(self.boundaries[-1])
+        length, size, parallel = int(self.boundaries[-1]), len(plans), self.settings.parallel
         how = choices if choices in CHOICES else self._recorded(Path(choices), length)
-        fetched = fetched_tokens(config, plans, how, self.boundaries)  # type: ignore[arg-type]
-        traffic = count_traffic(config, plans, fetched, self.element_size)
+        split = SplitOptions(
+            parallel.fetch, FETCH_AGAIN[parallel.fetch_again], parallel.recompute_branches
+        )
+        stream = split_stream(self.layout, size, length, self.boundaries.int())
+        full = "all" if split.fetch == "full" else how
+        fetched = fetched_tokens(config, stream, size, full)  # type: ignore[arg-type]
+        traffic = count_traffic(config, plans, fetched, self.element_size, split)
         links = Links(options.link, options.slow_link, options.node, options.latency)
-        passes = pass_ms(config, plans, traffic, self.rates, links, length, self.element_size)
-        open_ms = [one.total(overlaps=False) for one in passes]
-        overlap_ms = [one.total(overlaps=True) for one in passes]
-        hopper = has_hopper_kernels(config, self.rates.gpu, self.element_size)
+        times = [
+            compute_ms(
+                config, plan, self.rates, length, self.element_size, split.recompute_branches
+            )
+            for plan in plans
+        ]
+        halos = len(plans[0].halos) if config.independent_kv else 1
+        of_passes = passes(config, times, halos, traffic, links, split)
+        total = [one.total for one in of_passes]
+        in_the_open = [one.in_the_open for one in of_passes]
         memory = [
             attention_memory(
-                config, plan, float(fetched[plan.rank].sum()), self.element_size, hopper=hopper
+                config,
+                plan,
+                self.element_size,
+                split,
+                fetched=float(fetched[plan.rank].sum()),
+                sent=float(fetched[:, plan.rank].sum()),
+                hopper=has_hopper_kernels(config, self.rates.gpu, self.element_size),
             )
             for plan in plans
         ]
         kept, peak = max(one.kept for one in memory), max(one.peak for one in memory)
         model = model_cost(self.settings, vocab_size, plans[0], self.rates, self.element_size)
-        work = [
-            sum(sum(part.values()) for part in times)
-            for times in compute_of_ranks(config, plans, self.rates, length, self.element_size)
-        ]
-        full = full_gather_tokens(plans[0]) * config.num_kv_heads
-        shares = fetched.sum((1, 2)) / max(full, 1)
+        work = [sum(sum(part.values()) for part in of_rank) for of_rank in times]
+        shares = fetched.sum((1, 2)) / max(
+            full_gather_tokens(stream, size) * config.num_kv_heads, 1
+        )
         far = torch.stack([traffic.across(kind, options.node) for kind in (*FORWARD, *BACKWARD)])
 
         def mib(*kinds: str) -> float:
@@ -208,15 +225,14 @@ class Split:
             fetch_share_mean=float(shares.mean()),
             kept_gib=kept / 2**30,
             peak_gib=peak / 2**30,
-            forward_ms=open_ms[0],
-            backward_ms=open_ms[1],
-            forward_overlap_ms=overlap_ms[0],
-            backward_overlap_ms=overlap_ms[1],
-            exposed=sum(one.messages for one in passes) / sum(open_ms),
-            exposed_overlap=sum(one.exposed for one in passes) / sum(overlap_ms),
+            forward_ms=total[0],
+            backward_ms=total[1],
+            forward_open_ms=in_the_open[0],
+            backward_open_ms=in_the_open[1],
+            exposed=sum(one.exposed for one in of_passes) / sum(total),
+            exposed_open=sum(one.messages + one.host for one in of_passes) / sum(in_the_open),
             imbalance=max(work) * len(work) / sum(work) - 1,
-            step_ms=model.step_ms(*open_ms),
-            step_overlap_ms=model.step_ms(*overlap_ms),
+            step_ms=model.step_ms(*total),
             model_gib=model.memory(kept, peak) / 2**30,
         )
 
@@ -251,10 +267,10 @@ COLUMNS = {
     "share of a gather": lambda e: f"{e.fetch_share:.2f} ({e.fetch_share_mean:.2f})",
     "kept, peak GiB": lambda e: f"{e.kept_gib:.3g}, {e.peak_gib:.3g}",
     "forward / backward ms": lambda e: f"{e.forward_ms:.4g} / {e.backward_ms:.4g}",
-    "with overlap": lambda e: f"{e.forward_overlap_ms:.4g} / {e.backward_overlap_ms:.4g}",
-    "exposed": lambda e: f"{e.exposed:.1%} / {e.exposed_overlap:.1%}",
+    "without overlap": lambda e: f"{e.forward_open_ms:.4g} / {e.backward_open_ms:.4g}",
+    "exposed, without overlap": lambda e: f"{e.exposed:.1%}, {e.exposed_open:.1%}",
     "imbalance": lambda e: f"{e.imbalance:.1%}",
-    "step ms": lambda e: f"{e.step_ms:.4g} / {e.step_overlap_ms:.4g}",
+    "step ms": lambda e: f"{e.step_ms:.4g}",
     "rank GiB": lambda e: f"{e.model_gib:.3g}",
 }
 """Head and text of each column of the printed table, in Markdown."""

@@ -13,15 +13,30 @@ import torch
 from torch import Tensor
 
 from nsa_dist import NSAConfig
+from nsa_dist.attention.call import fetches_again
 from nsa_dist.plan import Plan, build_plan
 from nsa_dist.plan.layout import check_lengths, make_layout
+from nsa_dist.plan.stream import Stream, cut_stream
 
 FORWARD = ("plan", "halo", "gather", "request", "fetch")
-BACKWARD = ("plan_grad", "halo_grad", "gather_grad", "fetch_grad")
-"""In forward and in backward; the counter adds the plan of backward to that of forward."""
+BACKWARD = ("plan_grad", "halo_grad", "gather_grad", "fetch_again", "fetch_grad")
+"""In forward and in backward. The counter adds backward's plan and second fetch to forward's."""
 PLAN_BYTES = 16
 EQUAL = ("owner", "by_rank", "gathered_rows", "lengths")
 """Tables of ``BlockOwnership`` that do not depend on the rank."""
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How a call over ranks trades bytes, memory and time, as of ``NativeSparseAttention``."""
+
+    fetch: str = "chosen"
+    fetch_again: bool | None = None
+    recompute_branches: tuple[str, ...] = ()
+
+    def fetches_again(self, config: NSAConfig, size: int) -> bool:
+        """Whether backward fetches blocks again, over ``size`` ranks."""
+        return fetches_again(config, self.fetch_again, size)
 
 
 def plans_of_all(
@@ -50,6 +65,11 @@ def plans_of_all(
     return plans
 
 
+def split_stream(layout: str, size: int, length: int, boundaries: Tensor | None) -> Stream:
+    """The stream of ``plans_of_all``."""
+    return cut_stream(make_layout(layout, size), size, 1, length, boundaries)
+
+
 @dataclass(frozen=True, eq=False)
 class Traffic:
     """What ranks receive of one call, in bytes.
@@ -75,7 +95,11 @@ class Traffic:
 
 
 def count_traffic(
-    config: NSAConfig, plans: Sequence[Plan], fetched: Tensor, element_size: int
+    config: NSAConfig,
+    plans: Sequence[Plan],
+    fetched: Tensor,
+    element_size: int,
+    options: SplitOptions,
 ) -> Traffic:
     """Bytes of one forward and backward.
 
@@ -83,6 +107,7 @@ def count_traffic(
         plans: of all ranks.
         fetched: tokens [P, owner, G], from ``choices.fetched_tokens``.
         element_size: bytes of an element of keys and values.
+        options: what is fetched, and how often.
     """
     size, heads = len(plans), config.num_kv_heads
     nothing = torch.zeros(size, size, dtype=torch.float64)
@@ -110,8 +135,11 @@ def count_traffic(
         received["gather_grad"] += width * owned[:, None] * others
     if "selected" in config.branches:
         owned = torch.tensor(plans[0].grids["selected"].counts, dtype=torch.float64)
-        received["request"] += heads * owned[:, None] * others
+        if options.fetch != "full":
+            received["request"] += heads * owned[:, None] * others
         moved = fetched.sum(-1) * (config.head_dim + config.value_dim) * element_size
         received["fetch"] += moved
+        if options.fetches_again(config, size):
+            received["fetch_again"] += moved
         received["fetch_grad"] += moved.T
     return Traffic(received)

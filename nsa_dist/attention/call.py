@@ -98,13 +98,18 @@ def make_setup(
     """
     grids = all_grids(config, selector_grids)
     sets = key_sets(config, grids)
-    if fetch_again is None:
-        fetch_again = config.num_kv_heads > HEADS_IN_FLIGHT
-    again = fetch_again and group.size > 1 and "selected" in config.branches
+    again = fetches_again(config, fetch_again, group.size)
     recompute = tuple(branch for branch in BRANCHES if branch in recompute_branches)
     return Setup(
         config, layout, group, backend, counter, rotary, grids, sets, again, recompute, fetch
     )
+
+
+def fetches_again(config: NSAConfig, fetch_again: bool | None, size: int) -> bool:
+    """Whether backward fetches blocks again, over ``size`` ranks. None: where it saves memory."""
+    if fetch_again is None:
+        fetch_again = config.num_kv_heads > HEADS_IN_FLIGHT
+    return fetch_again and size > 1 and "selected" in config.branches
 
 
 def recomputed(

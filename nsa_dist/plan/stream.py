@@ -43,17 +43,24 @@ class Stream:
 def cut_stream(
     layout: Layout, size: int, batch: int, length: int, cu_seqlens: Tensor | None
 ) -> Stream:
-    total = batch * length
+    """The stream of [batch, length] tokens, split by ``layout`` over ``size`` ranks."""
     if cu_seqlens is None:
         boundaries = torch.arange(batch + 1) * length
     else:
         boundaries = cu_seqlens.long()
-    starts, owners = chunk_starts(layout, batch, length, cu_seqlens)
+    return cut_at(*chunk_starts(layout, batch, length, cu_seqlens), boundaries, size)
 
-    cuts = starts
-    if not (layout.per_document and cu_seqlens is not None):
-        cuts = torch.cat((starts, boundaries)).sort().values
-    piece_start = torch.unique_consecutive(cuts)
+
+def cut_at(starts: Tensor, owners: Tensor, boundaries: Tensor, size: int) -> Stream:
+    """The stream, split into chunks that may be unequal.
+
+    Args:
+        starts: int64 [chunks], ascending, with empty chunks; the first is 0.
+        owners: int64 [chunks], the rank of each.
+        boundaries: int64 [documents + 1].
+    """
+    total = int(boundaries[-1])
+    piece_start = torch.unique_consecutive(torch.cat((starts, boundaries)).sort().values)
     piece_start = piece_start[piece_start < total]
     piece_end = torch.cat((piece_start[1:], torch.tensor([total])))[: len(piece_start)]
     # right=True passes over empty chunks and documents, which start where their successor does.
@@ -62,7 +69,8 @@ def cut_stream(
 
     order = piece_owner.argsort(stable=True)
     start, end, rank, doc = (x[order] for x in (piece_start, piece_end, piece_owner, piece_doc))
-    row = (end - start).cumsum(0) - (end - start) - rank * (total // size)
+    held = torch.zeros(size, dtype=torch.int64).index_add(0, rank, end - start)
+    row = (end - start).cumsum(0) - (end - start) - (held.cumsum(0) - held)[rank]
     joined = (end[:-1] == start[1:]) & (rank[:-1] == rank[1:]) & (doc[:-1] == doc[1:])
     opens = torch.cat((torch.ones(len(start[:1]), dtype=torch.bool), ~joined))
     closes = torch.cat((~joined, torch.ones(len(start[:1]), dtype=torch.bool)))

@@ -212,7 +212,9 @@ def timed_on_gpus(options: DistributedOptions) -> tuple[list[DistributedRow], li
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("documents", [1, 4])
 def test_a_run_on_gpus_times_both(documents: int) -> None:
-    options = DistributedOptions(lengths=(4096,), heads=16, kv_heads=1, documents=documents)
+    options = DistributedOptions(
+        lengths=(4096,), heads=16, kv_heads=1, documents=documents, balance=True
+    )
     ranks = Ranks(2, timedelta(seconds=120), "nccl")
     try:
         (rows, wrong), (others, _) = ranks.run(timed_on_gpus, options)
