@@ -73,6 +73,7 @@ class DistributedOptions(Sizes):
         fetch_again: whether backward fetches blocks again: auto, always or never.
         recompute: branches that backward computes again.
         fetch: which selected blocks of other ranks are fetched: chosen, or full.
+        dense: time dense ring attention too.
         balance: print the time and the work of each operator of nsa on each rank.
     """
 
@@ -83,6 +84,7 @@ class DistributedOptions(Sizes):
     fetch_again: Literal["auto", "always", "never"] = "auto"
     recompute: tuple[str, ...] = ()
     fetch: Literal["chosen", "full"] = "chosen"
+    dense: bool = True
     balance: bool = False
 
     def __post_init__(self) -> None:
@@ -237,6 +239,7 @@ def candidates(
         options_of_nsa: ``fetch_again``, ``recompute_branches`` and ``fetch`` of the latter.
     """
     config, options, length = stream.config, stream.options, stream.length
+    assert isinstance(options, DistributedOptions)
     bounds = stream.boundaries(layout)
     sharding = make_sharding(length, cu_seqlens=bounds, layout=layout, group=context)
     if sharding.padded_length != length:
@@ -305,7 +308,7 @@ def candidates(
         )
         return over_ranks(problem, attend, sharding, 3, counter)
 
-    return [dense, nsa]
+    return [dense, nsa] if options.dense else [nsa]
 
 
 def bench(

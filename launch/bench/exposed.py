@@ -66,32 +66,35 @@ def record(run: Callable[[], Any], path: Path | None) -> Exposed:
 def exposed(events: Iterable[Mapping[str, Any]]) -> Exposed:
     """The times of a trace's events. Kernels of NCCL outside of our messages have kind ``other``.
 
+    A kernel's message is the one whose mark was open on the thread of the host that launched it.
+
     Raises:
         ValueError: if no kernel is among them.
     """
     kernels: list[tuple[Span, Any, str]] = []
+    launched: dict[Any, tuple[Any, float]] = {}
     marks: dict[Any, list[tuple[Span, str]]] = {}
     for event in events:
-        kind, name = event.get("cat"), str(event.get("name"))
-        if kind not in ("kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation"):
-            continue
-        span = (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
-        stream = (event.get("pid"), event.get("tid"))
-        if kind == "gpu_user_annotation":
-            if name.startswith(MARK):
-                marks.setdefault(stream, []).append((span, name.removeprefix(MARK)))
-        else:
-            kernels.append((span, stream, name))
+        of, name = event.get("cat"), str(event.get("name"))
+        launch = event.get("args", {}).get("correlation")
+        thread = (event.get("pid"), event.get("tid"))
+        if of in ("kernel", "gpu_memcpy", "gpu_memset"):
+            kernels.append((_span(event), launch, name))
+        elif of in ("cuda_runtime", "cuda_driver"):
+            launched[launch] = thread, float(event["ts"])
+        elif of == "user_annotation" and name.startswith(MARK):
+            marks.setdefault(thread, []).append((_span(event), name.removeprefix(MARK)))
     if not kernels:
         raise ValueError("a trace must have kernels, got none: is the profiler without CUPTI?")
     messages: dict[str, list[Span]] = {}
     compute: list[Span] = []
-    for span, stream, name in kernels:
+    for span, launch, name in kernels:
         if "nccl" not in name.lower():
             compute.append(span)
             continue
-        of = [kind for (a, b), kind in marks.get(stream, ()) if a <= span[0] and span[1] <= b]
-        messages.setdefault(of[-1] if of else "other", []).append(span)
+        thread, at = launched.get(launch, (None, 0.0))
+        kinds = [kind for (start, end), kind in marks.get(thread, ()) if start <= at <= end]
+        messages.setdefault(kinds[-1] if kinds else "other", []).append(span)
     everything = merged([span for span, *_ in kernels])
     busy = merged(compute)
     by_kind = {kind: merged(spans) for kind, spans in messages.items()}
@@ -104,6 +107,10 @@ def exposed(events: Iterable[Mapping[str, Any]]) -> Exposed:
         {kind: (length(spans) - common(spans, busy)) / 1e3 for kind, spans in by_kind.items()},
         len(kernels),
     )
+
+
+def _span(event: Mapping[str, Any]) -> Span:
+    return float(event["ts"]), float(event["ts"]) + float(event["dur"])
 
 
 def merged(spans: Sequence[Span]) -> list[Span]:

@@ -16,29 +16,43 @@ from launch.bench.exposed import common, exposed, merged
 from nsa_dist.comm.group import context_group
 from tests.distributed.ranks import Ranks
 
-
-def event(name: str, start: float, end: float, stream: int, cat: str = "kernel") -> dict[str, Any]:
-    return {"cat": cat, "name": name, "ts": start, "dur": end - start, "pid": 0, "tid": stream}
+HOST, STREAM = 1, 7
 
 
-def mark(kind: str, start: float, end: float) -> dict[str, Any]:
-    return event(f"nsa_dist.{kind}", start, end, 20, "gpu_user_annotation")
+def kernel(name: str, start: float, end: float, launch: int = 0) -> dict[str, Any]:
+    times = {"ts": start, "dur": end - start, "pid": 0, "tid": STREAM}
+    return {"cat": "kernel", "name": name, "args": {"correlation": launch}, **times}
+
+
+def launched(launch: int, at: float, thread: int = HOST) -> dict[str, Any]:
+    times = {"ts": at, "dur": 1, "pid": 1, "tid": thread}
+    kind = {"cat": "cuda_driver", "name": "cuLaunchKernelEx"}
+    return {**kind, "args": {"correlation": launch}, **times}
+
+
+def mark(kind: str, start: float, end: float, thread: int = HOST) -> dict[str, Any]:
+    times = {"ts": start, "dur": end - start, "pid": 1, "tid": thread}
+    return {"cat": "user_annotation", "name": f"nsa_dist.{kind}", **times}
 
 
 TRACE = [
-    event("window", 0, 1000, 7),
-    event("selected", 1500, 3000, 7),
+    kernel("window", 0, 1000),
+    kernel("selected", 1500, 3000),
     # Ends behind the window; nothing runs for 500 microseconds.
-    mark("fetch", 400, 1200),
-    event("ncclDevKernel_SendRecv", 400, 1200, 20),
-    mark("fetch", 1600, 1900),
-    event("ncclDevKernel_SendRecv", 1600, 1900, 20),
-    mark("fetch_grad", 3000, 3100),
-    event("ncclDevKernel_SendRecv", 3000, 3100, 20),
-    # Of another library: no mark of ours, and a mark of another stream.
-    event("ncclDevKernel_AllGather", 2000, 3200, 21),
-    mark("gather", 0, 4000) | {"tid": 22},
-    {"cat": "cpu_op", "name": "nsa_dist.fetch", "ts": 0, "dur": 5000, "pid": 1, "tid": 1},
+    mark("fetch", 20, 40),
+    launched(1, 30),
+    kernel("ncclDevKernel_SendRecv", 400, 1200, 1),
+    mark("fetch", 50, 60),
+    launched(2, 55),
+    kernel("ncclDevKernel_SendRecv", 1600, 1900, 2),
+    mark("fetch_grad", 70, 90),
+    launched(3, 80),
+    kernel("ncclDevKernel_SendRecv", 3000, 3100, 3),
+    # Of another library: between our marks, and beside one of another thread.
+    launched(4, 95),
+    mark("gather", 0, 4000, HOST + 1),
+    kernel("ncclDevKernel_AllGather", 2000, 3200, 4),
+    {"cat": "cpu_op", "name": "nsa_dist.fetch", "ts": 0, "dur": 5000, "pid": 1, "tid": HOST},
     {"ph": "M", "name": "process_name"},
 ]
 
@@ -78,8 +92,9 @@ def traced(options: DistributedOptions) -> None:
 
 @pytest.mark.multi_gpu
 def test_a_trace_on_gpus(tmp_path: Path) -> None:
-    pytest.importorskip("ring_flash_attn")
-    options = DistributedOptions(lengths=(16384,), heads=16, kv_heads=4, trace=tmp_path)
+    options = DistributedOptions(
+        lengths=(16384,), heads=16, kv_heads=4, trace=tmp_path, dense=False
+    )
     ranks = Ranks(torch.cuda.device_count(), timedelta(seconds=120), "nccl")
     try:
         ranks.run(traced, options)
