@@ -32,11 +32,12 @@ class Problem:
 
     def __init__(self, length: int, device: str = "cuda", values: bool = True) -> None:
         torch.manual_seed(0)
-        draw = torch.randn if values else torch.empty
+        draw: Callable[..., Tensor] = torch.randn if values else torch.empty
+        draw_gates: Callable[..., Tensor] = torch.rand if values else torch.empty
         self.compressors = [BlockCompressor(CONFIG, 128).to(device) for _ in range(2)]
         shapes = [(64, 128), *[(4, 128)] * 6]
         q, *kv = (draw(1, length, *x, device=device, dtype=torch.bfloat16) for x in shapes)
-        gates = (torch.rand if values else torch.empty)(1, length, 64, 3, device=device)
+        gates = draw_gates(1, length, 64, 3, device=device)
         self.leaves = [x.requires_grad_() for x in (q, gates, *kv)]
         self.do = torch.randn_like(q) if values else torch.empty_like(q)
 

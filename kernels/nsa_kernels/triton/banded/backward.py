@@ -368,10 +368,9 @@ class KeySums:
     ) -> None:
         self._outs, self._tile = (dk_EGD, dv_EGD), tile
         self._tables = parts, table
-        groups, widths = dk_EGD.shape[1], (dk_EGD.shape[2], dv_EGD.shape[2])
+        (_, groups, dk), dv = dk_EGD.shape, dv_EGD.shape[2]
         self._grid = (len(parts) - 1, groups, 2 * (tile // 8))
-        sizes = [width for w in widths for width in (w, padded(w))]
-        self._constants = SumConstants(groups, tile, 8, *sizes, piece)
+        self._constants = SumConstants(groups, tile, 8, dk, padded(dk), dv, padded(dv), piece)
         self.workspace = self._carried = self._carry = self._empty(programs)
         if programs < len(table):  # More launches than one, from each to the next.
             self._carried, self._carry = self._empty(1), self._empty(1)
