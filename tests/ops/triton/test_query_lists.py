@@ -16,7 +16,9 @@ BLOCK = 8
 
 def segments_of(documents: list[int]) -> tuple[QuerySegments, Tensor]:
     """One segment a document, and the lengths of all blocks."""
-    rows, lengths, row = [], [], 0
+    rows: list[Segment] = []
+    lengths: list[int] = []
+    row = 0
     for length in documents:
         if length:
             rows.append(Segment(row, length, 0, 0, len(lengths), row))
