@@ -118,7 +118,7 @@ def hopper_backward(
     ratio = heads // groups
     C = Constants(
         groups, ratio, band.offset, band.stride, band.window, dk, dv, WARPGROUP_ROWS // ratio, _BN,
-        _KV_STAGES, _Q_STAGES, few_keys(q_NHD), gate_NH is not None, _REGISTERS, PIECE,
+        _KV_STAGES, _Q_STAGES, few_keys(q_NHD), gate_NH is not None, _REGISTERS,
     )  # fmt: skip
     programs = persistent_programs(q_NHD, 1 << 30)
     scales = scale, logit_scale(q_NHD, scale)
@@ -137,11 +137,9 @@ def hopper_backward(
     q, do, dq = (head_tiles(x, C.BT, ratio, x.shape[-1]) for x in (q_NHD, do_NHD, dq_NHD))
     k, v = (head_tiles(x, _BN, 1, x.shape[-1]) for x in (k_EGD, v_EGD))
     work = query_work(segments, band, C.BT)
-    grid = min(programs, work.num_programs * groups)
-    aside = lse_NH.new_empty(grid, 2, 2, WARPGROUP_ROWS, dk)
-    launcher(_hopper_dq_kernel, (grid,))(
-        q, do, k, v, dq, dq_NHD, aside, *rows, work.table, work.num_programs * groups, count,
-        *scales, C, num_warps=4, maxnreg=_LAUNCH_REGISTERS,
+    launcher(_hopper_dq_kernel, (min(programs, work.num_programs * groups),))(
+        q, do, k, v, dq, dq_NHD, *rows, work.table, work.num_programs * groups, count, *scales, C,
+        num_warps=4, maxnreg=_LAUNCH_REGISTERS,
     )  # fmt: skip
 
     most = max(1, WORKSPACE // (4 * KEYS * groups * (dk + dv)))
