@@ -15,6 +15,7 @@ from torch import Tensor
 from nsa_kernels.triton.selection.chunks import Chunk
 from nsa_kernels.triton.selection.scores import pitch
 from nsa_kernels.triton.selection.top_keys import top_keys
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import choose_registers
 
 # Most scores that one program ranks; more are ranked in parts, whose best are ranked again. At
@@ -155,7 +156,7 @@ def choose_blocks(
             triton.next_power_of_2(num_selected), first, parts == 1, lines, width,
             min(max(32, width // 32), width // run), run,
         )  # fmt: skip
-        _choose_kernel[(triton.cdiv(rows * groups, lines), parts)](
+        launcher(_choose_kernel, (triton.cdiv(rows * groups, lines), parts))(
             scores, found, out, positions_N, chunk.begin, rows * groups, count, pitch(blocks), C=C,
             num_warps=max(1, width // LINE_ELEMENTS), maxnreg=choose_registers(scores, first),
         )  # fmt: skip

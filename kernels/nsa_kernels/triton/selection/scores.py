@@ -44,6 +44,7 @@ from nsa_kernels.triton.selection.chunks import Chunk
 from nsa_kernels.triton.shared.arguments import head_rows
 from nsa_kernels.triton.shared.arithmetic import LOG2E as _LOG2E
 from nsa_kernels.triton.shared.arithmetic import precision
+from nsa_kernels.triton.shared.launch import launcher
 from nsa_kernels.triton.shared.shapes import ScoreTile, score_widths
 from nsa_kernels.triton.shared.tables import QueryTiles, load_query_tile
 
@@ -286,7 +287,7 @@ def score_blocks(
         *score_widths(width), precision(q_NHD),
     )  # fmt: skip
     spans = triton.cdiv(num_blocks * per_block, span)
-    _score_kernel[(chunk.end_tile - chunk.first_tile, groups, spans)](
+    launcher(_score_kernel, (chunk.end_tile - chunk.first_tile, groups, spans))(
         head_rows(q_NHD), head_rows(k_CGD), lse_NH, scores, tiles.table, chunk.end_tile,
         chunk.begin, chunk.end, pitch(num_blocks), scale, C=C, num_warps=tile.warps,
         num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
