@@ -17,12 +17,6 @@ from nsa_dist import NSAConfig
 from nsa_dist.checks import check
 
 
-def has_hopper_kernels(config: NSAConfig, gpu: str, element_size: int) -> bool:
-    """Whether the kernels for Hopper run on a GPU of that name (docs/performance.md)."""
-    widths = {config.head_dim, config.value_dim}
-    return element_size == 2 and widths <= {64, 128} and ("H100" in gpu or "H200" in gpu)
-
-
 def call_flops(config: NSAConfig, pairs: Pairs, tokens: int) -> dict[str, Flops]:
     """Useful operations of one rank's call, by operator; ``combine`` has bytes instead."""
     dk, dv, heads = config.head_dim, config.value_dim, float(config.num_heads)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from launch.bench.options import Options, check_folder, recorded_choices
 from launch.estimating.choices import fetched_tokens, full_gather_tokens
-from launch.estimating.costs import Links, Rates, has_hopper_kernels, read_rates
+from launch.estimating.costs import Links, Rates, read_rates
 from launch.estimating.memory import attention_memory
 from launch.estimating.model import model_cost
 from launch.estimating.schedule import compute_ms, passes
@@ -194,7 +194,6 @@ class Split:
                 split,
                 fetched=float(fetched[plan.rank].sum()),
                 sent=float(fetched[:, plan.rank].sum()),
-                hopper=has_hopper_kernels(config, self.rates.gpu, self.element_size),
             )
             for plan in plans
         ]

@@ -47,15 +47,12 @@ def attention_memory(
     *,
     fetched: float = 0.0,
     sent: float = 0.0,
-    hopper: bool = False,
 ) -> Memory:
     """Memory of a call of the Triton kernels.
 
     Args:
         fetched, sent: tokens that the rank fetches, and that others fetch of it, added over KV
             heads.
-        hopper: whether the kernels for Hopper run, whose backward was measured to take one output
-            more (docs/benchmarks/h200_peers.csv).
     """
     tokens = plan.batch * plan.local_length
     branches = len(config.branches)
@@ -78,7 +75,7 @@ def attention_memory(
     # The output; the branches' results, in whose place the gradients of queries come, one for each
     # branch; and one of these more, or in the end their sum.
     query = float(tokens * config.num_heads * config.head_dim * element_size)
-    large = output + max(kept * output, branches * query) + query + hopper * output
+    large = output + max(kept * output, branches * query) + query
     tables = tokens * config.num_heads * BYTES_A_HEAD
     buffers = 0.0
     if plan.size > 1:
