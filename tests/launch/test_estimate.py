@@ -128,7 +128,7 @@ def run_of(parallel: ParallelSettings | None = None, **options: Any) -> Estimate
 
 
 def test_bytes_and_time_are_those_measured_on_two_gpus() -> None:
-    """docs/benchmarks/h200_ring.csv: bytes within 1%, times within 10%. It has no Hopper kernels."""
+    """docs/benchmarks/h200_ring.csv, of plain kernels: bytes within 1%, times within 10%."""
     rows = read_rows(DOCS / "benchmarks" / "h200_ring.csv", DistributedRow)
     rows = [row for row in rows if row.operator == "nsa"]
     lengths = tuple(row.length for row in rows)

@@ -36,9 +36,9 @@ def load_alone(path: Path) -> Trained:
 def short(ranks_of: RanksOf, root: Path) -> Path:
     """A run of five steps on two ranks, of which start_from takes the weights."""
     run = {"steps": 5, "checkpoint_every": 2, "keep_checkpoints": 0, "dtype": "float32"}
-    settings = tiny(root, parallel={"cp": 2}, run={**run, "folder": str(root / "short")})
+    settings = tiny(root, parallel={"cp": 2}, run={**run, "folder": str(root / "start-short")})
     ranks_of(2).run(run_training, settings)
-    return root / "short"
+    return root / "start-short"
 
 
 def longer(root: Path, source: Path, name: str, **overrides: Mapping[str, Any]) -> Settings:
@@ -69,7 +69,7 @@ def test_first_weights_are_the_checkpoints_on_any_ranks(
 ) -> None:
     path = checkpoints(short)[0]
     expected = load_alone(path).weights
-    settings = longer(root, path, "unused", parallel={"cp": cp})
+    settings = longer(root, path, "start-unused", parallel={"cp": cp})
     for found in ranks_of(size).run(initial_weights, settings):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -79,22 +79,22 @@ def test_a_run_begins_at_step_0_with_the_newest_weights(
     ranks_of: RanksOf, root: Path, short: Path
 ) -> None:
     """With new rates, an optimizer that knows nothing, its own data and its own lengths."""
-    settings = longer(root, short, "extended", parallel={"cp": 2})
+    settings = longer(root, short, "start-extended", parallel={"cp": 2})
     first, _ = ranks_of(2).run(run_training, settings)
-    again = replaced(settings, "run", folder=str(root / "extended-1"))
+    again = replaced(settings, "run", folder=str(root / "start-extended-1"))
     (other,) = ranks_of(1).run(run_training, replaced(again, "parallel", cp=1))
     assert len(first.losses) == 3
     for a, b in zip(first.losses, other.losses, strict=True):
         assert math.isclose(a, b, rel_tol=1e-5)
-    lines = (root / "extended" / "metrics.jsonl").read_text().splitlines()
+    lines = (root / "start-extended" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     rates = {record["step"]: record["lr"] for record in records if "loss" in record}
     assert rates == pytest.approx({1: 3e-3 / 5, 2: 6e-3 / 5, 3: 9e-3 / 5})
     # The folder says which checkpoint it was.
-    source = from_toml(root / "extended" / "settings.toml").run.start_from
+    source = from_toml(root / "start-extended" / "settings.toml").run.start_from
     assert Path(source) == short / "checkpoints" / "step_00000005"
 
-    scratch = replaced(settings, "run", start_from="", folder=str(root / "extended-scratch"))
+    scratch = replaced(settings, "run", start_from="", folder=str(root / "start-extended-scratch"))
     anew, _ = ranks_of(2).run(run_training, scratch)
     assert first.losses[0] < anew.losses[0] - 0.2
 
@@ -104,16 +104,16 @@ def test_a_started_run_resumes_without_its_source(
     ranks_of: RanksOf, root: Path, short: Path
 ) -> None:
     """As after a restart: one step first, then on to the end without start_from."""
-    whole = longer(root, short, "whole", run={"seed": 8})
+    whole = longer(root, short, "start-whole", run={"seed": 8})
     (expected,) = ranks_of(1).run(run_training, whole)
-    part = replaced(whole, "run", folder=str(root / "parted"), steps=1)
+    part = replaced(whole, "run", folder=str(root / "start-parted"), steps=1)
     ranks_of(1).run(run_training, part)
-    rest = replaced(whole, "run", folder=str(root / "parted"), start_from="", resume=True)
+    rest = replaced(whole, "run", folder=str(root / "start-parted"), start_from="", resume=True)
     (result,) = ranks_of(1).run(run_training, rest)
     assert result.losses == expected.losses[1:]
     assert result.validation_loss == expected.validation_loss
     # It can be loaded, and begun from, wherever its own source is now.
-    assert load_alone(root / "parted").step == 3
+    assert load_alone(root / "start-parted").step == 3
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_a_started_run_resumes_without_its_source(
 def test_another_model_is_refused_by_its_field(
     ranks_of: RanksOf, root: Path, short: Path, section: str, option: str, value: Any, shown: str
 ) -> None:
-    settings = longer(root, short, "refused", **{section: {option: value}})
+    settings = longer(root, short, "start-refused", **{section: {option: value}})
     message = (
         rf"{section}\.{option} must be {shown}, as in the checkpoint .*step_00000005 that the run "
         rf"starts from, got {value!r}"
     )
     with pytest.raises(RankError, match=message):
         ranks_of(1).run(run_training, settings)
-    assert not checkpoints(root / "refused")
+    assert not checkpoints(root / "start-refused")
 
 
 def test_another_vocabulary_is_refused(ranks_of: RanksOf, root: Path, short: Path) -> None:
@@ -155,7 +155,7 @@ def test_another_vocabulary_is_refused(ranks_of: RanksOf, root: Path, short: Pat
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(path))
     data = {"tokenizer": str(path), "length": 20}
-    settings = longer(root, short, "refused", data=data)
+    settings = longer(root, short, "start-refused", data=data)
     with pytest.raises(
         RankError, match=r"data\.tokenizer must be one of 256 tokens, .*, got '3 tokens'"
     ):
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_refused(
     path = tmp_path / "run" / "checkpoints" / "step_00000005"
     damage, found = DAMAGE[kind]
     damage(path)
-    settings = longer(root, path, "refused", parallel={"cp": 2})
+    settings = longer(root, path, "start-refused", parallel={"cp": 2})
     message = rf"run\.start_from must be a whole checkpoint, got .*step_00000005': .*{found}"
     answers = ranks_of(2).try_run(run_training, settings)
     for ok, text in answers:
@@ -186,12 +186,12 @@ def test_what_is_no_checkpoint_is_refused(
         (tmp_path / "nothing", r"a run's folder, or one of its folders checkpoints/step_N, got"),
         (tmp_path, r"a run with a whole checkpoint, got .* with none"),
     ):
-        settings = longer(root, path, "refused")
+        settings = longer(root, path, "start-refused")
         with pytest.raises(RankError, match=rf"run\.start_from must be {message}"):
             ranks_of(1).run(run_training, settings)
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
     with pytest.raises(ValueError, match=r"^run\.start_from must be empty with run\.resume \("):
-        longer(root, short, "refused", run={"resume": True})
+        longer(root, short, "start-refused", run={"resume": True})
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_every_engine_starts_from_a_checkpoint_of_fsdp2(
 ) -> None:
     layout = {"layout": "zigzag_per_document", "cp": 2}
     rotary = {"scaling": "none", "factor": 1.0, "theta": 50000.0}
-    settings = longer(root, short, f"{engine}-fsdp2", parallel=layout, rotary=rotary)
+    settings = longer(root, short, f"start-{engine}", parallel=layout, rotary=rotary)
     expected, _ = ranks_of(2).run(run_training, settings)
     settings = replaced(settings, "run", folder=str(root / engine))
     settings = replaced(settings, "parallel", engine=engine)
