@@ -184,6 +184,25 @@ def random_choices(
     return out
 
 
+def choices_of_file(
+    config: NSAConfig, path: Path, length: int, layers: tuple[int, ...]
+) -> dict[int, Tensor]:
+    """`recorded_choices` of a file, for a document of ``length`` tokens and this attention."""
+    options = Options(
+        lengths=(length,),
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        compress_block=config.compress_block,
+        compress_stride=config.compress_stride,
+        select_block=config.select_block,
+        num_selected=config.num_selected,
+        choices=path,
+        layers=layers,
+    )
+    return recorded_choices(options, length)
+
+
 def recorded_choices(options: Options, length: int) -> dict[int, Tensor]:
     """Choices of a trained model from ``options.choices``, by layer, int32 [S, G, n] on the CPU.
 

@@ -27,7 +27,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from launch.bench.options import Options, check_folder, recorded_choices
+from launch.bench.options import check_folder, choices_of_file
 from launch.bench.table import table
 from launch.bench.work import Pairs, keys_at
 from launch.estimating.choices import Choices, fetched_tokens, full_gather_tokens
@@ -208,20 +208,7 @@ def over_mean(of_tokens: Tensor, stream: Stream, size: int) -> float:
 
 def recorded(options: SplitsOptions, path: Path) -> dict[str, Tensor]:
     """The choices of a file, int32 [S, G, n], by its name and the layer's number."""
-    length = options.documents[0]
-    sizes = Options(
-        lengths=(length,),
-        heads=options.heads,
-        kv_heads=options.kv_heads,
-        head_dim=options.head_dim,
-        compress_block=options.compress_block,
-        compress_stride=options.compress_stride,
-        select_block=options.select_block,
-        num_selected=options.num_selected,
-        choices=path,
-        layers=options.layers,
-    )
-    layers = recorded_choices(sizes, length)
+    layers = choices_of_file(options.config, path, options.documents[0], options.layers)
     return {f"{path.stem} layer {layer}": chosen for layer, chosen in layers.items()}
 
 

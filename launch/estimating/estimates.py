@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch.bench.options import Options, check_folder, recorded_choices
+from launch.bench.options import check_folder, choices_of_file
 from launch.estimating.choices import fetched_tokens, full_gather_tokens
 from launch.estimating.costs import Links, Rates, read_rates
 from launch.estimating.memory import attention_memory
@@ -239,19 +239,7 @@ class Split:
         """Choices of one layer of a file, int [token, G, n]."""
         config, options = self.settings.attention, self.settings.estimate
         check(options.documents == 1, "estimate.documents", options.documents, "1 with a file")
-        sizes = Options(
-            lengths=(length,),
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            compress_block=config.compress_block,
-            compress_stride=config.compress_stride,
-            select_block=config.select_block,
-            num_selected=config.num_selected,
-            choices=path,
-            layers=(options.layer,),
-        )
-        return recorded_choices(sizes, length)[options.layer]
+        return choices_of_file(config, path, length, (options.layer,))[options.layer]
 
 
 COLUMNS = {
