@@ -12,10 +12,12 @@ from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.selection import choose
 from nsa_kernels.triton.selection.choose import choose_blocks
 from nsa_kernels.triton.selection.chunks import chunks
+from nsa_kernels.triton.selection.hopper_scores import hopper_score_blocks
 from nsa_kernels.triton.selection.scores import pitch, score_blocks, score_parts
 from nsa_kernels.triton.shared.cache import segments_of
 from nsa_kernels.triton.shared.custom_ops import register
-from nsa_kernels.triton.shared.shapes import score_tile
+from nsa_kernels.triton.shared.hopper import for_tma
+from nsa_kernels.triton.shared.shapes import hopper_score_tile, score_tile
 from nsa_kernels.triton.shared.tables import positions, query_tiles
 
 # Most bytes of the scores and candidates between kernels. Bits do not depend on it.
@@ -66,26 +68,26 @@ def _select_blocks(
     head_columns = triton.next_power_of_2(q.shape[1] // groups)
     shape = score_tile(q, head_columns, select_block // stride)
     tokens = shape.columns // head_columns
+    hopper = hopper_score_tile(q, k, block, stride, select_block)
+    if not k.shape[0]:
+        hopper = None  # Nothing is visible, and a descriptor has at least one row.
+    if hopper is not None:
+        q, k = for_tma(q), for_tma(k)
+        tokens = hopper.rows // head_columns
     tiles = query_tiles(at, tokens, "compressed_base")
     blocks = tiles.last // select_block + 1
     size = min(_chunk_rows(blocks, groups, parts, num_selected), q.shape[0])
     workspace = torch.empty(
         size * groups * parts * pitch(blocks), dtype=torch.float32, device=q.device
     )
+    blocks_of_keys: dict[str, Any] = {
+        "block": block, "stride": stride, "select_block": select_block, "scale": scale,
+    }  # fmt: skip
     for chunk in chunks(at, size, tokens, "compressed_base"):
-        score_blocks(
-            q,
-            k,
-            lse,
-            workspace,
-            tiles,
-            chunk,
-            shape,
-            block=block,
-            stride=stride,
-            select_block=select_block,
-            scale=scale,
-        )
+        if hopper is not None:
+            hopper_score_blocks(q, k, lse, workspace, at, tiles, chunk, hopper, **blocks_of_keys)
+        else:
+            score_blocks(q, k, lse, workspace, tiles, chunk, shape, **blocks_of_keys)
         choose_blocks(
             workspace,
             selected_NGn,

@@ -412,6 +412,23 @@ def score_tile(q: Tensor, heads: int, per_block: int) -> ScoreTile:
     return tile
 
 
+# Columns of three consumers.
+_HOPPER_SCORES = HopperTile(384, 64, 4, registers=128, consumer_registers=160)
+
+
+def hopper_score_tile(
+    q: Tensor, k: Tensor, block: int, stride: int, select_block: int
+) -> HopperTile | None:
+    """Of scores on Hopper, with (head, token) pairs as rows; None: the plain kernel runs.
+
+    For the paper's ratios of heads and of lengths, at widths that need no padding.
+    """
+    if not _runs_gluon(q, k) or (block, select_block) != (2 * stride, 4 * stride):
+        return None
+    takes = q.shape[-1] in (64, 128) and q.shape[1] == 16 * k.shape[1]
+    return _HOPPER_SCORES if takes else None
+
+
 def choose_registers(scores: Tensor, first: bool) -> int | None:
     """Of a thread that ranks scores, for the first time or among those found before."""
     return gpu_of(scores).choose_first_registers if first else MOST_REGISTERS
