@@ -317,7 +317,7 @@ LONG_TMA_CASES = [
 def test_tma_gives_the_bits_of_pointers(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where TMA is there, and in the interpreter, whose descriptors are pointers with bounds."""
+    """The plain kernels, where TMA is there; the interpreter's descriptors are bounded pointers."""
     if not INTERPRETED and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a GPU whose kernels use TMA")
     inputs, grad_o = make_inputs(case, dtype)
@@ -326,7 +326,7 @@ def test_tma_gives_the_bits_of_pointers(
     monkeypatch.setattr(blocks, "_descriptor", lambda *a: made.append(a) or descriptor(*a))
     for tma in (False, True):
         made.clear()
-        gpu = replace(shapes.HOPPER, selected_tma=tma)
+        gpu = replace(shapes.HOPPER, selected_tma=tma, selected_gluon=False)
         monkeypatch.setattr(shapes, "INTERPRETER", gpu)
         monkeypatch.setitem(shapes.GPUS, 9, gpu)
         results.append(attention_results(TRITON, case, inputs, grad_o, choice))

@@ -87,6 +87,8 @@ def keep_rows(tile, low, high, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     """Write zeros to the rows of a shared tile [ROWS, WIDTH] outside [low, high), by a warpgroup.
 
     What TMA brought may be another document's or was never written: 0 times NaN is NaN.
+    Two warpgroups may do so with one tile at one time, if they keep the same rows: both write what
+    was there or zero, and none goes on before it wrote.
     """
     STEP: gl.constexpr = 16
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
