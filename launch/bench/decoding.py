@@ -39,7 +39,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from launch.bench.meter import Meter
 from launch.bench.operators import triton_version
-from launch.bench.options import DTYPES, Sizes
+from launch.bench.options import DTYPES, Sizes, check_docs
+from launch.bench.table import number, table, typed, write_numbers
 from nsa_dist.attention.selectors import choose_by_compressed
 from nsa_dist.checks import check
 from nsa_dist.decoding.cache import num_blocks
@@ -52,6 +53,16 @@ CHECKED_ROWS = 2
 """Rows of a batch that are checked, the first ones: the dense code in float64 takes long."""
 
 
+DENSE = ("dense", "dense_grouped", "dense_flash_attn")
+NAMES = {
+    "dense": "FlashAttention",
+    "dense_grouped": "FlashAttention, heads as queries",
+    "dense_flash_attn": "flash-attn",
+    "few": "kernels for few queries",
+    "operators": "training's operators",
+}
+
+
 @dataclass(frozen=True)
 class DecodingOptions(Sizes):
     """Time the attention of a step of decoding beside dense attention.
@@ -60,6 +71,7 @@ class DecodingOptions(Sizes):
         lengths: tokens of each row's cache, with the new one.
         batches: rows of the batch, a run for each.
         graphs: replay calls from CUDA graphs.
+        docs: document that gets the table, between its marks for the file of ``csv``.
 
     Raises:
         ValueError: naming the option, what it must be and its value.
@@ -69,6 +81,7 @@ class DecodingOptions(Sizes):
     batches: tuple[int, ...] = (1, 16, 64)
     independent_kv: bool = False
     graphs: bool = True
+    docs: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +92,7 @@ class DecodingOptions(Sizes):
         check(not self.independent_kv, "independent_kv", True, "False: one cache, as dense has")
         check(self.compress == "mlp", "compress", self.compress, "left out: nothing is compressed")
         check(self.data == "random", "data", self.data, "random")
+        check_docs(self.docs, self.csv)
 
 
 @dataclass(frozen=True)
@@ -306,7 +320,7 @@ def compare(options: DecodingOptions, meter: Meter) -> tuple[list[Row], list[str
             for row in rows_of(problem, meter, wrong):
                 rows.append(row)
                 times = best_dense(rows, row) / row.milliseconds
-                note = "" if row.method.startswith("dense") else f" ({times:.2f} x dense's)"
+                note = "" if row.method in DENSE else f" ({times:.2f} x dense's)"
                 print(f"{length} x {batch} {row.method}: {row.milliseconds:.3f} ms{note}")
             if options.csv is not None:
                 write_csv(options.csv, rows)
@@ -316,12 +330,34 @@ def compare(options: DecodingOptions, meter: Meter) -> tuple[list[Row], list[str
     return rows, wrong
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """Milliseconds of each method by cache and batch; of ours also how much faster than dense."""
+    methods = list(dict.fromkeys(row.method for row in rows))
+    lines = []
+    for length, batch in dict.fromkeys((row.length, row.batch) for row in rows):
+        own = {row.method: row for row in rows if (row.length, row.batch) == (length, batch)}
+        lines.append([f"{length:,}", str(batch), *(_cell(rows, own.get(x)) for x in methods)])
+    first = rows[0]
+    how = "replayed from CUDA graphs" if first.graph else "called by the host"
+    text = f"{first.gpu}: {first.heads} heads in {first.kv_heads} groups, {first.dtype}, {how}; ms"
+    return f"{text}\n\n{table(['tokens', 'rows', *(NAMES[x] for x in methods)], lines)}\n"
+
+
+def _cell(rows: Sequence[Row], row: Row | None) -> str:
+    if row is None:
+        return ""
+    time = number(row.milliseconds)
+    if row.method in DENSE:
+        return time
+    return f"{time} ({number(best_dense(rows, row) / row.milliseconds)} x)"
+
+
 def best_dense(rows: Sequence[Row], of: Row) -> float:
     """Milliseconds of the fastest dense attention on the same cache; NaN before there is one."""
     times = [
         row.milliseconds
         for row in rows
-        if row.method.startswith("dense") and (row.length, row.batch) == (of.length, of.batch)
+        if row.method in DENSE and (row.length, row.batch) == (of.length, of.batch)
     ]
     return min(times, default=float("nan"))
 
@@ -333,14 +369,24 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(astuple(row) for row in rows)
 
 
+def read_csv(path: Path) -> list[Row]:
+    """The rows that ``write_csv`` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Row(**typed(Row, line)) for line in csv.DictReader(file)]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(DecodingOptions, args=arguments)
     if not torch.cuda.is_available():
         sys.exit("decoding.py: the machine must have an NVIDIA GPU, got no CUDA device")
     try:
-        _, wrong = compare(options, Meter(options.repeats_ms))
+        rows, wrong = compare(options, Meter(options.repeats_ms))
     except ValueError as error:
         sys.exit(f"decoding.py: {error}")
+    if rows:
+        print(f"\n{markdown(rows)}")
+        if options.docs is not None and options.csv is not None:
+            write_numbers(options.docs, markdown(rows), options.csv.name)
     if wrong:
         sys.exit("decoding.py: wrong results, not timed:\n  " + "\n  ".join(wrong))
 

@@ -241,8 +241,8 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
             lines = csv.DictReader(file)
             for line in lines:
                 number = lines.line_num
-                shape = Shape(**_typed(Shape, line))
-                rows.append(kind(**_typed(kind, line), shape=shape))
+                shape = Shape(**typed(Shape, line))
+                rows.append(kind(**typed(kind, line), shape=shape))
     except (KeyError, TypeError, ValueError, OSError, csv.Error) as error:
         # ValueError: a field is not a number, or a byte is not UTF-8.
         raise ValueError(
@@ -252,7 +252,8 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
     return rows
 
 
-def _typed(cls: type, line: dict[str, str]) -> dict[str, Any]:
+def typed(cls: type, line: dict[str, str]) -> dict[str, Any]:
+    """Values of the fields of ``cls`` but ``shape``, from the texts of a line of a CSV."""
     kinds: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
     kinds["bool"] = "True".__eq__
     values: dict[str, Any] = {}

@@ -13,9 +13,9 @@ from nsa_dist import NSAConfig
 from nsa_dist.attention.call import HEADS_IN_FLIGHT
 from nsa_dist.plan import Plan
 
-WORKSPACE = 256 << 20
-"""What kernels may take beside their results (docs/performance.md)."""
-BYTES_A_HEAD = 5.4 * 1024 / 64
+WORKSPACE = 200 << 20
+"""What kernels take beside their results (docs/performance.md)."""
+BYTES_A_HEAD = 32
 """Tables, log-sum-exps and gates' gradients of a token, for each of its query heads (there)."""
 
 
@@ -77,11 +77,16 @@ def attention_memory(
     query = float(tokens * config.num_heads * config.head_dim * element_size)
     large = output + max(kept * output, branches * query) + query
     tables = tokens * config.num_heads * BYTES_A_HEAD
-    buffers = 0.0
-    if plan.size > 1:
-        buffers = 2 * (parts["halos"] + parts["compressed"])
-        buffers += in_flight(config, fetched, sent, options, plan.size) * width
-    return Memory(parts, large + WORKSPACE + tables + buffers)
+    # Until all are there, those that came stay: of compressed keys, of the selected branch, and of
+    # the window, over ranks with what was gathered of neighbours.
+    gradients = parts["compressed"] + row * tokens * ("selected" in config.branches)
+    if plan.size == 1:
+        gradients += row * tokens * ("window" in config.branches)
+        return Memory(parts, large + WORKSPACE + tables + gradients)
+    gathered = parts["halos"] + parts["compressed"]
+    gradients += parts["halos"]
+    fetching = in_flight(config, fetched, sent, options, plan.size) * width
+    return Memory(parts, large + WORKSPACE + tables + gathered + gradients + fetching)
 
 
 def in_flight(

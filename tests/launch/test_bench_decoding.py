@@ -53,6 +53,19 @@ def test_a_run_gives_a_row_of_each_method(tmp_path: Path) -> None:
     assert all(row.milliseconds == decoding.best_dense(rows, row) == 2.0 for row in rows)
     with (tmp_path / "out.csv").open(newline="") as file:
         assert [row["method"] for row in csv.DictReader(file)] == METHODS
+    assert decoding.read_csv(tmp_path / "out.csv") == rows
+
+
+def test_a_table_says_how_much_faster_than_the_best_dense() -> None:
+    row = decoding.Row("dense", 4096, 16, 64, 4, "bfloat16", True, 3.0, 0.0, 1.0, "a GPU")
+    few = replace(row, method="few", milliseconds=0.5)
+    rows = [row, few, replace(row, batch=1)]
+    assert decoding.markdown(rows).splitlines()[2:] == [
+        "| tokens | rows | FlashAttention | kernels for few queries |",
+        "| --- | ---: | ---: | ---: |",
+        "| 4,096 | 16 | 3.00 | 0.500 (6.00 x) |",
+        "| 4,096 | 1 | 3.00 |  |",
+    ]
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench import distributed, peers
+from launch.bench import decoding, distributed, peers, shapes
 from launch.bench.options import Options
 from launch.bench.table import (
     Row,
@@ -204,14 +204,20 @@ def test_the_documentation_shows_the_measurements_that_are_kept() -> None:
     files = sorted((ROOT / "docs" / "benchmarks").glob("*.csv"))
     assert files
     for path in files:
-        over_ranks = "ranks" in path.read_text(encoding="utf-8").partition("\n")[0].split(",")
-        if over_ranks:
-            numbers = distributed.markdown(read_rows(path, distributed.DistributedRow))
-        else:
-            rows = read_csv(path)
-            of_peers = any(row.operator == peers.PEER for row in rows)
-            numbers = peers.markdown(rows) if of_peers else markdown(rows)
-        assert with_numbers(document, numbers, path.name) == document
+        assert with_numbers(document, numbers_of(path), path.name) == document
+
+
+def numbers_of(path: Path) -> str:
+    """The tables of a file, by the program that wrote it."""
+    columns = path.read_text(encoding="utf-8").partition("\n")[0].split(",")
+    if "method" in columns:
+        return decoding.markdown(decoding.read_csv(path))
+    if "ranks" in columns:
+        return distributed.markdown(read_rows(path, distributed.DistributedRow))
+    rows = read_csv(path)
+    if any(row.operator == peers.PEER for row in rows):
+        return peers.markdown(rows)
+    return (shapes.markdown if "shapes" in path.stem else markdown)(rows)
 
 
 def test_the_hint_of_the_layers_is_the_crossover_that_was_measured() -> None:

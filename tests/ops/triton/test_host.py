@@ -139,7 +139,7 @@ def test_the_host_waits_for_nothing() -> None:
 
 @pytest.mark.gpu
 def test_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over the inputs, forward and backward: the formula of docs/performance.md."""
+    """Over the inputs, forward and backward: the formula of docs/performance.md, within 10%."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     length = 16384
     problem = Problem(length)
@@ -150,7 +150,9 @@ def test_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     problem.both()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= 1.1 * (5 * problem.do.nbytes + (256 << 20) + length * 5.4 * 1024)
+    _, _, k, *_ = problem.leaves
+    formula = 5 * problem.do.nbytes + 4 * k.nbytes + (200 << 20) + length * 64 * 32
+    assert abs(formula / peak - 1) < 0.1
 
 
 @pytest.mark.gpu
