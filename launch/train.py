@@ -21,7 +21,7 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ from launch.processes import mistakes
 from launch.processes.ranks import Ranks, place_on_machine, start_ranks
 from launch.processes.startup import describe, join_store
 from launch.processes.stopping import STOPPED, Stopping
+from launch.processes.watchdog import Watchdog
 from launch.reporting.flops import Speed, StepFlops
 from launch.reporting.health import Health, check_state, check_validation, finite_mean
 from launch.reporting.history import COMMUNICATION_KINDS, History
@@ -94,8 +95,12 @@ def validate(
     settings: Settings,
     ranks: Ranks,
     stopping: Stopping,
+    moves: Callable[[int], None],
 ) -> float | None:
     """Mean loss over the streams' targets, nats a token; replicas share the streams.
+
+    Args:
+        moves: called with the number of each stream before it is read.
 
     Returns:
         None where a rank was asked to stop.
@@ -105,6 +110,7 @@ def validate(
         if ranks.any(stopping.asked):
             return None
         index = first + ranks.dp_rank
+        moves(index)
         # Every replica runs every forward; one without a stream left repeats the last, uncounted.
         batch = shard_stream(streams[min(index, len(streams) - 1)], settings, ranks)
         loss = engine.loss(batch)
@@ -176,6 +182,7 @@ class Run:
         self.report.unit = corpus.tokenizer.unit
         self.speed = Speed(settings, ranks)
         self.health = Health(settings.optimizer, self.report)
+        self.watchdog = Watchdog(folder, ranks.rank, ranks.size, settings.run.timeout)
         self.tokens, self.seconds, self.mark = 0, 0.0, 0.0
 
     def run(self, started: float) -> Result:
@@ -184,7 +191,7 @@ class Run:
         Args:
             started: when the process began with the run, by ``time.perf_counter``.
         """
-        with self.report, self.loader:
+        with self.report, self.loader, self.watchdog:
             self.introduce()
             self.stopping.steps_begin()
             self.catch_up()
@@ -223,6 +230,7 @@ class Run:
 
     def step(self) -> None:
         """One optimizer step; the device is not waited for."""
+        self.watchdog.now(f"step {self.done + 1}")
         values = train_step(
             self.engine, next(self.loader), self.settings, self.done, self.ranks, self.stopping
         )
@@ -259,6 +267,7 @@ class Run:
 
     def log(self) -> None:
         """Log the steps since the last time; waits for the device."""
+        self.watchdog.now(f"step {self.done} on the device")
         # `health.add` waited for the step before, so that the device was busy.
         self.health.settle()
         self.history.read()
@@ -283,6 +292,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, if the state is sound."""
+        self.watchdog.now(f"the checkpoint of step {self.done}")
         check_state(self.engine.tensors(), f"after step {self.done}", self.ranks)
         self.report.sync()
         save_checkpoint(
@@ -296,7 +306,11 @@ class Run:
 
     def validate(self) -> float | None:
         """Validate and log it; None where a rank was asked to stop."""
-        loss = validate(self.engine, self.held_out, self.settings, self.ranks, self.stopping)
+
+        def moves(stream: int) -> None:
+            self.watchdog.now(f"stream {stream} of the validation at step {self.done}")
+
+        loss = validate(self.engine, self.held_out, self.settings, self.ranks, self.stopping, moves)
         if loss is not None:
             self.report.validation(self.done, loss, self.unigram)
         return loss
@@ -309,6 +323,7 @@ class Run:
             validation = self.validate()
         if validation is not None:
             check_validation(validation, self.done)
+            self.watchdog.now("the sample")
             text = sample_text(
                 self.engine, self.corpus.tokenizer, self.settings, self.ranks, self.stopping
             )
