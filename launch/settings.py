@@ -277,6 +277,8 @@ class RunSettings:
     validation_streams: int = 16  # held-out streams that a validation reads
     checkpoint_every: int = 500  # steps between checkpoints; 0: at the end, or a signal, only
     keep_checkpoints: int = 2  # older ones are removed; 0: keep all
+    # fsdp2: copy the state to the CPU's memory and write it while the next steps run
+    async_checkpoints: bool = False
     tensorboard: bool = True
     sample_tokens: int = 200  # length of the sample at the end; 0: none
     prompt: str = "def "  # what the sample continues

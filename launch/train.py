@@ -18,10 +18,12 @@ if __name__ == "__main__":  # Import from the checkout, not from this file's fol
     sys.path[:] = [str(root), str(root / "kernels"), *others]
 
 import dataclasses
+import functools
 import io
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from launch.data.corpus import Corpus, load_corpus, load_tokenizer, unigram_loss
 from launch.data.loader import Loader, StepData, host_data, shard_stream, step_batches
 from launch.data.streams import Stream
-from launch.engines.base import Engine
+from launch.engines.base import CopyingEngine, Engine
 from launch.engines.registry import engine_spec, make_engine
 from launch.estimating.estimates import describe_run
 from launch.processes import mistakes
@@ -47,6 +49,7 @@ from launch.sampling import check_prompt, sample_text
 from launch.seeds import mix_seed
 from launch.settings import OptimizerSettings, Settings, from_command_line
 from launch.starting import find_start
+from launch.storage.background import BackgroundSaver
 from launch.storage.checkpoint import Checkpoint, resume, save_checkpoint
 from launch.storage.folder import check_folder_options, run_folder, write_settings
 from launch.storage.manifest import CheckpointError
@@ -182,6 +185,8 @@ class Run:
         self.report.unit = corpus.tokenizer.unit
         self.speed = Speed(settings, ranks)
         self.health = Health(settings.optimizer, self.report)
+        self.saver = BackgroundSaver(settings.run.timeout)
+        self.saving = 0.0
         self.watchdog = Watchdog(folder, ranks.rank, ranks.size, settings.run.timeout)
         self.tokens, self.seconds, self.mark = 0, 0.0, 0.0
 
@@ -191,7 +196,7 @@ class Run:
         Args:
             started: when the process began with the run, by ``time.perf_counter``.
         """
-        with self.report, self.loader, self.watchdog:
+        with self.report, self.loader, self.watchdog, self.saver:
             self.introduce()
             self.stopping.steps_begin()
             self.catch_up()
@@ -255,6 +260,8 @@ class Run:
     def between_steps(self, saves: bool) -> None:
         """Log the steps since the last time; save and validate if it is time to."""
         self.log()
+        if self.settings.run.async_checkpoints and self.ranks.any(self.saver.failed):
+            self.saver.finish()  # Raises on every rank.
         saves = saves or self.is_last_step()  # Known for this step only now.
         if saves:
             self.save()
@@ -291,18 +298,28 @@ class Run:
         )
 
     def save(self) -> None:
-        """Write a checkpoint, if the state is sound."""
+        """Write a checkpoint, or begin to, if the state is sound."""
+        began = time.perf_counter()
         self.watchdog.now(f"the checkpoint of step {self.done}")
         check_state(self.engine.tensors(), f"after step {self.done}", self.ranks)
         self.report.sync()
-        save_checkpoint(
-            self.engine.write,
+        self.saver.finish()
+        in_background = self.settings.run.async_checkpoints
+        engine = cast("CopyingEngine", self.engine)
+        save = functools.partial(
+            save_checkpoint,
+            engine.copied() if in_background else engine.write,
             self.folder,
             self.done,
             self.settings,
             self.corpus.digest,
             self.broken_checkpoints,
         )
+        if in_background:
+            self.saver.start(save)
+        else:
+            save()
+        self.saving += time.perf_counter() - began
 
     def validate(self) -> float | None:
         """Validate and log it; None where a rank was asked to stop."""
@@ -318,6 +335,9 @@ class Run:
     def finish(self, started: float) -> Result:
         """Validate and sample at the end, unless the run was stopped."""
         validation, text = None, ""
+        began = time.perf_counter()
+        self.saver.finish()
+        self.saving += time.perf_counter() - began
         if not self.health.stops:
             # A run that is resumed with fewer steps is at its checkpoint's.
             validation = self.validate()
@@ -336,6 +356,7 @@ class Run:
             tokens_per_second=self.tokens / self.seconds if self.tokens else math.nan,
             received=self.history.received(),
             seconds=time.perf_counter() - started,
+            saving=self.saving,
             sample=text,
             stopped=self.ranks.any(self.stopping.asked) or self.health.stops,
         )

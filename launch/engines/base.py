@@ -152,6 +152,18 @@ class Engine(Protocol):
         ...
 
 
+class CopyingEngine(Engine, Protocol):
+    """An engine with the option ``run.async_checkpoints``."""
+
+    def copied(self) -> Callable[[Path, int], None]:
+        """Copy the state to the CPU's memory.
+
+        Returns:
+            As ``write``, of the copy, for a thread of its own. The next copy takes its place.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class WholeState:
     """Weights and AdamW's state of a checkpoint, each tensor whole, by the names of

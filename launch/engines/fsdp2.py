@@ -7,13 +7,14 @@ accumulated micro-batches: how a batch is spread changes no gradient beyond roun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -40,7 +41,7 @@ from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
 from launch.settings import OptimizerSettings, Settings, from_toml
 from launch.storage.checkpoint import SETTINGS, Checkpoint
-from launch.storage.manifest import shared_failure
+from launch.storage.manifest import message_group, shared_failure
 from nsa_dist import ShardedBatch
 from nsa_dist.checkpoints.dcp_metadata import read_metadata
 from nsa_dist.checkpoints.safe_load import check_dcp, load, read_tensors
@@ -96,6 +97,8 @@ class Fsdp2Engine:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.communication = self.model.communication
         self.reset_communication = self.model.reset_communication
+        # On GPUs the copy has pinned memory, which is kept from one checkpoint to the next.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=ranks.device.type == "cuda")
 
     def step(self, batches: Sequence[ShardedBatch], learning_rate: float, seed: int) -> Step:
         for group in self.optimizer.param_groups:
@@ -123,7 +126,11 @@ class Fsdp2Engine:
                 yield f"{name}: {kind}", local_part(value)
 
     def write(self, path: Path, step: int) -> None:
-        save_state(path, step, self.model, self.optimizer)
+        save_state(path, step, state_of(self.model, self.optimizer))
+
+    def copied(self) -> Callable[[Path, int], None]:
+        state = self._stager.stage(state_of(self.model, self.optimizer))
+        return lambda path, step: save_state(path, step, state)
 
     def read(self, path: Path) -> int:
         return load_state(path, self.model, self.optimizer)
@@ -139,26 +146,29 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 SPEC = EngineSpec(
     name="fsdp2",
     build=Fsdp2Engine,
-    options=("parallel.reshard_after_forward",),
+    options=("parallel.reshard_after_forward", "run.async_checkpoints"),
     file_suffixes=(".distcp", ".metadata"),
     last_files=(".metadata",),
     read_weights=read_weights,
 )
 
 
-def save_state(path: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write weights, optimizer state and step by torch.distributed.checkpoint; collective.
+def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds beside its step; not copied."""
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+
+
+def save_state(path: Path, step: int, state: dict[str, Any]) -> None:
+    """Write a state and its step by torch.distributed.checkpoint; collective.
 
     Raises:
         CheckpointError: on every rank, if it cannot be written.
     """
-    state = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "step": step,
-    }
     with shared_failure():
-        save(state, checkpoint_id=path)
+        save({**state, "step": step}, checkpoint_id=path, process_group=message_group())
 
 
 def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
@@ -170,11 +180,7 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
     Raises:
         ValueError: on every rank, if it holds more than data; naming the file.
     """
-    state: dict[str, Any] = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "step": 0,
-    }
+    state = {**state_of(model, optimizer), "step": 0}
     load(state, path)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -226,7 +232,7 @@ def write_whole(path: Path, state: WholeState, settings: Settings) -> None:
     for name, parameter in model.named_parameters():
         moments = {kind: state.moments[kind][name].clone() for kind in MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(float(state.updates)), **moments}
-    save_state(path, state.step, model, optimizer)
+    save_state(path, state.step, state_of(model, optimizer))
 
 
 def _whole_model(settings: Settings, vocab_size: int) -> tuple[Decoder, Optimizer]:

@@ -28,6 +28,7 @@ class Result:
         validation_loss: nan where the run was stopped before it.
         stopped: whether a signal ended the run before its end; all steps done are saved.
         received: bytes moved in the last step by kind, over all layers and ranks.
+        saving: seconds of the run in which it waited for checkpoints.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Result:
     tokens_per_second: float
     received: dict[str, int]
     seconds: float
+    saving: float
     sample: str
     stopped: bool
 
@@ -81,7 +83,7 @@ def summarise(result: Result, report: Report, recent: int, health: Health) -> No
     if health.skipped:
         which = ", also in the last step" if health.in_a_row else ""
         rows["skipped updates"] = f"{health.skipped}{which}"
-    rows["seconds"] = f"{result.seconds:.1f}"
+    rows["seconds"] = f"{result.seconds:.1f}, of which checkpoints {result.saving:.1f}"
     rows["folder"] = str(result.folder)
     if result.stopped:
         rows["stopped"] = "by a signal; all steps are saved, run.resume = true goes on from there"

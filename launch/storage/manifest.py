@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -55,10 +56,29 @@ class Manifest:
     files: Mapping[str, tuple[int, str]]
 
 
+_GROUP: ContextVar[dist.ProcessGroup | None] = ContextVar("group of checkpoints", default=None)
+
+
+@contextmanager
+def messages_over(group: dist.ProcessGroup) -> Iterator[None]:
+    """The collective functions of checkpoints use ``group``, of all ranks, instead of the default
+    one, on the thread that is in this context."""
+    token = _GROUP.set(group)
+    try:
+        yield
+    finally:
+        _GROUP.reset(token)
+
+
+def message_group() -> dist.ProcessGroup | None:
+    """Of ``messages_over``; None is the default group."""
+    return _GROUP.get()
+
+
 def gather(value: T) -> list[T]:
     """Every rank's value, on every rank; collective."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=message_group())
     return found
 
 
@@ -77,7 +97,7 @@ def on_main(work: Callable[[], T]) -> T:
             box[1] = ValueError(str(error))
         except (OSError, CheckpointError) as error:
             box[1] = CheckpointError(str(error))
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=message_group())
     if box[1] is not None:
         raise box[1]
     result: T = box[0]

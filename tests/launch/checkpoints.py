@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,13 +16,45 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_saver import save
 
+from launch import train
+from launch.engines import fsdp2
 from launch.settings import Settings
 from launch.storage import checkpoint, manifest
 from launch.storage.checkpoint import find_checkpoint, resume, save_checkpoint
 from launch.storage.manifest import CheckpointError
 from launch.train import Result
 from tests.launch.common import run_training
+
+
+def _slow_save(*args: Any, **kwargs: Any) -> Any:
+    """``save``, after steps that went on have changed the state."""
+    time.sleep(0.5)
+    return save(*args, **kwargs)
+
+
+def run_slowly_saved(settings: Settings) -> Result:
+    """A run whose checkpoints take longer to write than its steps to run."""
+    with mock.patch.object(fsdp2, "save", _slow_save):
+        return run_training(settings)
+
+
+def fail_while_it_saves(settings: Settings) -> str:
+    """Why a run ended whose second step fails before its first checkpoint is written."""
+    train_step = train.train_step
+
+    def fail(engine: Any, data: Any, settings: Settings, step: int, *rest: Any) -> Any:
+        if step == 1:
+            raise FloatingPointError("the second step fails")
+        return train_step(engine, data, settings, step, *rest)
+
+    try:
+        with mock.patch.object(train, "train_step", fail):
+            run_slowly_saved(settings)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
 
 
 def shard(path: Path) -> Path:

@@ -17,12 +17,14 @@ from tests.launch.checkpoints import (
     BUSY,
     DAMAGE,
     DENIED,
+    fail_while_it_saves,
     find,
     find_as_rank_0_sees,
     find_damaged,
     kill_at_each_call,
     make_old,
     reseal,
+    run_slowly_saved,
     run_with_full_disk,
     save_steps,
     save_with_trouble,
@@ -283,17 +285,51 @@ def test_a_kill_at_any_moment_leaves_the_old_one_or_a_whole_new_one(
     assert {name for _, name in results} == {"step_00000003"}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "in_background"), [(0, False), (1, False), (1, True)])
 def test_a_full_disk_of_one_rank_is_told_on_every_rank(
-    ranks_of: RanksOf, three: tuple[Settings, Result], root: Path, tmp_path: Path, rank: int
+    ranks_of: RanksOf,
+    three: tuple[Settings, Result],
+    tmp_path: Path,
+    rank: int,
+    in_background: bool,
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(three[0].run.folder, folder)
     settings = replaced(three[0], "run", folder=str(folder), resume=True, steps=4)
+    settings = replaced(settings, "run", async_checkpoints=in_background)
     texts = ranks_of(2).run(run_with_full_disk, run_training, settings, rank, 2000)
     assert texts[0] == texts[1]
     assert re.search(rf"step_00000004: not written \(rank {rank}: .*bytes are free", texts[0])
     assert steps(folder) == [f"step_0000000{step}" for step in (1, 2, 3)]
+
+
+def test_a_run_that_saves_in_the_background_is_the_same(
+    ranks_of: RanksOf, three: tuple[Settings, Result], tmp_path: Path
+) -> None:
+    """Losses, and every byte of every checkpoint's tensors: what is copied is not what comes."""
+    settings, expected = three
+    settings = replaced(settings, "run", folder=str(tmp_path / "run"), async_checkpoints=True)
+    result, *_ = ranks_of(2).run(run_slowly_saved, settings)
+    assert result.losses == expected.losses
+    assert steps(tmp_path / "run") == steps(expected.folder)
+    for name in steps(expected.folder):
+        for path in sorted((expected.folder / "checkpoints" / name).glob("*.distcp")):
+            other = tmp_path / "run" / "checkpoints" / name / path.name
+            assert other.read_bytes() == path.read_bytes(), (name, path.name)
+    again = replaced(settings, "run", resume=True, steps=4)
+    result, *_ = ranks_of(2).run(run_training, again)
+    assert steps(tmp_path / "run")[-1] == "step_00000004"
+
+
+def test_a_failed_run_keeps_what_it_was_writing(
+    ranks_of: RanksOf, three: tuple[Settings, Result], tmp_path: Path
+) -> None:
+    settings, _ = three
+    settings = replaced(settings, "run", folder=str(tmp_path / "run"), async_checkpoints=True)
+    texts = ranks_of(2).run(fail_while_it_saves, settings)
+    assert set(texts) == {"the second step fails"}
+    assert steps(tmp_path / "run") == ["step_00000001"]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
 def test_steps_beyond_eight_digits_are_refused(root: Path) -> None:
