@@ -285,7 +285,7 @@ def runs_hopper_backward(q: Tensor, v: Tensor) -> bool:
 
     For widths and ratios that need no padding.
     """
-    return _runs_gluon(q, v) and {q.shape[-1], v.shape[-1]} <= {64, 128}
+    return _runs_gluon(q, v) and q.shape[-1] in (64, 128, 192) and v.shape[-1] in (64, 128)
 
 
 class WalkTile(NamedTuple):
