@@ -342,11 +342,11 @@ def walk_tiles(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkT
 
 def _selected_gluon(q: Tensor, v: Tensor, select_block: int) -> bool:
     """Whether kernels of the selected branch in Gluon take this GPU, dtype, widths and blocks."""
-    widths = {q.shape[-1], v.shape[-1]}
     return (
         gpu_of(q).selected_gluon
         and q.dtype != torch.float32
-        and widths <= {64, 128}
+        and q.shape[-1] in (64, 128, 192)
+        and v.shape[-1] in (64, 128)
         and select_block == 64
     )
 
