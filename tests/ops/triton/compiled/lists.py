@@ -175,6 +175,7 @@ SHORT_HOPPER = (
     (Case("compressed", "bf16", 192, 128, options=(("gate", 1),)), 90, "banded.hopper_dkv"),
     (Case("window", "bf16", 192, 128, options=(("gate", 1),)), 90, "banded.hopper_dkv"),
     (Case("select", "fp16", 64, 64), 90, "selection.hopper_score"),
+    (Case("select", "bf16", 192, 192), 90, "selection.hopper_score"),
     (Case("select", "bf16", 128, 128), 80, "selection.score"),
 )
 
