@@ -71,7 +71,36 @@ CASES = [
         window=60,
     ),
     Case("R32", (45, 361), heads=32, groups=1, key_width=128, value_width=128, window=65),
+    Case("R16_wide", (900, 31, 5), heads=32, key_width=192, value_width=128, **PAPER),
+    Case(
+        "R4_wide_cut",
+        (40, 500, 90),
+        ((1, 37, 250), (1, 350, 150), (2, 0, 13), (2, 60, 1)),
+        heads=4,
+        groups=1,
+        key_width=192,
+        value_width=64,
+        block=4,
+        stride=2,
+        window=33,
+    ),
+    Case(
+        "R16_wide_few_keys",
+        (260, 61),
+        heads=16,
+        groups=1,
+        key_width=192,
+        value_width=128,
+        block=2,
+        stride=1,
+        window=60,
+    ),
+    Case("R8_wide", (450, 200), heads=8, groups=1, key_width=192, value_width=128, window=1),
+    Case("R32_wide", (45, 361), heads=32, groups=1, key_width=192, value_width=128, window=65),
+    Case("R1_wide", (333, 1, 200), heads=2, key_width=192, value_width=128, window=128),
 ]
+CUT, PAPERS = CASES[3], CASES[5]
+WIDE, WIDE_CUT = CASES[8:10]
 each_branch = pytest.mark.parametrize("name", ["compressed", "window"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
 
@@ -104,7 +133,7 @@ def test_against_the_oracle_and_twice(name: str, case: Case, dtype: torch.dtype)
 
 
 @every_dtype
-@pytest.mark.parametrize("case", [CASES[3], CASES[5]], ids=case_id)
+@pytest.mark.parametrize("case", [CUT, PAPERS, WIDE, WIDE_CUT], ids=case_id)
 @each_branch
 def test_gate(name: str, case: Case, dtype: torch.dtype) -> None:
     """Positive, zero and negative gates; delta is the gate's gradient."""
@@ -129,9 +158,10 @@ def test_gate(name: str, case: Case, dtype: torch.dtype) -> None:
     assert_2x(delta, plain_delta, exact_delta, dtype, "gate", cu_seqlens=case.run_bounds)
 
 
+@pytest.mark.parametrize("case", [PAPERS, WIDE], ids=case_id)
 @each_branch
-def test_gate_of_one_changes_no_bit(name: str) -> None:
-    branch = Branch(TRITON, name, CASES[5])
+def test_gate_of_one_changes_no_bit(name: str, case: Case) -> None:
+    branch = Branch(TRITON, name, case)
     inputs, do = branch.inputs(torch.bfloat16)
     buffers = branch.buffers(inputs)
     gate = torch.ones(do.shape[1], do.shape[0], dtype=torch.bfloat16, device=DEVICE).t()
@@ -139,10 +169,11 @@ def test_gate_of_one_changes_no_bit(name: str) -> None:
     assert_same(list(gradients(branch, buffers, do, gate)), list(expected))
 
 
+@pytest.mark.parametrize("width", [128, 192])
 @each_branch
-def test_nan_of_another_document_stays_there(name: str) -> None:
+def test_nan_of_another_document_stays_there(name: str, width: int) -> None:
     """Queries, keys, values and gradients of the second of three documents, cut within tiles."""
-    case = Case("three", (203, 77, 150), heads=16, groups=1, key_width=128, value_width=128)
+    case = Case("three", (203, 77, 150), heads=16, groups=1, key_width=width, value_width=128)
     branch = Branch(TRITON, name, replace(case, **PAPER))
     inputs, do = branch.inputs(torch.bfloat16)
     clean = gradients(branch, branch.buffers(inputs), do)
@@ -160,10 +191,12 @@ def test_nan_of_another_document_stays_there(name: str) -> None:
 
 
 @every_dtype
-def test_more_keys_than_other_kernels_add_in_a_row(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("width", [128, 192])
+def test_more_keys_than_other_kernels_add_in_a_row(width: int, dtype: torch.dtype) -> None:
     """dq over 65,536 keys, and gradients that cancel: what delta is off by counts in full."""
     keys, rows, stride = 65536, 96, 16
-    q, k, v = (random(n, h, 128, dtype=dtype) for n, h in ((rows, 2), (keys, 1), (keys, 1)))
+    shapes = ((rows, 2, width), (keys, 1, width), (keys, 1, 128))
+    q, k, v = (random(*shape, dtype=dtype) for shape in shapes)
     v[keys // 2 :] += 4
     do = random(rows, 2, 128, dtype=dtype) + 1
     position = keys * stride + 31 - rows  # The last query sees the last key.
@@ -197,10 +230,11 @@ def test_a_key_that_a_hundred_thousand_rows_see(dtype: torch.dtype) -> None:
     assert_band("compressed", replace(case, stride=32), dtype)
 
 
+@pytest.mark.parametrize("case", [CUT, WIDE_CUT], ids=case_id)
 @each_branch
-def test_inputs_that_tma_cannot_read(name: str) -> None:
+def test_inputs_that_tma_cannot_read(name: str, case: Case) -> None:
     """Odd strides and addresses are copied: the same bits."""
-    branch = Branch(TRITON, name, CASES[3])
+    branch = Branch(TRITON, name, case)
     inputs, do = branch.inputs(torch.bfloat16)
     buffers = branch.buffers(inputs)
 

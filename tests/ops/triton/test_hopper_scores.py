@@ -31,6 +31,7 @@ CASES = [
         groups=1, key_width=128, **LENGTHS,
     ),
     Case("width_64", (1500, 333), heads=32, groups=2, key_width=64, **LENGTHS),
+    Case("width_192", (1500, 333), heads=32, groups=2, key_width=192, **LENGTHS),
     Case("short_blocks", (700, 90), heads=16, groups=1, key_width=128, block=4, stride=2,
          select_block=8, num_selected=5),
 ]  # fmt: skip
@@ -54,7 +55,11 @@ def takes(
 
 def test_which_shapes_it_takes() -> None:
     """By GPU, dtype, width, ratio and the lengths of blocks; those of inputs are no part of it."""
-    assert [width for width in (16, 64, 80, 96, 128, 192, 256) if takes(width=width)] == [64, 128]
+    assert [width for width in (16, 64, 80, 96, 128, 192, 256) if takes(width=width)] == [
+        64,
+        128,
+        192,
+    ]
     assert [ratio for ratio in range(1, 33) if takes(ratio=ratio)] == [16]
     lengths = ((32, 16, 64), (4, 2, 8), (16, 16, 64), (64, 16, 64), (32, 16, 128))
     assert [takes(lengths=x) for x in lengths] == [True, True, False, False, False]
@@ -119,9 +124,10 @@ def test_choices_are_those_of_the_plain_kernel(
 
 @pytest.mark.gpu
 @on_hopper
-def test_nothing_of_others_reaches_a_document() -> None:
+@pytest.mark.parametrize("width", [128, 192])
+def test_nothing_of_others_reaches_a_document(width: int) -> None:
     """NaN in the queries and keys of the documents beside it, which stand in its tiles."""
-    case = replace(CASES[0], documents=(45, 701, 3, 300))
+    case = replace(CASES[0], documents=(45, 701, 3, 300), key_width=width)
     layout = Layout(case)
     q, k = make_inputs(case, torch.bfloat16)
     keys = fill(k, layout.compressed_index)

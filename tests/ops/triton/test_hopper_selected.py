@@ -48,6 +48,19 @@ CASES = [
     ),
     case("R32", (700,), 32, 128, 128),
 ]
+# Widths of queries and keys in three parts. Plain kernels take shorter tiles of keys there.
+WIDE_CASES = [
+    case("R4_192", (70, 700), 4, 192, 64, groups=2),
+    case("R8_192_packed", (1, 70, 0, 7, 33, 730), 8, 192, 128, groups=2),
+    case("R16_192", (900, 31), 16, 192, 128, groups=2),
+    replace(
+        case("R16_192_pieces", (300, 500), 16, 192, 64),
+        runs=((1, 37, 350), (1, 450, 20), (0, 0, 213)),
+        num_selected=4,
+    ),
+    case("R32_192", (700,), 32, 192, 128),
+]
+each_width = pytest.mark.parametrize("width", [128, 192])
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +87,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", [*CASES, *WIDE_CASES], ids=case_id)
 def test_against_the_oracle(case: Case, dtype: torch.dtype, made: Counter[str]) -> None:
     check_against_the_oracle(TRITON, case, dtype)
     dkv = {"dkv"} if case.heads // case.groups >= 8 else set()
@@ -99,10 +112,11 @@ def test_the_plain_kernels_sum_alike(
 
 
 @every_dtype
+@each_width
 @pytest.mark.parametrize("ratio", [4, 16, 32])
-def test_bits_do_not_depend_on_tiles(ratio: int, dtype: torch.dtype) -> None:
+def test_bits_do_not_depend_on_tiles(ratio: int, width: int, dtype: torch.dtype) -> None:
     """Rows that stand elsewhere in their tile, in one that is cut, keep their bits."""
-    whole = case("whole", (300,), ratio, 128, 128)
+    whole = case("whole", (300,), ratio, width, 128)
     cut = replace(whole, runs=((0, 0, 1), (0, 1, 5), (0, 6, 131), (0, 137, 163)))
     inputs, grad_o = make_inputs(whole, dtype)
     results = [
@@ -112,8 +126,9 @@ def test_bits_do_not_depend_on_tiles(ratio: int, dtype: torch.dtype) -> None:
     assert all(same_bits(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_tokens_that_chose_nothing() -> None:
-    one = case("one", (300,), 16, 128, 128)
+@each_width
+def test_tokens_that_chose_nothing(width: int) -> None:
+    one = case("one", (300,), 16, width, 128)
     inputs, grad_o = make_inputs(one, torch.bfloat16)
     leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
     selected = random_choice(one)
@@ -126,12 +141,17 @@ def test_tokens_that_chose_nothing() -> None:
 
 
 @every_dtype
+@each_width
 @pytest.mark.parametrize("workspace", [WORKSPACE, 40 * 64 * 256 * 4], ids=["all", "40"])
 def test_gradients_repeat(
-    workspace: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, made: Counter[str]
+    workspace: int,
+    width: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    made: Counter[str],
 ) -> None:
     """Also where most blocks have several programs, over one launch or several."""
-    long = case("long", (4000,), 16, 128, 128)
+    long = case("long", (4000,), 16, width, 128)
     inputs, grad_o = make_inputs(long, dtype)
     monkeypatch.setattr(backward, "WORKSPACE", workspace)
     results = [
@@ -142,8 +162,9 @@ def test_gradients_repeat(
 
 
 @every_dtype
-def test_a_gate_of_ones_is_no_gate(dtype: torch.dtype) -> None:
-    one = case("one", (500,), 16, 128, 128)
+@each_width
+def test_a_gate_of_ones_is_no_gate(width: int, dtype: torch.dtype) -> None:
+    one = case("one", (500,), 16, width, 128)
     inputs, grad_o = make_inputs(one, dtype)
     leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
     gate = torch.ones(500, 16, device=DEVICE)
@@ -156,9 +177,10 @@ def test_a_gate_of_ones_is_no_gate(dtype: torch.dtype) -> None:
 
 
 @every_dtype
-def test_views_that_tma_cannot_read(dtype: torch.dtype, made: Counter[str]) -> None:
+@each_width
+def test_views_that_tma_cannot_read(width: int, dtype: torch.dtype, made: Counter[str]) -> None:
     """Strides and addresses that are not whole 16 bytes: the bits of copies."""
-    one = case("one", (300,), 16, 128, 128)
+    one = case("one", (300,), 16, width, 128)
     inputs, grad_o = make_inputs(one, dtype)
     selected = random_choice(one)
     grads = []
@@ -166,7 +188,8 @@ def test_views_that_tma_cannot_read(dtype: torch.dtype, made: Counter[str]) -> N
         leaves = []
         for x in inputs:
             wide = torch.zeros(*x.shape[:2], x.shape[2] + 2 + odd, dtype=dtype, device=DEVICE)
-            leaf = wide[..., 1:129] if odd else wide[..., :128].contiguous()
+            leaf = wide[..., odd : x.shape[2] + odd]
+            leaf = leaf if odd else leaf.contiguous()
             leaves.append(leaf.copy_(x).requires_grad_())
         o, _ = attend_plain(TRITON, one, *leaves, selected)
         do = grad_o.to(DEVICE)[:, :1, :1].expand_as(o)
@@ -175,9 +198,10 @@ def test_views_that_tma_cannot_read(dtype: torch.dtype, made: Counter[str]) -> N
     assert all(same_bits(x, y) for x, y in zip(*grads, strict=True))
 
 
-def test_nan_behind_the_last_query() -> None:
+@each_width
+def test_nan_behind_the_last_query(width: int) -> None:
     """Rows of a chosen block that nobody may see hold NaN: no bit of anything changes."""
-    one = case("one", (256,), 16, 128, 128)
+    one = case("one", (256,), 16, width, 128)
     (q, k, v), grad_o = make_inputs(one, torch.bfloat16)
     leaves = [x.to(DEVICE).requires_grad_() for x in (q[:200], k, v)]
     results = []
@@ -202,7 +226,9 @@ def test_which_shapes_take_it() -> None:
         return of_queries, shapes.selected_dkv_gluon(q, v, block)
 
     assert takes(16, 128, 64, 64, torch.bfloat16) == (True, True)
+    assert takes(16, 192, 128, 64, torch.bfloat16) == (True, True)
+    assert takes(4, 192, 64, 64, torch.float16) == (True, False)
     assert takes(4, 128, 128, 64, torch.float16) == (True, False)
-    others = [(2, 128, 128, 64), (12, 64, 64, 64), (16, 192, 128, 64), (16, 128, 128, 32)]
+    others = [(2, 128, 128, 64), (12, 64, 64, 64), (16, 192, 192, 64), (16, 128, 128, 32)]
     assert {takes(*other, torch.float16) for other in others} == {(False, False)}
     assert takes(16, 128, 128, 64, torch.float32) == (False, False)

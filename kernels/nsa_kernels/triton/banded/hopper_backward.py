@@ -45,6 +45,7 @@ from nsa_kernels.triton.shared.hopper import (
     for_tma,
     head_tiles,
     lines,
+    part_width,
     persistent_programs,
 )
 from nsa_kernels.triton.shared.launch import launcher
@@ -134,8 +135,10 @@ def hopper_backward(
         C=of_rows, num_warps=4,
     )  # fmt: skip
 
-    q, do, dq = (head_tiles(x, C.BT, ratio, x.shape[-1]) for x in (q_NHD, do_NHD, dq_NHD))
-    k, v = (head_tiles(x, _BN, 1, x.shape[-1]) for x in (k_EGD, v_EGD))
+    part = part_width(dk)
+    q, dq = (head_tiles(x, C.BT, ratio, part) for x in (q_NHD, dq_NHD))
+    do = head_tiles(do_NHD, C.BT, ratio, dv)
+    k, v = head_tiles(k_EGD, _BN, 1, part), head_tiles(v_EGD, _BN, 1, dv)
     work = query_work(segments, band, C.BT)
     launcher(_hopper_dq_kernel, (min(programs, work.num_programs * groups),))(
         q, do, k, v, dq, dq_NHD, *rows, work.table, work.num_programs * groups, count, *scales, C,

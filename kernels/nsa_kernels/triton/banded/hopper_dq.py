@@ -27,7 +27,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_kernels.triton.banded.band import num_seen, sees_several
-from nsa_kernels.triton.shared.hopper import advance, keep_rows, new_barriers, to_16_bits
+from nsa_kernels.triton.shared.hopper import (
+    add_products,
+    advance,
+    append,
+    channel_parts,
+    keep_rows,
+    multiply_rows,
+    new_barriers,
+    part_width,
+    parts_of,
+    to_16_bits,
+    wait_for_sums,
+)
 
 
 class Constants(NamedTuple):
@@ -96,6 +108,8 @@ def _producer(
     work, num_programs, C: gl.constexpr,
 ):  # fmt: skip
     """Load both tiles of queries and the tiles of keys, these twice where delta comes of a walk."""
+    PARTS: gl.constexpr = channel_parts(C.DK)
+    PART: gl.constexpr = part_width(C.DK)
     s = gl.to_tensor(0)
     ph = gl.to_tensor(1)
     q_ph = gl.to_tensor(1)
@@ -105,9 +119,11 @@ def _producer(
             row = first_row + w * C.BT
             mbarrier.wait(q_empty.index(w), q_ph)
             mbarrier.expect(q_full.index(w), 128 * (C.DK + C.DV))
-            tma.async_copy_global_to_shared(
-                q_desc, [row, g * C.R, 0], q_full.index(w), q_s.index(w)
-            )
+            for part in gl.static_range(PARTS):
+                tma.async_copy_global_to_shared(
+                    q_desc, [row, g * C.R, part * PART], q_full.index(w),
+                    q_s.index(w * PARTS + part),
+                )  # fmt: skip
             tma.async_copy_global_to_shared(
                 do_desc, [row, g * C.R, 0], q_full.index(w), do_s.index(w)
             )
@@ -117,9 +133,11 @@ def _producer(
             j = begin + gl.where(i < walk, i, i - walk)
             mbarrier.wait(kv_empty.index(s), ph)
             mbarrier.expect(kv_full.index(s), 2 * C.BN * (C.DK + C.DV))
-            tma.async_copy_global_to_shared(
-                k_desc, [base + j * C.BN, g, 0], kv_full.index(s), k_s.index(s)
-            )
+            for part in gl.static_range(PARTS):
+                tma.async_copy_global_to_shared(
+                    k_desc, [base + j * C.BN, g, part * PART], kv_full.index(s),
+                    k_s.index(s * PARTS + part),
+                )  # fmt: skip
             tma.async_copy_global_to_shared(
                 v_desc, [base + j * C.BN, g, 0], kv_full.index(s), v_s.index(s)
             )
@@ -145,8 +163,8 @@ def _delta_step(
     BN: gl.constexpr = C.BN
     zero = gl.zeros([64, BN], gl.float32, S_L)
     mbarrier.wait(kv_full.index(s), ph)
-    k, v = k_s.index(s).reshape((C.BN, C.DK)), v_s.index(s).reshape((C.BN, C.DV))
-    a_s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    k, v = parts_of(k_s, s, C.BN, C.DK), v_s.index(s).reshape((C.BN, C.DV))
+    a_s = multiply_rows(q, k, zero, False)
     a_dp = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
     b_s, b_dp = warpgroup_mma_wait(0, deps=(a_s, a_dp))
     mbarrier.arrive(kv_empty.index(s), count=1)
@@ -168,12 +186,14 @@ def _step(
     """Add dS K of key tile j to dq, and dS to rest. b_s: the scores; returns the next tile's."""
     BN: gl.constexpr = C.BN
     zero = gl.zeros([64, BN], gl.float32, S_L)
-    k, v = k_s.index(s).reshape((C.BN, C.DK)), v_s.index(s).reshape((C.BN, C.DV))
+    PARTS: gl.constexpr = channel_parts(C.DK)
+    k, v = parts_of(k_s, s, C.BN, C.DK), v_s.index(s).reshape((C.BN, C.DV))
     if MASKED:
         # Another document's rows, or none: their scores are masked, but 0 K must be 0.
         low, high = first_key - j * C.BN, end_key - j * C.BN
         if (low > 0) | (high < C.BN):
-            keep_rows(k, low, high, C.BN, C.DK)
+            for part in gl.static_range(PARTS):
+                keep_rows(k[part], low, high, C.BN, part_width(C.DK))
     a_dp = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
     b_p = gl.exp2(gl.fma(b_s, scale2, gl.expand_dims(-b_lse, 1)))
     b_dp = warpgroup_mma_wait(0, deps=(a_dp,))
@@ -182,15 +202,14 @@ def _step(
         b_ds = gl.where(_sees(j, b_t, C, S_L), b_ds, 0.0)
     b_rest += gl.sum(b_ds, 1)
     b_ds = gl.convert_layout(to_16_bits(b_ds, k_s.dtype), P_L)
-    a_dq = warpgroup_mma(b_ds, k, b_dq, is_async=True)
+    a_dq = add_products(b_ds, k, b_dq)
     ns, nph = advance(s, ph, C.KV_STAGES)
     # The last tile has its own scores computed again, which nobody reads.
     ns = gl.where(more, ns, s)
     nph = gl.where(more, nph, ph)
     mbarrier.wait(kv_full.index(ns), nph)
-    k = k_s.index(ns).reshape((C.BN, C.DK))
-    a_s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    b_dq, b_ds = warpgroup_mma_wait(1, deps=(a_dq, b_ds))
+    a_s = multiply_rows(q, parts_of(k_s, ns, C.BN, C.DK), zero, False)
+    b_dq, b_ds = wait_for_sums(PARTS, a_dq, b_ds)
     b_s = warpgroup_mma_wait(0, deps=(a_s,))
     mbarrier.arrive(kv_empty.index(s), count=1)
     return b_s, b_dq, b_rest, ns, nph
@@ -203,17 +222,18 @@ def _consumer(
 ):  # fmt: skip
     """Warpgroup w: dq of its 64 rows, and delta with what is left of the sum of dS."""
     BN: gl.constexpr = C.BN
-    DK: gl.constexpr = C.DK
+    PARTS: gl.constexpr = channel_parts(C.DK)
+    PART: gl.constexpr = part_width(C.DK)
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
-    ROW_L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DK, DK // 8], [4, 1], [1, 0])
+    ROW_L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [4, 1], [1, 0])
     s = gl.to_tensor(0)
     ph = gl.to_tensor(0)
     q_ph = gl.to_tensor(0)
-    q = q_s.index(w).reshape((64, C.DK))
+    q = parts_of(q_s, w, 64, C.DK)
     do = do_s.index(w).reshape((64, C.DV))
-    dq_rows = dq_s.index(w).reshape((64, C.DK))
+    dq_rows = parts_of(dq_s, w, 64, C.DK)
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, S_L))
     for p in range(gl.program_id(0), num_programs, gl.num_programs(0)):
         (
@@ -236,11 +256,12 @@ def _consumer(
                 )  # fmt: skip
             b_delta = b_num / gl.where(b_den == 0.0, 1.0, b_den)
         b_rest = gl.zeros([64], gl.float32, gl.SliceLayout(1, S_L))
-        b_dq = gl.zeros([64, DK], gl.float32, O_L)
+        b_dq = ()
+        for _part in gl.static_range(PARTS):
+            b_dq = append(b_dq, gl.zeros([64, PART], gl.float32, O_L))
         mbarrier.wait(kv_full.index(s), ph)
-        k = k_s.index(s).reshape((C.BN, C.DK))
         zero = gl.zeros([64, BN], gl.float32, S_L)
-        a_s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        a_s = multiply_rows(q, parts_of(k_s, s, C.BN, C.DK), zero, False)
         b_s = warpgroup_mma_wait(0, deps=(a_s,))
         if C.WINDOW > 0:
             for j in range(begin, inner):
@@ -267,21 +288,28 @@ def _consumer(
             b_factor = b_factor * gl.load(gate + at, mask=m_m, other=0.0)
         b_several = gl.convert_layout(sees_several(b_t, C), gl.SliceLayout(1, O_L))
         b_factor = gl.convert_layout(b_factor, gl.SliceLayout(1, O_L))
-        b_dq = b_dq * gl.expand_dims(b_factor, 1)
-        b_dq = gl.where(gl.expand_dims(b_several, 1), b_dq, 0.0)
-        tma.store_wait(0)
-        dq_rows.store(b_dq.to(q.dtype))
+        for part in gl.static_range(PARTS):
+            b_part = b_dq[part] * gl.expand_dims(b_factor, 1)
+            b_part = gl.where(gl.expand_dims(b_several, 1), b_part, 0.0)
+            if part == 0:
+                tma.store_wait(0)
+            dq_rows[part].store(b_part.to(q_s.dtype))
         if tokens >= (w + 1) * C.BT:
             fence_async_shared()
             row = first_row + w * C.BT
-            tma.async_copy_shared_to_global(dq_desc, [row, g * C.R, 0], dq_s.index(w))
+            for part in gl.static_range(PARTS):
+                tma.async_copy_shared_to_global(
+                    dq_desc, [row, g * C.R, part * PART], dq_s.index(w * PARTS + part)
+                )
         else:  # What follows are rows of another segment.
             o_r = gl.arange(0, 64, layout=gl.SliceLayout(1, ROW_L))
-            o_d = gl.arange(0, C.DK, layout=gl.SliceLayout(0, ROW_L))
+            o_d = gl.arange(0, PART, layout=gl.SliceLayout(0, ROW_L))
             token = o_r // C.R + w * C.BT
             row_head = (first_row + token).to(gl.int64) * (C.G * C.R) + g * C.R + o_r % C.R
             to = gl.expand_dims(row_head * C.DK, 1) + gl.expand_dims(o_d, 0)
-            gl.store(dq + to, dq_rows.load(ROW_L), mask=gl.expand_dims(token < tokens, 1))
+            for part in gl.static_range(PARTS):
+                b_row = dq_rows[part].load(ROW_L)
+                gl.store(dq + part * PART + to, b_row, mask=gl.expand_dims(token < tokens, 1))
     tma.store_wait(0)
 
 
@@ -291,10 +319,14 @@ def _hopper_dq_kernel(
     scale, scale2, C: gl.constexpr,
 ):  # fmt: skip
     """dq [N, H, DK]; delta [G, tiles, 64] becomes that of dk and dv."""
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [2, C.BT, C.R, C.DK], q_desc.layout)
+    PARTS: gl.constexpr = channel_parts(C.DK)
+    PART: gl.constexpr = part_width(C.DK)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [2 * PARTS, C.BT, C.R, PART], q_desc.layout)
     do_s = gl.allocate_shared_memory(q_desc.dtype, [2, C.BT, C.R, C.DV], do_desc.layout)
-    dq_s = gl.allocate_shared_memory(q_desc.dtype, [2, C.BT, C.R, C.DK], dq_desc.layout)
-    k_s = gl.allocate_shared_memory(q_desc.dtype, [C.KV_STAGES, C.BN, 1, C.DK], k_desc.layout)
+    dq_s = gl.allocate_shared_memory(q_desc.dtype, [2 * PARTS, C.BT, C.R, PART], dq_desc.layout)
+    k_s = gl.allocate_shared_memory(
+        q_desc.dtype, [C.KV_STAGES * PARTS, C.BN, 1, PART], k_desc.layout
+    )
     v_s = gl.allocate_shared_memory(q_desc.dtype, [C.KV_STAGES, C.BN, 1, C.DV], v_desc.layout)
     q_full, q_empty = new_barriers(2, 1), new_barriers(2, 1)
     kv_full, kv_empty = new_barriers(C.KV_STAGES, 1), new_barriers(C.KV_STAGES, 2)

@@ -18,7 +18,9 @@ number a thread, one tile ahead, and goes round through shared memory. Places be
 repeat it with a log-sum-exp of infinity: P = 0. Only tiles up to the last query that does not see
 the whole block compare positions; queries stand in order, so these are the first.
 
-Letters: TT tokens of a tile, KH and VH halves of a row of q and do.
+At widths of 192 and 128, dk and dv take the registers of half of a tile: there it has 32 rows.
+
+Letters: TT tokens of a tile, KH and VH halves of a row of q and do, three of 192 channels.
 """
 
 from __future__ import annotations
@@ -37,15 +39,40 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_kernels.triton.shared.hopper import tile_layout
+from nsa_kernels.triton.shared.hopper import (
+    add_products,
+    append,
+    channel_parts,
+    multiply_rows,
+    part_width,
+    parts_of,
+    tile_layout,
+    wait_for_sums,
+)
 from nsa_kernels.triton.shared.launch import descriptor, launcher
 
 WORKERS = gl.constexpr(2)
-ROWS = gl.constexpr(64)  # of a tile of queries, and keys of a block
+ROWS = gl.constexpr(64)  # keys of a block
 HALF = gl.constexpr(64)  # channels that a swizzled row of shared memory has
-Q_STAGES = gl.constexpr(3)
-DO_STAGES = gl.constexpr(2)
 SEVERAL = gl.constexpr(256)  # see QueryLists.seen
+
+
+@gluon.constexpr_function
+def _tile_rows(width: int) -> int:
+    """Query rows of a tile, at this width of queries."""
+    return 32 if width == 192 else 64
+
+
+@gluon.constexpr_function
+def _q_stages(width: int) -> int:
+    """Tiles of q in flight."""
+    return 4 if width == 192 else 3
+
+
+@gluon.constexpr_function
+def _do_stages(width: int) -> int:
+    """Tiles of do in flight, at this width of queries."""
+    return 3 if width == 192 else 2
 
 
 @gluon.jit
@@ -79,7 +106,11 @@ def _load_warp(
     DV: gl.constexpr, FETCHED: gl.constexpr, MOST: gl.constexpr,
 ):  # fmt: skip
     """The loads of worker w."""
-    TT: gl.constexpr = ROWS // R
+    Q_ROWS: gl.constexpr = _tile_rows(DK)
+    Q_STAGES: gl.constexpr = _q_stages(DK)
+    DO_STAGES: gl.constexpr = _do_stages(DK)
+    PARTS: gl.constexpr = channel_parts(DK)
+    TT: gl.constexpr = Q_ROWS // R
     KH: gl.constexpr = DK // HALF
     VH: gl.constexpr = DV // HALF
     p = gl.program_id(0) * WORKERS + w
@@ -91,16 +122,21 @@ def _load_warp(
         row = gl.load(block_rows + i_block + i_g * group_step).to(gl.int32)
         mbarrier.expect(kv_full.index(w), ROWS * (DK + DV) * 2)
         if FETCHED and row >= num_own:
-            tma.async_copy_global_to_shared(
-                k_fetched, [row - num_own, i_g * k_fetched_column], kv_full.index(w), k_s.index(w)
-            )
+            for part in gl.static_range(PARTS):
+                column = i_g * k_fetched_column + part * part_width(DK)
+                tma.async_copy_global_to_shared(
+                    k_fetched, [row - num_own, column], kv_full.index(w),
+                    k_s.index(w * PARTS + part),
+                )  # fmt: skip
             tma.async_copy_global_to_shared(
                 v_fetched, [row - num_own, i_g * v_fetched_column], kv_full.index(w), v_s.index(w)
             )
         else:
-            tma.async_copy_global_to_shared(
-                k_own, [row, i_g * k_column], kv_full.index(w), k_s.index(w)
-            )
+            for part in gl.static_range(PARTS):
+                column = i_g * k_column + part * part_width(DK)
+                tma.async_copy_global_to_shared(
+                    k_own, [row, column], kv_full.index(w), k_s.index(w * PARTS + part)
+                )
             tma.async_copy_global_to_shared(
                 v_own, [row, i_g * v_column], kv_full.index(w), v_s.index(w)
             )
@@ -113,7 +149,7 @@ def _load_warp(
             q_at = w * Q_STAGES + q_stage
             do_at = w * DO_STAGES + do_stage
             mbarrier.wait(q_empty.index(q_at), q_phase)
-            mbarrier.expect(q_full.index(q_at), ROWS * DK * 2)
+            mbarrier.expect(q_full.index(q_at), Q_ROWS * DK * 2)
             for t in gl.static_range(TT):
                 token = gl.load(p_rows + gl.minimum(i + t, num - 1))
                 for half in gl.static_range(KH):
@@ -122,7 +158,7 @@ def _load_warp(
                         q_c.index((q_at * KH + half) * TT + t),
                     )  # fmt: skip
             mbarrier.wait(do_empty.index(do_at), do_phase)
-            mbarrier.expect(do_full.index(do_at), ROWS * DV * 2)
+            mbarrier.expect(do_full.index(do_at), Q_ROWS * DV * 2)
             for t in gl.static_range(TT):
                 token = gl.load(p_rows + gl.minimum(i + t, num - 1))
                 for half in gl.static_range(VH):
@@ -167,12 +203,16 @@ def _step(
     DV: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Tile i of a program's queries; b_s is its k q^T. Issues that of the next beside dS q."""
-    TT: gl.constexpr = ROWS // R
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    DK_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    Q_ROWS: gl.constexpr = _tile_rows(DK)
+    Q_STAGES: gl.constexpr = _q_stages(DK)
+    DO_STAGES: gl.constexpr = _do_stages(DK)
+    PARTS: gl.constexpr = channel_parts(DK)
+    TT: gl.constexpr = Q_ROWS // R
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, Q_ROWS, 16])
+    DK_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, part_width(DK), 16])
     DV_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_L)
-    zero = gl.zeros([ROWS, ROWS], gl.float32, S_L)
+    zero = gl.zeros([ROWS, Q_ROWS], gl.float32, S_L)
     lse_s.index(w).store(b_lse)
     delta_s.index(w).store(b_delta)
     if GATED:
@@ -207,7 +247,7 @@ def _step(
         b_ds = gl.where(gl.expand_dims(o_n, 1) < gl.expand_dims(c_several, 0), b_ds, 0.0)
     b_ds16 = gl.convert_layout(b_ds.to(q_t.dtype), gl.DotOperandLayout(0, DK_L, 2))
     q_at = w * Q_STAGES + q_stage
-    a_dk = warpgroup_mma(b_ds16, q_t.index(q_at), b_dk, is_async=True)
+    a_dk = add_products(b_ds16, parts_of(q_t, q_at, Q_ROWS, DK), b_dk)
     # The last tile computes its own S again, which nobody reads.
     more = i + 1 < tiles
     next_stage, next_phase = _advance(q_stage, q_phase, Q_STAGES)
@@ -215,10 +255,10 @@ def _step(
     next_phase = gl.where(more, next_phase, q_phase)
     next_at = w * Q_STAGES + next_stage
     mbarrier.wait(q_full.index(next_at), next_phase)
-    a_s = warpgroup_mma(k, q_t.index(next_at).permute((1, 0)), zero, use_acc=False, is_async=True)
-    b_dv, b_p16 = warpgroup_mma_wait(2, deps=(a_dv, b_p16))
+    a_s = multiply_rows(k, parts_of(q_t, next_at, Q_ROWS, DK), zero, False)
+    b_dv, b_p16 = warpgroup_mma_wait(2 * PARTS, deps=(a_dv, b_p16))
     mbarrier.arrive(do_empty.index(do_at), count=1)
-    b_dk, b_ds16 = warpgroup_mma_wait(1, deps=(a_dk, b_ds16))
+    b_dk, b_ds16 = wait_for_sums(PARTS, a_dk, b_ds16)
     b_s = warpgroup_mma_wait(0, deps=(a_s,))
     mbarrier.arrive(q_empty.index(q_at), count=1)
     do_stage, do_phase = _advance(do_stage, do_phase, DO_STAGES)
@@ -237,20 +277,24 @@ def _multiply(
     MOST: gl.constexpr,
 ):  # fmt: skip
     """The products of worker w."""
-    TT: gl.constexpr = ROWS // R
+    Q_ROWS: gl.constexpr = _tile_rows(DK)
+    Q_STAGES: gl.constexpr = _q_stages(DK)
+    PARTS: gl.constexpr = channel_parts(DK)
+    PART: gl.constexpr = part_width(DK)
+    TT: gl.constexpr = Q_ROWS // R
     H: gl.constexpr = G * R
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    DK_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, Q_ROWS, 16])
+    DK_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     DV_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    k = k_s.index(w)
+    k = parts_of(k_s, w, ROWS, DK)
     v = v_s.index(w)
     p = gl.program_id(0) * WORKERS + w
     i_program, i_block, begin, num = _program(
         order, owner, ends, starts, first_program, p, num_programs, num_blocks * G, MOST
     )
     if num > 0:
-        o_m = gl.arange(0, ROWS, layout=LINE)
+        o_m = gl.arange(0, Q_ROWS, layout=LINE)
         place = o_m // R
         o_n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_L))
         head = (i_block // num_blocks).to(gl.int32) * R + o_m % R
@@ -268,7 +312,9 @@ def _multiply(
         partly = gl.where((all_seen != ROWS + SEVERAL) & (o_p < num), o_p // TT + 1, 0)
         masked = gl.max(partly, 0)
 
-        b_dk = gl.zeros([ROWS, DK], gl.float32, DK_L)
+        b_dk = ()
+        for _part in gl.static_range(PARTS):
+            b_dk = append(b_dk, gl.zeros([ROWS, PART], gl.float32, DK_L))
         b_dv = gl.zeros([ROWS, DV], gl.float32, DV_L)
         q_stage = gl.to_tensor(0)
         q_phase = gl.to_tensor(0)
@@ -276,10 +322,8 @@ def _multiply(
         do_phase = gl.to_tensor(0)
         mbarrier.wait(kv_full.index(w), 0)
         mbarrier.wait(q_full.index(w * Q_STAGES), 0)
-        a_s = warpgroup_mma(
-            k, q_t.index(w * Q_STAGES).permute((1, 0)),
-            gl.zeros([ROWS, ROWS], gl.float32, S_L), use_acc=False, is_async=True,
-        )  # fmt: skip
+        q = parts_of(q_t, w * Q_STAGES, Q_ROWS, DK)
+        a_s = multiply_rows(k, q, gl.zeros([ROWS, Q_ROWS], gl.float32, S_L), False)
         b_s = warpgroup_mma_wait(0, deps=(a_s,))
         for i in range(masked):
             (
@@ -303,8 +347,9 @@ def _multiply(
             )  # fmt: skip
         first = (i_program - first_program) * ROWS
         o_k = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, DK_L)), 1) * DK
-        o_k += gl.expand_dims(gl.arange(0, DK, layout=gl.SliceLayout(0, DK_L)), 0)
-        gl.store(dk + first * DK + o_k, b_dk * scale)
+        o_k += gl.expand_dims(gl.arange(0, PART, layout=gl.SliceLayout(0, DK_L)), 0)
+        for part in gl.static_range(PARTS):
+            gl.store(dk + first * DK + part * PART + o_k, b_dk[part] * scale)
         o_v = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, DV_L)), 1) * DV
         o_v += gl.expand_dims(gl.arange(0, DV, layout=gl.SliceLayout(0, DV_L)), 0)
         gl.store(dv + first * DV + o_v, b_dv)
@@ -323,7 +368,12 @@ def _hopper_block_dkv_kernel(
     group_step: how far the rows of the blocks of one group are from those of the next, less
     num_blocks.
     """
-    TT: gl.constexpr = ROWS // R
+    Q_ROWS: gl.constexpr = _tile_rows(DK)
+    Q_STAGES: gl.constexpr = _q_stages(DK)
+    DO_STAGES: gl.constexpr = _do_stages(DK)
+    PARTS: gl.constexpr = channel_parts(DK)
+    PART: gl.constexpr = part_width(DK)
+    TT: gl.constexpr = Q_ROWS // R
     dtype: gl.constexpr = q_desc.dtype
     q_c = gl.allocate_shared_memory(
         dtype, [WORKERS * Q_STAGES * (DK // HALF) * TT, 1, R, HALF], q_desc.layout
@@ -331,15 +381,15 @@ def _hopper_block_dkv_kernel(
     do_c = gl.allocate_shared_memory(
         dtype, [WORKERS * DO_STAGES * (DV // HALF) * TT, 1, R, HALF], do_desc.layout
     )
-    k_s = gl.allocate_shared_memory(dtype, [WORKERS, ROWS, DK], k_own.layout)
+    k_s = gl.allocate_shared_memory(dtype, [WORKERS * PARTS, ROWS, PART], k_own.layout)
     v_s = gl.allocate_shared_memory(dtype, [WORKERS, ROWS, DV], v_own.layout)
-    q_t = q_c._reinterpret(dtype, [WORKERS * Q_STAGES, ROWS, DK], k_own.layout)
-    do_t = do_c._reinterpret(dtype, [WORKERS * DO_STAGES, ROWS, DV], v_own.layout)
+    q_t = q_c._reinterpret(dtype, [WORKERS * Q_STAGES * PARTS, Q_ROWS, PART], k_own.layout)
+    do_t = do_c._reinterpret(dtype, [WORKERS * DO_STAGES, Q_ROWS, DV], v_own.layout)
     COLUMNS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    lse_s = gl.allocate_shared_memory(gl.float32, [WORKERS, ROWS], COLUMNS)
-    delta_s = gl.allocate_shared_memory(gl.float32, [WORKERS, ROWS], COLUMNS)
-    gate_s = gl.allocate_shared_memory(gl.float32, [WORKERS, ROWS], COLUMNS)
-    seen_s = gl.allocate_shared_memory(gl.int32, [WORKERS, ROWS], COLUMNS)
+    lse_s = gl.allocate_shared_memory(gl.float32, [WORKERS, Q_ROWS], COLUMNS)
+    delta_s = gl.allocate_shared_memory(gl.float32, [WORKERS, Q_ROWS], COLUMNS)
+    gate_s = gl.allocate_shared_memory(gl.float32, [WORKERS, Q_ROWS], COLUMNS)
+    seen_s = gl.allocate_shared_memory(gl.int32, [WORKERS, Q_ROWS], COLUMNS)
     B_L: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [WORKERS * Q_STAGES, 1], B_L)
     q_empty = gl.allocate_shared_memory(gl.int64, [WORKERS * Q_STAGES, 1], B_L)
@@ -400,9 +450,8 @@ def _queries(x: Tensor, ratio: int, layout: Any) -> TensorDescriptor:
 def _keys(x: Tensor, layout: Any) -> TensorDescriptor:
     """Of x [rows, G, D] as a matrix whose row has all heads, each from its stride on."""
     shape, strides = (x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]), (x.stride(0), 1)
-    made: TensorDescriptor = descriptor(
-        x, shape, strides, (ROWS.value, x.shape[2]), layout, TensorDescriptor
-    )
+    block = ROWS.value, part_width(x.shape[2])
+    made: TensorDescriptor = descriptor(x, shape, strides, block, layout, TensorDescriptor)
     return made
 
 
@@ -427,7 +476,7 @@ class HopperDkv:
         groups, heads = tensors[0].shape[1], q_NHD.shape[1]
         ratio, widths = heads // groups, (q_NHD.shape[2], do_NHD.shape[2])
         rows = tile_layout((1, ratio, HALF.value), q_NHD.dtype)
-        keys = [tile_layout((ROWS.value, w), q_NHD.dtype) for w in widths]
+        keys = [tile_layout((ROWS.value, part_width(w)), q_NHD.dtype) for w in widths]
         # A descriptor of nothing cannot be made; the other one is not read then.
         own, fetched = tensors[:2], tensors[2:]
         own, fetched = own if num_own else fetched, fetched if fetched_rows else own

@@ -6,7 +6,15 @@ Shared memory at widths of 128, of which two programs of a multiprocessor have 1
     keys      4 x 16 KB             also q, which comes as the first tile of keys
     values    2 x 16 KB             also o, which comes as the first tile of values
 
-o is read once, for delta = sum of o do, and its stage is free for blocks again. Within a tile of
+o is read once, for delta = sum of o do, and its stage is free for blocks again. At widths of 192
+dQ takes the registers of q, which stays in shared memory:
+
+    q         24 KB                 of the tile
+    do        16 KB                 of the tile
+    keys      2 x 24 KB
+    values    1 x 16 KB             also o
+
+Within a tile of
 queries the scores of the next block are computed beside dS K of this one:
 
     issue dP = dO V^T                              P = exp2(S - lse)
@@ -43,18 +51,32 @@ from nsa_kernels.triton.selected.hopper_walk import (
 )
 from nsa_kernels.triton.selected.lists import BlockLists, entry_chosen_by, entry_length
 from nsa_kernels.triton.shared.gates import gate_rows, load_gate
-from nsa_kernels.triton.shared.hopper import Ring, advance, keep_rows, new_barriers, to_16_bits
+from nsa_kernels.triton.shared.hopper import (
+    Ring,
+    add_products,
+    advance,
+    append,
+    channel_parts,
+    keep_rows,
+    multiply_rows,
+    new_barriers,
+    part_width,
+    parts_of,
+    to_16_bits,
+    wait_for_sums,
+)
 from nsa_kernels.triton.shared.launch import launcher
 
-STAGES = (4, 2)  # of keys and of values
+STAGES, WIDE_STAGES = (4, 2), (2, 1)  # of keys and of values
 
 
 @gluon.jit
 def _load_warp(
-    q_desc, do_desc, o_desc, k, v, num_own, tiles, blocks, num_tiles, q_s, o_s, keys, values, do,
-    C: gl.constexpr,
+    q_desc, do_desc, o_desc, k, v, num_own, tiles, blocks, num_tiles, q_s, o_s, queries, keys,
+    values, do, C: gl.constexpr,
 ):  # fmt: skip
     """Ask for all tiles in the order in which they are needed. k, v: a `Source` each."""
+    WIDE: gl.constexpr = C.DK == 192
     k_stage = gl.to_tensor(0)
     k_parity = gl.to_tensor(1)
     v_stage = gl.to_tensor(0)
@@ -64,22 +86,27 @@ def _load_warp(
     for p in range(gl.program_id(0), num_tiles * C.G, gl.num_programs(0)):
         walk = load_walk(p, tiles, blocks, num_tiles, C)
         entry = load_entry(walk, 0)
-        k_stage, k_parity = ask_for_rows(q_desc, walk, keys, q_s, k_stage, k_parity, C.K_STAGES, C)
+        if not WIDE:
+            k_stage, k_parity = ask_for_rows(
+                q_desc, walk, keys, q_s, k_stage, k_parity, C.K_STAGES, C.DK, C
+            )
         v_stage, v_parity = ask_for_rows(
-            o_desc, walk, values, o_s, v_stage, v_parity, C.V_STAGES, C
+            o_desc, walk, values, o_s, v_stage, v_parity, C.V_STAGES, C.DV, C
         )
         for i in range(walk.whole + walk.edges):
             following = load_entry(walk, i + 1)
             k_stage, k_parity = ask_for_block(
-                k, entry, walk.g, num_own, keys, k_stage, k_parity, C.K_STAGES, C
+                k, entry, walk.g, num_own, keys, k_stage, k_parity, C.K_STAGES, C.DK, C
             )
             if i == 0:
                 # As late as may be: do of the tile of queries before is needed to its end.
+                if WIDE:
+                    ask_for_rows(q_desc, walk, queries, q_s, do_stage, do_parity, 1, C.DK, C)
                 do_stage, do_parity = ask_for_rows(
-                    do_desc, walk, do, do.tiles, do_stage, do_parity, 1, C
+                    do_desc, walk, do, do.tiles, do_stage, do_parity, 1, C.DV, C
                 )
             v_stage, v_parity = ask_for_block(
-                v, entry, walk.g, num_own, values, v_stage, v_parity, C.V_STAGES, C
+                v, entry, walk.g, num_own, values, v_stage, v_parity, C.V_STAGES, C.DV, C
             )
             entry = following
 
@@ -103,11 +130,13 @@ def _step(
     seen: see `first_seen`.
     """
     zero = gl.zeros([ROWS, ROWS], gl.float32, S_L)
-    k, v = keys.tiles.index(k_stage), values.tiles.index(v_stage)
+    PARTS: gl.constexpr = channel_parts(C.DK)
+    k, v = parts_of(keys.tiles, k_stage, ROWS, C.DK), values.tiles.index(v_stage)
     if EDGE:
         limit = entry_length(entry)
         if limit < ROWS:
-            keep_rows(k, 0, limit, ROWS, C.DK)
+            for part in gl.static_range(PARTS):
+                keep_rows(k[part], 0, limit, ROWS, part_width(C.DK))
     mbarrier.wait(values.full.index(v_stage), v_parity)
     a_dp = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)  # [64, 64]
     b_p = gl.exp2(gl.fma(b_s, logit_scale, gl.expand_dims(-b_lse, 1)))
@@ -117,15 +146,15 @@ def _step(
     b_ds = b_p * (b_dp - gl.expand_dims(b_delta, 1))
     b_ds = gl.where(sees(entry, seen, token, EDGE, S_L), b_ds, 0.0)
     b_ds = gl.convert_layout(to_16_bits(b_ds, keys.tiles.dtype), P_L)
-    a_dq = warpgroup_mma(b_ds, k, b_dq, is_async=True)  # [64, DK]
+    a_dq = add_products(b_ds, k, b_dq)  # [64, DK]
     # The last block has its own scores computed again, which nobody reads.
     next_stage, next_parity = advance(k_stage, k_parity, C.K_STAGES)
     next_stage = gl.where(more, next_stage, k_stage)
     next_parity = gl.where(more, next_parity, k_parity)
     mbarrier.wait(keys.full.index(next_stage), next_parity)
-    k = keys.tiles.index(next_stage)
-    a_s = warpgroup_mma(b_q, k.permute((1, 0)), zero, use_acc=False, is_async=True)  # [64, 64]
-    b_dq, b_ds = warpgroup_mma_wait(1, deps=(a_dq, b_ds))
+    k = parts_of(keys.tiles, next_stage, ROWS, C.DK)
+    a_s = multiply_rows(b_q, k, zero, False)  # [64, 64]
+    b_dq, b_ds = wait_for_sums(PARTS, a_dq, b_ds)
     b_s = warpgroup_mma_wait(0, deps=(a_s,))
     mbarrier.arrive(keys.empty.index(k_stage), count=1)
     return b_s, b_dq, next_stage, next_parity, v_stage, v_parity
@@ -133,12 +162,15 @@ def _step(
 
 @gluon.jit
 def _multiply(
-    dq, log_sum, delta, gate, tiles, blocks, num_tiles, q_s, o_s, keys, values, do, scale,
+    dq, log_sum, delta, gate, tiles, blocks, num_tiles, q_s, o_s, queries, keys, values, do, scale,
     logit_scale, C: gl.constexpr,
 ):  # fmt: skip
     """dq and delta of all tiles of queries of a program."""
+    WIDE: gl.constexpr = C.DK == 192
+    PARTS: gl.constexpr = channel_parts(C.DK)
+    PART: gl.constexpr = part_width(C.DK)
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.DK, 16])
+    O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
     Q_L: gl.constexpr = gl.DotOperandLayout(0, S_L, 2)
     k_stage = gl.to_tensor(0)
@@ -158,26 +190,34 @@ def _multiply(
         b_lse = gl.load(log_sum + row_head, mask=m_m, other=0.0)
         entry = load_entry(walk, 0)
 
-        mbarrier.wait(keys.full.index(k_stage), k_parity)
-        b_q = q_s.index(k_stage).reshape((ROWS, C.DK)).load(Q_L)
         q_stage = k_stage
-        k_stage, k_parity = advance(k_stage, k_parity, C.K_STAGES)
+        if WIDE:
+            mbarrier.wait(queries.full.index(0), do_parity)
+            b_q = parts_of(q_s, 0, ROWS, C.DK)
+        else:
+            mbarrier.wait(keys.full.index(k_stage), k_parity)
+            b_q = (q_s.index(k_stage).reshape((ROWS, C.DK)).load(Q_L),)
+            k_stage, k_parity = advance(k_stage, k_parity, C.K_STAGES)
         mbarrier.wait(keys.full.index(k_stage), k_parity)
-        k = keys.tiles.index(k_stage)
         zero = gl.zeros([ROWS, ROWS], gl.float32, S_L)
-        a_s = warpgroup_mma(b_q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        a_s = multiply_rows(b_q, parts_of(keys.tiles, k_stage, ROWS, C.DK), zero, False)
         mbarrier.wait(values.full.index(v_stage), v_parity)
         mbarrier.wait(do.full.index(0), do_parity)
         b_delta = _delta(o_s.index(v_stage).reshape((ROWS, C.DV)), do_rows, C, S_L)
         gl.store(delta + row_head, b_delta, mask=m_m)
-        b_s, b_q = warpgroup_mma_wait(0, deps=(a_s, b_q))
-        # Only now: loads may still be under way when a barrier is passed, products that took their
-        # results are not.
-        free_read_stage(keys.empty.index(q_stage))
+        if WIDE:
+            b_s = warpgroup_mma_wait(0, deps=(a_s,))
+        else:
+            b_q, b_s = wait_for_sums(0, b_q, a_s)
+            # Only now: loads may still be under way when a barrier is passed, products that took
+            # their results are not.
+            free_read_stage(keys.empty.index(q_stage))
         free_read_stage(values.empty.index(v_stage))
         v_stage, v_parity = advance(v_stage, v_parity, C.V_STAGES)
 
-        b_dq = gl.full([ROWS, C.DK], 0.0, gl.float32, O_L)
+        b_dq = ()
+        for _part in gl.static_range(PARTS):
+            b_dq = append(b_dq, gl.full([ROWS, PART], 0.0, gl.float32, O_L))
         several = gl.to_tensor(0)  # Choosers of a whole block: they see more than one key.
         for i in range(walk.whole):
             following = load_entry(walk, i + 1)
@@ -198,16 +238,21 @@ def _multiply(
             b_several = b_several | (entry_chosen_by(entry, token) & (seen + token > 1))
             entry = following
         k_stage, k_parity = advance(k_stage, k_parity, C.K_STAGES)
+        if WIDE:
+            mbarrier.arrive(queries.empty.index(0), count=1)
         mbarrier.arrive(do.empty.index(0), count=1)
         do_parity ^= 1
 
-        b_dq = b_dq * scale
         if gate is not None:
             b_gate = gl.convert_layout(load_gate(gate, row, head, m_m), gl.SliceLayout(1, O_L))
-            b_dq = b_dq * gl.expand_dims(b_gate, 1)
         b_several = gl.expand_dims(gl.convert_layout(b_several, gl.SliceLayout(1, O_L)), 1)
-        b_dq = gl.where(b_several, b_dq, 0.0)
-        store_rows(dq, b_dq, walk, keys.tiles.dtype, C.DK, C)
+        b_out = ()
+        for part in gl.static_range(PARTS):
+            b_part = b_dq[part] * scale
+            if gate is not None:
+                b_part = b_part * gl.expand_dims(b_gate, 1)
+            b_out = append(b_out, gl.where(b_several, b_part, 0.0))
+        store_rows(dq, b_out, walk, keys.tiles.dtype, C.DK, C)
 
 
 @gluon.jit(do_not_specialize=["num_own", "num_tiles"])
@@ -219,24 +264,31 @@ def _hopper_block_dq_kernel(
     """dq [N, H, DK] and delta [N, H]."""
     TT: gl.constexpr = ROWS // C.R
     dtype: gl.constexpr = q_desc.dtype
-    k_s = gl.allocate_shared_memory(dtype, [C.K_STAGES, ROWS, C.DK], k_own.layout)
+    PARTS: gl.constexpr = channel_parts(C.DK)
+    PART: gl.constexpr = part_width(C.DK)
+    k_s = gl.allocate_shared_memory(dtype, [C.K_STAGES * PARTS, ROWS, PART], k_own.layout)
     v_s = gl.allocate_shared_memory(dtype, [C.V_STAGES, ROWS, C.DV], v_own.layout)
     do_s = gl.allocate_shared_memory(dtype, [1, TT, C.R, C.DV], do_desc.layout)
-    q_s = k_s._reinterpret(dtype, [C.K_STAGES, TT, C.R, C.DK], q_desc.layout)
     o_s = v_s._reinterpret(dtype, [C.V_STAGES, TT, C.R, C.DV], o_desc.layout)
     keys = Ring(k_s, new_barriers(C.K_STAGES, 1), new_barriers(C.K_STAGES, 1))
     values = Ring(v_s, new_barriers(C.V_STAGES, 1), new_barriers(C.V_STAGES, 1))
     do = Ring(do_s, new_barriers(1, 1), new_barriers(1, 1))
+    if C.DK == 192:
+        q_s = gl.allocate_shared_memory(dtype, [PARTS, TT, C.R, PART], q_desc.layout)
+        queries = Ring(q_s, new_barriers(1, 1), new_barriers(1, 1))
+    else:
+        q_s = k_s._reinterpret(dtype, [C.K_STAGES, TT, C.R, C.DK], q_desc.layout)
+        queries = keys
     k = Source(k_own, k_fetched, k_column, k_fetched_column)
     v = Source(v_own, v_fetched, v_column, v_fetched_column)
     gl.warp_specialize([
         (_multiply, (
-            dq, log_sum, delta, gate, tiles, blocks, num_tiles, q_s, o_s, keys, values, do, scale,
-            logit_scale, C,
+            dq, log_sum, delta, gate, tiles, blocks, num_tiles, q_s, o_s, queries, keys, values, do,
+            scale, logit_scale, C,
         )),
         (_load_warp, (
-            q_desc, do_desc, o_desc, k, v, num_own, tiles, blocks, num_tiles, q_s, o_s, keys,
-            values, do, C,
+            q_desc, do_desc, o_desc, k, v, num_own, tiles, blocks, num_tiles, q_s, o_s, queries,
+            keys, values, do, C,
         )),
     ], [1], [LOAD_REGISTERS])  # fmt: skip
 
@@ -256,7 +308,8 @@ def hopper_dq(
     logit_scale: float,
 ) -> None:
     """Write dq and delta, as `_dq_kernel` of backward.py. tensors, lists: see `walk_launch`."""
-    launch = walk_launch(q_NHD, tensors, len(tiles), lists, STAGES)
+    stages = WIDE_STAGES if q_NHD.shape[2] > 128 else STAGES
+    launch = walk_launch(q_NHD, tensors, len(tiles), lists, stages)
     C = launch.constants
     q, do, o = (query_rows(x, C.R) for x in (q_NHD, do_NHD, o_NHD))
     launcher(_hopper_block_dq_kernel, (launch.programs,))(

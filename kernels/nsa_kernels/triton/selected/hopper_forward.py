@@ -46,13 +46,19 @@ from nsa_kernels.triton.shared.arithmetic import LN2
 from nsa_kernels.triton.shared.hopper import (
     Ring,
     advance,
+    append,
+    channel_parts,
     keep_rows,
+    multiply_rows,
     new_barriers,
+    part_width,
+    parts_of,
     to_16_bits,
+    wait_for_sums,
 )
 from nsa_kernels.triton.shared.launch import launcher
 
-STAGES = (3, 4)  # of keys and of values
+STAGES, WIDE_STAGES = (3, 4), (3, 2)  # of keys and of values
 
 
 @gluon.jit
@@ -67,14 +73,16 @@ def _load_warp(
     for p in range(gl.program_id(0), num_tiles * C.G, gl.num_programs(0)):
         walk = load_walk(p, tiles, blocks, num_tiles, C)
         entry = load_entry(walk, 0)
-        k_stage, k_parity = ask_for_rows(q_desc, walk, keys, q_s, k_stage, k_parity, C.K_STAGES, C)
+        k_stage, k_parity = ask_for_rows(
+            q_desc, walk, keys, q_s, k_stage, k_parity, C.K_STAGES, C.DK, C
+        )
         for i in range(walk.whole + walk.edges):
             following = load_entry(walk, i + 1)
             k_stage, k_parity = ask_for_block(
-                k, entry, walk.g, num_own, keys, k_stage, k_parity, C.K_STAGES, C
+                k, entry, walk.g, num_own, keys, k_stage, k_parity, C.K_STAGES, C.DK, C
             )
             v_stage, v_parity = ask_for_block(
-                v, entry, walk.g, num_own, values, v_stage, v_parity, C.V_STAGES, C
+                v, entry, walk.g, num_own, values, v_stage, v_parity, C.V_STAGES, C.DV, C
             )
             entry = following
 
@@ -112,8 +120,7 @@ def _step(
     """Scores and softmax of a block, beside P V of the block `before`. seen: see `first_seen`."""
     zero = gl.zeros([ROWS, ROWS], gl.float32, S_L)
     mbarrier.wait(keys.full.index(k_stage), k_parity)
-    k = keys.tiles.index(k_stage)
-    a_s = warpgroup_mma(b_q, k.permute((1, 0)), zero, use_acc=False, is_async=True)  # [64, 64]
+    a_s = multiply_rows(b_q, parts_of(keys.tiles, k_stage, ROWS, C.DK), zero, False)  # [64, 64]
     mbarrier.wait(values.full.index(v_stage), v_parity)
     v = values.tiles.index(v_stage)
     if EDGE:
@@ -143,6 +150,7 @@ def _multiply(
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.DV, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
     Q_L: gl.constexpr = gl.DotOperandLayout(0, S_L, 2)
+    PARTS: gl.constexpr = channel_parts(C.DK)
     dtype: gl.constexpr = keys.tiles.dtype
     k_stage = gl.to_tensor(0)
     k_parity = gl.to_tensor(0)
@@ -159,14 +167,16 @@ def _multiply(
         b_acc = gl.full([ROWS, C.DV], 0.0, gl.float32, O_L)
 
         mbarrier.wait(keys.full.index(k_stage), k_parity)
-        b_q = q_s.index(k_stage).reshape((ROWS, C.DK)).load(Q_L)
+        q = parts_of(q_s, k_stage, ROWS, C.DK)
+        b_q = ()
+        for part in gl.static_range(PARTS):
+            b_q = append(b_q, q[part].load(Q_L))
         q_stage = k_stage
         k_stage, k_parity = advance(k_stage, k_parity, C.K_STAGES)
         mbarrier.wait(keys.full.index(k_stage), k_parity)
-        k = keys.tiles.index(k_stage)
         zero = gl.zeros([ROWS, ROWS], gl.float32, S_L)
-        a_s = warpgroup_mma(b_q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        b_s, b_q = warpgroup_mma_wait(0, deps=(a_s, b_q))
+        a_s = multiply_rows(b_q, parts_of(keys.tiles, k_stage, ROWS, C.DK), zero, False)
+        b_q, b_s = wait_for_sums(0, b_q, a_s)
         # Only now: loads may still be under way when a barrier is passed, products that took their
         # results are not.
         free_read_stage(keys.empty.index(q_stage))
@@ -211,7 +221,7 @@ def _multiply(
         mbarrier.arrive(values.empty.index(v_stage), count=1)
         v_stage, v_parity = advance(v_stage, v_parity, C.V_STAGES)
         b_sum = gl.expand_dims(gl.convert_layout(b_sum, gl.SliceLayout(1, O_L)), 1)
-        store_rows(o, b_acc / b_sum, walk, dtype, C.DV, C)
+        store_rows(o, (b_acc / b_sum,), walk, dtype, C.DV, C)
 
 
 @gluon.jit(do_not_specialize=["num_own", "num_tiles"])
@@ -222,9 +232,11 @@ def _hopper_block_forward_kernel(
 ):  # fmt: skip
     """o [N, H, DV], lse and log_sum [N, H]."""
     dtype: gl.constexpr = q_desc.dtype
-    k_s = gl.allocate_shared_memory(dtype, [C.K_STAGES, ROWS, C.DK], k_own.layout)
+    PARTS: gl.constexpr = channel_parts(C.DK)
+    PART: gl.constexpr = part_width(C.DK)
+    k_s = gl.allocate_shared_memory(dtype, [C.K_STAGES * PARTS, ROWS, PART], k_own.layout)
     v_s = gl.allocate_shared_memory(dtype, [C.V_STAGES, ROWS, C.DV], v_own.layout)
-    q_s = k_s._reinterpret(dtype, [C.K_STAGES, ROWS // C.R, C.R, C.DK], q_desc.layout)
+    q_s = k_s._reinterpret(dtype, [C.K_STAGES * PARTS, ROWS // C.R, C.R, PART], q_desc.layout)
     keys = Ring(k_s, new_barriers(C.K_STAGES, 1), new_barriers(C.K_STAGES, 1))
     values = Ring(v_s, new_barriers(C.V_STAGES, 1), new_barriers(C.V_STAGES, 1))
     k = Source(k_own, k_fetched, k_column, k_fetched_column)
@@ -246,7 +258,8 @@ def hopper_forward(
     logit_scale: float,
 ) -> None:
     """Write o, lse and log_sum, as `_forward_kernel`. tensors, lists: see `walk_launch`."""
-    launch = walk_launch(q_NHD, tensors, len(tiles), lists, STAGES)
+    stages = WIDE_STAGES if q_NHD.shape[2] > 128 else STAGES
+    launch = walk_launch(q_NHD, tensors, len(tiles), lists, stages)
     launcher(_hopper_block_forward_kernel, (launch.programs,))(
         query_rows(q_NHD, launch.constants.R), *launch.sources, launch.num_own, o_NHD, lse_NH,
         log_sum_NH, tiles, lists, len(tiles), logit_scale, C=launch.constants, num_warps=4,

@@ -29,8 +29,10 @@ from nsa_kernels.triton.selected.lists import EDGES, BlockLists, entry_chosen_by
 from nsa_kernels.triton.shared.hopper import (
     WARPGROUP_ROWS,
     advance,
+    channel_parts,
     for_tma,
     head_tiles,
+    part_width,
     persistent_programs,
     row_tiles,
 )
@@ -134,30 +136,41 @@ def sees(entry, seen, token, EDGE: gl.constexpr, S_L: gl.constexpr):
 
 
 @gluon.jit
-def ask_for_rows(desc, walk, ring, tiles, stage, parity, STAGES: gl.constexpr, C: gl.constexpr):
+def ask_for_rows(
+    desc, walk, ring, tiles, stage, parity, STAGES: gl.constexpr, WIDTH: gl.constexpr,
+    C: gl.constexpr,
+):  # fmt: skip
     """Ask for the tile's rows of q, o or do in a stage of a ring. tiles: its, as [.., TT, R, D]."""
+    PARTS: gl.constexpr = channel_parts(WIDTH)
     full = ring.full.index(stage)
     mbarrier.wait(ring.empty.index(stage), parity)
-    mbarrier.expect(full, desc.block_type.nbytes)
-    at = [walk.row.to(gl.int32), walk.g * C.R, 0]
-    tma.async_copy_global_to_shared(desc, at, full, tiles.index(stage))
+    mbarrier.expect(full, PARTS * desc.block_type.nbytes)
+    for part in gl.static_range(PARTS):
+        at = [walk.row.to(gl.int32), walk.g * C.R, part * part_width(WIDTH)]
+        tma.async_copy_global_to_shared(desc, at, full, tiles.index(stage * PARTS + part))
     return advance(stage, parity, STAGES)
 
 
 @gluon.jit
 def ask_for_block(
-    source, entry, g, num_own, ring, stage, parity, STAGES: gl.constexpr, C: gl.constexpr
+    source, entry, g, num_own, ring, stage, parity, STAGES: gl.constexpr, WIDTH: gl.constexpr,
+    C: gl.constexpr,
 ):  # fmt: skip
     """Ask for the keys or values of a block in a stage of a ring."""
+    PARTS: gl.constexpr = channel_parts(WIDTH)
     row = entry_row(entry).to(gl.int32)
-    full, to = ring.full.index(stage), ring.tiles.index(stage)
+    full = ring.full.index(stage)
     mbarrier.wait(ring.empty.index(stage), parity)
-    mbarrier.expect(full, source.own.block_type.nbytes)
-    if C.FETCHED and row >= num_own:
-        at = [row - num_own, g * source.fetched_column]
-        tma.async_copy_global_to_shared(source.fetched, at, full, to)
-    else:
-        tma.async_copy_global_to_shared(source.own, [row, g * source.column], full, to)
+    mbarrier.expect(full, PARTS * source.own.block_type.nbytes)
+    for part in gl.static_range(PARTS):
+        to = ring.tiles.index(stage * PARTS + part)
+        column = part * part_width(WIDTH)
+        if C.FETCHED and row >= num_own:
+            at = [row - num_own, g * source.fetched_column + column]
+            tma.async_copy_global_to_shared(source.fetched, at, full, to)
+        else:
+            at = [row, g * source.column + column]
+            tma.async_copy_global_to_shared(source.own, at, full, to)
     return advance(stage, parity, STAGES)
 
 
@@ -173,13 +186,17 @@ def free_read_stage(empty):
 
 @gluon.jit
 def store_rows(p_out, b_x, walk, DTYPE: gl.constexpr, WIDTH: gl.constexpr, C: gl.constexpr):
-    """The tile's rows [64, WIDTH] to out [N, H, WIDTH], as the registers hold them."""
-    layout: gl.constexpr = b_x.type.layout
+    """The parts of the tile's rows [64, WIDTH] to out [N, H, WIDTH], as the registers hold them."""
+    PARTS: gl.constexpr = channel_parts(WIDTH)
+    PART: gl.constexpr = part_width(WIDTH)
+    layout: gl.constexpr = b_x[0].type.layout
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    o_d = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    o_d = gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
     row_head = (walk.row + o_row // C.R) * (C.G * C.R) + walk.g * C.R + o_row % C.R
     p_out += gl.expand_dims(row_head * WIDTH, 1) + gl.expand_dims(o_d, 0)
-    gl.store(p_out, b_x.to(DTYPE), mask=gl.expand_dims(o_row // C.R < walk.tokens, 1))
+    m_m = gl.expand_dims(o_row // C.R < walk.tokens, 1)
+    for part in gl.static_range(PARTS):
+        gl.store(p_out + part * PART, b_x[part].to(DTYPE), mask=m_m)
 
 
 class WalkLaunch(NamedTuple):
@@ -211,7 +228,7 @@ def walk_launch(
     # A descriptor of nothing cannot be made; the other one is not read then.
     own, fetched = own if num_own else fetched, fetched if fetched_rows else own
     loaded = [for_tma(x) for x in (*own, *fetched)]
-    descriptors = (row_tiles(x, WARPGROUP_ROWS, x.shape[2]) for x in loaded)
+    descriptors = (row_tiles(x, WARPGROUP_ROWS, part_width(x.shape[2])) for x in loaded)
     groups, length = own[0].shape[1], lists.lists.shape[-1]
     C = WalkConstants(
         groups, q_NHD.shape[1] // groups, q_NHD.shape[2], own[1].shape[2], length,
@@ -223,4 +240,4 @@ def walk_launch(
 
 def query_rows(x_NHD: Tensor, ratio: int) -> Any:
     """Tiles of 64 rows of q, o or do, for TMA."""
-    return head_tiles(for_tma(x_NHD), WARPGROUP_ROWS // ratio, ratio, x_NHD.shape[2])
+    return head_tiles(for_tma(x_NHD), WARPGROUP_ROWS // ratio, ratio, part_width(x_NHD.shape[2]))

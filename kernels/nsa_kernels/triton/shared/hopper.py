@@ -10,6 +10,9 @@ stage of the ring and changes the parity after the last one. A consumer's first 
 producer's is 1, which a new barrier lets pass, as its stages start out empty.
 
 Gluon calls the functions that plain kernels are made of, so maths of positions is written once.
+
+Tiles are powers of two wide. 192 channels are three parts of 64, each a tile of its own: a product
+over channels is a sum over the parts, one that gives channels is made part by part.
 """
 
 from __future__ import annotations
@@ -21,11 +24,29 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_kernels.occupancy import spared
 from nsa_kernels.triton.shared.launch import descriptor
+
+
+@gluon.constexpr_function
+def channel_parts(width: int) -> int:
+    """Of how many tiles rows of `width` channels are made."""
+    return 3 if width == 192 else 1
+
+
+@gluon.constexpr_function
+def part_width(width: int) -> int:
+    """Channels of each of these tiles."""
+    return 64 if width == 192 else width
+
 
 # Rows of a warpgroup's matrix instruction.
 WARPGROUP_ROWS = 64
@@ -65,6 +86,51 @@ def retreat(stage, parity, STAGES: gl.constexpr):
     """The stage before, and the parity of its barrier: what `advance` came from."""
     first = stage == 0
     return gl.where(first, STAGES - 1, stage - 1), gl.where(first, parity ^ 1, parity)
+
+
+@gluon.jit
+def append(parts, part):
+    """A tuple with one more at its end."""
+    return parts + (part,)  # noqa: RUF005 (Gluon unpacks nothing)
+
+
+@gluon.jit
+def parts_of(tiles, i, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """The parts [ROWS, ..] of the WIDTH channels of tile i; those of a tile stand in a row."""
+    PARTS: gl.constexpr = channel_parts(WIDTH)
+    parts = ()
+    for part in gl.static_range(PARTS):
+        tile = tiles.index(i * PARTS + part).reshape((ROWS, part_width(WIDTH)))
+        parts = append(parts, tile)
+    return parts
+
+
+@gluon.jit
+def multiply_rows(a, b, b_sum, USE_SUM: gl.constexpr):
+    """Issue a b^T of two tuples of parts, plus b_sum if USE_SUM."""
+    PARTS: gl.constexpr = len(a)
+    for part in gl.static_range(PARTS):
+        b_sum = warpgroup_mma(
+            a[part], b[part].permute((1, 0)), b_sum, use_acc=USE_SUM or part > 0, is_async=True
+        )
+    return b_sum
+
+
+@gluon.jit
+def add_products(b_a, b, sums):
+    """Issue b_a times each of the parts b, each on top of its sum."""
+    PARTS: gl.constexpr = len(b)
+    found = ()
+    for part in gl.static_range(PARTS):
+        found = append(found, warpgroup_mma(b_a, b[part], sums[part], is_async=True))
+    return found
+
+
+@gluon.jit
+def wait_for_sums(NUM: gl.constexpr, sums, b_a):
+    """Wait until NUM products are under way, not those of `add_products` with b_a: sums, b_a."""
+    found = warpgroup_mma_wait(NUM, deps=append(sums, b_a))
+    return found[:-1], found[-1]
 
 
 @gluon.jit

@@ -285,7 +285,7 @@ def runs_hopper_backward(q: Tensor, v: Tensor) -> bool:
 
     For widths and ratios that need no padding.
     """
-    return _runs_gluon(q, v) and {q.shape[-1], v.shape[-1]} <= {64, 128}
+    return _runs_gluon(q, v) and q.shape[-1] in (64, 128, 192) and v.shape[-1] in (64, 128)
 
 
 class WalkTile(NamedTuple):
@@ -342,11 +342,11 @@ def walk_tiles(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkT
 
 def _selected_gluon(q: Tensor, v: Tensor, select_block: int) -> bool:
     """Whether kernels of the selected branch in Gluon take this GPU, dtype, widths and blocks."""
-    widths = {q.shape[-1], v.shape[-1]}
     return (
         gpu_of(q).selected_gluon
         and q.dtype != torch.float32
-        and widths <= {64, 128}
+        and q.shape[-1] in (64, 128, 192)
+        and v.shape[-1] in (64, 128)
         and select_block == 64
     )
 
@@ -414,6 +414,7 @@ def score_tile(q: Tensor, heads: int, per_block: int) -> ScoreTile:
 
 # Columns of three consumers.
 _HOPPER_SCORES = HopperTile(384, 64, 4, registers=128, consumer_registers=160)
+_HOPPER_SCORES_192 = _HOPPER_SCORES._replace(stages=3)
 
 
 def hopper_score_tile(
@@ -425,8 +426,9 @@ def hopper_score_tile(
     """
     if not _runs_gluon(q, k) or (block, select_block) != (2 * stride, 4 * stride):
         return None
-    takes = q.shape[-1] in (64, 128) and q.shape[1] == 16 * k.shape[1]
-    return _HOPPER_SCORES if takes else None
+    if q.shape[-1] not in (64, 128, 192) or q.shape[1] != 16 * k.shape[1]:
+        return None
+    return _HOPPER_SCORES_192 if q.shape[-1] == 192 else _HOPPER_SCORES
 
 
 def choose_registers(scores: Tensor, first: bool) -> int | None:

@@ -155,6 +155,9 @@ SHORT_HOPPER = (
     (Case("selected", "fp16", 64, 64, options=(("gate", 1),)), 90, "selected.hopper_block_dq"),
     (Case("selected", "bf16", 128, 128, options=(("gate", 1),)), 90, "selected.hopper_block_dq"),
     (Case("selected", "fp16", 64, 64), 90, "selected.hopper_block_forward"),
+    (Case("selected", "bf16", 192, 128), 90, "selected.hopper_block_forward"),
+    (Case("selected", "bf16", 192, 128, options=(("gate", 1),)), 90, "selected.hopper_block_dq"),
+    (Case("selected", "bf16", 192, 128, options=(("gate", 1),)), 90, "selected.hopper_block_dkv"),
     (Case("selected", "bf16", 128, 128), 80, "selected.forward"),
     (Case("selected", "bf16", 128, 128), 80, "selected.dq"),
     (Case("selected", "bf16", 128, 128), 80, "selected.dkv"),
@@ -168,7 +171,11 @@ SHORT_HOPPER = (
     (Case("compressed", "fp16", 64, 64, options=(("gate", 1),)), 90, "banded.hopper_dq"),
     (Case("compressed", "fp16", 64, 64, options=(("gate", 1),)), 90, "banded.hopper_dkv"),
     (Case("window", "bf16", 128, 128, options=(("gate", 1),)), 90, "banded.hopper_dkv"),
+    (Case("compressed", "bf16", 192, 128, options=(("gate", 1),)), 90, "banded.hopper_dq"),
+    (Case("compressed", "bf16", 192, 128, options=(("gate", 1),)), 90, "banded.hopper_dkv"),
+    (Case("window", "bf16", 192, 128, options=(("gate", 1),)), 90, "banded.hopper_dkv"),
     (Case("select", "fp16", 64, 64), 90, "selection.hopper_score"),
+    (Case("select", "bf16", 192, 192), 90, "selection.hopper_score"),
     (Case("select", "bf16", 128, 128), 80, "selection.score"),
 )
 
