@@ -30,7 +30,7 @@ CONFIG = NSAConfig(4, 2, 64, select_block=64, num_selected=16)
 STRETCH = 2048
 """Coherent choices: so many neighbouring queries choose the same blocks, beside the forced ones."""
 WAYS = {"full": 1, "chosen": 3, "two levels": 3}
-"""How often each is timed: all visible blocks; chosen ones, by each rank for itself; chosen ones, once a node."""
+"""How often each is timed: all visible blocks; chosen ones, by each rank; chosen ones, by node."""
 
 
 def coherent_choices(plan: Plan) -> Tensor:

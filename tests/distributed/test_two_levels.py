@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -25,8 +26,8 @@ from nsa_dist import (
     make_sharding,
     native_sparse_attention,
 )
+from nsa_dist.comm import collectives, fetch, two_levels
 from nsa_dist.comm import hosts as hosts_module
-from nsa_dist.comm import two_levels
 from nsa_dist.comm.nodes import Nodes, nodes_of_neighbours
 from nsa_kernels.reference import ReferenceOptions, nsa_reference
 from tests.distributed.layer_case import (
@@ -484,3 +485,68 @@ def test_nodes_that_do_not_fit_are_refused_on_every_rank(ranks_of: RanksOf) -> N
         )
         assert "ranks_per_node must be equal on all ranks, got rank 0: 1, rank 1: 2" in found[4]
         assert f"rank 3: {must}3" in found[5]
+
+
+# --- on GPUs, over NCCL, whose streams are real ---------------------------------------------------
+
+CYCLES = 20_000_000
+"""About ten milliseconds, longer than anything that a small case computes."""
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[Ranks]:
+    there = torch.cuda.device_count()
+    if there < 4:
+        pytest.skip(f"needs 4 CUDA devices, found {there}")
+    ranks = Ranks(4, timedelta(seconds=120), "nccl")
+    yield ranks
+    ranks.close()
+
+
+def bits_on_gpus(case: LayerCase) -> tuple[bool, bool, bool]:
+    """Whether the forward has the bits of one level, whether gradients repeat with each option
+    for memory, and whether bits stay where devices are late at messages and memory is reused."""
+    forward, repeats, _ = same_bits(case, 2)
+    group, options = dist.group.WORLD, {"ranks_per_node": 2, "fetch_again": True}
+    expected, original = run_layer(case, group, **options), collectives.begin_all_to_all
+    begun: list[str] = []
+
+    def late(*args: Any, **given: Any) -> Any:
+        if len(begun) % dist.get_world_size() == dist.get_rank():
+            torch.cuda._sleep(CYCLES)
+        begun.append(args[-1])
+        work = original(*args, **given)
+        torch.cuda._sleep(CYCLES // 10)
+        for _ in range(3):
+            torch.full((args[0].numel() + 64,), float("nan"), device="cuda")
+        return work
+
+    for module in (fetch, two_levels):
+        module.begin_all_to_all = late  # type: ignore[attr-defined]
+    try:
+        same = equal(run_layer(case, group, **options), expected)
+    finally:
+        for module in (fetch, two_levels):
+            module.begin_all_to_all = original  # type: ignore[attr-defined]
+    return forward, repeats, same and {"share", "share_grad"} <= {*begun}
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bits_over_nccl(layout: str, gpus: Ranks) -> None:
+    case = replace(CASE, layout=layout, dtype=torch.float32, device="cuda")
+    assert gpus.run(bits_on_gpus, case) == [(True, True, True)] * 4
+
+
+@pytest.mark.multi_gpu
+def test_bytes_over_nccl(gpus: Ranks) -> None:
+    case = replace(COUNTED, device="cuda")
+    found = gpus.run(counted, case, 2, {"fetch_again": False})
+    nodes = nodes_of_neighbours(2, 4)
+    assert nodes is not None
+    chosen = chosen_tokens(found[0].selected.cpu(), case, 4)
+    width = (case.config.head_dim + case.config.value_dim) * case.dtype.itemsize
+    for rank, one in enumerate(found):
+        near, far, shared = (width * n for n in expected_tokens(chosen, nodes, rank))
+        assert (one.received["fetch"], one.far["fetch"]) == (near + far, far)
+        assert one.received["share"] == shared
