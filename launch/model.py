@@ -54,6 +54,7 @@ class Decoder(nn.Module):
             fetch_again=FETCH_AGAIN[parallel.fetch_again],
             recompute_branches=parallel.recompute_branches,
             fetch=parallel.fetch,
+            ranks_per_node=(parallel.ranks_per_node or None) if group is not None else None,
         )
         blocks: list[Callable[..., nn.Module]] = [
             dense if model.is_dense(layer) else sparse for layer in range(model.layers)

@@ -238,6 +238,9 @@ class ParallelSettings:
     fetch_again: Literal["auto", "always", "never"] = "auto"
     # branches that backward computes again, whose results are not kept
     recompute_branches: tuple[str, ...] = ()
+    # consecutive ranks of cp that share a node: then blocks of other nodes are fetched once a node.
+    # 0: those of each host, where hosts have equally many, at least two; 1: one level of links
+    ranks_per_node: int = 0
     # fsdp2: False keeps gathered weights until backward has used them
     reshard_after_forward: bool = True
     # deepspeed: 1 shards optimizer state, 2 gradients too, 3 weights too
@@ -249,6 +252,10 @@ class ParallelSettings:
         for option in ("cp", "tp", "pp"):
             _check_minimum("parallel", self, option, 1)
         check(self.dp >= 1 or self.dp == -1, "parallel.dp", self.dp, "at least 1, or -1")
+        _check_minimum("parallel", self, "ranks_per_node", 0)
+        given = self.ranks_per_node
+        must = f"0 or a divisor of parallel.cp = {self.cp}"
+        check(not given or self.cp % given == 0, "parallel.ranks_per_node", given, must)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nsa_dist.attention.call import Call, check_backend, make_call, make_setup
+from nsa_dist.attention.call import Call, check_backend, make_call, make_setup, options_problem
 from nsa_dist.attention.checks import inputs_problem, tensor_problem
 from nsa_dist.attention.functional import KeysOrValues, NSADetails, attend, details_of
 from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
@@ -26,7 +26,7 @@ from nsa_dist.checks import (
 )
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
-from nsa_dist.config import NSAConfig, RotaryConfig, split_options_problem
+from nsa_dist.config import NSAConfig, RotaryConfig
 from nsa_dist.nn.compressor import BlockCompressor, check_custom
 from nsa_dist.nn.dropout import drop_tokens
 from nsa_dist.nn.gates import make_gate
@@ -59,8 +59,8 @@ class NativeSparseAttention(nn.Module):
         k_compressor, v_compressor: modules that map [C, G, l, D] to [C, G, D], with
             ``config.compress == "custom"``.
         layout: how the sequence is split: "contiguous", "zigzag" or "zigzag_per_document".
-        group: process group or one-dimensional DeviceMesh over which it is split; None for one
-            rank.
+        group: process group or one-dimensional DeviceMesh over which it is split, or one with the
+            dimensions "node" and "local"; None for one rank.
         backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a name that
             ``nsa_kernels.get_backend`` knows. A config that the backend cannot compute is refused
             here if ``device`` is given, else at the first call.
@@ -75,6 +75,11 @@ class NativeSparseAttention(nn.Module):
         fetch: over several ranks, which selected blocks of other ranks are fetched: "chosen", or
             "full", all that local queries may choose. Then nothing is requested and no size is
             waited for. It is faster where nearly all are chosen.
+        ranks_per_node: consecutive ranks of the group that share the fast level of links. Then
+            ``fetch="chosen"`` brings a block of another node once a node, whose ranks share it, and
+            gradients are summed inside a node first. None: as a DeviceMesh of nodes says, else the
+            ranks of each host, where two or more hosts have equally many, at least two; 1: one
+            level.
 
     Attributes:
         communication: bytes sent by this layer, by kind, since its last ``reset``.
@@ -104,6 +109,7 @@ class NativeSparseAttention(nn.Module):
         fetch_again: bool | None = None,
         recompute_branches: Sequence[str] = (),
         fetch: str = "chosen",
+        ranks_per_node: int | None = None,
     ) -> None:
         super().__init__()
         context = context_group(group)
@@ -122,7 +128,13 @@ class NativeSparseAttention(nn.Module):
             given = {"k_compressor": k_compressor, "v_compressor": v_compressor}
             for name, module in given.items():
                 check(module is None, name, module, "None with a selector")
-        problem = split_options_problem(config, fetch_again, recompute_branches, fetch)
+        options: dict[str, Any] = {
+            "fetch_again": fetch_again,
+            "recompute_branches": recompute_branches,
+            "fetch": fetch,
+            "ranks_per_node": ranks_per_node,
+        }
+        problem = options_problem(config, context, **options)
         if problem is not None:
             raise ValueError(problem)
         check_backend(backend, config, device)
@@ -136,9 +148,7 @@ class NativeSparseAttention(nn.Module):
             CommunicationCounter(),
             rotary=rotary if config.compress_pre_rope else None,
             selector_grids=self._selector.grids(config),
-            fetch_again=fetch_again,
-            recompute_branches=recompute_branches,
-            fetch=fetch,
+            **options,
         )
         self.num_key_sets = len(self.setup.key_sets) if config.independent_kv else 1
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -30,11 +30,12 @@ from torch import Tensor
 from launch.bench.options import check_folder, choices_of_file
 from launch.bench.table import table
 from launch.bench.work import Pairs, keys_at
-from launch.estimating.choices import Choices, fetched_tokens, full_gather_tokens
+from launch.estimating.choices import Choices, carried_tokens, fetched_tokens, full_gather_tokens
 from launch.estimating.costs import call_flops
 from launch.processes.mistakes import end, read_once
 from nsa_dist import NSAConfig
 from nsa_dist.checks import as_choice, check
+from nsa_dist.comm.nodes import nodes_of_neighbours
 from nsa_dist.plan.layout import LayoutName, chunk_starts, make_layout
 from nsa_dist.plan.stream import Stream, cut_at
 
@@ -46,6 +47,7 @@ tokens."""
 HOW = get_args(Choices)
 COLUMNS = (
     *("ranks", "layout", "choices", "of a gather, mean", "of a rank"),
+    *("between nodes", "once a node"),
     *("work", "compressed", "selected", "window", "tokens", "padding"),
 )
 
@@ -62,6 +64,7 @@ class SplitsOptions:
         choices: how queries choose blocks: all, random, coherent, or an npz file of
             record_choices.py, of one document, whose layers have a line each.
         layers: of that file; all when empty.
+        node: neighbouring ranks of a node, for what crosses nodes.
         heads: query heads H.
         kv_heads: KV heads G.
         head_dim: width of queries, keys and values.
@@ -81,6 +84,7 @@ class SplitsOptions:
     layouts: tuple[str, ...] = (*LAYOUTS, *OTHERS)
     choices: tuple[str, ...] = ("coherent",)
     layers: tuple[int, ...] = ()
+    node: int = 8
     heads: int = 64
     kv_heads: int = 4
     head_dim: int = 128
@@ -106,6 +110,7 @@ class SplitsOptions:
             check(how in HOW or len(self.documents) == 1, "documents", self.documents, must)
         files = any(how not in HOW for how in self.choices)
         check(files or not self.layers, "layers", self.layers, "empty without a file of choices")
+        check(self.node >= 1, "node", self.node, "at least 1")
         check_folder("csv", self.csv)
         _ = self.config
 
@@ -130,6 +135,9 @@ class SplitRow:
     Args:
         share_mean, share_most: fetched tokens over those of a gather of all keys and values, mean
             of the ranks and of the rank with the most.
+        far, far_once: of the mean share what comes from other nodes, if each rank fetches for
+            itself, and if a node fetches a block once; None where ranks are on one node, or nodes
+            have no equal number of ranks, at least two.
         work, compressed, selected, window: the largest work of a rank over the mean, less 1, in all
             and of each branch; that of the compressed one includes the choice of blocks.
         tokens: the same of tokens.
@@ -141,6 +149,8 @@ class SplitRow:
     choices: str
     share_mean: float
     share_most: float
+    far: float | None
+    far_once: float | None
     work: float
     compressed: float
     selected: float
@@ -212,6 +222,24 @@ def recorded(options: SplitsOptions, path: Path) -> dict[str, Tensor]:
     return {f"{path.stem} layer {layer}": chosen for layer, chosen in layers.items()}
 
 
+def between_nodes(
+    options: SplitsOptions, stream: Stream, by_owner: Tensor, chosen: Choices | Tensor
+) -> tuple[float | None, float | None]:
+    """Tokens that a rank fetches of other nodes, mean of the ranks: by itself, and for its node.
+
+    Args:
+        by_owner: tokens that each rank fetches of each owner, [P, owner].
+    """
+    size, node = len(by_owner), options.node
+    nodes = None if size % node else nodes_of_neighbours(node, size)
+    if nodes is None:
+        return None, None
+    places = torch.tensor(nodes.of_rank)
+    far = by_owner * (places[:, None] != places)
+    carried = carried_tokens(options.config, stream, nodes, chosen)
+    return float(far.sum()) / size, float(carried.sum()) / size
+
+
 def rows(options: SplitsOptions) -> list[SplitRow]:
     """A line for each number of ranks, layout and way to choose.
 
@@ -236,8 +264,10 @@ def rows(options: SplitsOptions) -> list[SplitRow]:
                     chosen = torch.nn.functional.pad(
                         chosen, (0, 0, 0, 0, 0, stream.total - len(chosen)), value=-1
                     )
-                fetched = fetched_tokens(config, stream, size, chosen).sum((1, 2))
+                by_owner = fetched_tokens(config, stream, size, chosen).sum(2)
+                fetched = by_owner.sum(1)
                 share = fetched / max(gather, 1)
+                far, far_once = between_nodes(options, stream, by_owner, chosen)
                 found.append(
                     SplitRow(
                         size,
@@ -245,6 +275,8 @@ def rows(options: SplitsOptions) -> list[SplitRow]:
                         name,
                         float(share.mean()),
                         float(share.max()),
+                        None if far is None else far / max(gather, 1),
+                        None if far_once is None else far_once / max(gather, 1),
                         over_mean(total, stream, size),
                         **spread,
                         tokens=over_mean(torch.ones(stream.total), stream, size),
@@ -260,8 +292,9 @@ def markdown(found: Sequence[SplitRow]) -> str:
     for row in found:
         shares = [f"{share:.2f}" for share in (row.share_mean, row.share_most)]
         values: Mapping[str, float] = asdict(row)
-        spread = [f"{values[name]:.1%}" for name in COLUMNS[5:]]
-        lines.append([str(row.ranks), row.layout, row.choices, *shares, *spread])
+        crossing = ["" if x is None else f"{x:.2f}" for x in (row.far, row.far_once)]
+        spread = [f"{values[name]:.1%}" for name in COLUMNS[7:]]
+        lines.append([str(row.ranks), row.layout, row.choices, *shares, *crossing, *spread])
     return table(COLUMNS, lines)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist import NSAConfig
+from nsa_dist.comm.nodes import Nodes
 from nsa_dist.plan.layout import concat_ranges
 from nsa_dist.plan.stream import Stream
 
@@ -44,12 +45,37 @@ def fetched_tokens(
         return result
     blocks = _Blocks.of(config, stream)
     for rank in range(size):
-        if isinstance(choices, Tensor):
-            wanted = _union(choices, stream, rank, blocks)
-        else:
-            wanted = _probability(config, stream, rank, choices, blocks)[:, None].expand(-1, heads)
+        wanted = _wanted(config, stream, rank, choices, blocks)
         result[rank].index_add_(0, blocks.owner, wanted * blocks.lengths[:, None])
         result[rank, rank] = 0
+    return result
+
+
+def carried_tokens(
+    config: NSAConfig, stream: Stream, nodes: Nodes, choices: Choices | Tensor
+) -> Tensor:
+    """Tokens that a rank receives of owners in other nodes for all ranks of its own: float64
+    [P, owner, G].
+
+    A block that some rank of a node wants comes once, to the rank with its owner's place.
+
+    Args:
+        stream, choices: as for ``fetched_tokens``, over the ranks of the nodes.
+    """
+    size, heads = len(nodes.of_rank), config.num_kv_heads
+    result = torch.zeros(size, size, heads, dtype=torch.float64)
+    if "selected" not in config.branches:
+        return result
+    blocks = _Blocks.of(config, stream)
+    for ranks in nodes.members:
+        missed = torch.ones(blocks.total, heads, dtype=torch.float64)
+        for rank in ranks:
+            missed *= 1 - _wanted(config, stream, rank, choices, blocks)
+        tokens = torch.zeros(size, heads, dtype=torch.float64)
+        tokens.index_add_(0, blocks.owner, (1 - missed) * blocks.lengths[:, None])
+        for rank in ranks:
+            others = [owner for owner in nodes.counterparts(rank) if owner != rank]
+            result[rank, others] = tokens[others]
     return result
 
 
@@ -90,6 +116,16 @@ class _Blocks:
     @property
     def total(self) -> int:
         return len(self.index)
+
+
+def _wanted(
+    config: NSAConfig, stream: Stream, rank: int, choices: Choices | Tensor, blocks: _Blocks
+) -> Tensor:
+    """The probability that a rank wants each block, float64 [B, G]."""
+    if isinstance(choices, Tensor):
+        return _union(choices, stream, rank, blocks)
+    of_blocks = _probability(config, stream, rank, choices, blocks)
+    return of_blocks[:, None].expand(-1, config.num_kv_heads)
 
 
 def _union(choices: Tensor, stream: Stream, rank: int, blocks: _Blocks) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from launch.bench.options import check_folder, choices_of_file
-from launch.estimating.choices import fetched_tokens, full_gather_tokens
+from launch.estimating.choices import carried_tokens, fetched_tokens, full_gather_tokens
 from launch.estimating.costs import Links, Rates, read_rates
 from launch.estimating.memory import attention_memory
 from launch.estimating.model import model_cost
@@ -29,6 +29,7 @@ from launch.estimating.traffic import (
 )
 from launch.settings import FETCH_AGAIN, Settings
 from nsa_dist.checks import as_choice, check
+from nsa_dist.comm.nodes import Nodes, nodes_of_neighbours
 from nsa_dist.plan import Plan
 from nsa_dist.plan.layout import make_layout
 
@@ -163,6 +164,14 @@ class Split:
     rates: Rates
     element_size: int
 
+    def _nodes(self) -> Nodes | None:
+        """Which ranks share a node, where chosen blocks are fetched once a node."""
+        parallel, size = self.settings.parallel, len(self.plans)
+        of_node = parallel.ranks_per_node or self.settings.estimate.node
+        if parallel.fetch == "full" or size % of_node:
+            return None
+        return nodes_of_neighbours(of_node, size)
+
     def estimate(self, choices: str, vocab_size: int) -> Estimate:
         """The line for one way to choose."""
         config, options, plans = self.settings.attention, self.settings.estimate, self.plans
@@ -174,7 +183,12 @@ class Split:
         stream = split_stream(self.layout, size, length, self.boundaries.int())
         full = "all" if split.fetch == "full" else how
         fetched = fetched_tokens(config, stream, size, full)  # type: ignore[arg-type]
-        traffic = count_traffic(config, plans, fetched, self.element_size, split)
+        nodes = self._nodes()
+        carried = None if nodes is None else carried_tokens(config, stream, nodes, full)  # type: ignore[arg-type]
+        traffic = count_traffic(config, plans, fetched, self.element_size, split, nodes, carried)
+        arriving = (traffic.received["fetch"] + traffic.received["share"]) / (
+            (config.head_dim + config.value_dim) * self.element_size
+        )
         links = Links(options.link, options.slow_link, options.node, options.latency)
         times = [
             compute_ms(
@@ -192,8 +206,8 @@ class Split:
                 plan,
                 self.element_size,
                 split,
-                fetched=float(fetched[plan.rank].sum()),
-                sent=float(fetched[:, plan.rank].sum()),
+                fetched=float(arriving[plan.rank].sum()),
+                sent=float(arriving[:, plan.rank].sum()),
             )
             for plan in plans
         ]

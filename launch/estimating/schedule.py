@@ -108,8 +108,9 @@ def passes(
             continue
         counts = dict.fromkeys(kinds, 1)
         counts[kinds[1]] = halos
-        for kind in ("fetch", "fetch_again", "fetch_grad"):
-            counts[kind] = config.num_kv_heads
+        for kind in kinds:
+            if kind.startswith(("fetch", "share")):
+                counts[kind] = config.num_kv_heads
         ms = {
             kind: float(links.ms(traffic, kind).max())
             + links.latency * counts[kind] * (traffic.received[kind].sum() > 0).item()
@@ -146,7 +147,7 @@ def exposed_in_forward(
     exposed = ms["plan"] + first_halo + _longer(ms["halo"] - first_halo, compute["compression"])
     if "selected" not in config.branches:
         return exposed + _longer(ms["gather"], compute["window_attention"])
-    of_head, behind = ms["fetch"] / heads, compute["selected_attention"] / heads
+    of_head, behind = (ms["fetch"] + ms["share"]) / heads, compute["selected_attention"] / heads
     sizes = ms["request"] + wait + of_head
     exposed += ms["gather"] + _longer(sizes, compute["window_attention"])
     return exposed + (heads - 1) * _longer(of_head, behind)
@@ -158,7 +159,8 @@ def exposed_in_backward(config: NSAConfig, ms: Times, compute: Times, halos: int
     last_halo = ms["halo_grad"] / halos
     exposed = ms["plan_grad"] + ms["gather_grad"] + last_halo
     exposed += _longer(ms["halo_grad"] - last_halo, compute["compression"])
-    again, returned = ms["fetch_again"] / heads, ms["fetch_grad"] / heads
+    again = (ms["fetch_again"] + ms["share_again"]) / heads
+    returned = (ms["fetch_grad"] + ms["share_grad"]) / heads
     behind = compute["selected_attention"] / heads
     exposed += again  # Of the last head, which comes first.
     for g in reversed(range(heads)):

@@ -14,12 +14,16 @@ from torch import Tensor
 
 from nsa_dist import NSAConfig
 from nsa_dist.attention.call import fetches_again
+from nsa_dist.comm.nodes import Nodes
 from nsa_dist.plan import Plan, build_plan
 from nsa_dist.plan.layout import check_lengths, make_layout
 from nsa_dist.plan.stream import Stream, cut_stream
 
-FORWARD = ("plan", "halo", "gather", "request", "fetch")
-BACKWARD = ("plan_grad", "halo_grad", "gather_grad", "fetch_again", "fetch_grad")
+FORWARD = ("plan", "halo", "gather", "request", "fetch", "share")
+BACKWARD = (
+    *("plan_grad", "halo_grad", "gather_grad"),
+    *("fetch_again", "share_again", "share_grad", "fetch_grad"),
+)
 """In forward and in backward. The counter adds backward's plan and second fetch to forward's."""
 PLAN_BYTES = 16
 EQUAL = ("owner", "by_rank", "gathered_rows", "lengths")
@@ -100,6 +104,8 @@ def count_traffic(
     fetched: Tensor,
     element_size: int,
     options: SplitOptions,
+    nodes: Nodes | None = None,
+    carried: Tensor | None = None,
 ) -> Traffic:
     """Bytes of one forward and backward.
 
@@ -108,6 +114,8 @@ def count_traffic(
         fetched: tokens [P, owner, G], from ``choices.fetched_tokens``.
         element_size: bytes of an element of keys and values.
         options: what is fetched, and how often.
+        nodes: where links have two levels and chosen blocks are fetched once a node.
+        carried: tokens [P, owner, G] of these, from ``choices.carried_tokens``.
     """
     size, heads = len(plans), config.num_kv_heads
     nothing = torch.zeros(size, size, dtype=torch.float64)
@@ -135,11 +143,47 @@ def count_traffic(
         received["gather_grad"] += width * owned[:, None] * others
     if "selected" in config.branches:
         owned = torch.tensor(plans[0].grids["selected"].counts, dtype=torch.float64)
+        width = (config.head_dim + config.value_dim) * element_size
+        moved, shared = fetched.sum(-1) * width, nothing
+        asked = owned[:, None] * others
+        if nodes is not None:
+            assert carried is not None
+            moved, shared = _over_nodes(moved, carried.sum(-1) * width, nodes)
+            asked = _asked_over_nodes(owned, nodes)
         if options.fetch != "full":
-            received["request"] += heads * owned[:, None] * others
-        moved = fetched.sum(-1) * (config.head_dim + config.value_dim) * element_size
-        received["fetch"] += moved
-        if options.fetches_again(config, size):
-            received["fetch_again"] += moved
-        received["fetch_grad"] += moved.T
+            received["request"] += heads * asked
+        again = options.fetches_again(config, size)
+        for kind, tokens in (("fetch", moved), ("share", shared)):
+            received[kind] += tokens
+            received[f"{kind}_grad"] += tokens.T
+            if again:
+                received[f"{kind}_again"] += tokens
     return Traffic(received)
+
+
+def _over_nodes(wanted: Tensor, carried: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor]:
+    """What is fetched of owners and shared by carriers, [P, P] by receiver and sender.
+
+    Args:
+        wanted, carried: [P, owner], for a rank itself and for its node.
+    """
+    fetched, shared = carried.clone(), torch.zeros_like(wanted)
+    for rank in range(len(wanted)):
+        mates = list(nodes.mates(rank))
+        fetched[rank, mates] = wanted[rank, mates]
+        for mate in mates:
+            if mate != rank:
+                owners = [owner for owner in nodes.counterparts(mate) if owner != mate]
+                shared[rank, mate] = wanted[rank, owners].sum()
+    return fetched, shared
+
+
+def _asked_over_nodes(owned: Tensor, nodes: Nodes) -> Tensor:
+    """Blocks of a head that a rank is asked for, [P, P] by receiver and sender of the requests."""
+    asked = torch.zeros(len(owned), len(owned), dtype=torch.float64)
+    for rank in range(len(owned)):
+        counterparts = list(nodes.counterparts(rank))
+        asked[rank, list(nodes.mates(rank))] = owned[counterparts].sum()
+        asked[rank, counterparts] = owned[rank]
+        asked[rank, rank] = 0
+    return asked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NoReturn
 
@@ -18,7 +18,9 @@ from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup
-from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
+from nsa_dist.comm.hosts import find_nodes
+from nsa_dist.comm.nodes import ranks_per_node_problem
+from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig, split_options_problem
 from nsa_dist.crossover import hint_at_crossover
 from nsa_dist.plan import Grid, Plan
 from nsa_dist.plan.grid import all_grids, key_sets
@@ -50,6 +52,7 @@ class Setup:
         fetch_again: whether backward fetches selected remote blocks again.
         fetch: which remote blocks are fetched, "chosen" or "full".
         recompute_branches: the branches whose forward backward computes again.
+        ranks_per_node: consecutive ranks that share a node; None as the group or its hosts say.
     """
 
     config: NSAConfig
@@ -63,6 +66,7 @@ class Setup:
     fetch_again: bool = False
     recompute_branches: tuple[str, ...] = ()
     fetch: str = "chosen"
+    ranks_per_node: int | None = None
 
     def refuse(
         self, problem: str, stated: Mapping[str, str], cause: Exception | None = None
@@ -89,20 +93,32 @@ def make_setup(
     fetch_again: bool | None = None,
     recompute_branches: Sequence[str] = (),
     fetch: str = "chosen",
+    ranks_per_node: int | None = None,
 ) -> Setup:
     """A setup from what its layer is built with.
 
     Args:
         selector_grids: the blocks that the selector reads; None for NSA's own selector.
-        fetch_again, recompute_branches, fetch: as for the layer (``split_options_problem``).
+        fetch_again, recompute_branches, fetch, ranks_per_node: as for the layer
+            (``options_problem``).
     """
     grids = all_grids(config, selector_grids)
     sets = key_sets(config, grids)
     again = fetches_again(config, fetch_again, group.size)
     recompute = tuple(branch for branch in BRANCHES if branch in recompute_branches)
     return Setup(
-        config, layout, group, backend, counter, rotary, grids, sets, again, recompute, fetch
+        *(config, layout, group, backend, counter, rotary, grids, sets, again, recompute, fetch),
+        ranks_per_node,
     )
+
+
+def options_problem(config: NSAConfig, group: ContextGroup, **options: Any) -> str | None:
+    """The error in the options of a layer over ``group`` that change its time, memory and bytes
+    alone, or None."""
+    ranks_per_node = options.pop("ranks_per_node")
+    of_mesh = group.node_of_rank is not None
+    problem = split_options_problem(config, **options)
+    return problem or ranks_per_node_problem(ranks_per_node, group.size, of_mesh=of_mesh)
 
 
 def fetches_again(config: NSAConfig, fetch_again: bool | None, size: int) -> bool:
@@ -134,7 +150,7 @@ class Call:
         plan: which rank holds and sends what.
         channel: group and counter of the call's messages.
         rotary: rotary embedding of unrotated keys; None if keys are already rotated.
-        fetch_again, recompute_branches, fetch: as of ``Setup``.
+        fetch_again, recompute_branches, fetch, ranks_per_node: as of ``Setup``.
     """
 
     config: NSAConfig
@@ -145,6 +161,18 @@ class Call:
     fetch_again: bool = False
     recompute_branches: tuple[str, ...] = ()
     fetch: str = "chosen"
+    ranks_per_node: int | None = None
+
+    def with_nodes(self) -> Call:
+        """The same call, whose channel knows which ranks share a node. A collective.
+
+        It comes after the ranks have agreed on the call.
+        """
+        if "selected" not in self.config.branches:
+            return self
+        channel = self.channel
+        nodes = find_nodes(channel.group, self.ranks_per_node, channel.about)
+        return self if nodes is None else replace(self, channel=replace(channel, nodes=nodes))
 
 
 def refuse(
@@ -246,4 +274,5 @@ def make_call(
         setup.fetch_again,
         setup.recompute_branches,
         setup.fetch,
+        setup.ranks_per_node,
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from nsa_dist.attention.call import Call, Rotary, make_call, make_setup, refuse
+from nsa_dist.attention.call import Call, Rotary, make_call, make_setup, options_problem, refuse
 from nsa_dist.attention.checks import inputs_problem, query_problem, rotary_problem
 from nsa_dist.attention.flow import Attended, attend_branches
 from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
@@ -18,7 +18,7 @@ from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
-from nsa_dist.config import BRANCHES, NSAConfig, split_options_problem
+from nsa_dist.config import BRANCHES, NSAConfig
 from nsa_dist.plan import Plan
 
 
@@ -64,6 +64,7 @@ def native_sparse_attention(
     fetch_again: bool | None = ...,
     recompute_branches: Sequence[str] = ...,
     fetch: str = ...,
+    ranks_per_node: int | None = ...,
 ) -> Tensor: ...
 @overload
 def native_sparse_attention(
@@ -87,6 +88,7 @@ def native_sparse_attention(
     fetch_again: bool | None = ...,
     recompute_branches: Sequence[str] = ...,
     fetch: str = ...,
+    ranks_per_node: int | None = ...,
 ) -> tuple[Tensor, NSADetails]: ...
 def native_sparse_attention(
     q: Tensor,
@@ -109,6 +111,7 @@ def native_sparse_attention(
     fetch_again: bool | None = None,
     recompute_branches: Sequence[str] = (),
     fetch: str = "chosen",
+    ranks_per_node: int | None = None,
 ) -> Tensor | tuple[Tensor, NSADetails]:
     """Native Sparse Attention (arXiv 2502.11089), with the sequence split over a group of ranks.
 
@@ -128,8 +131,8 @@ def native_sparse_attention(
         rotary: rotary embedding of the unrotated keys of ``compress_pre_rope``: a RotaryConfig, or
             cos and sin [positions, rotary_dim/2], indexed by position in the document.
         layout: how tokens were sharded: "contiguous", "zigzag" or "zigzag_per_document".
-        group: process group or one-dimensional DeviceMesh over which the sequence is split; None
-            for one rank.
+        group: process group or one-dimensional DeviceMesh over which the sequence is split, or one
+            with the dimensions "node" and "local"; None for one rank.
         backend: "auto" (Triton on an NVIDIA GPU, else PyTorch) or a name that
             ``nsa_kernels.get_backend`` knows.
         plan: from ``get_plan``; replaces ``cu_seqlens`` and ``layout``.
@@ -145,6 +148,11 @@ def native_sparse_attention(
         fetch: over several ranks, which selected blocks of other ranks are fetched: "chosen", or
             "full", all that local queries may choose. Then nothing is requested and no size is
             waited for. It is faster where nearly all are chosen.
+        ranks_per_node: consecutive ranks of the group that share the fast level of links. Then
+            ``fetch="chosen"`` brings a block of another node once a node, whose ranks share it, and
+            gradients are summed inside a node first. None: as a DeviceMesh of nodes says, else the
+            ranks of each host, where two or more hosts have equally many, at least two; 1: one
+            level.
 
     Returns:
         [B, L, H, Dv] in the dtype of ``q``; with ``return_details`` also ``NSADetails``.
@@ -158,16 +166,18 @@ def native_sparse_attention(
         refuse(f"config must be an NSAConfig, got {config!r}", {}, context, counter)
     used = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
     grids = used.grids(config)
-    problem = split_options_problem(config, fetch_again, recompute_branches, fetch)
-    options: dict[str, Any] = {}
-    if problem is None:
-        options = {
-            "fetch_again": fetch_again,
-            "recompute_branches": recompute_branches,
-            "fetch": fetch,
-        }
+    options: dict[str, Any] = {
+        "fetch_again": fetch_again,
+        "recompute_branches": recompute_branches,
+        "fetch": fetch,
+        "ranks_per_node": ranks_per_node,
+    }
+    problem = options_problem(config, context, **options)
     setup = make_setup(
-        config, layout, context, backend, counter, rotary=rotary, selector_grids=grids, **options
+        *(config, layout, context, backend, counter),
+        rotary=rotary,
+        selector_grids=grids,
+        **(options if problem is None else {}),
     )
     problem = problem or selector_problem(used, config) or query_problem(q, config)
     problem = problem or inputs_problem(q, k, v, gates, config, setup.key_sets)
@@ -216,6 +226,7 @@ def attend(
         more["fetch_again"] = repr(call.fetch_again)
         more["recompute_branches"] = repr(call.recompute_branches)
         more["fetch"] = repr(call.fetch)
+        more["ranks_per_node"] = repr(call.ranks_per_node or channel.group.node_of_rank)
         agree(statement.also(**more, backend=backend), problem, channel.group, channel.counter)
     watched = is_watched()
     if watched:
@@ -238,7 +249,9 @@ def attend(
 
 
 # A compiled graph cannot hold messages whose sizes follow from data: one break, not one a message.
-_attend_over_ranks = torch.compiler.disable(attend_branches)
+@torch.compiler.disable
+def _attend_over_ranks(call: Call, *args: Any) -> Attended:
+    return attend_branches(call.with_nodes(), *args)
 
 
 def details_of(attended: Attended, gates: Tensor) -> NSADetails:

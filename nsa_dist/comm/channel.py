@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup
+from nsa_dist.comm.nodes import Nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,8 +15,10 @@ class Channel:
 
     Attributes:
         about: describes the call in errors; a ``Plan`` or a ``Statement``.
+        nodes: which ranks share the fast level of links; None for one level.
     """
 
     group: ContextGroup
     counter: CommunicationCounter
     about: object
+    nodes: Nodes | None = None

@@ -71,6 +71,13 @@ def begin_all_to_all(
         sent=row_bytes * (sum(send_counts) - send_counts[group.rank]),
         received=row_bytes * (sum(recv_counts) - recv_counts[group.rank]),
     )
+    if channel.nodes is not None:
+        far = [p for p in range(group.size) if not channel.nodes.together(p, group.rank)]
+        channel.counter.add_between_nodes(
+            kind,
+            sent=row_bytes * sum(send_counts[p] for p in far),
+            received=row_bytes * sum(recv_counts[p] for p in far),
+        )
     return _under_way(handle, (rows, received), channel, kind)
 
 
@@ -86,6 +93,9 @@ def begin_all_gather(rows: Tensor, channel: Channel, kind: str) -> Work[Tensor]:
     own_bytes = rows.numel() * rows.element_size()
     others = group.size - 1
     channel.counter.add(kind, sent=own_bytes * others, received=own_bytes * others)
+    if channel.nodes is not None:
+        far_bytes = own_bytes * (group.size - len(channel.nodes.mates(group.rank)))
+        channel.counter.add_between_nodes(kind, sent=far_bytes, received=far_bytes)
     return _under_way(handle, (rows, gathered), channel, kind)
 
 

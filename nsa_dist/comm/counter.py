@@ -10,6 +10,8 @@ KINDS = (
     "gather",
     "request",
     "fetch",
+    "share",
+    "share_grad",
     "fetch_grad",
     "gather_grad",
     "halo_grad",
@@ -22,14 +24,23 @@ class CommunicationCounter:
 
     Kinds: ``plan`` (the agreement before each forward and backward), ``halo``, ``gather``
     (compressed tokens), ``request`` (ids of selected blocks), ``fetch`` (selected blocks), and
-    ``halo_grad``, ``gather_grad``, ``fetch_grad`` (gradients on the way back). Dense layers add
-    ``ring`` (keys and values in forward) and ``ring_grad`` (all of backward). Padding that a
+    ``halo_grad``, ``gather_grad``, ``fetch_grad`` (gradients on the way back). With two levels of
+    links ``share`` and ``share_grad`` are what ranks of a node pass on to each other. Dense layers
+    add ``ring`` (keys and values in forward) and ``ring_grad`` (all of backward). Padding that a
     collective needs is counted; data that a rank sends to itself is not.
+
+    Attributes:
+        sent, received: by kind.
+        sent_between_nodes, received_between_nodes: what of these crosses nodes, where the nodes of
+            a call are known; without the 16 bytes of an agreement.
+        fetched_per_head: of ``fetch`` and ``share`` received, by KV head.
     """
 
     def __init__(self) -> None:
         self.sent: defaultdict[str, int] = defaultdict(int)
         self.received: defaultdict[str, int] = defaultdict(int)
+        self.sent_between_nodes: defaultdict[str, int] = defaultdict(int)
+        self.received_between_nodes: defaultdict[str, int] = defaultdict(int)
         self.fetched_per_head: defaultdict[int, int] = defaultdict(int)
 
     def add(self, kind: str, sent: int, received: int) -> None:
@@ -37,8 +48,15 @@ class CommunicationCounter:
         self.sent[kind] += sent
         self.received[kind] += received
 
+    def add_between_nodes(self, kind: str, sent: int, received: int) -> None:
+        """Count what of a transfer crosses nodes, in bytes; ``add`` has it too."""
+        self.sent_between_nodes[kind] += sent
+        self.received_between_nodes[kind] += received
+
     def reset(self) -> None:
         """Forget everything counted so far."""
         self.sent.clear()
         self.received.clear()
+        self.sent_between_nodes.clear()
+        self.received_between_nodes.clear()
         self.fetched_per_head.clear()

@@ -1,5 +1,8 @@
 """Fetch of the remote blocks that local queries selected: exactly those, or all they may select.
 
+With two levels of links (``nsa_dist.comm.two_levels``) a fetch brings blocks of other nodes once a
+node, and the node's ranks share them.
+
 Letters: N local queries, G KV heads, D widths, n selected blocks per query, B selection blocks of
 all documents, E rows of a buffer with its halo.
 """
@@ -7,7 +10,7 @@ all documents, E rows of a buffer with its halo.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +18,19 @@ from torch import Tensor
 
 from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.collectives import add_returned, begin_all_to_all, values_on_host
+from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.fork import Fork
+from nsa_dist.comm.two_levels import (
+    Places,
+    Requests,
+    Share,
+    begin_node_requests,
+    begin_return,
+    begin_share,
+    count_shares,
+    places_of,
+    share_starts,
+)
 from nsa_dist.comm.work import Exchange, Work
 from nsa_dist.plan import BlockOwnership, Plan
 from nsa_kernels.autograd import first_order
@@ -31,6 +46,7 @@ class Transfer:
         send_counts, recv_counts: tokens for and from each rank.
         fork: where the plan was made. The first transfer begins there, before what the current
             stream got since the request; None for the others.
+        share: what ranks of a node pass to each other then; None on one level of links.
     """
 
     first_head: int
@@ -38,6 +54,13 @@ class Transfer:
     send_counts: tuple[int, ...]
     recv_counts: tuple[int, ...]
     fork: Fork | None = None
+    share: Share | None = None
+
+    @property
+    def received(self) -> int:
+        """F, the tokens that this rank gets."""
+        shared = 0 if self.share is None else sum(self.share.recv_counts)
+        return sum(self.recv_counts) + shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,16 +102,24 @@ def begin_request(selected_NGn: Tensor, plan: Plan, channel: Channel) -> Work[Fe
     fork = Fork(selected_NGn.device)
     with fork.run(selected_NGn):
         wanted_GB = _wanted_blocks(selected_NGn, blocks, group.rank)
-        answer = _begin_requests(wanted_GB, blocks, channel)
+        if channel.nodes is None:
+            asking = _begin_requests(wanted_GB, blocks, channel)
+        else:
+            asking_nodes = begin_node_requests(wanted_GB, blocks, channel)
 
     def finish() -> FetchPlan:
         with fork.run():
-            asked_GPB = answer.finish()
-            counts = _count(asked_GPB, wanted_GB, blocks)
-            # The only wait of the host for the device in a forward.
-            values = values_on_host(counts, channel, "request")
-            fetch = _plan_fetch(asked_GPB, wanted_GB, plan, values, fork)
-        fork.join(fetch.block_rows, *(transfer.send_rows for transfer in fetch.transfers))
+            if channel.nodes is None:
+                asked_GPB = asking.finish()
+                counts = _count(asked_GPB, wanted_GB, blocks)
+                # The only wait of the host for the device in a forward.
+                values = values_on_host(counts, channel, "request")
+                fetch = _plan_fetch(asked_GPB, wanted_GB, plan, values, fork)
+            else:
+                fetch = _plan_node_fetch(asking_nodes.finish(), plan, channel, fork)
+        shares = [transfer.share.send_rows for transfer in fetch.transfers if transfer.share]
+        of_transfers = (transfer.send_rows for transfer in fetch.transfers)
+        fork.join(fetch.block_rows, *of_transfers, *shares)
         return fetch
 
     return Work(finish)
@@ -142,7 +173,7 @@ def _plan_fetch(
         fork: where it runs, apart from the current stream.
     """
     blocks, halo_rows = plan.grids["selected"], plan.halos["selected"].num_rows
-    num_heads, _, num_own = asked.shape
+    num_heads = asked.shape[0]
     send_counts, recv_counts, asked_blocks = counts
     own_lengths = blocks.lengths[blocks.own_ids]
     wanted_tokens = wanted_GB * blocks.lengths[blocks.by_rank]
@@ -153,16 +184,8 @@ def _plan_fetch(
     start = torch.where(wanted_GB, start, block_rows_GB[:, blocks.by_rank])
     block_rows_GB = block_rows_GB.index_copy(1, blocks.by_rank, start)
 
-    # The places of the True in ``asked``, in order; nonzero would make the host wait again.
-    number = torch.arange(1, sum(map(sum, asked_blocks)) + 1, device=asked.device)
-    block = torch.searchsorted(asked.flatten().cumsum(0), number)
-    if num_own:
-        block = block % num_own
-    tokens = own_lengths[block]
-    total = sum(map(sum, send_counts))
-    first = blocks.own_rows[block] - (tokens.cumsum(0) - tokens)
-    rows = torch.repeat_interleave(first, tokens, output_size=total)
-    rows = rows + torch.arange(total, device=rows.device)
+    starts_GB = blocks.own_rows.expand(num_heads, -1)
+    rows = _rows_to_send(asked, starts_GB, own_lengths, asked_blocks, send_counts)
     per_head = rows.split([sum(counts) for counts in send_counts])
     transfers = tuple(
         Transfer(
@@ -175,6 +198,75 @@ def _plan_fetch(
         for g in range(num_heads)
     )
     return FetchPlan(transfers, block_rows_GB)
+
+
+def _rows_to_send(
+    asked_GPM: Tensor,
+    starts_GM: Tensor,
+    lengths_M: Tensor,
+    blocks: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]],
+) -> Tensor:
+    """Rows of the blocks that are asked for: int64, by head, then rank, then block.
+
+    Args:
+        starts_GM: the first row of each block.
+        lengths_M: its tokens.
+        blocks, tokens: how many are asked for, by head and rank.
+    """
+    # The places of the True in ``asked``, in order; nonzero would make the host wait again.
+    number = torch.arange(1, sum(map(sum, blocks)) + 1, device=asked_GPM.device)
+    place = torch.searchsorted(asked_GPM.flatten().cumsum(0), number)
+    _, size, each = asked_GPM.shape
+    if each:
+        place = place // (size * each) * each + place % each
+    length = lengths_M.expand_as(starts_GM).flatten()[place]
+    total = sum(map(sum, tokens))
+    first = starts_GM.flatten()[place] - (length.cumsum(0) - length)
+    rows = torch.repeat_interleave(first, length, output_size=total)
+    return rows + torch.arange(total, device=rows.device)
+
+
+def _plan_node_fetch(requests: Requests, plan: Plan, channel: Channel, fork: Fork) -> FetchPlan:
+    """The transfers where links have two levels."""
+    blocks, places = plan.grids["selected"], places_of(plan.grids["selected"], channel)
+    lengths_B = blocks.lengths[blocks.by_rank]
+    counts = _count(requests.asked_GPB, requests.fetched_GB, blocks)
+    counts = torch.cat((counts, count_shares(requests, lengths_B, places)))
+    # The only wait of the host for the device in a forward.
+    values = values_on_host(counts, channel, "request")
+    fetch = _plan_fetch(requests.asked_GPB, requests.fetched_GB, plan, values[:3], fork)
+    return _with_shares(fetch, requests, lengths_B, plan, places, values[3:])
+
+
+def _with_shares(
+    fetch: FetchPlan,
+    requests: Requests,
+    lengths_B: Tensor,
+    plan: Plan,
+    places: Places,
+    counts: Sequence[Sequence[Sequence[int]]],
+) -> FetchPlan:
+    """The transfers with what ranks of a node share, which comes behind the fetched rows.
+
+    Args:
+        counts: the values of ``count_shares``.
+    """
+    blocks, halo_rows = plan.grids["selected"], plan.halos["selected"].num_rows
+    send, recv, shared_blocks = counts
+    passed, fetched = requests.passed_GPM, requests.fetched_GB
+    starts_GB = fetch.block_rows[:, blocks.by_rank] - halo_rows
+    starts_GM, lengths_M = places.carried(starts_GB), places.carried(lengths_B)
+    rows = _rows_to_send(passed, starts_GM, lengths_M, shared_blocks, send)
+    per_head = rows.split([sum(of_ranks) for of_ranks in send])
+    transfers = tuple(
+        replace(transfer, share=Share(per_head[g], tuple(send[g]), tuple(recv[g])))
+        for g, transfer in enumerate(fetch.transfers)
+    )
+    before_G1 = (fetched * lengths_B).sum(-1, keepdim=True) + halo_rows
+    rows_GB = share_starts(requests, lengths_B, places) + before_G1
+    rows_GB = torch.where(requests.shared_GB, rows_GB, fetch.block_rows[:, blocks.by_rank])
+    return FetchPlan(transfers, fetch.block_rows.index_copy(1, blocks.by_rank, rows_GB))
 
 
 def _wanted_blocks(selected_NGn: Tensor, blocks: BlockOwnership, rank: int) -> Tensor:
@@ -248,15 +340,18 @@ class HeadFetch:
             return
         exchange.transfer = transfer
         counter = exchange.channel.counter
-        before = counter.received["fetch"]
+        before = _fetched_bytes(counter)
         k, v, fork = self.k.detach(), self.v.detach(), transfer.fork
         if fork is None:
             exchange.incoming = exchange.begin(k, v, exchange.new_buffer(k))
         else:
             with fork.run(k, v):
                 arriving = exchange.begin(k, v, exchange.new_buffer(k))
-            exchange.incoming = Work(lambda: _joined(arriving, fork))
-        counter.fetched_per_head[transfer.first_head] += counter.received["fetch"] - before
+            # What is shared is handed over by itself: joined, it would wait for the fork's later
+            # messages too.
+            joined = Work(lambda: _joined(arriving, fork))
+            exchange.incoming = joined if transfer.share is None else arriving
+        counter.fetched_per_head[transfer.first_head] += _fetched_bytes(counter) - before
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Wait for k_fetched and v_fetched."""
@@ -290,6 +385,10 @@ class HeadFetch:
         return _Again.apply(out, *kept, self._exchange)
 
 
+def _fetched_bytes(counter: CommunicationCounter) -> int:
+    return sum(counter.received.get(kind, 0) for kind in ("fetch", "share"))
+
+
 def _joined(arriving: Work[Tensor], fork: Fork) -> Tensor:
     """What arrived in the memory of a fork, for the current stream."""
     with fork.run():
@@ -314,7 +413,7 @@ class _Exchange(Exchange):
 
     def shape(self, like: Tensor) -> tuple[int, ...]:
         """[F, g, Dk + Dv] of the fetched rows; ``like`` has the g heads in its second dimension."""
-        return (sum(self.agreed_transfer.recv_counts), like.shape[1], sum(self.widths))
+        return (self.agreed_transfer.received, like.shape[1], sum(self.widths))
 
     @property
     def agreed_transfer(self) -> Transfer:
@@ -329,6 +428,15 @@ class _Exchange(Exchange):
 
     def begin(self, k: Tensor, v: Tensor, buffer: Tensor) -> Work[Tensor]:
         """Begin to send own rows, and to receive in ``buffer``."""
+        share = self.agreed_transfer.share
+        if share is None:
+            return self._begin(k, v, buffer)
+        # On a stream of its own the second message follows the first; the host waits for neither.
+        with Fork(k.device).run(k, v, buffer):
+            fetching = self._begin(k, v, buffer[: sum(self.agreed_transfer.recv_counts)])
+            return begin_share(fetching, buffer, share, self.channel)
+
+    def _begin(self, k: Tensor, v: Tensor, into: Tensor) -> Work[Tensor]:
         transfer = self.agreed_transfer
         rows = torch.cat((k[transfer.send_rows], v[transfer.send_rows]), dim=-1)
         return begin_all_to_all(
@@ -337,7 +445,7 @@ class _Exchange(Exchange):
             transfer.recv_counts,
             self.channel,
             "fetch",
-            into=buffer,
+            into=into,
         )
 
 
@@ -376,9 +484,11 @@ class _Receive(torch.autograd.Function):
         exchange: _Exchange = ctx.exchange
         transfer = exchange.agreed_transfer
         grad = torch.cat((grad_k, grad_v), dim=-1)
-        exchange.returning = begin_all_to_all(
-            grad, transfer.recv_counts, transfer.send_counts, exchange.channel, "fetch_grad"
-        )
+        back, forth, channel = transfer.recv_counts, transfer.send_counts, exchange.channel
+        if transfer.share is None:
+            exchange.returning = begin_all_to_all(grad, back, forth, channel, "fetch_grad")
+        else:
+            exchange.returning = begin_return(grad, transfer.share, back, forth, channel)
         return grad.new_empty(0), None, None
 
 

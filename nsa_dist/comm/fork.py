@@ -36,6 +36,17 @@ class Fork:
         with torch.cuda.stream(self._stream):
             yield
 
+    @staticmethod
+    def hand_over(result: Tensor, *others: Tensor) -> Tensor:
+        """``result``, once the current stream waits for the message that used these tensors.
+
+        It need not wait for the side stream, whose memory they may be in.
+        """
+        if result.device.type == "cuda":
+            for tensor in (result, *others):
+                tensor.record_stream(torch.cuda.current_stream(result.device))
+        return result
+
     def join(self, *results: Tensor) -> None:
         """Let the current stream wait for the side stream, whose ``results`` it may then use."""
         if self._stream is None:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from nsa_dist.comm.nodes import MESH_DIMENSIONS
+
 GroupLike = dist.ProcessGroup | DeviceMesh | None
 
 
@@ -26,11 +28,13 @@ class ContextGroup:
         reference: to the process group; None for one rank.
         rank: the rank within the group, not the global one.
         size: number of ranks.
+        node_of_rank: the node of each rank, where a DeviceMesh says it.
     """
 
     reference: weakref.ref[dist.ProcessGroup] | None
     rank: int
     size: int
+    node_of_rank: tuple[int, ...] | None = None
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -62,27 +66,37 @@ SINGLE = ContextGroup(None, 0, 1)
 
 
 def context_group(group: GroupLike | ContextGroup) -> ContextGroup:
-    """Resolve a process group, a one-dimensional DeviceMesh, or None (one rank).
+    """Resolve a process group, a DeviceMesh, or None (one rank).
+
+    A mesh has one dimension, or those of ``MESH_DIMENSIONS``: nodes and the ranks of each. Of the
+    latter all ranks are the group, which is made at its first use, a collective of the root mesh.
 
     Raises:
-        ValueError: if a mesh has several dimensions, if this rank is not in the group, or if the
+        ValueError: if a mesh has other dimensions, if this rank is not in the group, or if the
             group is not in use.
     """
+    node_of: dict[int, int] | None = None
     if group is None:
         return SINGLE
     if isinstance(group, ContextGroup):
         return group
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
+        of_nodes = group.mesh_dim_names == MESH_DIMENSIONS
+        if group.ndim != 1 and not of_nodes:
             raise ValueError(
-                'group must be a process group, a one-dimensional DeviceMesh such as mesh["cp"] '
-                f"or None, got a mesh with dimensions {group.mesh_dim_names or group.ndim}"
+                'group must be a process group, a one-dimensional DeviceMesh such as mesh["cp"], '
+                f"one with dimensions {MESH_DIMENSIONS}, or None, got a mesh with dimensions "
+                f"{group.mesh_dim_names or group.ndim}"
             )
         if group.get_coordinate() is None:
             raise ValueError(
                 f"group must hold this rank (global rank {dist.get_rank()}), got a DeviceMesh of "
                 f"ranks {group.mesh.tolist()}"
             )
+        if of_nodes:
+            rows = enumerate(group.mesh.tolist())
+            node_of = {member: node for node, members in rows for member in members}
+            group = group._flatten()
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
@@ -97,4 +111,7 @@ def context_group(group: GroupLike | ContextGroup) -> ContextGroup:
         raise ValueError(
             f"group must hold this rank (global rank {dist.get_rank()}), got {group!r} without it"
         )
-    return ContextGroup(weakref.ref(group), rank, dist.get_world_size(group))
+    nodes = None
+    if node_of is not None:
+        nodes = tuple(node_of[member] for member in dist.get_process_group_ranks(group))
+    return ContextGroup(weakref.ref(group), rank, dist.get_world_size(group), nodes)

@@ -77,7 +77,7 @@ def drawn(case: Case) -> tuple[list[Tensor], list[BlockCompressor]]:
     return tensors, compressors
 
 
-def forward_bits(case: Case, group: Any = None) -> Tensor:
+def forward_bits(case: Case, group: Any = None, **options: Any) -> Tensor:
     """The whole output [1, T, H, Dv] on the CPU."""
     tensors, compressors = drawn(case)
     bounds = None
@@ -106,13 +106,14 @@ def forward_bits(case: Case, group: Any = None) -> Tensor:
             layout=case.layout,
             group=group,
             backend="triton",
+            **options,
         )
     assert isinstance(out, Tensor)
     return sharding.unshard(out).cpu()
 
 
-def bits_on_rank(case: Case) -> Tensor:
-    return forward_bits(case, dist.group.WORLD)
+def bits_on_rank(case: Case, ranks_per_node: int | None = None) -> Tensor:
+    return forward_bits(case, dist.group.WORLD, ranks_per_node=ranks_per_node)
 
 
 LAYOUTS = ("contiguous", "zigzag", "zigzag_per_document")
@@ -144,6 +145,17 @@ def test_bits_do_not_depend_on_the_split(
     expected = forward_bits(case)
     assert expected.isfinite().all()
     for found in ranks_of(size).run(bits_on_rank, case):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="GPUs run the larger cases")
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=[] if x == "zigzag" else pytest.mark.slow) for x in LAYOUTS]
+)
+def test_bits_over_two_levels_of_links(layout: str, ranks_of: Callable[[int], Ranks]) -> None:
+    case = Case(config=replace(SMALL, num_heads=2, compress="mean"), layout=layout)
+    expected = forward_bits(case)
+    for found in ranks_of(4).run(bits_on_rank, case, 2):
         assert torch.equal(found, expected)
 
 
@@ -183,5 +195,6 @@ def test_bits_do_not_depend_on_the_gpus(
     case = Case(config, layout, lengths, 5003, dtype, "cuda", shared)
     expected = forward_bits(case)
     assert expected.isfinite().all()
-    for found in gpus.run(bits_on_rank, case):
-        assert torch.equal(found, expected)
+    for ranks_per_node in (1, 2) if gpus.size == 4 else (None,):
+        for found in gpus.run(bits_on_rank, case, ranks_per_node):
+            assert torch.equal(found, expected)

@@ -73,6 +73,20 @@ def test_what_each_split_balances() -> None:
     assert all(row.padding == 0 for row in found.values())
 
 
+def test_what_crosses_nodes() -> None:
+    """By hand: each rank of the later node wants all of the earlier one, half of the stream."""
+    options = {"documents": (16384,), "ranks": (16,), "choices": ("all",)}
+    row = by_layout(**options, layouts=("contiguous",))["contiguous"]
+    assert row.far == pytest.approx(8 * 0.5 / 15)
+    assert row.far_once == pytest.approx(0.5 / 15)
+    few = by_layout(**options, layouts=("zigzag",), num_selected=4)["zigzag"]
+    assert few.far is not None and few.far_once is not None
+    assert 0 < few.far_once < few.far / 4
+    for node in (1, 3, 16):
+        row = by_layout(**options, layouts=("zigzag",), node=node)["zigzag"]
+        assert row.far is row.far_once is None
+
+
 def test_layouts_pad_as_they_need() -> None:
     found = by_layout(documents=(1001, 3), ranks=(4,), layouts=LAYOUTS)
     assert found["contiguous"].padding == 0
@@ -108,6 +122,7 @@ def test_the_program_prints_and_writes_a_line_for_each_layer(
         ({"ranks": ()}, r"ranks must be one value or more"),
         ({"layouts": ("spiral",)}, r"layouts must be one of .*whole_documents.*got 'spiral'"),
         ({"choices": ("some",)}, r"choices must be one of all, random, coherent or an npz file"),
+        ({"node": 0}, r"node must be at least 1, got 0"),
         ({"layers": (0,)}, r"layers must be empty without a file of choices"),
     ],
 )

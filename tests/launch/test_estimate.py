@@ -19,7 +19,7 @@ from launch import estimate
 from launch.bench.distributed import DistributedRow
 from launch.bench.options import random_choices
 from launch.bench.table import Row, read_rows
-from launch.estimating.choices import fetched_tokens, full_gather_tokens
+from launch.estimating.choices import carried_tokens, fetched_tokens, full_gather_tokens
 from launch.estimating.costs import read_rates
 from launch.estimating.estimates import Estimate, EstimateOptions, EstimateSettings, estimates
 from launch.estimating.memory import attention_memory
@@ -29,6 +29,7 @@ from launch.processes.ranks import start_ranks
 from launch.settings import ModelSettings, ParallelSettings, Settings
 from launch.train import dry_run
 from nsa_dist import BlockCompressor, NSAConfig, native_sparse_attention
+from nsa_dist.comm.nodes import nodes_of_neighbours
 from tests.distributed.layer_case import SMALL, LayerCase, run_layer, variants
 from tests.distributed.ranks import Ranks
 from tests.launch.common import tiny, write_documents
@@ -41,8 +42,11 @@ MEASURED = NSAConfig(64, 4, 128)
 """The config of docs/benchmarks.md and docs/performance.md."""
 
 
-def counted(case: LayerCase, options: SplitOptions) -> tuple[dict[str, int], torch.Tensor | None]:
+def counted(
+    case: LayerCase, options: SplitOptions, ranks_per_node: int | None = None
+) -> tuple[dict[str, int], torch.Tensor | None]:
     given = {"fetch": options.fetch, "fetch_again": options.fetch_again}
+    given |= {"ranks_per_node": ranks_per_node}
     result = run_layer(case, dist.group.WORLD, **given)
     return result.received, result.selected
 
@@ -84,6 +88,30 @@ def test_bytes_are_those_that_a_run_counts(
         found = {kind: int(traffic.of_rank(kind)[rank]) for kind in traffic.received}
         found["plan"] += found.pop("plan_grad")
         found["fetch"] += found.pop("fetch_again")
+        assert not found.pop("share_again")
+        assert {k: n for k, n in found.items() if n} == {k: n for k, n in received.items() if n}
+
+
+@pytest.mark.parametrize("name", ["zigzag", "contiguous"])
+def test_bytes_over_nodes_are_those_that_a_run_counts(name: str, ranks_of: RanksOf) -> None:
+    case, options, nodes = CASES[name], SplitOptions(fetch_again=True), nodes_of_neighbours(2, 4)
+    assert nodes is not None
+    answers = ranks_of(4).run(counted, case, options, 2)
+    boundaries = torch.tensor([0, case.length]).int()
+    stream = split_stream(case.layout, 4, case.length, boundaries)
+    plans = plans_of_all(case.config, case.layout, 4, case.length, boundaries)
+    assert answers[0][1] is not None
+    chosen = answers[0][1][0]
+    fetched = fetched_tokens(case.config, stream, 4, chosen)
+    carried = carried_tokens(case.config, stream, nodes, chosen)
+    traffic = count_traffic(
+        case.config, plans, fetched, case.dtype.itemsize, options, nodes, carried
+    )
+    for rank, (received, _) in enumerate(answers):
+        found = {kind: int(traffic.of_rank(kind)[rank]) for kind in traffic.received}
+        found["plan"] += found.pop("plan_grad")
+        for kind in ("fetch", "share"):
+            found[kind] += found.pop(f"{kind}_again")
         assert {k: n for k, n in found.items() if n} == {k: n for k, n in received.items() if n}
 
 
@@ -200,7 +228,8 @@ def test_memory_is_that_measured_on_one_hopper_gpu() -> None:
 def test_what_the_schedule_hides() -> None:
     """Numbers by hand, of two KV heads and three halos."""
     config = NSAConfig(8, 2, 64)
-    messages = {"plan": 1.0, "halo": 6.0, "gather": 4.0, "request": 2.0, "fetch": 10.0}
+    messages = {"plan": 1.0, "halo": 6.0, "gather": 4.0, "request": 2.0}
+    messages |= {"fetch": 8.0, "share": 2.0}
     kernels = {
         "compression": 3.0,
         "window_attention": 5.0,
@@ -212,7 +241,8 @@ def test_what_the_schedule_hides() -> None:
     assert exposed_in_forward(config, messages, kernels, 3, 3.0) == 1 + 2 + 1 + 4 + 5 + 1
     alone = replace(config, branches=("window", "compressed"))
     assert exposed_in_forward(alone, messages, kernels, 3, 0.0) == 1 + 2 + 1
-    back = {"plan_grad": 1.0, "halo_grad": 6.0, "gather_grad": 4.0, "fetch_grad": 16.0}
+    back = {"plan_grad": 1.0, "halo_grad": 6.0, "gather_grad": 4.0, "share_again": 0.0}
+    back |= {"share_grad": 4.0, "fetch_grad": 12.0}
     # The last head's 8 behind 4 of the first, whose 8 are behind 7 of the other branches.
     expected = 1 + 2 + 1 + 4 + 4 + 1
     assert exposed_in_backward(config, back | {"fetch_again": 0.0}, kernels, 3) == expected

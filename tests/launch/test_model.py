@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
 
 from launch.engines.base import is_decayed
 from launch.model import LOSS_ROWS, Decoder
@@ -47,6 +49,25 @@ def test_a_run_file_says_what_layers_fetch_and_compute_again(root: Path) -> None
     assert (sparse.setup.fetch, sparse.setup.fetch_again) == ("full", False)
     assert sparse.setup.recompute_branches == ("window",)
     assert isinstance(dense, DenseAttention)
+
+
+def ranks_per_node(settings: Settings) -> int | None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    layer = Decoder(settings, 256, group=mesh["cp"]).blocks[0].attention
+    assert isinstance(layer, NativeSparseAttention)
+    return layer.setup.ranks_per_node
+
+
+def test_a_run_file_says_which_ranks_share_a_node(
+    ranks_of: Callable[[int], Ranks], root: Path
+) -> None:
+    for given, expected in ((2, 2), (0, None)):
+        settings = tiny(root, parallel={"cp": 4, "ranks_per_node": given})
+        assert ranks_of(4).run(ranks_per_node, settings) == [expected] * 4
+        Decoder(settings, 256)  # On one rank it has no meaning.
+    for given, must in ((3, "0 or a divisor of parallel.cp = 4"), (-2, "at least 0")):
+        with pytest.raises(ValueError, match=f"parallel.ranks_per_node must be {must}, got"):
+            tiny(root, parallel={"cp": 4, "ranks_per_node": given})
 
 
 def test_every_so_many_th_layer_of_a_hybrid_model_is_dense(root: Path) -> None:

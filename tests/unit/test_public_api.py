@@ -47,7 +47,7 @@ PUBLIC_KERNELS = {"BACKENDS", "Backend", "QuerySegments", "Segment", "get_backen
 SIGNATURES = {
     "NativeSparseAttention": (
         "hidden_size config bias qk_norm norm_eps rotary dropout k_compressor v_compressor layout "
-        "group backend device dtype selector fetch_again recompute_branches fetch"
+        "group backend device dtype selector fetch_again recompute_branches fetch ranks_per_node"
     ),
     "NSABlock": "hidden_size config mlp_hidden norm_eps device dtype attention",
     "NSAConfig": (
@@ -61,7 +61,7 @@ SIGNATURES = {
     ),
     "native_sparse_attention": (
         "q k v gates k_compressor v_compressor config cu_seqlens rotary layout group backend plan "
-        "communication return_details selector fetch_again recompute_branches fetch"
+        "communication return_details selector fetch_again recompute_branches fetch ranks_per_node"
     ),
     "check_parallel": "model run sharding rows",
     "shard_batch": "tokens cu_seqlens labels layout group pad_token",
