@@ -54,6 +54,7 @@ class Decoder(nn.Module):
             fetch_again=FETCH_AGAIN[parallel.fetch_again],
             recompute_branches=parallel.recompute_branches,
             fetch=parallel.fetch,
+            exact_gradients=parallel.exact_gradients,
         )
         blocks: list[Callable[..., nn.Module]] = [
             dense if model.is_dense(layer) else sparse for layer in range(model.layers)

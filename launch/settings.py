@@ -238,6 +238,9 @@ class ParallelSettings:
     fetch_again: Literal["auto", "always", "never"] = "auto"
     # branches that backward computes again, whose results are not kept
     recompute_branches: tuple[str, ...] = ()
+    # gradients of the attention have the same bits for cp = 1, 2, 4, ... up to this many, a power
+    # of two; streams are padded to multiples of twice as many. 0: they agree to rounding
+    exact_gradients: int = 0
     # fsdp2: False keeps gathered weights until backward has used them
     reshard_after_forward: bool = True
     # deepspeed: 1 shards optimizer state, 2 gradients too, 3 weights too
@@ -324,7 +327,12 @@ class Settings:
             f"a divisor of data.global_batch = {self.data.global_batch}",
         )
         problem = split_options_problem(
-            self.attention, None, self.parallel.recompute_branches, self.parallel.fetch
+            self.attention,
+            None,
+            self.parallel.recompute_branches,
+            self.parallel.fetch,
+            self.parallel.exact_gradients,
+            self.parallel.cp,
         )
         if problem is not None:
             raise ValueError(f"parallel.{problem}")

@@ -13,7 +13,12 @@ from torch.distributed.tensor import DTensor
 from nsa_dist.attention.call import Call, check_backend, make_call, make_setup
 from nsa_dist.attention.checks import inputs_problem, tensor_problem
 from nsa_dist.attention.functional import KeysOrValues, NSADetails, attend, details_of
-from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
+from nsa_dist.attention.selectors import (
+    CompressedSelector,
+    Selector,
+    exact_selector_problem,
+    selector_problem,
+)
 from nsa_dist.checks import (
     DTYPES,
     INTEGER_DTYPES,
@@ -75,6 +80,9 @@ class NativeSparseAttention(nn.Module):
         fetch: over several ranks, which selected blocks of other ranks are fetched: "chosen", or
             "full", all that local queries may choose. Then nothing is requested and no size is
             waited for. It is faster where nearly all are chosen.
+        exact_gradients: gradients of q, k, v, gates and compressors have the same bits over 1, 2,
+            4, ... up to this many ranks, a power of two; lengths must be multiples of twice as
+            many. 0: they agree to rounding.
 
     Attributes:
         communication: bytes sent by this layer, by kind, since its last ``reset``.
@@ -104,6 +112,7 @@ class NativeSparseAttention(nn.Module):
         fetch_again: bool | None = None,
         recompute_branches: Sequence[str] = (),
         fetch: str = "chosen",
+        exact_gradients: int = 0,
     ) -> None:
         super().__init__()
         context = context_group(group)
@@ -122,7 +131,10 @@ class NativeSparseAttention(nn.Module):
             given = {"k_compressor": k_compressor, "v_compressor": v_compressor}
             for name, module in given.items():
                 check(module is None, name, module, "None with a selector")
-        problem = split_options_problem(config, fetch_again, recompute_branches, fetch)
+        problem = split_options_problem(
+            config, fetch_again, recompute_branches, fetch, exact_gradients, context.size
+        )
+        problem = problem or exact_selector_problem(selector, exact_gradients)
         if problem is not None:
             raise ValueError(problem)
         check_backend(backend, config, device)
@@ -139,6 +151,7 @@ class NativeSparseAttention(nn.Module):
             fetch_again=fetch_again,
             recompute_branches=recompute_branches,
             fetch=fetch,
+            exact_gradients=exact_gradients,
         )
         self.num_key_sets = len(self.setup.key_sets) if config.independent_kv else 1
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

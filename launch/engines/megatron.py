@@ -30,6 +30,7 @@ _ONLY: tuple[tuple[str, Any, str], ...] = (
     ("parallel.fetch", "chosen", "its layers take no other"),
     ("parallel.fetch_again", "auto", "its layers decide"),
     ("parallel.recompute_branches", (), "see model.recompute_part"),
+    ("parallel.exact_gradients", 0, "its layers take no other"),
 )
 
 

@@ -50,6 +50,7 @@ class Setup:
         fetch_again: whether backward fetches selected remote blocks again.
         fetch: which remote blocks are fetched, "chosen" or "full".
         recompute_branches: the branches whose forward backward computes again.
+        exact_gradients: up to how many ranks gradients have the same bits, or 0.
     """
 
     config: NSAConfig
@@ -63,6 +64,7 @@ class Setup:
     fetch_again: bool = False
     recompute_branches: tuple[str, ...] = ()
     fetch: str = "chosen"
+    exact_gradients: int = 0
 
     def refuse(
         self, problem: str, stated: Mapping[str, str], cause: Exception | None = None
@@ -89,19 +91,32 @@ def make_setup(
     fetch_again: bool | None = None,
     recompute_branches: Sequence[str] = (),
     fetch: str = "chosen",
+    exact_gradients: int = 0,
 ) -> Setup:
     """A setup from what its layer is built with.
 
     Args:
         selector_grids: the blocks that the selector reads; None for NSA's own selector.
-        fetch_again, recompute_branches, fetch: as for the layer (``split_options_problem``).
+        fetch_again, recompute_branches, fetch, exact_gradients: as for the layer
+            (``split_options_problem``).
     """
     grids = all_grids(config, selector_grids)
     sets = key_sets(config, grids)
     again = fetches_again(config, fetch_again, group.size)
     recompute = tuple(branch for branch in BRANCHES if branch in recompute_branches)
     return Setup(
-        config, layout, group, backend, counter, rotary, grids, sets, again, recompute, fetch
+        config,
+        layout,
+        group,
+        backend,
+        counter,
+        rotary,
+        grids,
+        sets,
+        again,
+        recompute,
+        fetch,
+        exact_gradients,
     )
 
 
@@ -216,7 +231,7 @@ def make_call(
     problem = backend.refuses(computes_in, config.kernel_options)
     if plan is not None:
         problem = problem or plan_problem(
-            plan, rows, device, config, group, cu_seqlens, setup.grids
+            plan, rows, device, config, group, cu_seqlens, setup.grids, setup.exact_gradients
         )
     if problem is not None:
         setup.refuse(problem, stated)
@@ -234,6 +249,7 @@ def make_call(
             counter=setup.counter,
             inputs={**stated, "backend": repr(backend.name)},
             grids=setup.grids,
+            exact_gradients=setup.exact_gradients,
         )
     if group.rank == 0:
         hint_at_crossover(plan.longest, device, backend.name, computes_in)

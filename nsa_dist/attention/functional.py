@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from nsa_dist.attention.call import Call, Rotary, make_call, make_setup, refuse
 from nsa_dist.attention.checks import inputs_problem, query_problem, rotary_problem
 from nsa_dist.attention.flow import Attended, attend_branches
-from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
+from nsa_dist.attention.selectors import (
+    CompressedSelector,
+    Selector,
+    exact_selector_problem,
+    selector_problem,
+)
 from nsa_dist.attention.watching import Inputs, is_watched, show_inputs, show_output
 from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
@@ -64,6 +69,7 @@ def native_sparse_attention(
     fetch_again: bool | None = ...,
     recompute_branches: Sequence[str] = ...,
     fetch: str = ...,
+    exact_gradients: int = ...,
 ) -> Tensor: ...
 @overload
 def native_sparse_attention(
@@ -87,6 +93,7 @@ def native_sparse_attention(
     fetch_again: bool | None = ...,
     recompute_branches: Sequence[str] = ...,
     fetch: str = ...,
+    exact_gradients: int = ...,
 ) -> tuple[Tensor, NSADetails]: ...
 def native_sparse_attention(
     q: Tensor,
@@ -109,6 +116,7 @@ def native_sparse_attention(
     fetch_again: bool | None = None,
     recompute_branches: Sequence[str] = (),
     fetch: str = "chosen",
+    exact_gradients: int = 0,
 ) -> Tensor | tuple[Tensor, NSADetails]:
     """Native Sparse Attention (arXiv 2502.11089), with the sequence split over a group of ranks.
 
@@ -145,6 +153,9 @@ def native_sparse_attention(
         fetch: over several ranks, which selected blocks of other ranks are fetched: "chosen", or
             "full", all that local queries may choose. Then nothing is requested and no size is
             waited for. It is faster where nearly all are chosen.
+        exact_gradients: gradients of q, k, v, gates and compressors have the same bits over 1, 2,
+            4, ... up to this many ranks, a power of two; lengths must be multiples of twice as
+            many. 0: they agree to rounding.
 
     Returns:
         [B, L, H, Dv] in the dtype of ``q``; with ``return_details`` also ``NSADetails``.
@@ -158,13 +169,17 @@ def native_sparse_attention(
         refuse(f"config must be an NSAConfig, got {config!r}", {}, context, counter)
     used = CompressedSelector(k_compressor, v_compressor) if selector is None else selector
     grids = used.grids(config)
-    problem = split_options_problem(config, fetch_again, recompute_branches, fetch)
+    problem = split_options_problem(
+        config, fetch_again, recompute_branches, fetch, exact_gradients, context.size
+    )
+    problem = problem or exact_selector_problem(selector, exact_gradients)
     options: dict[str, Any] = {}
     if problem is None:
         options = {
             "fetch_again": fetch_again,
             "recompute_branches": recompute_branches,
             "fetch": fetch,
+            "exact_gradients": exact_gradients,
         }
     setup = make_setup(
         config, layout, context, backend, counter, rotary=rotary, selector_grids=grids, **options
@@ -216,6 +231,7 @@ def attend(
         more["fetch_again"] = repr(call.fetch_again)
         more["recompute_branches"] = repr(call.recompute_branches)
         more["fetch"] = repr(call.fetch)
+        more["exact_gradients"] = repr(call.plan.parts.most_ranks if call.plan.parts else 0)
         agree(statement.also(**more, backend=backend), problem, channel.group, channel.counter)
     watched = is_watched()
     if watched:
