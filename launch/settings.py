@@ -343,6 +343,9 @@ class Settings:
         )
         some = not (self.model.has_dense and self.run.dry_run)
         check(some, "run.dry_run", self.run.dry_run, must)
+        must = "False with parallel.exact_gradients, which has no estimate"
+        exact = self.parallel.exact_gradients
+        check(not (exact and self.run.dry_run), "run.dry_run", self.run.dry_run, must)
         must = "False with run.dry_run"
         check(not (self.run.self_check and self.run.dry_run), "run.self_check", True, must)
         must = "False with model.attention = 'dense' (NSA layers are checked)"

@@ -37,6 +37,8 @@ Messages, in order (``CommunicationCounter`` has the kinds):
                 head first: two before the first fetch_grad, then one after each
 
 The first plan of forward is sent by ``functional.attend``, that of backward by ``AgreeInBackward``.
+With ``exact_gradients`` a weight_grad for each compressor with weights comes between gather_grad
+and the halo_grad of its keys (``nsa_dist.comm.exact``); a head's parts run where the head stands.
 Code of the user's adds a plan after it ran: custom compressors before gather, a selector before
 request.
 

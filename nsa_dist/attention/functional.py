@@ -238,7 +238,8 @@ def attend(
         shown = show_inputs(call, Inputs(q, k, v, gates), selector)
         q, k, v, gates = shown.q, shown.k, shown.v, shown.gates
     sets = tuple(call.plan.halos)
-    run = attend_branches if channel.group.size == 1 else _attend_over_ranks
+    alone = channel.group.size == 1 and call.plan.parts is None
+    run = attend_branches if alone else _attend_over_ranks
     attended = run(
         call,
         q.flatten(0, 1),
@@ -253,7 +254,8 @@ def attend(
     return attended
 
 
-# A compiled graph cannot hold messages whose sizes follow from data: one break, not one a message.
+# A compiled graph cannot hold messages whose sizes follow from data, nor sums that are put together
+# beside autograd: one break, not one a message.
 _attend_over_ranks = torch.compiler.disable(attend_branches)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nsa_dist import BRANCHES, BlockCompressor, NSAConfig, make_sharding, native_sparse_attention
 
@@ -31,7 +32,8 @@ PACKED = (24, 56, 8, 0, 72)
 class Case:
     """``lengths``: documents of a packed stream; None for ``batch`` rows of ``length`` tokens.
 
-    shared: one k and v for all branches. options: of ``native_sparse_attention``.
+    shared: one k and v for all branches. checkpoint: activation checkpointing of the call. options:
+    of ``native_sparse_attention``.
     """
 
     config: NSAConfig = SMALL
@@ -44,6 +46,7 @@ class Case:
     backend: str = "pytorch"
     most_ranks: int = MOST_RANKS
     shared: bool = False
+    checkpoint: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -103,8 +106,9 @@ def gradients(case: Case, group: Any = None) -> dict[str, Tensor]:
         from tests.ops.triton.guard import fixed_order_dot
 
         order = fixed_order_dot()
-    with order:
-        out = native_sparse_attention(
+
+    def attend(q: Tensor) -> Any:
+        return native_sparse_attention(
             q,
             *given,
             gates,
@@ -117,6 +121,9 @@ def gradients(case: Case, group: Any = None) -> dict[str, Tensor]:
             backend=case.backend,
             **{"exact_gradients": case.most_ranks} | dict(case.options),
         )
+
+    with order:
+        out = checkpoint(attend, q, use_reentrant=False) if case.checkpoint else attend(q)
         assert isinstance(out, Tensor)
         out.backward(sharding.shard(whole_grad))
     found = {"out": sharding.unshard(out).cpu()}

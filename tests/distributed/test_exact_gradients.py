@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,12 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nsa_dist import NativeSparseAttention, NSAConfig, RotaryConfig, make_sharding
+from nsa_dist import (
+    NativeSparseAttention,
+    NSAConfig,
+    RotaryConfig,
+    check_parallel,
+    make_sharding,
+)
 from nsa_dist.attention.plan_cache import get_plan
 from nsa_dist.comm.exact import PartSums, tree_sum
 from nsa_dist.comm.group import context_group
 from nsa_dist.plan.layout import make_layout
 from nsa_dist.plan.parts import parts_layout
+from nsa_kernels.compressors import COMPRESSORS
 from tests.distributed.exact_case import (
     PACKED,
     SMALL,
@@ -56,6 +65,7 @@ OPTIONS = {
     "recomputed": replace(
         BASE, options={"recompute_branches": ("window", "selected", "compressed")}
     ),
+    "checkpointed": replace(BASE, checkpoint=True, options={"fetch_again": True}),
     "window-longer-than-parts": with_config(BASE, window=70),
     "blocks-longer-than-parts": with_config(
         BASE, compress_block=32, compress_stride=8, select_block=32, num_selected=3
@@ -216,6 +226,35 @@ def test_without_the_option_nothing_is_added(ranks_of: Callable[[int], Ranks]) -
     assert found >= ours and "weight_grad" in kinds
 
 
+def checked_on_rank(case: Case) -> list[str]:
+    """What the self-check finds in a layer that is compared with one rank in the usual order."""
+    layer = NativeSparseAttention(
+        24, case.config, group=dist.group.WORLD, exact_gradients=case.most_ranks
+    )
+    sharding = make_sharding(case.length, group=dist.group.WORLD)
+    x = sharding.shard(torch.randn(1, case.length, 24))
+    report = check_parallel(layer, lambda: layer(x).square().sum().backward(), sharding)
+    report.raise_if_different()
+    return list(report.largest)
+
+
+def test_the_self_check_finds_it_right(ranks_of: Callable[[int], Ranks]) -> None:
+    names, _ = ranks_of(2).run(checked_on_rank, Case(dtype=torch.float32))
+    assert {"grad of k, selected", "grad of v_compressor.up"} <= set(names)
+
+
+def test_a_compiled_layer_gives_the_same() -> None:
+    layer = NativeSparseAttention(24, SMALL, exact_gradients=2)
+    compiled = torch.compile(layer, backend="eager")
+    x = torch.randn(1, 64, 24)
+    found = []
+    for run in (layer, compiled):
+        layer.zero_grad()
+        run(x).square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None})
+    assert differing(*found) == []
+
+
 def two_backwards_on_rank(case: Case) -> list[str]:
     """Names of gradients that a second backward through the graph does not double."""
     layer = NativeSparseAttention(
@@ -330,3 +369,69 @@ def test_gqa_groups_of_one_and_many_are_covered() -> None:
     assert SMALL.heads_per_group == 4
     assert CASES["one-head-a-group"].config.heads_per_group == 1
     assert isinstance(SMALL, NSAConfig)
+
+
+# --- Triton kernels -------------------------------------------------------------------------------
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+FEW_HEADS = NSAConfig(
+    2,
+    1,
+    16,
+    compress_block=8,
+    compress_stride=4,
+    select_block=16,
+    num_selected=3,
+    window=20,
+)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs run the larger cases")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bits_of_kernels(dtype: torch.dtype, ranks_of: Callable[[int], Ranks]) -> None:
+    case = Case(FEW_HEADS, lengths=(24, 40), dtype=dtype, backend="triton", most_ranks=2)
+    found = ranks_of(2).run(gradients_on_rank, case)[0]
+    assert differing(found, gradients(case)) == []
+
+
+LARGE = NSAConfig(32, 2, 128, num_selected=8, window=200)
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids="{}_ranks".format)
+def gpus(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    there = torch.cuda.device_count()
+    if there < request.param:
+        pytest.skip(f"needs {request.param} CUDA devices, found {there}")
+    ranks = Ranks(request.param, timedelta(seconds=120), "nccl")
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("compress", list(COMPRESSORS))
+@pytest.mark.parametrize("packed", [False, True], ids=["one-document", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bits_do_not_depend_on_the_gpus(
+    dtype: torch.dtype, layout: str, packed: bool, compress: Any, gpus: Ranks
+) -> None:
+    config = replace(LARGE, compress=compress)
+    lengths = (1496, 8, 32, 3504, 80) if packed else None
+    case = Case(config, layout, lengths, 1, 5120, dtype, "cuda", "triton")
+    found = gpus.run(gradients_on_rank, case)[0]
+    assert differing(found, gradients(case)) == []
+    assert all(bool(x.isfinite().all()) for x in found.values())
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("name", ["fetched-again", "all-fetched", "recomputed", "shared-kv"])
+def test_bits_of_options_on_gpus(name: str, gpus: Ranks) -> None:
+    small = OPTIONS[name]
+    config = replace(LARGE, independent_kv=small.config.independent_kv)
+    case = replace(
+        small, config=config, lengths=(1496, 8, 32, 3504, 80), device="cuda", backend="triton"
+    )
+    found = gpus.run(gradients_on_rank, case)[0]
+    assert differing(found, gradients(replace(case, options={}))) == []

@@ -41,11 +41,17 @@ def test_meta_construction_gives_the_weights_of_direct_construction(
 
 
 def test_a_run_file_says_what_layers_fetch_and_compute_again(root: Path) -> None:
-    parallel = {"fetch": "full", "fetch_again": "never", "recompute_branches": ["window"]}
+    parallel = {
+        "fetch": "full",
+        "fetch_again": "never",
+        "recompute_branches": ["window"],
+        "exact_gradients": 4,
+    }
     settings = tiny(root, model={"layers": 2, "dense_every": 2}, parallel=parallel)
     sparse, dense = (block.attention for block in Decoder(settings, 256).blocks)
     assert (sparse.setup.fetch, sparse.setup.fetch_again) == ("full", False)
     assert sparse.setup.recompute_branches == ("window",)
+    assert sparse.setup.exact_gradients == 4
     assert isinstance(dense, DenseAttention)
 
 
