@@ -55,6 +55,7 @@ class Decoder(nn.Module):
             recompute_branches=parallel.recompute_branches,
             fetch=parallel.fetch,
             ranks_per_node=(parallel.ranks_per_node or None) if group is not None else None,
+            exact_gradients=parallel.exact_gradients,
         )
         blocks: list[Callable[..., nn.Module]] = [
             dense if model.is_dense(layer) else sparse for layer in range(model.layers)

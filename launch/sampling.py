@@ -97,7 +97,7 @@ def sample_text(
         temperature=run.temperature,
         seed=mix_seed(run.seed, "sample"),
         window=settings.data.length,
-        pad_to=math.lcm(PAD_TO, 2 * ranks.cp * ranks.tp),
+        pad_to=math.lcm(PAD_TO, 2 * max(ranks.cp, settings.parallel.exact_gradients) * ranks.tp),
         stopping=stopping,
     )
     return run.prompt + tokenizer.decode(continuation)

@@ -241,6 +241,9 @@ class ParallelSettings:
     # consecutive ranks of cp that share a node: then blocks of other nodes are fetched once a node.
     # 0: those of each host, where hosts have equally many, at least two; 1: one level of links
     ranks_per_node: int = 0
+    # gradients of the attention have the same bits for cp = 1, 2, 4, ... up to this many, a power
+    # of two; streams are padded to multiples of twice as many. 0: they agree to rounding
+    exact_gradients: int = 0
     # fsdp2: False keeps gathered weights until backward has used them
     reshard_after_forward: bool = True
     # deepspeed: 1 shards optimizer state, 2 gradients too, 3 weights too
@@ -256,6 +259,8 @@ class ParallelSettings:
         given = self.ranks_per_node
         must = f"0 or a divisor of parallel.cp = {self.cp}"
         check(not given or self.cp % given == 0, "parallel.ranks_per_node", given, must)
+        must = "0 or 1 with parallel.exact_gradients (a node's sums would follow from its ranks)"
+        check(given <= 1 or not self.exact_gradients, "parallel.ranks_per_node", given, must)
 
 
 @dataclass(frozen=True)
@@ -331,7 +336,12 @@ class Settings:
             f"a divisor of data.global_batch = {self.data.global_batch}",
         )
         problem = split_options_problem(
-            self.attention, None, self.parallel.recompute_branches, self.parallel.fetch
+            self.attention,
+            None,
+            self.parallel.recompute_branches,
+            self.parallel.fetch,
+            self.parallel.exact_gradients,
+            self.parallel.cp,
         )
         if problem is not None:
             raise ValueError(f"parallel.{problem}")
@@ -342,6 +352,9 @@ class Settings:
         )
         some = not (self.model.has_dense and self.run.dry_run)
         check(some, "run.dry_run", self.run.dry_run, must)
+        must = "False with parallel.exact_gradients, which has no estimate"
+        exact = self.parallel.exact_gradients
+        check(not (exact and self.run.dry_run), "run.dry_run", self.run.dry_run, must)
         must = "False with run.dry_run"
         check(not (self.run.self_check and self.run.dry_run), "run.self_check", True, must)
         must = "False with model.attention = 'dense' (NSA layers are checked)"

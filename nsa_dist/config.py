@@ -322,8 +322,14 @@ def split_options_problem(
     fetch_again: bool | None = None,
     recompute_branches: Sequence[str] = (),
     fetch: str = "chosen",
+    exact_gradients: int = 0,
+    size: int = 1,
 ) -> str | None:
-    """The error in a layer's options that change its time, memory and bytes alone, or None."""
+    """The error in a layer's options that change how it runs alone, not what it computes, or None.
+
+    Args:
+        size: ranks of its group.
+    """
     if fetch not in FETCHES:
         return f"fetch must be one of {FETCHES}, got {fetch!r}"
     if fetch_again is not None and type(fetch_again) is not bool:
@@ -334,5 +340,24 @@ def split_options_problem(
         return (
             f"recompute_branches must be a choice from branches = {config.branches} without "
             f"repeats, got {given!r}"
+        )
+    problem = exact_gradients_problem(exact_gradients, size)
+    if problem is None and exact_gradients and config.compress == "custom":
+        problem = (
+            "exact_gradients must be 0 with compress='custom' (a module of your own adds over "
+            f"blocks in its own order), got {exact_gradients}"
+        )
+    return problem
+
+
+def exact_gradients_problem(exact_gradients: Any, size: int) -> str | None:
+    """The error in ``exact_gradients`` over ``size`` ranks, or None."""
+    value = exact_gradients
+    if type(value) is not int or value < 0 or value & (value - 1):
+        return f"exact_gradients must be 0 or a power of two, got {value!r}"
+    if value and (size > value or size & (size - 1)):
+        return (
+            f"group size must be a power of two up to exact_gradients = {value} (the most ranks "
+            f"whose gradients have the same bits), got {size}"
         )
     return None

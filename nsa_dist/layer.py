@@ -13,7 +13,12 @@ from torch.distributed.tensor import DTensor
 from nsa_dist.attention.call import Call, check_backend, make_call, make_setup, options_problem
 from nsa_dist.attention.checks import inputs_problem, tensor_problem
 from nsa_dist.attention.functional import KeysOrValues, NSADetails, attend, details_of
-from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
+from nsa_dist.attention.selectors import (
+    CompressedSelector,
+    Selector,
+    exact_selector_problem,
+    selector_problem,
+)
 from nsa_dist.checks import (
     DTYPES,
     INTEGER_DTYPES,
@@ -80,6 +85,9 @@ class NativeSparseAttention(nn.Module):
             gradients are summed inside a node first. None: as a DeviceMesh of nodes says, else the
             ranks of each host, where two or more hosts have equally many, at least two; 1: one
             level.
+        exact_gradients: gradients of q, k, v, gates and compressors have the same bits over 1, 2,
+            4, ... up to this many ranks, a power of two; lengths must be multiples of twice as
+            many. 0: they agree to rounding.
 
     Attributes:
         communication: bytes sent by this layer, by kind, since its last ``reset``.
@@ -110,6 +118,7 @@ class NativeSparseAttention(nn.Module):
         recompute_branches: Sequence[str] = (),
         fetch: str = "chosen",
         ranks_per_node: int | None = None,
+        exact_gradients: int = 0,
     ) -> None:
         super().__init__()
         context = context_group(group)
@@ -133,8 +142,10 @@ class NativeSparseAttention(nn.Module):
             "recompute_branches": recompute_branches,
             "fetch": fetch,
             "ranks_per_node": ranks_per_node,
+            "exact_gradients": exact_gradients,
         }
         problem = options_problem(config, context, **options)
+        problem = problem or exact_selector_problem(selector, exact_gradients)
         if problem is not None:
             raise ValueError(problem)
         check_backend(backend, config, device)

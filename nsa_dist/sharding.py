@@ -18,7 +18,9 @@ from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.collectives import begin_all_gather
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
+from nsa_dist.config import exact_gradients_problem
 from nsa_dist.plan.layout import check_batch_size, check_cu_seqlens, local_indices, make_layout
+from nsa_dist.plan.parts import parts_layout
 from nsa_dist.plan.statement import Statement, show_boundaries
 
 IGNORED_LABEL = -100
@@ -104,6 +106,7 @@ def make_sharding(
     cu_seqlens: Tensor | None = None,
     layout: str = "zigzag",
     group: GroupLike | ContextGroup = None,
+    exact_gradients: int = 0,
 ) -> Sharding:
     """Pad rows of ``length`` tokens as ``layout`` needs, and split them over the group.
 
@@ -121,6 +124,10 @@ def make_sharding(
     """
     context = context_group(group)
     cut = make_layout(layout, context.size)
+    problem = exact_gradients_problem(exact_gradients, context.size)
+    if problem is not None:
+        raise ValueError(problem)
+    padded = parts_layout(cut.name, exact_gradients) if exact_gradients else cut
     length = as_int("length", length, 0)
     if cu_seqlens is not None:
         if not is_plain(cu_seqlens) or cu_seqlens.is_meta:
@@ -135,8 +142,8 @@ def make_sharding(
             raise ValueError(problem)
 
     with torch.device("cpu"):  # Whatever the default device is.
-        multiple = cut.multiple
-        if cut.per_document and cu_seqlens is not None:
+        multiple = padded.multiple
+        if padded.per_document and cu_seqlens is not None:
             lengths = cu_seqlens.long().diff()
             padded_lengths = (lengths + multiple - 1) // multiple * multiple
             padded_length = int(padded_lengths.sum())
@@ -177,19 +184,27 @@ def shard(
     layout: str = "zigzag",
     group: GroupLike | ContextGroup = None,
     pad_value: float = 0,
+    exact_gradients: int = 0,
 ) -> Tensor:
     """This rank's part of whole rows: [B, T, ...] to [B, L, ...], padded as ``layout`` needs.
 
     Args:
         cu_seqlens: int32 boundaries of the unpadded stream, with B = 1; None if each row is one
             document. ``make_sharding(...)`` has the padded boundaries that attention needs.
+        exact_gradients: as of ``make_sharding``.
 
     Raises:
         ValueError: if an argument has a value that is not allowed.
     """
     if not is_plain(x) or x.ndim < 2:
         raise ValueError(f"x must be a tensor [batch, length, ...], got {describe(x)}")
-    sharding = make_sharding(x.shape[1], cu_seqlens=cu_seqlens, layout=layout, group=group)
+    sharding = make_sharding(
+        x.shape[1],
+        cu_seqlens=cu_seqlens,
+        layout=layout,
+        group=group,
+        exact_gradients=exact_gradients,
+    )
     return sharding.shard(x, pad_value)
 
 
@@ -200,19 +215,26 @@ def unshard(
     cu_seqlens: Tensor | None = None,
     layout: str = "zigzag",
     group: GroupLike | ContextGroup = None,
+    exact_gradients: int = 0,
 ) -> Tensor:
     """The inverse of ``shard``: [B, L, ...] on each rank to [B, T, ...] on all. A collective.
 
     Args:
         length: T, the unpadded length.
-        cu_seqlens: as given to ``shard``.
+        cu_seqlens, exact_gradients: as given to ``shard``.
 
     Raises:
         ValueError: on every rank, if an argument of any rank has a value that is not allowed.
     """
     context = context_group(group)
     try:
-        sharding = make_sharding(length, cu_seqlens=cu_seqlens, layout=layout, group=context)
+        sharding = make_sharding(
+            length,
+            cu_seqlens=cu_seqlens,
+            layout=layout,
+            group=context,
+            exact_gradients=exact_gradients,
+        )
     except ValueError as error:
         agree(Statement({"call": "unshard"}), str(error), context, CommunicationCounter(), error)
         raise
@@ -308,6 +330,7 @@ def shard_batch(
     layout: str = "zigzag",
     group: GroupLike | ContextGroup = None,
     pad_token: int = 0,
+    exact_gradients: int = 0,
 ) -> ShardedBatch:
     """Split a batch of token ids over the ranks of ``group``.
 
@@ -321,6 +344,7 @@ def shard_batch(
         labels: integer [B, T], unshifted targets, -100 to ignore a token; default ``tokens``.
         layout, group: as for the attention layers.
         pad_token: token id of the padding.
+        exact_gradients: as of ``make_sharding``.
 
     Raises:
         ValueError: if an argument has a value that is not allowed.
@@ -338,7 +362,13 @@ def shard_batch(
     if problem is not None:
         raise ValueError(problem)
     length = tokens.shape[1]
-    sharding = make_sharding(length, cu_seqlens=cu_seqlens, layout=layout, group=group)
+    sharding = make_sharding(
+        length,
+        cu_seqlens=cu_seqlens,
+        layout=layout,
+        group=group,
+        exact_gradients=exact_gradients,
+    )
 
     bounds = torch.tensor([0, length], device="cpu")
     if cu_seqlens is not None:

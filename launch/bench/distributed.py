@@ -53,6 +53,7 @@ from nsa_dist.adapters.ring import dense_attention, get_dense_plan
 from nsa_dist.checks import check
 from nsa_dist.comm.counter import KINDS
 from nsa_dist.comm.group import ContextGroup, context_group
+from nsa_dist.config import exact_gradients_problem
 from nsa_dist.plan.layout import make_layout
 from nsa_kernels.reference import masked_softmax, weighted_values
 
@@ -75,6 +76,8 @@ class DistributedOptions(Sizes):
         fetch: which selected blocks of other ranks are fetched: chosen, or full.
         dense: time dense ring attention too.
         balance: print the time and the work of each operator of nsa on each rank.
+        exact_gradients: time nsa with this value of the option too, as nsa_exact, and print what
+            that costs; 0: without only.
     """
 
     lengths: tuple[int, ...] = (65536, 131072)
@@ -86,6 +89,7 @@ class DistributedOptions(Sizes):
     fetch: Literal["chosen", "full"] = "chosen"
     dense: bool = True
     balance: bool = False
+    exact_gradients: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +99,9 @@ class DistributedOptions(Sizes):
         check(there, "trace", None if self.trace is None else str(self.trace), must)
         known = all(branch in BRANCHES for branch in self.recompute)
         check(known, "recompute", self.recompute, f"a choice from {BRANCHES}")
+        problem = exact_gradients_problem(self.exact_gradients, 1)
+        if problem is not None:
+            raise ValueError(problem)
 
     @property
     def layout_name(self) -> str:
@@ -109,7 +116,7 @@ class DistributedRow(Row):
     """One measurement: times, memory and bytes are the largest of any rank.
 
     Args:
-        operator: nsa or dense_ring.
+        operator: nsa, nsa_exact or dense_ring.
         ranks, layout: how the stream is split.
         forward_mib, backward_mib: what a rank receives.
         forward_over_ring, both_over_ring: time of dense ring attention over this one's, forward,
@@ -255,10 +262,10 @@ def candidates(
         "device": stream.device,
     }
 
-    def nsa() -> Candidate:
+    def nsa(name: str = "nsa", exact_gradients: int = 0) -> Candidate:
         counter = CommunicationCounter()
         (problem,) = problems(stream, torch.empty(0), {}, ("whole",))
-        plan = get_plan(config, layout, context, **batch)
+        plan = get_plan(config, layout, context, **batch, exact_gradients=exact_gradients)
 
         def attend(q: Tensor, gates: Tensor, *rest: Tensor) -> Tensor:
             k, v = (
@@ -272,11 +279,12 @@ def candidates(
                 backend=stream.ops.name,
                 plan=plan,
                 communication=counter,
+                exact_gradients=exact_gradients,
                 **options_of_nsa,
             )
             return out[0]
 
-        return over_ranks(replace(problem, name="nsa"), attend, sharding, 8, counter)
+        return over_ranks(replace(problem, name=name), attend, sharding, 8, counter)
 
     def dense() -> Candidate:
         counter = CommunicationCounter()
@@ -308,7 +316,10 @@ def candidates(
         )
         return over_ranks(problem, attend, sharding, 3, counter)
 
-    return [dense, nsa] if options.dense else [nsa]
+    built: list[Callable[[], Candidate]] = [dense, nsa] if options.dense else [nsa]
+    if options.exact_gradients:
+        built.append(lambda: nsa("nsa_exact", options.exact_gradients))
+    return built
 
 
 def bench(
@@ -365,6 +376,8 @@ def bench(
             rows = with_ring_ratios(rows)
             if is_main:
                 print(line(rows[-1]), flush=True)
+                if row.operator == "nsa_exact":
+                    print(cost_line(rows), flush=True)
                 if options.csv is not None:
                     write_csv(options.csv, rows)
             if options.balance and row.operator == "nsa":
@@ -425,7 +438,7 @@ def with_ring_ratios(rows: Sequence[DistributedRow]) -> list[DistributedRow]:
     filled = []
     for row in rows:
         ring = rings.get((row.length, row.shape, row.ranks, row.layout))
-        if ring is not None and row.operator == "nsa":
+        if ring is not None and row.operator != "dense_ring":
             row = replace(
                 row,
                 forward_over_ring=ring.forward_ms / row.forward_ms,
@@ -443,6 +456,19 @@ def line(row: DistributedRow) -> str:
         f"{pair(row.forward_mib, row.backward_mib)} MiB received, {number(row.peak_gib)} GiB, "
         f"error {row.error:.1e}" + (f", {ratio} x dense ring" if ratio else "")
     )
+
+
+def cost_line(rows: Sequence[DistributedRow]) -> str:
+    """What the last row, nsa_exact, takes over nsa of the same length."""
+    exact = rows[-1]
+    for row in reversed(rows):
+        if (row.operator, row.length) == ("nsa", exact.length):
+            forward = exact.forward_ms / row.forward_ms - 1
+            both = exact.both_ms / row.both_ms - 1
+            return (
+                f"{exact.length:>8} exact gradients cost {forward:+.1%} forward, {both:+.1%} both"
+            )
+    return f"{exact.length:>8} exact gradients: nsa was not timed"
 
 
 def markdown(rows: Sequence[DistributedRow]) -> str:

@@ -44,6 +44,7 @@ def cut_stream(stream: Stream, settings: Settings, ranks: Ranks) -> ShardedBatch
         labels=labels,
         layout=settings.parallel.layout,
         group=ranks.cp_mesh,
+        exact_gradients=settings.parallel.exact_gradients,
     )
     return _moved(batch, Tensor.pin_memory) if ranks.device.type == "cuda" else batch
 

@@ -31,6 +31,7 @@ _ONLY: tuple[tuple[str, Any, str], ...] = (
     ("parallel.fetch_again", "auto", "its layers decide"),
     ("parallel.recompute_branches", (), "see model.recompute_part"),
     ("parallel.ranks_per_node", 0, "its layers ask the hosts"),
+    ("parallel.exact_gradients", 0, "its layers take no other"),
 )
 
 

@@ -134,6 +134,8 @@ def estimates(settings: EstimateSettings, vocab_size: int, element_size: int = 2
         ValueError: naming the option, what it must be and its value.
     """
     options = settings.estimate
+    exact = settings.parallel.exact_gradients
+    check(exact == 0, "parallel.exact_gradients", exact, "0 (others have no estimate)")
     must = "'nsa', and model.dense_every = 0 (dense layers have no estimate)"
     check(not settings.model.has_dense, "model.attention", settings.model.attention, must)
     rates = read_rates(Path(options.rates), settings.attention)

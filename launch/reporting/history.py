@@ -10,7 +10,7 @@ from torch import Tensor
 
 COMMUNICATION_KINDS = (
     *("plan", "halo", "gather", "request", "fetch"),
-    *("halo_grad", "gather_grad", "fetch_grad", "ring", "ring_grad"),
+    *("halo_grad", "gather_grad", "fetch_grad", "weight_grad", "ring", "ring_grad"),
 )
 """What layers count, in the order in which a step's vector has it."""
 KEPT = 100_000

@@ -53,6 +53,7 @@ class Setup:
         fetch: which remote blocks are fetched, "chosen" or "full".
         recompute_branches: the branches whose forward backward computes again.
         ranks_per_node: consecutive ranks that share a node; None as the group or its hosts say.
+        exact_gradients: up to how many ranks gradients have the same bits, or 0.
     """
 
     config: NSAConfig
@@ -67,6 +68,7 @@ class Setup:
     recompute_branches: tuple[str, ...] = ()
     fetch: str = "chosen"
     ranks_per_node: int | None = None
+    exact_gradients: int = 0
 
     def refuse(
         self, problem: str, stated: Mapping[str, str], cause: Exception | None = None
@@ -94,12 +96,13 @@ def make_setup(
     recompute_branches: Sequence[str] = (),
     fetch: str = "chosen",
     ranks_per_node: int | None = None,
+    exact_gradients: int = 0,
 ) -> Setup:
     """A setup from what its layer is built with.
 
     Args:
         selector_grids: the blocks that the selector reads; None for NSA's own selector.
-        fetch_again, recompute_branches, fetch, ranks_per_node: as for the layer
+        fetch_again, recompute_branches, fetch, ranks_per_node, exact_gradients: as for the layer
             (``options_problem``).
     """
     grids = all_grids(config, selector_grids)
@@ -109,16 +112,23 @@ def make_setup(
     return Setup(
         *(config, layout, group, backend, counter, rotary, grids, sets, again, recompute, fetch),
         ranks_per_node,
+        exact_gradients,
     )
 
 
 def options_problem(config: NSAConfig, group: ContextGroup, **options: Any) -> str | None:
-    """The error in the options of a layer over ``group`` that change its time, memory and bytes
-    alone, or None."""
+    """The error in the options of a layer over ``group`` that change how it runs alone, not what it
+    computes, or None."""
     ranks_per_node = options.pop("ranks_per_node")
     of_mesh = group.node_of_rank is not None
-    problem = split_options_problem(config, **options)
-    return problem or ranks_per_node_problem(ranks_per_node, group.size, of_mesh=of_mesh)
+    problem = split_options_problem(config, **options, size=group.size)
+    problem = problem or ranks_per_node_problem(ranks_per_node, group.size, of_mesh=of_mesh)
+    if problem is None and options["exact_gradients"] and (ranks_per_node or 1) > 1:
+        return (
+            "ranks_per_node must be None or 1 with exact_gradients (a node's sums would follow "
+            f"from its ranks), got {ranks_per_node!r}"
+        )
+    return problem
 
 
 def fetches_again(config: NSAConfig, fetch_again: bool | None, size: int) -> bool:
@@ -166,9 +176,10 @@ class Call:
     def with_nodes(self) -> Call:
         """The same call, whose channel knows which ranks share a node. A collective.
 
-        It comes after the ranks have agreed on the call.
+        It comes after the ranks have agreed on the call. With ``exact_gradients`` no level of links
+        may change the order of sums: there is one.
         """
-        if "selected" not in self.config.branches:
+        if "selected" not in self.config.branches or self.plan.parts is not None:
             return self
         channel = self.channel
         nodes = find_nodes(channel.group, self.ranks_per_node, channel.about)
@@ -244,7 +255,7 @@ def make_call(
     problem = backend.refuses(computes_in, config.kernel_options)
     if plan is not None:
         problem = problem or plan_problem(
-            plan, rows, device, config, group, cu_seqlens, setup.grids
+            plan, rows, device, config, group, cu_seqlens, setup.grids, setup.exact_gradients
         )
     if problem is not None:
         setup.refuse(problem, stated)
@@ -262,6 +273,7 @@ def make_call(
             counter=setup.counter,
             inputs={**stated, "backend": repr(backend.name)},
             grids=setup.grids,
+            exact_gradients=setup.exact_gradients,
         )
     if group.rank == 0:
         hint_at_crossover(plan.longest, device, backend.name, computes_in)

@@ -153,6 +153,7 @@ def plan_problem(
     group: ContextGroup,
     cu_seqlens: Any,
     grids: Collection[str],
+    exact_gradients: int = 0,
 ) -> str | None:
     """The error for a plan that was not made for this call.
 
@@ -169,6 +170,7 @@ def plan_problem(
         ("config", plan.config, config),
         ("device", plan.positions.device, device),
         ("blocks", sorted(plan.grids), sorted(grids)),
+        ("exact_gradients", plan.parts.most_ranks if plan.parts else 0, exact_gradients),
     ):
         if got != must:
             return f"plan must be one for {what} {must}, got one for {got}"

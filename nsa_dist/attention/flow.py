@@ -37,6 +37,8 @@ Messages, in order (``CommunicationCounter`` has the kinds):
                 head first: two before the first fetch_grad, then one after each
 
 The first plan of forward is sent by ``functional.attend``, that of backward by ``AgreeInBackward``.
+With ``exact_gradients`` a weight_grad for each compressor with weights comes between gather_grad
+and the halo_grad of its keys (``nsa_dist.comm.exact``); a head's parts run where the head stands.
 Code of the user's adds a plan after it ran: custom compressors before gather, a selector before
 request.
 
@@ -55,35 +57,37 @@ its halo, n selected blocks per query.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa_dist.attention.call import Call, recomputed
+from nsa_dist.attention.call import Call
+from nsa_dist.attention.extended import Extended
+from nsa_dist.attention.in_parts import Source, attend_branch
 from nsa_dist.attention.selectors import Selection, Selector, cos_sin, run_selector
 from nsa_dist.comm import (
     HeadFetch,
     Work,
-    begin_halo,
     begin_request,
     fetch_all_visible,
     heads_per_transfer,
 )
 from nsa_dist.comm.agreement import AgreeInBackward
+from nsa_dist.comm.exact import HeadSums
+from nsa_dist.comm.fetch import Transfer
 from nsa_dist.nn.rotary import apply_rotary
 from nsa_kernels import Backend
 from nsa_kernels.autograd import first_order
-from nsa_kernels.backend import add_gradients, as_gate, gated_branches
+from nsa_kernels.backend import add_gradients, gated_branches
 from nsa_kernels.occupancy import spare
 
 SPARED = 16
 """Multiprocessors that the window branch leaves to the request and the first fetch beside it."""
 
 ByName = Mapping[str, Tensor]
-Extended = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,25 +128,24 @@ def attend_branches(
 
     def attend_window() -> None:
         if "window" in branches:
-            outputs["window"], lse["window"], *summands["window"] = recomputed(
+            outputs["window"], lse["window"], *summands["window"] = attend_branch(
                 call,
                 "window",
                 ops.window_attention,
                 queries["window"],
-                *extended["window"],
-                plan.segments,
+                extended.source("window", "window"),
+                gate_of.get("window"),
                 window=config.window,
                 scale=config.softmax_scale,
-                **as_gate(gate_of.get("window")),
             )
 
-    extended = _Extended(call, _rotate(call, keys_NGD), values_NGD)
+    extended = Extended(call, _rotate(call, keys_NGD), values_NGD)
     # NSA's own selector attends to compressed tokens and selects by their probabilities.
     selection = Selection(None)
     if selects:
         gathering = selector.begin(call, extended)
         extended.finish()
-        selected = _Selected(call, *extended["selected"]) if "selected" in branches else None
+        selected = _Selected(call, extended) if "selected" in branches else None
         if selected is None:
             attend_window()
         gathered = gathering.finish()
@@ -173,7 +176,7 @@ def attend_branches(
         out_NHD = ZeroGradient.apply(out_NHD, tensor)
     if group.size > 1:
         # Without a need for gradients autograd makes no node, and its message is not sent.
-        moved = {name: k.requires_grad for name, (k, _) in extended.items()}
+        moved = {name: extended.requires_grad(name) for name in extended}
         moved |= {name: x.requires_grad for name, x in selection.gathered.items()}
         moved["queries"] = q_NHD.requires_grad
         needs = tuple(name for name, needed in moved.items() if needed)
@@ -213,58 +216,23 @@ def _rotate(call: Call, keys_NGD: ByName) -> ByName:
     return rotated
 
 
-class _Extended(Mapping[str, tuple[Tensor, Tensor]]):
-    """K [E, G, Dk] and V [E, G, Dv] of each set with its halo; shared sets are sent once.
-
-    All halos begin to travel at once. A set is waited for when it is first read.
-    """
-
-    def __init__(self, call: Call, keys_NGD: ByName, values_NGD: ByName) -> None:
-        self._first: dict[str, str] = {}
-        self._works: dict[str, Work[tuple[Tensor, Tensor]]] = {}
-        self._finished: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, k in keys_NGD.items():
-            v = values_NGD.get(name)
-            same = [o for o in self._works if keys_NGD[o] is k and values_NGD.get(o) is v]
-            self._first[name] = same[0] if same else name
-            if same:
-                continue
-            if v is None:  # Keys that only select blocks have no values.
-                v = k.new_zeros(*k.shape[:2], 0)
-            self._works[name] = begin_halo(k, v, call.plan.halos[name], call.channel)
-
-    def finish(self) -> None:
-        """Wait for the sets that were not read yet."""
-        for name in self:
-            _ = self[name]
-
-    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        first = self._first[name]
-        if first not in self._finished:
-            self._finished[first] = self._works[first].finish()
-        return self._finished[first]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._first)
-
-    def __len__(self) -> int:
-        return len(self._first)
-
-
 class _Selected:
     """The selected branch: its blocks are fetched and attended to, one transfer after another.
 
     Args:
-        k_EGD, v_EGD: own rows with their halo.
+        extended: own rows with their halo.
     """
 
-    def __init__(self, call: Call, k_EGD: Tensor, v_EGD: Tensor) -> None:
+    def __init__(self, call: Call, extended: Extended) -> None:
         self._call = call
+        k_EGD, v_EGD = extended["selected"]
+        self._sums = extended.sums("selected") if call.plan.parts is not None else None
         self._width = heads_per_transfer(k_EGD.shape[1], call.channel)
         sources = (_split_heads(x, self._width) for x in (k_EGD, v_EGD))
         self._sources = list(zip(*sources, strict=True))
         # The first head's gradients come back last: this node is old, so that in backward the
         # window and the compressed branch run before it waits for them.
+        self._sums_of_heads: dict[HeadFetch, HeadSums] = {}
         self._first = self._fetch(0)
 
     def request(self, blocks_NGn: Tensor) -> None:
@@ -306,7 +274,9 @@ class _Selected:
                 ahead = self._fetch(g + 1)
                 ahead.begin(transfers[g + 1])
             results.append(
-                self._attend_heads(fetch, queries[g], self._blocks[g], rows[g], gates[g])
+                self._attend_heads(
+                    fetch, transfers[g], queries[g], self._blocks[g], rows[g], gates[g]
+                )
             )
             results[g][at] = fetch.drop(results[g][at])
             if before is not None:
@@ -319,11 +289,15 @@ class _Selected:
     def _fetch(self, g: int) -> HeadFetch:
         k, v = self._sources[g]
         again = self._call.fetch_again and torch.is_grad_enabled()
-        return HeadFetch(k, v, self._call.channel, again=again)
+        fetch = HeadFetch(k, v, self._call.channel, again=again)
+        if self._sums is not None:
+            self._sums_of_heads[fetch] = HeadSums(*self._sums)
+        return fetch
 
     def _attend_heads(
         self,
         fetch: HeadFetch,
+        transfer: Transfer,
         q_NhD: Tensor,
         blocks_Ngn: Tensor,
         rows_gB: Tensor,
@@ -331,22 +305,22 @@ class _Selected:
     ) -> list[Tensor]:
         """[o, lse] of the heads of a transfer, and with a gate their summand."""
         call = self._call
+        tensors = fetch.k, fetch.v, *fetch.finish()
+        source: Source = tensors
+        if self._sums is not None:
+            source = self._sums_of_heads.pop(fetch).source(transfer, *tensors)
         return list(
-            recomputed(
+            attend_branch(
                 call,
                 "selected",
                 call.backend.selected_attention,
                 q_NhD,
-                fetch.k,
-                fetch.v,
-                *fetch.finish(),
+                source,
+                gate_Nh,
                 blocks_Ngn,
-                rows_gB,
-                call.plan.grids["selected"].lengths,
-                call.plan.segments,
+                (rows_gB, call.plan.grids["selected"].lengths),
                 select_block=call.config.select_block,
                 scale=call.config.softmax_scale,
-                **as_gate(gate_Nh),
             )
         )
 

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from nsa_dist.attention.call import Call, Rotary, make_call, make_setup, options_problem, refuse
 from nsa_dist.attention.checks import inputs_problem, query_problem, rotary_problem
 from nsa_dist.attention.flow import Attended, attend_branches
-from nsa_dist.attention.selectors import CompressedSelector, Selector, selector_problem
+from nsa_dist.attention.selectors import (
+    CompressedSelector,
+    Selector,
+    exact_selector_problem,
+    selector_problem,
+)
 from nsa_dist.attention.watching import Inputs, is_watched, show_inputs, show_output
 from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
@@ -65,6 +70,7 @@ def native_sparse_attention(
     recompute_branches: Sequence[str] = ...,
     fetch: str = ...,
     ranks_per_node: int | None = ...,
+    exact_gradients: int = ...,
 ) -> Tensor: ...
 @overload
 def native_sparse_attention(
@@ -89,6 +95,7 @@ def native_sparse_attention(
     recompute_branches: Sequence[str] = ...,
     fetch: str = ...,
     ranks_per_node: int | None = ...,
+    exact_gradients: int = ...,
 ) -> tuple[Tensor, NSADetails]: ...
 def native_sparse_attention(
     q: Tensor,
@@ -112,6 +119,7 @@ def native_sparse_attention(
     recompute_branches: Sequence[str] = (),
     fetch: str = "chosen",
     ranks_per_node: int | None = None,
+    exact_gradients: int = 0,
 ) -> Tensor | tuple[Tensor, NSADetails]:
     """Native Sparse Attention (arXiv 2502.11089), with the sequence split over a group of ranks.
 
@@ -153,6 +161,9 @@ def native_sparse_attention(
             gradients are summed inside a node first. None: as a DeviceMesh of nodes says, else the
             ranks of each host, where two or more hosts have equally many, at least two; 1: one
             level.
+        exact_gradients: gradients of q, k, v, gates and compressors have the same bits over 1, 2,
+            4, ... up to this many ranks, a power of two; lengths must be multiples of twice as
+            many. 0: they agree to rounding.
 
     Returns:
         [B, L, H, Dv] in the dtype of ``q``; with ``return_details`` also ``NSADetails``.
@@ -171,8 +182,10 @@ def native_sparse_attention(
         "recompute_branches": recompute_branches,
         "fetch": fetch,
         "ranks_per_node": ranks_per_node,
+        "exact_gradients": exact_gradients,
     }
     problem = options_problem(config, context, **options)
+    problem = problem or exact_selector_problem(selector, exact_gradients)
     setup = make_setup(
         *(config, layout, context, backend, counter),
         rotary=rotary,
@@ -227,13 +240,15 @@ def attend(
         more["recompute_branches"] = repr(call.recompute_branches)
         more["fetch"] = repr(call.fetch)
         more["ranks_per_node"] = repr(call.ranks_per_node or channel.group.node_of_rank)
+        more["exact_gradients"] = repr(call.plan.parts.most_ranks if call.plan.parts else 0)
         agree(statement.also(**more, backend=backend), problem, channel.group, channel.counter)
     watched = is_watched()
     if watched:
         shown = show_inputs(call, Inputs(q, k, v, gates), selector)
         q, k, v, gates = shown.q, shown.k, shown.v, shown.gates
     sets = tuple(call.plan.halos)
-    run = attend_branches if channel.group.size == 1 else _attend_over_ranks
+    alone = channel.group.size == 1 and call.plan.parts is None
+    run = attend_branches if alone else _attend_over_ranks
     attended = run(
         call,
         q.flatten(0, 1),
@@ -248,7 +263,8 @@ def attend(
     return attended
 
 
-# A compiled graph cannot hold messages whose sizes follow from data: one break, not one a message.
+# A compiled graph cannot hold messages whose sizes follow from data, nor sums that are put together
+# beside autograd: one break, not one a message.
 @torch.compiler.disable
 def _attend_over_ranks(call: Call, *args: Any) -> Attended:
     return attend_branches(call.with_nodes(), *args)

@@ -24,10 +24,11 @@ from nsa_dist.checks import as_int, describe, is_plain
 from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
-from nsa_dist.config import NSAConfig
+from nsa_dist.config import NSAConfig, exact_gradients_problem
 from nsa_dist.plan import Grid, Plan, build_plan
 from nsa_dist.plan.grid import all_grids
 from nsa_dist.plan.layout import check_lengths, make_layout
+from nsa_dist.plan.parts import parts_problem
 from nsa_dist.plan.statement import Statement, show_boundaries
 
 CACHED_PLANS = 8
@@ -88,6 +89,7 @@ def get_plan(
     inputs: Mapping[str, str] | None = None,
     problem: str | None = None,
     selector_grids: Mapping[str, Grid] | None = None,
+    exact_gradients: int = 0,
 ) -> Plan:
     """The plan for one call, from the cache or new. A collective.
 
@@ -98,6 +100,7 @@ def get_plan(
         inputs: more values, as text by name, that must be equal on all ranks.
         problem: an error in the caller's input, raised here on every rank.
         selector_grids: a selector's ``grids(config)``; None for NSA's own selector.
+        exact_gradients: as of the call that the plan is for.
 
     Raises:
         ValueError: on every rank of the group, if any rank's input is bad or ranks disagree.
@@ -109,6 +112,7 @@ def get_plan(
         local_length = as_int("local_length", local_length, 0)
     except ValueError as error:
         problem, batch, local_length = problem or str(error), 0, 0
+    problem = problem or exact_gradients_problem(exact_gradients, group.size)
     grids = None
     if selector_grids is not None and isinstance(config, NSAConfig):
         grids = all_grids(config, selector_grids)
@@ -125,6 +129,7 @@ def get_plan(
         inputs=inputs or {},
         problem=problem,
         grids=grids,
+        exact_gradients=exact_gradients,
     )
     agree(plan.statement.also(call="get_plan"), None, group, counter)
     return plan
@@ -149,6 +154,7 @@ def find_plan(
     inputs: Mapping[str, str],
     problem: str | None = None,
     grids: Mapping[str, Grid] | None = None,
+    exact_gradients: int = 0,
 ) -> Plan:
     """As ``get_plan``, but the ranks must still agree on it before they send data.
 
@@ -181,7 +187,7 @@ def find_plan(
         grids = all_grids(config)
     grids = grids or {}
     asked = (tuple(inputs.items()), tuple(grids.items()))
-    key = (config, layout, batch, local_length, dtype, device, *asked)
+    key = (config, layout, batch, local_length, dtype, device, exact_gradients, *asked)
     plans = _plans_of(group)
     if problem is None:
         for at, entry in enumerate(plans):
@@ -198,6 +204,7 @@ def find_plan(
         "cu_seqlens": boundaries or show_boundaries(cu_seqlens),
         "dtype": str(dtype),
         "device": torch.device(device).type,
+        "exact_gradients": repr(exact_gradients),
         **inputs,
     }
     if isinstance(config, NSAConfig):
@@ -209,6 +216,8 @@ def find_plan(
     try:
         cut = make_layout(layout, group.size)
         problem = problem or check_lengths(cut, batch, length, cu_seqlens)
+        if problem is None and exact_gradients:
+            problem = parts_problem(cut.name, exact_gradients, batch, length, cu_seqlens)
     except ValueError as error:
         problem = problem or str(error)
     statement = Statement(values)
@@ -219,7 +228,9 @@ def find_plan(
     # next, and autograd cannot save inference tensors.
     with torch.inference_mode(False), torch.device("cpu"):
         own = None if cu_seqlens is None else cu_seqlens.clone()
-        plan = build_plan(config, cut, group.rank, group.size, batch, length, own, grids)
+        plan = build_plan(
+            config, cut, group.rank, group.size, batch, length, own, grids, exact_gradients
+        )
         plan = replace(plan.to(device), statement=statement)
     plans.append(_Entry(key, own, plan))
     del plans[:-CACHED_PLANS]

@@ -11,7 +11,7 @@ of a buffer with its halo, C blocks of a grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -20,9 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from nsa_dist.attention.call import Call, recomputed
+from nsa_dist.attention.compressed_parts import begin_parts
+from nsa_dist.attention.extended import Extended
+from nsa_dist.attention.in_parts import Source, joined, over_parts
 from nsa_dist.checks import describe
 from nsa_dist.comm import Work, begin_gather
 from nsa_dist.comm.agreement import agree
+from nsa_dist.comm.exact import PartSource
 from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
 from nsa_dist.nn.compressor import apply_compressor, compressor_options, is_built_in
 from nsa_dist.nn.rotary import apply_rotary, rotary_cos_sin
@@ -119,6 +123,16 @@ def selector_problem(selector: Selector, config: NSAConfig) -> str | None:
     )
 
 
+def exact_selector_problem(selector: Selector | None, exact_gradients: int) -> str | None:
+    """The error if ``selector`` does not serve ``exact_gradients``, or None."""
+    if not exact_gradients or selector is None or type(selector) is CompressedSelector:
+        return None
+    return (
+        "exact_gradients must be 0 with a selector of your own (its blocks' gradients add in its "
+        f"own order), got {exact_gradients} with selector {selector.name!r}"
+    )
+
+
 def run_selector(
     selector: Selector, call: Call, q_NHD: Tensor, gathered: Any, gate_NH: Tensor | None = None
 ) -> Selection:
@@ -203,18 +217,28 @@ class CompressedSelector:
         """The error in the compressors, or None."""
         return compressors_problem(self.k_compressor, self.v_compressor, call.config)
 
-    def begin(
-        self, call: Call, extended: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> Work[tuple[Tensor, Tensor]]:
+    def begin(self, call: Call, extended: Mapping[str, tuple[Tensor, Tensor]]) -> Work[Any]:
         """Compress own blocks (Eq. 7) and begin to gather all ranks': K [C, G, Dk], V [C, G, Dv].
 
-        V is empty ([C, G, 0]) if only selection reads the compressed keys.
+        V is empty ([C, G, 0]) if only selection reads the compressed keys. With
+        ``exact_gradients`` both are in a ``PartSource``.
         """
         config, blocks = call.config, call.plan.grids["compressed"]
-        k_ext, v_ext = extended["compressed"]
         rows, block = blocks.own_rows, config.compress_block
         k_compressor, v_compressor = self.k_compressor, self.v_compressor
         assert k_compressor is not None
+
+        def rotated(k_own: Tensor) -> Tensor:
+            if not config.compress_pre_rope:
+                return k_own
+            middle = blocks.own_index * config.compress_stride + (block - 1) // 2
+            return apply_rotary(k_own, *cos_sin(call, middle))
+
+        if call.plan.parts is not None:
+            assert isinstance(extended, Extended)
+            source = extended.by_part("compressed", "compressed")
+            return begin_parts(call, k_compressor, v_compressor, source, rotated)
+        k_ext, v_ext = extended["compressed"]
 
         def own_blocks() -> tuple[Tensor, Tensor]:
             k = apply_compressor(k_compressor, k_ext, rows, block, call.backend)
@@ -224,16 +248,13 @@ class CompressedSelector:
 
         custom = config.compress == "custom"
         k_own, v_own = run_agreed(own_blocks, call, "custom compressor") if custom else own_blocks()
-        if config.compress_pre_rope:
-            middle = blocks.own_index * config.compress_stride + (block - 1) // 2
-            k_own = apply_rotary(k_own, *cos_sin(call, middle))
-        return begin_gather(k_own, v_own, blocks, call.channel)
+        return begin_gather(rotated(k_own), v_own, blocks, call.channel)
 
     def select(
         self,
         call: Call,
         q_NHD: Tensor,
-        gathered: tuple[Tensor, Tensor],
+        gathered: Source,
         gate_NH: Tensor | None = None,
     ) -> Selection:
         """The compressed branch, and the blocks with its highest probabilities.
@@ -241,12 +262,42 @@ class CompressedSelector:
         Args:
             gate_NH: the branch's gate, if the backend takes it; the selection then has a summand.
         """
-        k_CGD, v_CGD = gathered
         attend = partial(recomputed, call, "compressed", call.backend.compressed_attention)
-        segments = call.plan.segments
-        return choose_by_compressed(
-            call.backend, call.config, segments, q_NHD, k_CGD, v_CGD, gate_NH, attend
-        )
+
+        def choose(
+            q: Tensor, kv: Sequence[Tensor], gate: Tensor | None, segments: QuerySegments
+        ) -> Selection:
+            k, v = kv
+            return choose_by_compressed(call.backend, call.config, segments, q, k, v, gate, attend)
+
+        if not isinstance(gathered, PartSource):
+            return choose(q_NHD, gathered, gate_NH, call.plan.segments)
+        parts = [choose(*of_part) for of_part in over_parts(call, q_NHD, gathered, gate_NH)]
+        return _joined_selection(call, parts, gathered.ticket)
+
+
+def _joined_selection(call: Call, parts: Sequence[Selection], ticket: Tensor) -> Selection:
+    """The selection of all queries from those of parts.
+
+    Args:
+        ticket: of the compressed tokens.
+    """
+    assert call.plan.parts is not None
+    blocks = [x.blocks for x in parts if x.blocks is not None]
+    results = [
+        tuple(y for y in (x.output, x.lse, x.summand) if y is not None)
+        for x in parts
+        if x.output is not None
+    ]
+    output, lse, *summand = joined(call, results) if results else (None, None)
+    return Selection(
+        call.plan.parts.queries.join(blocks) if blocks else None,
+        output,
+        lse,
+        gathered={"compressed blocks": ticket},
+        unused=() if results else (ticket,),
+        summand=summand[0] if summand else None,
+    )
 
 
 def choose_by_compressed(

@@ -15,6 +15,7 @@ KINDS = (
     "fetch_grad",
     "gather_grad",
     "halo_grad",
+    "weight_grad",
 )
 """The kinds of the attention's messages; dense layers add ``ring`` and ``ring_grad``."""
 
@@ -25,7 +26,8 @@ class CommunicationCounter:
     Kinds: ``plan`` (the agreement before each forward and backward), ``halo``, ``gather``
     (compressed tokens), ``request`` (ids of selected blocks), ``fetch`` (selected blocks), and
     ``halo_grad``, ``gather_grad``, ``fetch_grad`` (gradients on the way back). With two levels of
-    links ``share`` and ``share_grad`` are what ranks of a node pass on to each other. Dense layers
+    links ``share`` and ``share_grad`` are what ranks of a node pass on to each other; with
+    ``exact_gradients`` ``weight_grad`` are gradients of the compressors' weights. Dense layers
     add ``ring`` (keys and values in forward) and ``ring_grad`` (all of backward). Padding that a
     collective needs is counted; data that a rank sends to itself is not.
 

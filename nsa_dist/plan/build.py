@@ -16,6 +16,7 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.plan.grid import Grid, all_grids, key_sets
 from nsa_dist.plan.halo import HaloBuilder, grid_reach, window_reach
 from nsa_dist.plan.layout import Layout, concat_ranges
+from nsa_dist.plan.parts import build_parts
 from nsa_dist.plan.stream import Stream, cut_stream
 from nsa_dist.plan.tables import BlockOwnership, Plan, VisibleBlocks
 from nsa_kernels import QuerySegments
@@ -30,13 +31,17 @@ def build_plan(
     length: int,
     cu_seqlens: Tensor | None,
     grids: Mapping[str, Grid] | None = None,
+    exact_gradients: int = 0,
 ) -> Plan:
     """Build one rank's plan. Lengths must have passed ``layout.check_lengths``.
+
+    With ``exact_gradients`` they must have passed ``parts_problem`` too.
 
     Args:
         length: tokens T of each whole row, over all ranks.
         cu_seqlens: int32 [documents + 1] on the CPU; None if each row is one document.
         grids: the blocks that are read, by name; None for NSA's own.
+        exact_gradients: up to how many ranks gradients have the same bits; 0 for this one alone.
 
     Returns:
         A plan on the CPU.
@@ -83,6 +88,22 @@ def build_plan(
     table = torch.stack(
         (stream.run_row[mine], count, position, compressed_base, selected_base, window_base), dim=1
     )
+    segments = QuerySegments.from_table(table)
+    parts = None
+    if exact_gradients:
+        own_ids = {name: of.own_ids for name, of in blocks.items()}
+        parts = build_parts(
+            stream,
+            layout,
+            rank,
+            exact_gradients,
+            batch,
+            length,
+            cu_seqlens,
+            segments,
+            grids,
+            own_ids,
+        )
     return Plan(
         config=config,
         rank=rank,
@@ -90,7 +111,7 @@ def build_plan(
         batch=batch,
         local_length=length // size,
         longest=max(stream.doc_length.tolist(), default=0),
-        segments=QuerySegments.from_table(table),
+        segments=segments,
         positions=concat_ranges(position, count),
         documents=of_tokens(doc),
         halos=halos,
@@ -98,6 +119,7 @@ def build_plan(
         visible=_visible_blocks(stream, grids["selected"], blocks["selected"], rank, size)
         if size > 1 and "selected" in grids
         else None,
+        parts=parts,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.config import NSAConfig
+from nsa_dist.plan.parts import InParts, Parts
 from nsa_dist.plan.statement import Statement
 from nsa_kernels import QuerySegments
 
@@ -111,6 +112,7 @@ class Plan:
             (NSA: ``compressed``).
         visible: selection blocks by the ranks that may choose them; None for one rank, and without
             the selected branch.
+        parts: the order of sums over queries with ``exact_gradients``, else None.
         statement: the values that all ranks must agree on, as text.
     """
 
@@ -126,6 +128,7 @@ class Plan:
     halos: Mapping[str, Halo]
     grids: Mapping[str, BlockOwnership]
     visible: VisibleBlocks | None = None
+    parts: Parts | None = None
     statement: Statement = field(default_factory=lambda: Statement({}))
 
     def __str__(self) -> str:
@@ -147,7 +150,9 @@ def _move(value: Any, device: torch.device, memo: dict[int, Any]) -> Any:
         moved = value.to(device)
     elif isinstance(value, Mapping):
         moved = {k: _move(v, device, memo) for k, v in value.items()}
-    elif isinstance(value, (Plan, Halo, BlockOwnership, VisibleBlocks)):
+    elif isinstance(value, tuple) and value and isinstance(value[0], QuerySegments):
+        moved = tuple(_move(x, device, memo) for x in value)
+    elif isinstance(value, (Plan, Halo, BlockOwnership, VisibleBlocks, Parts, InParts)):
         moved = replace(
             value, **{f.name: _move(getattr(value, f.name), device, memo) for f in fields(value)}
         )

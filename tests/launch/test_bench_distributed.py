@@ -62,6 +62,18 @@ def run_bench(options: DistributedOptions) -> tuple[list[DistributedRow], list[s
     return bench(options, context, NoClock())  # type: ignore[arg-type]
 
 
+def test_exact_gradients_are_timed_beside_the_usual_ones(ranks_of: RanksOf) -> None:
+    options = replace(SMALL, lengths=(128,), dense=False, exact_gradients=4)
+    (rows, wrong), _ = ranks_of(2).run(run_bench, options)
+    assert wrong == []
+    assert [row.operator for row in rows] == ["nsa", "nsa_exact"]
+    usual, exact = rows
+    assert exact.forward_mib == usual.forward_mib
+    assert exact.backward_mib is not None and usual.backward_mib is not None
+    assert exact.backward_mib > usual.backward_mib
+    assert distributed.cost_line(rows).endswith("exact gradients cost +0.0% forward, +0.0% both")
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_gives_a_row_of_each_attention(ranks_of: RanksOf, tmp_path: Path, name: str) -> None:
     options = replace(RUNS[name], csv=tmp_path / "out.csv")

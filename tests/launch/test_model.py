@@ -43,11 +43,17 @@ def test_meta_construction_gives_the_weights_of_direct_construction(
 
 
 def test_a_run_file_says_what_layers_fetch_and_compute_again(root: Path) -> None:
-    parallel = {"fetch": "full", "fetch_again": "never", "recompute_branches": ["window"]}
+    parallel = {
+        "fetch": "full",
+        "fetch_again": "never",
+        "recompute_branches": ["window"],
+        "exact_gradients": 4,
+    }
     settings = tiny(root, model={"layers": 2, "dense_every": 2}, parallel=parallel)
     sparse, dense = (block.attention for block in Decoder(settings, 256).blocks)
     assert (sparse.setup.fetch, sparse.setup.fetch_again) == ("full", False)
     assert sparse.setup.recompute_branches == ("window",)
+    assert sparse.setup.exact_gradients == 4
     assert isinstance(dense, DenseAttention)
 
 
@@ -68,6 +74,8 @@ def test_a_run_file_says_which_ranks_share_a_node(
     for given, must in ((3, "0 or a divisor of parallel.cp = 4"), (-2, "at least 0")):
         with pytest.raises(ValueError, match=f"parallel.ranks_per_node must be {must}, got"):
             tiny(root, parallel={"cp": 4, "ranks_per_node": given})
+    with pytest.raises(ValueError, match=r"parallel\.ranks_per_node must be 0 or 1 with"):
+        tiny(root, parallel={"cp": 4, "ranks_per_node": 2, "exact_gradients": 4})
 
 
 def test_every_so_many_th_layer_of_a_hybrid_model_is_dense(root: Path) -> None:

@@ -268,6 +268,11 @@ REFUSED = {
         "must be a choice from branches",
     ),
     "fetch": ('[parallel]\nfetch = "all"\n', "parallel.fetch", "full"),
+    "exact_gradients": (
+        "[parallel]\nexact_gradients = 6\n",
+        "parallel.exact_gradients must be 0 or a power of two",
+        "got 6",
+    ),
     "layout": ('[parallel]\nlayout = "striped"\n', "parallel.layout", "zigzag"),
     "steps": ("[run]\nsteps = 0\n", "run.steps must be at least 1", "got 0"),
     "temperature": (

@@ -47,7 +47,8 @@ PUBLIC_KERNELS = {"BACKENDS", "Backend", "QuerySegments", "Segment", "get_backen
 SIGNATURES = {
     "NativeSparseAttention": (
         "hidden_size config bias qk_norm norm_eps rotary dropout k_compressor v_compressor layout "
-        "group backend device dtype selector fetch_again recompute_branches fetch ranks_per_node"
+        "group backend device dtype selector fetch_again recompute_branches fetch ranks_per_node "
+        "exact_gradients"
     ),
     "NSABlock": "hidden_size config mlp_hidden norm_eps device dtype attention",
     "NSAConfig": (
@@ -61,13 +62,14 @@ SIGNATURES = {
     ),
     "native_sparse_attention": (
         "q k v gates k_compressor v_compressor config cu_seqlens rotary layout group backend plan "
-        "communication return_details selector fetch_again recompute_branches fetch ranks_per_node"
+        "communication return_details selector fetch_again recompute_branches fetch ranks_per_node "
+        "exact_gradients"
     ),
     "check_parallel": "model run sharding rows",
-    "shard_batch": "tokens cu_seqlens labels layout group pad_token",
-    "make_sharding": "length cu_seqlens layout group",
-    "shard": "x cu_seqlens layout group pad_value",
-    "unshard": "x length cu_seqlens layout group",
+    "shard_batch": "tokens cu_seqlens labels layout group pad_token exact_gradients",
+    "make_sharding": "length cu_seqlens layout group exact_gradients",
+    "shard": "x cu_seqlens layout group pad_value exact_gradients",
+    "unshard": "x length cu_seqlens layout group exact_gradients",
 }
 
 BASE = NSAConfig(4, 2, 8, v_head_dim=6, compress_block=4, compress_stride=2, select_block=8)
