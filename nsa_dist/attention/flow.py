@@ -22,7 +22,7 @@ This file alone writes the schedule, by what stands between the beginning and th
 
 The window branch could hide the gather or the request with the first fetch. It hides these: they
 are longer, and the host waits for the sizes in between, while the window's kernels keep the GPU
-busy. They leave room on it for the kernels of both messages.
+busy.
 
 Backward has no code here: autograd runs the newest node first among those whose gradients are
 there, and a transfer is a node that begins and one that ends (``nsa_dist.comm``). So the order in
@@ -82,10 +82,6 @@ from nsa_dist.nn.rotary import apply_rotary
 from nsa_kernels import Backend
 from nsa_kernels.autograd import first_order
 from nsa_kernels.backend import add_gradients, gated_branches
-from nsa_kernels.occupancy import spare
-
-SPARED = 16
-"""Multiprocessors that the window branch leaves to the request and the first fetch beside it."""
 
 ByName = Mapping[str, Tensor]
 
@@ -159,8 +155,7 @@ def attend_branches(
         if selected is not None:
             assert selection.blocks is not None
             selected.request(selection.blocks)
-            with spare(SPARED if group.size > 1 else 0):
-                attend_window()
+            attend_window()
             outputs["selected"], lse["selected"], summands["selected"] = selected.attend(
                 queries["selected"], gate_of.get("selected")
             )

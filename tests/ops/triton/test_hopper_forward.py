@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import QuerySegments
-from nsa_kernels.occupancy import spare
 from nsa_kernels.reference import masked_softmax, weighted_values
 from nsa_kernels.triton import compressed_attention
 from nsa_kernels.triton.banded.hopper_forward import PIECE
-from nsa_kernels.triton.shared import hopper, shapes
-from nsa_kernels.triton.shared.hopper import persistent_programs
+from nsa_kernels.triton.shared import shapes
 from nsa_kernels.triton.shared.shapes import hopper_forward_tile
 from tests.ops.accuracy import assert_2x
 from tests.ops.backends import DEVICE, TRITON
@@ -163,29 +161,6 @@ def test_no_key_at_all() -> None:
     o, lse = attend("compressed", case)
     assert not o.any()
     assert torch.equal(lse, torch.full_like(lse, -torch.inf))
-
-
-def test_multiprocessors_that_are_left_free() -> None:
-    x = torch.empty(0)
-    with mock.patch.object(hopper, "_multiprocessors", return_value=132):
-        with spare(16):
-            assert persistent_programs(x, 1 << 30, at_once=2) == 232
-            with spare(200):
-                assert persistent_programs(x, 1 << 30) == 1
-            assert persistent_programs(x, 7) == 7
-        assert persistent_programs(x, 1 << 30, at_once=2) == 264
-
-
-@pytest.mark.gpu
-@on_hopper
-@each_branch
-def test_bits_do_not_depend_on_multiprocessors(name: str) -> None:
-    """More tiles than there are programs, on 1, 16, 100 and 120 multiprocessors less."""
-    case = replace(CASES[0], documents=(4000, 333))
-    expected = list(attend(name, case))
-    for multiprocessors in (1, 16, 100, 120):
-        with spare(multiprocessors):
-            assert_same(list(attend(name, case)), expected)
 
 
 @pytest.mark.gpu

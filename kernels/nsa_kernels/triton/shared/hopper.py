@@ -32,7 +32,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_kernels.occupancy import spared
 from nsa_kernels.triton.shared.launch import descriptor
 
 
@@ -230,11 +229,8 @@ _GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.f
 
 
 def persistent_programs(x: Tensor, work: int, at_once: int = 1) -> int:
-    """Of a kernel whose programs stay: `at_once` a multiprocessor, no more than `work`.
-
-    Those that `nsa_kernels.occupancy.spare` keeps free get none.
-    """
-    return min(work, at_once * max(1, _multiprocessors(x.device) - spared()))
+    """Of a kernel whose programs stay: `at_once` a multiprocessor, no more than `work`."""
+    return min(work, at_once * _multiprocessors(x.device))
 
 
 @cache
