@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from nsa_dist import (
     make_sharding,
 )
 from nsa_dist.attention.plan_cache import get_plan
+from nsa_dist.comm.collectives import begin_all_to_all
 from nsa_dist.comm.exact import PartSums, tree_sum
 from nsa_dist.comm.group import context_group
 from nsa_dist.plan.layout import make_layout
@@ -80,6 +82,7 @@ OPTIONS = {
     "selected-only": with_config(BASE, branches=("selected",)),
     "window-only": with_config(BASE, branches=("window",)),
     "compressed-only": with_config(BASE, branches=("compressed",)),
+    "no-tokens": Case(length=0),
     "short-documents": replace(BASE, lengths=(8, 16, 0, 8), layout="zigzag_per_document"),
 }
 CASES = SPLITS | OPTIONS
@@ -224,6 +227,26 @@ def test_without_the_option_nothing_is_added(ranks_of: Callable[[int], Ranks]) -
     assert found & ours <= usual and "weight_grad" not in kinds
     found, kinds = ranks_of(2).run(nodes_and_kinds_on_rank, Case())[0]
     assert found >= ours and "weight_grad" in kinds
+
+
+def kinds_on_rank(case: Case) -> list[str]:
+    """The messages of backward, as they begin."""
+    kinds = []
+
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        kinds.append(args[4])
+        return begin_all_to_all(*args, **kwargs)
+
+    with mock.patch("nsa_dist.comm.exact.begin_all_to_all", begin):
+        gradients(case, dist.group.WORLD)
+    return kinds
+
+
+def test_messages_keep_their_order_on_every_rank(ranks_of: Callable[[int], Ranks]) -> None:
+    expected = ["fetch_grad"] * 2 + ["gather_grad", "weight_grad", "weight_grad"]
+    for kinds in ranks_of(4).run(kinds_on_rank, Case(lengths=PACKED)):
+        assert [kind for kind in kinds if kind != "halo_grad"] == expected
+        assert kinds.count("halo_grad") == 3
 
 
 def checked_on_rank(case: Case) -> list[str]:
