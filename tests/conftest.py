@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import Ranks, rank_pool
+from tests.interpreter import quicken
 
 # Without a GPU kernels run in Triton's interpreter. Triton reads this when it is imported, which
 # torch does below.
@@ -20,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Also fills uninitialised tensors with NaN, so that a read of memory never written shows.
 torch.use_deterministic_algorithms(True)
+quicken()
 
 # A slow test's limit: ten times what one takes beside others on two cores.
 SLOW_SECONDS = 900
