@@ -6,6 +6,7 @@ import gc
 import math
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from tests.interpreter import quicken
 
 GROUP_TIMEOUT = timedelta(seconds=60)
 ANSWER_SECONDS = 150
@@ -139,6 +142,7 @@ def _serve(
 ) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    quicken()
     store = dist.FileStore(str(Path(folder) / "store"), size)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if backend == "nccl":
@@ -166,7 +170,11 @@ def _serve(
 
 def _end_groups() -> None:
     """End all groups but that of all ranks: the threads of one poll for as long as it lives."""
+    megatron = sys.modules.get("megatron.core.parallel_state")
+    if megatron is not None:  # Its module holds dozens, ended or not.
+        megatron.destroy_model_parallel()
     for group in list(distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
-    gc.collect()  # Engines are cycles, and hold groups.
+    for _ in range(2):  # Engines are cycles, and hold groups: what goes first held others.
+        gc.collect()
