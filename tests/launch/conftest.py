@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import Ranks, rank_pool
+from tests.distributed.ranks import DEEPSPEED_RUNS, Ranks, rank_pool
 from tests.launch.common import write_documents
-
-# DeepSpeed keeps the groups of a run, whose threads poll, until its process ends.
-MOST_RUNS = 6
 
 
 @pytest.fixture(scope="session")
@@ -46,5 +43,5 @@ def megatron_ranks() -> Iterator[Callable[[int], Ranks]]:
 @pytest.fixture(scope="module")
 def deepspeed_ranks() -> Iterator[Callable[[int], Ranks]]:
     """As ``ranks_of``, but processes in which DeepSpeed keeps groups and their threads."""
-    with rank_pool(MOST_RUNS) as get:
+    with rank_pool(DEEPSPEED_RUNS) as get:
         yield get

@@ -70,6 +70,13 @@ def start_engine(settings: Settings, vocab_size: int) -> None:
     make_engine(settings, vocab_size, start_ranks(settings))
 
 
+def num_threads() -> int:
+    """Of this process, with those of its groups."""
+    import psutil
+
+    return psutil.Process().num_threads()
+
+
 def run_fsdp2_on_gpus(settings: Settings) -> Result:
     use_gpus()
     return train(settings, start_ranks(settings))

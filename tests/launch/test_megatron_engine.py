@@ -25,6 +25,7 @@ from tests.launch.common import first_gradients, replaced, run_training, tiny
 from tests.launch.megatron import (
     megatron_gradients,
     needs_megatron,
+    num_threads,
     run_megatron,
     saved_again,
     start_engine,
@@ -200,6 +201,15 @@ def test_every_first_gradient_is_that_of_fsdp2(
         for name, grad in expected.grads.items():
             difference = float((found.grads[name] - grad).abs().max())
             assert difference <= 1e-4 * float(grad.abs().max()), name
+
+
+@needs_megatron
+def test_groups_of_the_tests_end_with_their_function(megatron_ranks: RanksOf, root: Path) -> None:
+    """Megatron makes some forty, of three threads each, which would poll for all later tests."""
+    ranks, settings = megatron_ranks(2), by_megatron(root, "independent", TP2)
+    for _ in range(2):
+        ranks.run(megatron_gradients, settings)
+    assert max(ranks.run(num_threads)) <= 20
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ RanksOf = Callable[[int], Ranks]
 
 
 def start(settings: Settings, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """``train.py`` on three ranks, as torchrun starts it."""
+    """``train.py`` on two ranks, as torchrun starts it."""
     (folder / "run.toml").write_text(to_toml(settings))
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
         [*line, str(LAUNCH / "train.py"), str(folder / "run.toml"), *options],
         cwd=folder,
@@ -36,7 +36,7 @@ def start(settings: Settings, folder: Path, *options: str) -> subprocess.Complet
 def test_a_bad_line_is_told_once_over_all_ranks(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_bytes(b'{"text": "good"}\n{"text": "\\ud800"}\n')
-    data = {"source": "jsonl", "path": str(path), "global_batch": 3}
+    data = {"source": "jsonl", "path": str(path), "global_batch": 2}
     done = start(tiny(root, data=data), tmp_path)
     assert done.returncode == 1
     assert done.stderr.count("must hold Unicode text in the field 'text', got a lone") == 1
@@ -51,7 +51,7 @@ def test_a_bad_line_is_told_once_over_all_ranks(root: Path, tmp_path: Path) -> N
 def test_what_tyro_says_is_told_once_over_all_ranks(
     root: Path, tmp_path: Path, option: str
 ) -> None:
-    data = {"global_batch": 3}
+    data = {"global_batch": 2}
     done = start(tiny(root, data=data), tmp_path, option, *([] if "help" in option else ["nan"]))
     assert (done.returncode == 0) == (option == "--help")
     told = {"--help": "show this help message", "--run.stepz": "Unrecognized options: --run.stepz"}
@@ -64,7 +64,7 @@ def test_what_is_switched_off_of_a_tokenizer_is_told_once(root: Path, tmp_path: 
     inner = words(red=1, green=2)
     inner.enable_truncation(3)
     tokenizer = saved(inner, tmp_path, "tokenizers")
-    settings = tiny(root, data={"tokenizer": tokenizer, "global_batch": 3, "length": 64})
+    settings = tiny(root, data={"tokenizer": tokenizer, "global_batch": 2, "length": 64})
     settings = replaced(settings, "run", steps=1, prompt="red", folder=str(tmp_path / "run"))
     done = start(settings, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -191,6 +191,7 @@ def unbroken(ranks_of: RanksOf, root: Path, folders: list[Path]) -> tuple[Settin
 def test_a_run_resumes_on_any_ranks(
     ranks_of: RanksOf, root: Path, unbroken: tuple[Settings, Result], size: int, cp: int
 ) -> None:
+    """Of prepared folders, mixed: each is read on from where the checkpoint left it."""
     settings, expected = unbroken
     settings = broken_off(settings, root, f"mixed-resumed-{size}")
     result = run(ranks_of(size), replaced(settings, "parallel", cp=cp))
@@ -198,6 +199,8 @@ def test_a_run_resumes_on_any_ranks(
         assert result.losses == expected.losses[5:]
         assert result.validation_loss == expected.validation_loss
     assert_close(result.losses, expected.losses[5:], 1e-10)
+    assert math.isclose(result.validation_loss, expected.validation_loss, rel_tol=1e-10)
+    assert expected.losses[-1] < expected.losses[0]
 
 
 def test_another_mixture_is_refused_when_resumed(

@@ -1,4 +1,4 @@
-"""Training from a prepared folder: resumed, on other ranks, from the command line."""
+"""Training from a prepared folder: other tokens, damage, validation, the command line."""
 
 from __future__ import annotations
 
@@ -50,28 +50,6 @@ def unbroken(ranks_of: RanksOf, root: Path, data: Path) -> tuple[Settings, Resul
     options |= {"folder": str(root / "prepared-run")}
     settings = from_folder(root, data, parallel={"cp": 2}, run=options)
     return settings, run(ranks_of(2), settings)
-
-
-@pytest.mark.parametrize(
-    "size, cp",
-    [
-        pytest.param(2, 2, id="the same"),
-        pytest.param(1, 1, id="dp1_cp1"),
-        pytest.param(4, 2, id="dp2_cp2", marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_resumes_on_any_ranks(
-    ranks_of: RanksOf, root: Path, unbroken: tuple[Settings, Result], size: int, cp: int
-) -> None:
-    settings, expected = unbroken
-    settings = broken_off(settings, root, f"prepared-resumed-{size}")
-    result = run(ranks_of(size), replaced(settings, "parallel", cp=cp))
-    if size == 2:
-        assert result.losses == expected.losses[5:]
-        assert result.validation_loss == expected.validation_loss
-    assert_close(result.losses, expected.losses[5:], 1e-10)
-    assert math.isclose(result.validation_loss, expected.validation_loss, rel_tol=1e-10)
-    assert expected.losses[-1] < expected.losses[0]
 
 
 @pytest.mark.slow

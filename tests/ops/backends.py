@@ -5,7 +5,7 @@ Triton's kernels run natively where there is a GPU, else in Triton's interpreter
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -44,6 +44,7 @@ class BackendOnDevice:
 PYTORCH, TRITON = BackendOnDevice("pytorch", "cpu"), BackendOnDevice("triton", DEVICE)
 # A further backend goes in here, and its cases into the tests that name cases for each.
 BACKENDS = {backend.name: backend for backend in (PYTORCH, TRITON)}
+_WITH_MARKS = type(pytest.param())
 _MARKS: dict[str, list[pytest.MarkDecorator]] = {
     "triton": [
         pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
@@ -60,17 +61,20 @@ def natively_all(interpreted: torch.dtype) -> list[torch.dtype]:
 def over(names: str, **values: Iterable[Any]) -> pytest.MarkDecorator:
     """The test runs with `backend` and, for each backend, its own values of `names`.
 
-    values: of each backend, a tuple for each run where there are several names. A backend that has
-    none takes those of pytorch, if these are given.
+    values: of each backend, a tuple for each run where there are several names, or a `pytest.param`
+    of it with marks. A backend that has none takes those of pytorch, if these are given.
     """
     given = {name: list(rows) for name, rows in values.items()}
     params = []
     for name in BACKENDS:
         rows = given.get(name, given.get(PYTORCH.name, []))
         for row in rows:
+            own: Collection[Any] = ()
+            if isinstance(row, _WITH_MARKS):
+                row, own = row.values, row.marks
             row = row if isinstance(row, tuple) and ", " in names else (row,)
             label = "-".join([name, *map(case_id, row)])
-            marks = [*_MARKS.get(name, ()), *_marks_of(row, rows)]
+            marks = [*_MARKS.get(name, ()), *_marks_of(row, rows), *own]
             params.append(pytest.param(name, *row, id=label, marks=marks))
     return pytest.mark.parametrize(f"backend, {names}", params, indirect=["backend"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from nsa_kernels.backend import gated_branches
 from tests.ops import selected
 from tests.ops.accuracy import assert_2x, plain_dtype
 from tests.ops.backends import DTYPES as KERNEL_DTYPES
-from tests.ops.backends import PYTORCH, BackendOnDevice, over, over_all
+from tests.ops.backends import INTERPRETED, PYTORCH, BackendOnDevice, over, over_all
 from tests.ops.banded import KERNEL_CASES, Branch
 from tests.ops.op_cases import (
     CASES,
@@ -80,12 +81,18 @@ def assert_dgate(
     assert_2x(dgate, plain, exact, coarsest, "dgate")
 
 
+def _kernel_rows() -> list[Any]:
+    """Where kernels are interpreted, few: float32, which they compute in, has all cases below."""
+    few = ("packed", "sixteen")  # A padded ratio and widths, and whole tiles of heads.
+    rows = product(KERNEL_CASES, [x for x in KERNEL_DTYPES if x != torch.float32])
+    return [
+        pytest.param(*row, marks=[pytest.mark.slow] * (INTERPRETED and row[0].name not in few))
+        for row in rows
+    ]
+
+
 @pytest.mark.parametrize("name", BANDED)
-@over(
-    "case, dtype",
-    pytorch=product([*CASES, NO_QUERY], DTYPES),
-    triton=product(KERNEL_CASES, [x for x in KERNEL_DTYPES if x != torch.float32]),
-)
+@over("case, dtype", pytorch=product([*CASES, NO_QUERY], DTYPES), triton=_kernel_rows())
 def test_band(backend: BackendOnDevice, case: Case, dtype: torch.dtype, name: str) -> None:
     branch = Branch(backend, name, case)
     inputs, grad = branch.inputs(dtype)

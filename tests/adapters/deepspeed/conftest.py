@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.distributed.ranks import Ranks, rank_pool
+from tests.distributed.ranks import DEEPSPEED_RUNS, Ranks, rank_pool
 
 
 @pytest.fixture(scope="package")
 def deepspeed_ranks() -> Iterator[Callable[[int], Ranks]]:
-    with rank_pool() as get:
+    with rank_pool(DEEPSPEED_RUNS) as get:
         yield get
