@@ -222,7 +222,7 @@ class _Selected:
         self._call = call
         k_EGD, v_EGD = extended["selected"]
         self._sums = extended.sums("selected") if call.plan.parts is not None else None
-        self._width = heads_per_transfer(k_EGD.shape[1], call.channel)
+        self._width = heads_per_transfer(k_EGD.shape[1], call.plan)
         sources = (_split_heads(x, self._width) for x in (k_EGD, v_EGD))
         self._sources = list(zip(*sources, strict=True))
         # The first head's gradients come back last: this node is old, so that in backward the

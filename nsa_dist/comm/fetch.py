@@ -68,7 +68,7 @@ class FetchPlan:
     """The transfers of all KV heads.
 
     Heads select different blocks, so each head has its own transfer, and only the heads in flight
-    have theirs in memory. A single rank fetches nothing and takes all heads at once.
+    have theirs in memory. A single rank fetches nothing and takes all heads at once, without parts.
 
     Attributes:
         transfers: in the order of heads, each of ``heads_per_transfer``.
@@ -80,9 +80,9 @@ class FetchPlan:
     block_rows: Tensor
 
 
-def heads_per_transfer(num_heads: int, channel: Channel) -> int:
-    """KV heads of each transfer."""
-    return num_heads if channel.group.size == 1 else 1
+def heads_per_transfer(num_heads: int, plan: Plan) -> int:
+    """KV heads of each transfer. With parts one rank takes them as several do, one by one."""
+    return num_heads if plan.size == 1 and plan.parts is None else 1
 
 
 def begin_request(selected_NGn: Tensor, plan: Plan, channel: Channel) -> Work[FetchPlan]:
@@ -145,8 +145,9 @@ def fetch_all_visible(num_heads: int, plan: Plan) -> FetchPlan:
 def _fetch_nothing(num_heads: int, plan: Plan) -> FetchPlan:
     """Of a single rank: all blocks are own, in the order of their ids."""
     rows = plan.grids["selected"].own_rows
-    transfer = Transfer(0, rows[:0], (0,), (0,))
-    return FetchPlan((transfer,), rows.expand(num_heads, -1))
+    heads = range(0, num_heads, heads_per_transfer(num_heads, plan))
+    transfers = tuple(Transfer(head, rows[:0], (0,), (0,)) for head in heads)
+    return FetchPlan(transfers, rows.expand(num_heads, -1))
 
 
 def _count(asked_GPB: Tensor, wanted_GB: Tensor, blocks: BlockOwnership) -> Tensor:

@@ -352,6 +352,12 @@ def test_a_dry_run_says_what_a_run_would_cost(tmp_path: Path, ranks_of: RanksOf)
         tiny(tmp_path, run={"dry_run": True}, model={"dense_every": 2})
 
 
+def test_exact_gradients_have_no_estimate() -> None:
+    parallel = ParallelSettings(exact_gradients=4)
+    with pytest.raises(ValueError, match=r"parallel\.exact_gradients must be 0 .*, got 4"):
+        estimates(run_of(parallel, lengths=(1024,)), 256)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -295,6 +295,7 @@ def test_the_other_engines_checkpoint_is_refused(
         ("parallel", "tp", 4, "parallel.tp must be a divisor of attention.num_kv_heads = 2, got 4"),
         ("parallel", "pp", 3, "parallel.pp must be a divisor of model.layers = 2, got 3"),
         ("parallel", "sequence_parallel", True, "parallel.sequence_parallel must be False"),
+        ("parallel", "exact_gradients", 4, "parallel.exact_gradients must be 0 with"),
         ("run", "dtype", "float64", "run.dtype must be 'auto', 'bfloat16' or 'float32' with"),
     ],
 )

@@ -273,6 +273,11 @@ REFUSED = {
         "parallel.exact_gradients must be 0 or a power of two",
         "got 6",
     ),
+    "dry run with exact_gradients": (
+        "[parallel]\nexact_gradients = 4\n[run]\ndry_run = true\n",
+        "run.dry_run must be False with parallel.exact_gradients, which has no estimate",
+        "got True",
+    ),
     "layout": ('[parallel]\nlayout = "striped"\n', "parallel.layout", "zigzag"),
     "steps": ("[run]\nsteps = 0\n", "run.steps must be at least 1", "got 0"),
     "temperature": (
