@@ -43,6 +43,8 @@ EVERY = (
     Options((1, 70, 0, 7, 33), 3, 1, 80, 96, 8, 4, 16, 20),
     Options((90, 31), 4, 2, 192, 64, 16, 4, 32, 33, torch.float16),
     Options((60,), 2, 2, 64, 64, 4, 4, 16, 1, torch.float32),
+    # The paper's widths.
+    Options((90, 31), 16, 1, 192, 128, 32, 16, 64, 33),
     # Packed documents in the kernels that Hopper has for powers of two.
     Options((1, 70, 0, 7, 33), 8, 2, 64, 128, 8, 4, 16, 20),
 )

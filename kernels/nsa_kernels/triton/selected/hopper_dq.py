@@ -14,8 +14,7 @@ dQ takes the registers of q, which stays in shared memory:
     keys      2 x 24 KB
     values    1 x 16 KB             also o
 
-Within a tile of
-queries the scores of the next block are computed beside dS K of this one:
+Within a tile of queries the scores of the next block are computed beside dS K of this one:
 
     issue dP = dO V^T                              P = exp2(S - lse)
     wait for dP, free the values                   dS = P (dP - delta), masked
@@ -190,13 +189,13 @@ def _multiply(
         b_lse = gl.load(log_sum + row_head, mask=m_m, other=0.0)
         entry = load_entry(walk, 0)
 
-        q_stage = k_stage
         if WIDE:
             mbarrier.wait(queries.full.index(0), do_parity)
             b_q = parts_of(q_s, 0, ROWS, C.DK)
         else:
             mbarrier.wait(keys.full.index(k_stage), k_parity)
             b_q = (q_s.index(k_stage).reshape((ROWS, C.DK)).load(Q_L),)
+            q_stage = k_stage
             k_stage, k_parity = advance(k_stage, k_parity, C.K_STAGES)
         mbarrier.wait(keys.full.index(k_stage), k_parity)
         zero = gl.zeros([ROWS, ROWS], gl.float32, S_L)
@@ -205,12 +204,12 @@ def _multiply(
         mbarrier.wait(do.full.index(0), do_parity)
         b_delta = _delta(o_s.index(v_stage).reshape((ROWS, C.DV)), do_rows, C, S_L)
         gl.store(delta + row_head, b_delta, mask=m_m)
+        # Stages that were read are freed only now: loads may still be under way when a barrier is
+        # passed, products that took their results are not.
         if WIDE:
             b_s = warpgroup_mma_wait(0, deps=(a_s,))
         else:
             b_q, b_s = wait_for_sums(0, b_q, a_s)
-            # Only now: loads may still be under way when a barrier is passed, products that took
-            # their results are not.
             free_read_stage(keys.empty.index(q_stage))
         free_read_stage(values.empty.index(v_stage))
         v_stage, v_parity = advance(v_stage, v_parity, C.V_STAGES)

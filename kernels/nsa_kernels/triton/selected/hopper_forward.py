@@ -5,6 +5,8 @@ Shared memory at widths of 128, of which two programs of a multiprocessor have 1
     keys      3 x 16 KB             also q, which comes as the first tile of keys
     values    4 x 16 KB             one more, as P V comes a block later than S
 
+At widths of 192 and 128 they are 3 x 24 KB and 2 x 16 KB.
+
 The scores of a block are computed beside P V of the block before it:
 
     issue S = Q K^T and O += P V of the block before

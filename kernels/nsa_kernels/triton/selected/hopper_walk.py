@@ -6,10 +6,11 @@ choose by chance bring 32 KB of keys and values for products of 64 x 64 x D. So 
 own loads, by TMA, and two programs share a multiprocessor, 112 KB each at widths of 128. Keys and
 values have a ring each; plain Triton has one number of stages for both.
 
-q comes as the first tile of keys and goes to registers at once, where it costs 64 a thread. That
-spares a tile of shared memory, and of its bandwidth, which would bind next, a read of q for every
-block. Programs stay, and the loading warp runs ahead into the next tile of queries while the
-warpgroup that multiplies ends this one.
+q comes as the first tile of keys and goes to registers at once, where it costs 64 a thread at a
+width of 128. That spares a tile of shared memory, and of its bandwidth, which would bind next, a
+read of q for every block. (dq at a width of 192 has no registers for it.) Programs stay, and the
+loading warp runs ahead into the next tile of queries while the warpgroup that multiplies ends this
+one.
 
 Whole blocks come first, blocks at the causal edge last. What TMA brings of those from behind a
 document's end may be anything. Where a key is a column of a product it is masked there; where it is
