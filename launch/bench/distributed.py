@@ -73,6 +73,9 @@ class DistributedOptions(Sizes):
         fetch_again: whether backward fetches blocks again: auto, always or never.
         recompute: branches that backward computes again.
         fetch: which selected blocks of other ranks are fetched: chosen, or full.
+        ranks_per_node: consecutive ranks that share a node, where blocks are fetched once a node;
+            0: those of each host. To try it on one machine, start each half of its ranks with
+            another NCCL_HOSTID: messages between the halves then go by NCCL's network.
         dense: time dense ring attention too.
         balance: print the time and the work of each operator of nsa on each rank.
     """
@@ -84,6 +87,7 @@ class DistributedOptions(Sizes):
     fetch_again: Literal["auto", "always", "never"] = "auto"
     recompute: tuple[str, ...] = ()
     fetch: Literal["chosen", "full"] = "chosen"
+    ranks_per_node: int = 0
     dense: bool = True
     balance: bool = False
 
@@ -95,6 +99,7 @@ class DistributedOptions(Sizes):
         check(there, "trace", None if self.trace is None else str(self.trace), must)
         known = all(branch in BRANCHES for branch in self.recompute)
         check(known, "recompute", self.recompute, f"a choice from {BRANCHES}")
+        check(self.ranks_per_node >= 0, "ranks_per_node", self.ranks_per_node, "at least 0")
 
     @property
     def layout_name(self) -> str:
@@ -236,7 +241,8 @@ def candidates(
     """Dense ring attention and Native Sparse Attention on the stream, built when called.
 
     Args:
-        options_of_nsa: ``fetch_again``, ``recompute_branches`` and ``fetch`` of the latter.
+        options_of_nsa: ``fetch_again``, ``recompute_branches``, ``fetch`` and ``ranks_per_node``
+            of the latter.
     """
     config, options, length = stream.config, stream.options, stream.length
     assert isinstance(options, DistributedOptions)
@@ -337,6 +343,7 @@ def bench(
             "fetch_again": FETCH_AGAIN[options.fetch_again],
             "recompute_branches": options.recompute,
             "fetch": options.fetch,
+            "ranks_per_node": options.ranks_per_node or None,
         }
         for build in candidates(stream, layout, context, **options_of_nsa):
             candidate = build()
