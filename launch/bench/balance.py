@@ -215,6 +215,7 @@ def of_ranks(
     fetch_again: bool | None = None,
     recompute_branches: Sequence[str] = (),
     fetch: str = "chosen",
+    ranks_per_node: int | None = None,
 ) -> dict[str, Balance]:
     """Time and work by operator and rank of ``native_sparse_attention``'s pass; a collective.
 
@@ -242,7 +243,8 @@ def of_ranks(
         fetches_again(config, fetch_again, context.size),
         tuple(recompute_branches),
         fetch,
-    )
+        ranks_per_node,
+    ).with_nodes()
     q, gates, *rest = local
     k, v = (dict(zip(BRANCHES, given, strict=True)) for given in (rest[:3], rest[3:6]))
     selector = CompressedSelector(*stream.compressors)

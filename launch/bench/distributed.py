@@ -74,6 +74,9 @@ class DistributedOptions(Sizes):
         fetch_again: whether backward fetches blocks again: auto, always or never.
         recompute: branches that backward computes again.
         fetch: which selected blocks of other ranks are fetched: chosen, or full.
+        ranks_per_node: consecutive ranks that share a node, where blocks are fetched once a node;
+            0: those of each host. To try it on one machine, start each half of its ranks with
+            another NCCL_HOSTID: messages between the halves then go by NCCL's network.
         dense: time dense ring attention too.
         balance: print the time and the work of each operator of nsa on each rank.
         exact_gradients: time nsa with this value of the option too, as nsa_exact, and print what
@@ -87,6 +90,7 @@ class DistributedOptions(Sizes):
     fetch_again: Literal["auto", "always", "never"] = "auto"
     recompute: tuple[str, ...] = ()
     fetch: Literal["chosen", "full"] = "chosen"
+    ranks_per_node: int = 0
     dense: bool = True
     balance: bool = False
     exact_gradients: int = 0
@@ -102,6 +106,7 @@ class DistributedOptions(Sizes):
         problem = exact_gradients_problem(self.exact_gradients, 1)
         if problem is not None:
             raise ValueError(problem)
+        check(self.ranks_per_node >= 0, "ranks_per_node", self.ranks_per_node, "at least 0")
 
     @property
     def layout_name(self) -> str:
@@ -243,7 +248,8 @@ def candidates(
     """Dense ring attention and Native Sparse Attention on the stream, built when called.
 
     Args:
-        options_of_nsa: ``fetch_again``, ``recompute_branches`` and ``fetch`` of the latter.
+        options_of_nsa: ``fetch_again``, ``recompute_branches``, ``fetch`` and ``ranks_per_node``
+            of the latter.
     """
     config, options, length = stream.config, stream.options, stream.length
     assert isinstance(options, DistributedOptions)
@@ -348,6 +354,7 @@ def bench(
             "fetch_again": FETCH_AGAIN[options.fetch_again],
             "recompute_branches": options.recompute,
             "fetch": options.fetch,
+            "ranks_per_node": options.ranks_per_node or None,
         }
         for build in candidates(stream, layout, context, **options_of_nsa):
             candidate = build()

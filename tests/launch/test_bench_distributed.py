@@ -26,7 +26,7 @@ from launch.bench.distributed import (
 from launch.bench.stream import Stream
 from launch.bench.table import Shape, read_rows
 from nsa_dist.comm.group import context_group
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import RankError, Ranks
 from tests.launch.test_bench import NoClock
 
 pytestmark = pytest.mark.skipif(
@@ -106,6 +106,20 @@ def test_a_run_gives_a_row_of_each_attention(ranks_of: RanksOf, tmp_path: Path, 
     text = markdown(rows)
     assert f"### 2 ranks, {options.layout_name}, a clock that stands: 4 heads" in text
     assert "| 96, nsa | 2.00 / 2.00 | 1.00 / 1.00 |" in text
+
+
+def test_a_run_over_two_nodes(ranks_of: RanksOf) -> None:
+    options = replace(SMALL, lengths=(160,), documents=1, dense=False, layout="auto")
+    found = {}
+    for ranks_per_node in (1, 2):
+        of_ranks = ranks_of(4).run(run_bench, replace(options, ranks_per_node=ranks_per_node))
+        ((row,), wrong) = of_ranks[0]
+        assert wrong == [] and row.operator == "nsa"
+        found[ranks_per_node] = row.forward_mib
+    assert found[1] != found[2]
+    must = "ranks_per_node must be None or a divisor of the group's 4 ranks"
+    with pytest.raises(RankError, match=must):
+        ranks_of(4).run(run_bench, replace(options, ranks_per_node=3))
 
 
 def run_twisted(options: DistributedOptions) -> tuple[list[DistributedRow], list[str]]:
