@@ -192,7 +192,8 @@ def counted_run() -> None:
     original = plan_cache.build_plan
 
     def counted(*args: Any) -> Any:
-        made.append((*args[-2].tolist()[:-1], END))
+        boundaries = next(x for x in args if isinstance(x, Tensor))
+        made.append((*boundaries.tolist()[:-1], END))
         return original(*args)
 
     def step(boundaries: tuple[int, ...]) -> Tensor:

@@ -209,7 +209,8 @@ def test_groups_of_the_tests_end_with_their_function(megatron_ranks: RanksOf, ro
     ranks, settings = megatron_ranks(2), by_megatron(root, "independent", TP2)
     for _ in range(2):
         ranks.run(megatron_gradients, settings)
-    assert max(ranks.run(num_threads)) <= 20
+    # A rank has 10 threads at first, up to 30 behind other tests, and 59 and more if groups stay.
+    assert max(ranks.run(num_threads)) <= 40
 
 
 @pytest.fixture(scope="module")

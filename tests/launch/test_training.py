@@ -53,7 +53,7 @@ EVERY_STEP = [
 def run(ranks: Ranks, settings: Settings) -> Result:
     """The run's result, which every rank must have, its own clock aside."""
     first, *others = ranks.run(run_training, settings)
-    clock = {"seconds": first.seconds, "tokens_per_second": first.tokens_per_second}
+    clock = {name: getattr(first, name) for name in ("seconds", "saving", "tokens_per_second")}
     assert all(dataclasses.replace(other, **clock) == first for other in others)
     return first
 
