@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -424,16 +423,6 @@ def test_bits_of_kernels(dtype: torch.dtype, ranks_of: Callable[[int], Ranks]) -
 
 
 LARGE = NSAConfig(32, 2, 128, num_selected=8, window=200)
-
-
-@pytest.fixture(scope="module", params=[2, 4], ids="{}_ranks".format)
-def gpus(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    there = torch.cuda.device_count()
-    if there < request.param:
-        pytest.skip(f"needs {request.param} CUDA devices, found {there}")
-    ranks = Ranks(request.param, timedelta(seconds=120), "nccl")
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.multi_gpu

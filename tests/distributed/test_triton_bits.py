@@ -8,10 +8,9 @@ where a row stands in a tile; a dot of fixed order takes its place.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
@@ -169,16 +168,6 @@ def test_bits_of_shared_keys_and_values(layout: str, ranks_of: Callable[[int], R
     assert expected.isfinite().all()
     for found in ranks_of(2).run(bits_on_rank, case):
         assert torch.equal(found, expected)
-
-
-@pytest.fixture(scope="module", params=[2, 4], ids="{}_ranks".format)
-def gpus(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    there = torch.cuda.device_count()
-    if there < request.param:
-        pytest.skip(f"needs {request.param} CUDA devices, found {there}")
-    ranks = Ranks(request.param, timedelta(seconds=120), "nccl")
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.multi_gpu

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -504,16 +503,6 @@ CYCLES = 20_000_000
 """About ten milliseconds, longer than anything that a small case computes."""
 
 
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[Ranks]:
-    there = torch.cuda.device_count()
-    if there < 4:
-        pytest.skip(f"needs 4 CUDA devices, found {there}")
-    ranks = Ranks(4, timedelta(seconds=120), "nccl")
-    yield ranks
-    ranks.close()
-
-
 def bits_on_gpus(case: LayerCase) -> tuple[bool, bool, bool]:
     """Whether the forward has the bits of one level, whether gradients repeat with each option
     for memory, and whether bits stay where devices are late at messages and memory is reused."""
@@ -543,6 +532,7 @@ def bits_on_gpus(case: LayerCase) -> tuple[bool, bool, bool]:
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.parametrize("gpus", [4], indirect=True, ids="{}_ranks".format)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bits_over_nccl(layout: str, gpus: Ranks) -> None:
     case = replace(CASE, layout=layout, dtype=torch.float32, device="cuda")
@@ -550,6 +540,7 @@ def test_bits_over_nccl(layout: str, gpus: Ranks) -> None:
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.parametrize("gpus", [4], indirect=True, ids="{}_ranks".format)
 def test_bytes_over_nccl(gpus: Ranks) -> None:
     case = replace(COUNTED, device="cuda")
     found = gpus.run(counted, case, 2, {"fetch_again": False})
