@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -123,12 +124,28 @@ def test_descriptors_are_made_once_for_a_place(monkeypatch: pytest.MonkeyPatch) 
         launch.descriptor(x, (32, 32), (64, 1), (16, 32)),
         launch.descriptor(x, (64, 32), (32, 1), (32, 32)),
     ]
-    assert made[0] is made[1] and made[0].base is not x
-    assert made[0].base.data_ptr() == x.data_ptr() and made[0].base.dtype == x.dtype
-    assert all(one is not other for one, other in combinations([made[0], *others], 2))
+    assert made[0].encoded is made[1].encoded and made[0] == made[1]
+    assert all(a.encoded is not b.encoded for a, b in combinations([made[0], *others], 2))
     monkeypatch.setattr(launch, "MOST_DESCRIPTORS", 4)
     launch.descriptor(x[8:], (56, 32), (32, 1), (16, 32))
     assert len(launch._descriptors) == 1
+
+
+def test_a_descriptor_keeps_its_memory_and_the_table_keeps_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy that was made for TMA lives until the kernel is launched, and no longer."""
+    monkeypatch.setattr(launch, "_descriptors", {})
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    x = torch.zeros(64, 32)
+    memory = weakref.ref(x)
+    for _ in range(2):  # Made, and found again.
+        made = launch.descriptor(x, (64, 32), (32, 1), (16, 32))
+        assert made.base is x
+    del x
+    assert memory() is not None
+    del made
+    assert memory() is None and len(launch._descriptors) == 1
 
 
 @pytest.mark.gpu

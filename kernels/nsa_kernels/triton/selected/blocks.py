@@ -139,7 +139,8 @@ def _columns(x: Tensor) -> int:
 
 
 def _fits_tma(x: Tensor) -> bool:
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    step = x.stride(0) * x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and step > 0 and step % 16 == 0
     return aligned and padded(x.shape[2]) == x.shape[2] and max(len(x), _columns(x)) < 1 << 31
 
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -43,6 +42,7 @@ from nsa_kernels.triton.shared.hopper import (
     add_products,
     append,
     channel_parts,
+    for_tma,
     multiply_rows,
     part_width,
     parts_of,
@@ -433,13 +433,6 @@ def _hopper_block_dkv_kernel(
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x [rows, heads, D], or a copy where TMA does not take its address or strides."""
-    steps = [stride * x.element_size() for stride in x.stride()[:2]]
-    fits = x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
-
-
 def _queries(x: Tensor, ratio: int, layout: Any) -> TensorDescriptor:
     made: TensorDescriptor = descriptor(
         x, tuple(x.shape), x.stride(), (1, ratio, HALF.value), layout, TensorDescriptor
@@ -480,8 +473,8 @@ class HopperDkv:
         # A descriptor of nothing cannot be made; the other one is not read then.
         own, fetched = tensors[:2], tensors[2:]
         own, fetched = own if num_own else fetched, fetched if fetched_rows else own
-        sources = [_aligned(x) for x in (*own, *fetched)]
-        q, do = _aligned(q_NHD), _aligned(do_NHD)
+        sources = [for_tma(x) for x in (*own, *fetched)]
+        q, do = for_tma(q_NHD), for_tma(do_NHD)
         self._before = (
             _queries(q, ratio, rows), _queries(do, ratio, rows),
             *(_keys(x, layout) for x, layout in zip(sources, keys * 2, strict=True)),

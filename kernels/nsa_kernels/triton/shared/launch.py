@@ -6,8 +6,9 @@ addresses and numbers are multiples of 16. So a launch is known by these, and on
 one, the next of its kind hands the driver the same code with its own addresses and numbers.
 
 Descriptors for the tensor memory accelerator (TMA) follow from an address, a shape and strides.
-They are made once for each and found again, when memory comes back to the same place as well: in
-training nearly always.
+They are checked and encoded once for each and found again, when memory comes back to the same place
+as well: in training nearly always. What is kept for that has an address and no memory; each
+descriptor that is handed out has its tensor, which therefore lives until the launch.
 
 Whatever is unusual takes Triton's own way: its interpreter, hooks of a profiler, an argument of
 another kind, a version of Triton whose launcher looks otherwise.
@@ -46,19 +47,10 @@ class Known(NamedTuple):
     rest: tuple[None, ...]
 
 
-class Address:
-    """Stands for a tensor in a descriptor, and keeps no memory alive."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.dtype, self._address = x.dtype, x.data_ptr()
-
-    def data_ptr(self) -> int:
-        return self._address
-
-
 # By kernel, types of arguments, constants and options: a reader, and what was launched by its name.
 _read: dict[Hashable, tuple[Callable[..., Any], dict[Hashable, Known]]] = {}
-_descriptors: dict[Hashable, Any] = {}
+# By address, dtype and tiles: the class of a descriptor, and its attributes but for the tensor.
+_descriptors: dict[Hashable, tuple[type, dict[str, Any]]] = {}
 
 
 def launcher(kernel: Any, grid: Sequence[int]) -> Callable[..., None]:
@@ -220,14 +212,17 @@ def descriptor(
     The layout must be one object for equal layouts.
     """
     name = (x.data_ptr(), x.dtype, shape, strides, block, id(layout))
-    found = _descriptors.get(name)
-    if found is None:
+    kept = _descriptors.get(name)
+    if kept is None:
+        layouts = () if layout is None else (layout,)
+        made = make(x, list(shape), list(strides), list(block), *layouts)
+        if not x.is_cuda:  # Triton's interpreter reads the tensor itself.
+            return made
         if len(_descriptors) >= MOST_DESCRIPTORS:
             _descriptors.clear()
-        layouts = () if layout is None else (layout,)
-        if not x.is_cuda:  # Triton's interpreter reads the tensor itself.
-            return make(x, list(shape), list(strides), list(block), *layouts)
-        found = make(Address(x), list(shape), list(strides), list(block), *layouts)
-        found.kind, found.encoded = (x.dtype, block, id(layout)), {}
-        _descriptors[name] = found
+        rest = {"kind": (x.dtype, block, id(layout)), "encoded": {}}
+        kept = _descriptors[name] = type(made), {**vars(made), **rest, "base": None}
+    of, attributes = kept
+    found: Any = object.__new__(of)
+    found.__dict__ = {**attributes, "base": x}
     return found
