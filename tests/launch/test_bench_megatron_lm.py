@@ -1,0 +1,139 @@
+"""The comparison in Megatron-LM's own script, but for its runs (tests/adapters/megatron)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro")
+
+from launch.bench import megatron_lm
+from launch.bench.megatron_lm import Case, Comparison, Layout, Log, MegatronOptions, layout_of
+
+SCRIPT = """
+from gpt_builders import gpt_builder
+from model_provider import model_provider
+
+    pretrain(
+        extra_args_provider=add_modelopt_args if has_nvidia_modelopt else None,
+    )
+
+if __name__ == "__main__":
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkout"
+    core = folder / "megatron/core"
+    (core / "datasets").mkdir(parents=True)
+    (folder / "pretrain_gpt.py").write_text(SCRIPT)
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 16\nPATCH = 1\nPRE_RELEASE = ''\n")
+    (core / "datasets/Makefile").write_text("all:\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("one", (1, 1)), ("cp4", (1, 4)), ("tp2", (2, 1)), ("tp2-cp4", (2, 4))],
+)
+def test_names_of_layouts(name: str, layout: tuple[int, int]) -> None:
+    assert layout_of(name) == Layout(*layout)
+
+
+@pytest.mark.parametrize("name", ["", "cp", "2", "cp2-tp2", "cp2>", "cp2>cp4>one"])
+def test_other_names_are_refused(name: str, checkout: Path) -> None:
+    with pytest.raises(ValueError, match=r"layouts must be .*, got"):
+        MegatronOptions(checkout, layouts=(name,))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("checkout", Path("nowhere")),
+        ("attentions", ("sliding",)),
+        ("precisions", ("float16",)),
+        ("steps", 3),
+    ],
+)
+def test_options_are_refused_by_name(option: str, value: object, checkout: Path) -> None:
+    given = {"checkout": checkout, option: value}
+    with pytest.raises(ValueError, match=f"{option} must be .*, got"):
+        MegatronOptions(**given)  # type: ignore[arg-type]
+
+
+def test_what_needs_more_gpus_is_left_out_by_name(checkout: Path) -> None:
+    options = MegatronOptions(checkout, layouts=("cp2", "cp2>cp4", "tp2"), attentions=("dense",))
+    found, left = megatron_lm.cases(options, 2)
+    assert found == [
+        Case("one", "dense", "bfloat16"),
+        Case("one", "dense", "float32"),
+        Case("cp2", "dense", "bfloat16"),
+    ]
+    assert left == [
+        "dense cp2>cp4: needs 4 GPUs, found 2",
+        "dense tp2: dense layers are compared without tpN",
+    ]
+
+
+def test_the_script_is_changed_as_the_documents_show(checkout: Path, tmp_path: Path) -> None:
+    path = tmp_path / "changed.py"
+    megatron_lm.write_script(checkout, path)
+    text = path.read_text()
+    assert "from nsa_dist.adapters.megatron import add_nsa_args, nsa_gpt_builder" in text
+    assert "extra_args_provider=add_nsa_args," in text
+    assert "training.get_standard_config_overrides = nsa_config_overrides" in text
+    (checkout / "pretrain_gpt.py").write_text(text)
+    with pytest.raises(ValueError, match=r"checkout must be one whose pretrain_gpt\.py has once"):
+        megatron_lm.write_script(checkout, path)
+
+
+def _log(*losses: float) -> str:
+    return "".join(
+        f" [2026-01-01] iteration {i}/ 4 | consumed samples: {i} | "
+        f"elapsed time per iteration (ms): {100 + i}.5 | learning rate: 1.0E-03 | "
+        f"global batch size: 4 | lm loss: {loss:.6E} | loss scale: 1.0 |\n"
+        for i, loss in enumerate(losses)
+    )
+
+
+def test_logs_of_megatron_are_read() -> None:
+    log = megatron_lm.read_log("before\n" + _log(5.5, 5.25) + "after\n")
+    assert log == Log([5.5, 5.25], [100.5, 101.5])
+
+
+def test_rows_have_distances_and_rates(checkout: Path) -> None:
+    options = MegatronOptions(checkout, steps=4, length=1000, batch=2)
+    one, exact, split = (Case(name, "sparse", precision) for name, precision in (
+        ("one", "bfloat16"), ("one", "float32"), ("cp2", "bfloat16")
+    ))  # fmt: skip
+    logs = {
+        one: Log([5.0, 4.0, 3.0, 2.0], [900, 9, 9, 50]),
+        exact: Log([5.0, 4.0, 3.0, 2.4], [900, 9, 9, 60]),
+        split: Log([5.0, 4.0, 3.4, 2.0], [900, 9, 9, 25]),
+    }
+    rows = [megatron_lm.row_of(case, log, logs, options) for case, log in logs.items()]
+    assert [row.from_one for row in rows] == [None, pytest.approx(0.1), pytest.approx(0.1)]
+    assert [row.from_float32 for row in rows] == [pytest.approx(0.1), None, pytest.approx(0.2)]
+    assert [row.tokens_per_s for row in rows] == pytest.approx([40_000, 2000 / 0.06, 80_000])
+    assert rows[0].megatron == "0.16.1"
+    text = megatron_lm.markdown(rows, options)
+    assert "| sparse, cp2 | 2 | 1.0e-01 | 2.0e-01 | 25.0 | 80,000 | 40,000 |" in text
+
+
+def test_a_run_that_is_cut_short_is_no_row(checkout: Path) -> None:
+    options = MegatronOptions(checkout, steps=4)
+    case = Case("one", "sparse", "bfloat16")
+    log = Log([5.0], [9.0])
+    with pytest.raises(ValueError, match="steps must be 4 in the logs of one sparse bfloat16"):
+        megatron_lm.row_of(case, log, {case: log}, options)
+
+
+def test_a_run_that_fails_is_told_with_its_ranks_words(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "pretrain_gpt.py").write_text(f"{SCRIPT}    raise SystemExit('no data here')\n")
+    options = MegatronOptions(checkout, patience=60)
+    comparison = Comparison(options, tmp_path)
+    (tmp_path / "pretrain_gpt.py").write_text("raise RuntimeError('no data here')\n")
+    with pytest.raises(RuntimeError, match=r"(?s)ended with 1.*RuntimeError: no data here"):
+        comparison.run(Case("one", "sparse", "bfloat16"))
