@@ -336,11 +336,18 @@ class Log(NamedTuple):
 
 
 def read_log(text: str) -> Log:
-    """What Megatron logs after each step."""
+    """What Megatron logs after each step of one run.
+
+    It starts its means anew after each log but the first: what it logs second is the mean of two
+    steps.
+    """
     steps = re.findall(
         r"elapsed time per iteration \(ms\): ([\d.]+) .*? lm loss: ([-+.\deE]+)", text
     )
-    return Log([float(loss) for _, loss in steps], [float(time) for time, _ in steps])
+    losses = [float(loss) for _, loss in steps]
+    if len(losses) > 1:
+        losses[1] = 2 * losses[1] - losses[0]
+    return Log(losses, [float(time) for time, _ in steps])
 
 
 def _tail(text: str) -> str:

@@ -99,8 +99,9 @@ def _log(*losses: float) -> str:
 
 
 def test_logs_of_megatron_are_read() -> None:
-    log = megatron_lm.read_log("before\n" + _log(5.5, 5.25) + "after\n")
-    assert log == Log([5.5, 5.25], [100.5, 101.5])
+    """The second is the mean of the first two."""
+    log = megatron_lm.read_log("before\n" + _log(5.5, 5.25, 4.5) + "after\n")
+    assert log == Log([5.5, 5.0, 4.5], [100.5, 101.5, 102.5])
 
 
 def test_rows_have_distances_and_rates(checkout: Path) -> None:
