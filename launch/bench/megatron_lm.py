@@ -431,10 +431,12 @@ class Comparison:
             return self._start(case, parts[0], self.optimizer, "").wait(self.options.patience)
         half = self.options.steps // 2
         saved = str(self.folder / _name(case) / "checkpoint")
-        # Megatron 0.16.1 cannot resume its distributed optimizer without TransformerEngine or apex.
-        first = ["--save", saved, "--ckpt-format", "torch_dist"]
-        first += ["--save-interval", str(half), "--exit-interval", str(half)]
-        then = ["--load", saved, "--ckpt-format", "torch_dist"]
+        # Without TransformerEngine or apex Megatron 0.16.1 cannot resume its distributed optimizer,
+        # and from 0.19 on leaves weights that were drawn on the CPU there for any other.
+        old = version(self.options.checkout) < (0, 19)
+        both = [*([] if old else self.optimizer), "--ckpt-format", "torch_dist"]
+        first = [*both, "--save", saved, "--save-interval", str(half), "--exit-interval", str(half)]
+        then = [*both, "--load", saved]
         log = self._start(case, parts[0], first, "first").wait(self.options.patience)
         rest = self._start(case, parts[1], then, "then").wait(self.options.patience)
         return Log(log.losses + rest.losses, log.times + rest.times)
@@ -479,15 +481,15 @@ def row_of(case: Case, log: Log, known: dict[Case, Log], options: MegatronOption
         tokens / step_ms * 1000 if step_ms else None,
         torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         torch.__version__,
-        version(options.checkout),
+        ".".join(map(str, version(options.checkout))),
     )
 
 
-def version(checkout: Path) -> str:
-    """Of the checkout's megatron-core, as 0.16.1."""
+def version(checkout: Path) -> tuple[int, ...]:
+    """Of the checkout's megatron-core, as (0, 16, 1)."""
     text = (checkout / "megatron/core/package_info.py").read_text(encoding="utf-8")
     numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)", text, flags=re.MULTILINE))
-    return ".".join(numbers[name] for name in ("MAJOR", "MINOR", "PATCH"))
+    return tuple(int(numbers[name]) for name in ("MAJOR", "MINOR", "PATCH"))
 
 
 def compare(
