@@ -414,6 +414,7 @@ class Comparison:
     ) -> None:
         self.options, self.folder = options, folder
         self.optimizer, self.runner = optimizer, runner
+        self._started: list[Run] = []
         self.sparse = folder / "pretrain_gpt.py"
         write_script(options.checkout, self.sparse)
         # Once, before runs beside each other would.
@@ -448,7 +449,14 @@ class Comparison:
         if case.precision == "bfloat16":
             flags.append("--bf16")
         folder = self.folder / _name(case) / part
-        return Run(script, self.options.checkout, layout.ranks, flags, folder, self.runner)
+        run = Run(script, self.options.checkout, layout.ranks, flags, folder, self.runner)
+        self._started.append(run)
+        return run
+
+    def close(self) -> None:
+        """End the runs that have not ended."""
+        for run in self._started:
+            run.end()
 
 
 def _name(case: Case) -> str:
@@ -507,12 +515,13 @@ def compare(
         except RuntimeError as error:
             failed.append(f"{' '.join(case)}: {error}")
 
-    if options.together:
-        with ThreadPoolExecutor(len(chosen)) as pool:
+    with ThreadPoolExecutor(len(chosen) if options.together else 1) as pool:
+        try:
             list(pool.map(note, chosen))
-    else:
-        for case in chosen:
-            note(case)
+        except BaseException:  # An interrupt: threads wait for runs, and the pool for threads.
+            pool.shutdown(wait=False, cancel_futures=True)
+            comparison.close()
+            raise
     rows = [row_of(case, logs[case], logs, options) for case in chosen if case in logs]
     return rows, failed
 
@@ -552,6 +561,7 @@ def markdown(rows: Sequence[Row], options: MegatronOptions) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(MegatronOptions, args=arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     gpus = torch.cuda.device_count()
     if not gpus:
         sys.exit("megatron_lm.py: the machine must have an NVIDIA GPU, got no CUDA device")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -138,3 +141,33 @@ def test_a_run_that_fails_is_told_with_its_ranks_words(checkout: Path, tmp_path:
     (tmp_path / "pretrain_gpt.py").write_text("raise RuntimeError('no data here')\n")
     with pytest.raises(RuntimeError, match=r"(?s)ended with 1.*RuntimeError: no data here"):
         comparison.run(Case("one", "sparse", "bfloat16"))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_interrupt_ends_what_was_started(
+    together: bool, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else ranks would go on, and hold the GPUs."""
+    options = MegatronOptions(checkout, together=together)
+    started: list[megatron_lm.Run] = []
+
+    def write_sleeper(_: Path, path: Path) -> None:
+        path.write_text("import time\nopen('began', 'w').close()\ntime.sleep(300)\n")
+
+    def interrupted(self: megatron_lm.Run, patience: float) -> Log:
+        started.append(self)
+        while not (self.folder / "began").exists():
+            assert self.process.poll() is None
+            time.sleep(0.1)
+        if len(started) == (2 if together else 1):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return waited(self, patience)
+
+    waited = megatron_lm.Run.wait
+    monkeypatch.setattr(megatron_lm, "write_script", write_sleeper)
+    monkeypatch.setattr(megatron_lm.Run, "wait", interrupted)
+    chosen = [Case("one", "sparse", precision) for precision in ("bfloat16", "float32")]
+    with pytest.raises(KeyboardInterrupt):
+        megatron_lm.compare(options, tmp_path, chosen)
+    assert len(started) == (2 if together else 1)
+    assert all(run.process.poll() is not None for run in started)
