@@ -41,8 +41,8 @@ LEAST_CAPABILITY = (8, 0)
 class Backend(Protocol):
     """The functions a backend implements; all but `select_blocks` are differentiable.
 
-    A backend may also have `gated_branches`, `attend_few` and `add_gradients`, see the functions of
-    these names below.
+    A backend may also have `gated_branches`, `attend_few`, `add_gradients` and `multiply_rows`, see
+    the functions of these names below.
     """
 
     @property
@@ -245,6 +245,21 @@ class AttendFew(Protocol):
 def attend_few(backend: Backend) -> AttendFew | None:
     """The function of a backend that has kernels for few queries, or None."""
     return getattr(backend, "attend_few", None)
+
+
+class MultiplyRows(Protocol):
+    """Products of rows with a matrix whose bits depend on nothing but the row and the matrix."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [N, I], weight [O, I] and bias [O], of one dtype -> x W^T + bias, [N, O] in x.dtype.
+
+        Without gradients.
+        """
+
+
+def multiply_rows(backend: Backend) -> MultiplyRows | None:
+    """The function of a backend that has such products, or None."""
+    return getattr(backend, "multiply_rows", None)
 
 
 def as_gate(gate: Tensor | None) -> dict[str, Any]:

@@ -178,22 +178,25 @@ def attend_cached(
     values: Mapping[str, Tensor],
     gates_NHb: Tensor,
     selector: CachedCompression,
+    few_kernels: bool = True,
 ) -> Tensor:
     """The attention [N, H, Dv] of new tokens over the rows of a cache that holds them.
 
     A backend that has kernels for few queries computes up to FEW_TOKENS of a row with these, where
-    no gradients are needed; else the steps are those of training.
+    no gradients are needed; else the steps, and the bits, are those of training.
 
     Args:
         context: a group of one rank.
         keys, values: rows of the cache by branch, from ``LayerCache.append``.
         selector: a ``CachedCompression`` of that cache.
+        few_kernels: whether kernels for few queries may be used.
     """
     assert context.size == 1, context.size
     call = Call(config, backend, step.plan, Channel(context, counter, step.plan))
     few = attend_few(backend)
     if (
         few is not None
+        and few_kernels
         and step.most_new <= FEW_TOKENS
         and {"selected", "window"} <= set(config.branches)
         and not torch.is_grad_enabled()

@@ -14,6 +14,7 @@ from nsa_kernels.triton.banded import compressed_attention, window_attention
 from nsa_kernels.triton.combine import add_gradients, combine
 from nsa_kernels.triton.compression import compress, gather_blocks
 from nsa_kernels.triton.decoding import attend_few
+from nsa_kernels.triton.rows import multiply_rows
 from nsa_kernels.triton.selected import selected_attention
 from nsa_kernels.triton.selection import select_blocks
 
@@ -25,6 +26,7 @@ __all__ = [
     "compressed_attention",
     "gated_branches",
     "gather_blocks",
+    "multiply_rows",
     "name",
     "refuses",
     "select_blocks",

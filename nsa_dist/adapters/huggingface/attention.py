@@ -210,6 +210,7 @@ class NSAAttention(nn.Module):
             values,
             gates,
             CachedCompression(self.k_compressor, self.v_compressor, layer.rows, step),
+            few_kernels=not runtime.batch_invariant,
         )
         return out.view(shape) if batch.rows is None else _put(out, batch.rows, shape)
 

@@ -32,6 +32,7 @@ class Runtime:
 
     Attributes:
         group_is_set: whether the user has set the group, even to None.
+        batch_invariant: whether a token's bits are to depend on its document alone.
     """
 
     context: ContextGroup
@@ -39,6 +40,7 @@ class Runtime:
     backend: str
     communication: CommunicationCounter
     group_is_set: bool = False
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, eq=False)

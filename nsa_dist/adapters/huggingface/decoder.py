@@ -99,7 +99,7 @@ class SparseDecoder:
             group_is_set=group_is_set,
         )
         check_attention(self.nsa_config, backend, decoder.layers[self.nsa_layers[0]].self_attn)
-        self.nsa_runtime = runtime
+        self.nsa_runtime = replace(runtime, batch_invariant=self.nsa_runtime.batch_invariant)
 
     def split_of_call(self) -> tuple[Runtime, Split | None]:
         """How the next forward runs, and who splits its sequences where ``use_group`` did not.
@@ -122,6 +122,7 @@ class SparseDecoder:
             model.config.num_hidden_layers,
             group_is_set=False,
         )
+        found = replace(found, batch_invariant=runtime.batch_invariant)
         return replace(found, communication=runtime.communication), split
 
     def forward(

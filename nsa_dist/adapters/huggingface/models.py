@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from nsa_dist.adapters.huggingface.attention import NSAAttention
 from nsa_dist.adapters.huggingface.batch import Runtime
+from nsa_dist.adapters.huggingface.batch_invariant import set_batch_invariant
 from nsa_dist.adapters.huggingface.checks import (
     check_config,
     check_labels,
@@ -142,6 +143,19 @@ class SparseModel:
             ValueError: if an argument has a value that is not allowed.
         """
         self._use(group, layout, backend, group_is_set=True)
+
+    def use_batch_invariant(self, on: bool = True) -> None:
+        """Let a token's bits depend on its document alone, or no longer.
+
+        Then a forward over a whole sequence, in training or not, and one over a cache, token by
+        token and in any batch, give the same logits bit for bit, on one backend, GPU model and
+        dtype. Linear layers and norms run as products of rows (``MultiplyRows``), and decoding runs
+        the operators of training: slower. Turn it on after all else that changes the model.
+
+        Raises:
+            ValueError: if a module may compute a token's bits from other tokens.
+        """
+        set_batch_invariant(self, self._decoder, on)
 
     def _use(
         self, group: GroupLike | ContextGroup, layout: str, backend: str, *, group_is_set: bool
