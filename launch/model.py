@@ -16,25 +16,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from launch.first_weights import read_part
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
-from launch.settings import FETCH_AGAIN, Settings
+from launch.settings import FETCH_AGAIN, STAGES, Settings
 from nsa_dist import NativeSparseAttention, NSABlock
 from nsa_dist.adapters.ring import DenseAttention, DenseBlock
-from nsa_dist.checkpoints.safe_load import read_into
 
 LOSS_ROWS = 4096
 """Tokens whose logits exist at one time in training: [4096, vocabulary], in float32 too."""
-SAVED_PREFIX = "model."
-"""Stands before a weight's name in checkpoints of engine fsdp2."""
 
 
 class Decoder(nn.Module):
     """Token embedding, blocks, a last norm, and the map to logits.
 
     Args:
-        settings: ``model``, ``attention``, ``rotary``, options of ``parallel`` and
-            ``run.start_from`` are read.
+        settings: ``model``, ``attention``, ``rotary``, options of ``parallel``,
+            ``optimizer.train_only`` and ``run.start_from`` are read.
         vocab_size: number of tokens.
         group: ranks that share the sequence, or None.
     """
@@ -79,6 +77,10 @@ class Decoder(nn.Module):
         self.head = None
         if not model.tie_embeddings:
             self.head = nn.Linear(model.hidden_size, vocab_size, bias=False)
+        trained = [part for each in settings.optimizer.train_only for part in STAGES[each]]
+        if trained:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(any(part in name for part in trained))
 
     def forward(
         self,
@@ -166,19 +168,6 @@ def _loss_sum(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = F.linear(x, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-
-
-def read_part(part: nn.Module, name: str, checkpoint: Path) -> None:
-    """Set one of ``Decoder.parts()`` to its weights in a checkpoint of engine fsdp2. No collective.
-
-    Raises:
-        ValueError: if a file is missing, damaged or contains more than data.
-    """
-    named = dict(part.named_parameters())
-    saved = {key: torch.empty_like(value, device="cpu") for key, value in named.items()}
-    read_into({f"{SAVED_PREFIX}{name}.{key}": value for key, value in saved.items()}, checkpoint)
-    for key, parameter in named.items():
-        parameter.copy_(saved[key])
 
 
 def build_model(settings: Settings, vocab_size: int, ranks: Ranks) -> Decoder:

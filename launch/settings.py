@@ -24,6 +24,7 @@ from launch.processes.mistakes import read_once
 from nsa_dist import NSAConfig, RotaryConfig
 from nsa_dist.checks import as_choice, check
 from nsa_dist.config import split_options_problem
+from nsa_kernels.compressors import parameter_names
 
 FORMAT = 1
 """Format number of a checkpoint's settings and manifest. The oldest files have no number."""
@@ -183,6 +184,13 @@ class DataSettings:
             check(value == default, f"data.{option}", value, f"{default!r} {case}")
 
 
+STAGES = {
+    "gates": (".attention.gate.",),
+    "compressors": (".attention.k_compressor.", ".attention.v_compressor."),
+}
+"""Choices of ``optimizer.train_only``, and what stands in the names of their weights."""
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW under a linear warm-up and a cosine."""
@@ -197,6 +205,9 @@ class OptimizerSettings:
     clip: float = 1.0  # largest global gradient norm; 0 or inf: no clipping
     # this many skipped steps in a row (gradients not finite) end the run; 0: the first one does
     max_skipped: int = 3
+    # fsdp2: train these parts of the sparse layers alone, and leave all other weights as they are;
+    # empty: train everything
+    train_only: tuple[Literal["gates", "compressors"], ...] = ()
 
     def __post_init__(self) -> None:
         _check_values("optimizer", self)
@@ -347,6 +358,7 @@ class Settings:
             raise ValueError(f"parallel.{problem}")
         _check_engine(self)
         _check_dense(self)
+        _check_train_only(self)
         must = (
             "False with dense layers (model.attention, model.dense_every), which have no estimate"
         )
@@ -388,6 +400,24 @@ def _check_dense(settings: Settings) -> None:
     must = f"'bfloat16', unless parallel.layout = 'contiguous', {case}"
     right = layout == "contiguous" or dtype in ("auto", "bfloat16")
     check(right, "run.dtype", dtype, must)
+
+
+def _check_train_only(settings: Settings) -> None:
+    """Refuse a stage of weights that the model has not, and what cannot be done in a stage."""
+    only, config = settings.optimizer.train_only, settings.attention
+    if not only:
+        return
+    has_weights = config.uses_compression and parameter_names(config.compress) != ()
+    choices: tuple[str, ...] = ("gates", "compressors") if has_weights else ("gates",)
+    must = f"empty, or of {choices} without repeats, with attention.compress = {config.compress!r}"
+    if settings.model.attention == "dense":
+        choices, must = (), "empty with model.attention = 'dense' (sparse layers have gates)"
+    fits = set(only) <= set(choices) and len(set(only)) == len(only)
+    check(fits, "optimizer.train_only", only, must)
+    for option in ("dry_run", "self_check"):
+        must = "False with optimizer.train_only (leave that out: the layers are the same)"
+        value = getattr(settings.run, option)
+        check(not value, f"run.{option}", value, must)
 
 
 T = TypeVar("T")

@@ -226,10 +226,14 @@ class Run:
         )
         if self.source is not None:
             report.line(f"starts with the weights of step {self.source.step} of {self.source.path}")
+        if settings.optimizer.train_only:
+            report.line(f"trains only {' and '.join(settings.optimizer.train_only)}")
 
     def catch_up(self) -> None:
-        """Validate where the run before was stopped between a checkpoint and its validation."""
-        missing = self.done > 0 and not self.report.has_validation(self.done)
+        """Validate where the run before was stopped between a checkpoint and its validation, and
+        the weights that another run left."""
+        begins = self.done > 0 or self.source is not None
+        missing = begins and not self.report.has_validation(self.done)
         if self.is_validation_due() and self.ranks.any(self.ranks.is_main and missing):
             self.health.stops = self.validate() is None
 

@@ -36,7 +36,8 @@ from launch.engines.base import (
     make_adamw,
     spoil_gradients,
 )
-from launch.model import SAVED_PREFIX, Decoder, build_model
+from launch.first_weights import SAVED_PREFIX
+from launch.model import Decoder, build_model
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
 from launch.settings import OptimizerSettings, Settings, from_toml
@@ -49,8 +50,8 @@ from nsa_dist.checks import check
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves the rest alone."""
-    named = dict(model.named_parameters())
+    """AdamW of the weights that are trained; it decays matrices and leaves the rest alone."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = {name for name, p in named.items() if is_decayed(name, p)}
     return make_adamw(named.items(), decayed, settings)
 
@@ -146,7 +147,8 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 SPEC = EngineSpec(
     name="fsdp2",
     build=Fsdp2Engine,
-    options=("parallel.reshard_after_forward", "run.async_checkpoints"),
+    options=("parallel.reshard_after_forward", "run.async_checkpoints", "optimizer.train_only"),
+    fixed_options=("optimizer.train_only",),
     file_suffixes=(".distcp", ".metadata"),
     last_files=(".metadata",),
     read_weights=read_weights,
@@ -230,6 +232,8 @@ def write_whole(path: Path, state: WholeState, settings: Settings) -> None:
     model, optimizer = _whole_model(settings, state.weights["embedding.weight"].shape[0])
     model.load_state_dict(state.weights)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         moments = {kind: state.moments[kind][name].clone() for kind in MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(float(state.updates)), **moments}
     save_state(path, state.step, state_of(model, optimizer))

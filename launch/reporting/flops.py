@@ -5,8 +5,9 @@ Counted are matrix products, two operations a multiplication and addition, forwa
     6 N T + layers (attention + choice + compression)
 
 N are the weights that each of T tokens is multiplied with: all matrices but the embedding's table
-and the compressors. Backward costs twice what forward does. Attention is counted by the (query,
-key) pairs of each branch, by the documents of the batch as they are packed:
+and the compressors. Backward costs twice what forward does, once where weights are not trained
+(``optimizer.train_only``). Attention is counted by the (query, key) pairs of each branch, by the
+documents of the batch as they are packed:
 
     NSA:    6 (Dk + Dv) H (pairs compressed + pairs selected + pairs window)
     dense:  6 (Dk + Dv) H n (n + 1) / 2 for each document of n tokens
@@ -53,18 +54,21 @@ class StepFlops:
 
     Attributes:
         weights: N, that each token is multiplied with.
+        trained: those of them that are trained.
     """
 
     def __init__(self, settings: Settings, vocab_size: int) -> None:
         with torch.device("meta"):
             decoder = Decoder(settings, vocab_size)
-        self.weights = sum(
-            p.numel()
+        counted: list[Tensor] = [
+            p
             for name, p in decoder.named_parameters()
             if is_decayed(name, p) and "compressor" not in name and name != "embedding.weight"
-        )
+        ]
         if decoder.head is None:
-            self.weights += decoder.embedding.weight.numel()
+            counted.append(decoder.embedding.weight)
+        self.weights = sum(p.numel() for p in counted)
+        self.trained = sum(p.numel() for p in counted if p.requires_grad)
         self._config = settings.attention
         is_dense = [settings.model.is_dense(layer) for layer in range(settings.model.layers)]
         self._dense, self._sparse = is_dense.count(True), is_dense.count(False)
@@ -92,7 +96,7 @@ class StepFlops:
             sparse += 2.0 * config.head_dim * config.num_heads * pairs.compressed
         compression = call_flops(config, pairs, tokens)["compression"]
         sparse += compression.forward + compression.backward
-        total = 6.0 * self.weights * tokens
+        total = (4.0 * self.weights + 2.0 * self.trained) * tokens
         return total + self._sparse * sparse + self._dense * a_pair * pairs.dense
 
 

@@ -33,6 +33,11 @@ class _LogitLinear(nn.Linear):
         super().reset_parameters()
         self.bias.copy_(initial_gate_logits(self.config).flatten())
 
+    @torch.no_grad()
+    def start_as_constant(self) -> None:
+        self.weight.zero_()
+        self.bias.copy_(initial_gate_logits(self.config).flatten())
+
 
 class LinearGate(nn.Module):
     """sigmoid(W x + b), W [H*nb, hidden] with rows ordered (head, branch); b starts at
@@ -46,6 +51,10 @@ class LinearGate(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise W like torch's linear layers, and b to ``gate_init``."""
         self.proj.reset_parameters()
+
+    def start_as_constant(self) -> None:
+        """Set the weights so that the logits of every token are ``gate_init``."""
+        self.proj.start_as_constant()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to gates [..., H, nb], float32 (float64 for float64)."""
@@ -67,6 +76,10 @@ class MLPGate(nn.Module):
         self.up.reset_parameters()
         self.down.reset_parameters()
 
+    def start_as_constant(self) -> None:
+        """Set W2 and b2 so that the logits of every token are ``gate_init``."""
+        self.down.start_as_constant()
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to gates [..., H, nb], float32 (float64 for float64)."""
         return gates_from_logits(self.down(nn.functional.silu(self.up(x))), self.config)
@@ -86,6 +99,10 @@ class StaticGate(nn.Module):
     def reset_parameters(self) -> None:
         """Set the logits to ``gate_init``."""
         self.logits.copy_(initial_gate_logits(self.config))
+
+    def start_as_constant(self) -> None:
+        """As ``reset_parameters``."""
+        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to gates [..., H, nb], float32 (float64 for float64)."""

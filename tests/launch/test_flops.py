@@ -20,7 +20,7 @@ from launch.model import Decoder
 from launch.processes.ranks import Ranks as RunRanks
 from launch.reporting.flops import Speed, StepFlops, peak_flops
 from launch.reporting.report import Report
-from launch.settings import Settings, from_table
+from launch.settings import OptimizerSettings, Settings, from_table
 from nsa_dist import NSAConfig
 from tests.distributed.ranks import Ranks
 from tests.launch.common import TINY, run_training, tiny
@@ -96,6 +96,21 @@ def test_dense_layers_count_every_pair_and_others_do_not() -> None:
     long = torch.tensor([0, 65536], dtype=torch.int32)
     all_dense = StepFlops(settings_of(model={"attention": "dense"}), 256).of([long])
     assert StepFlops(settings_of(), 256).of([long]) < all_dense / 2
+
+
+def test_a_stage_leaves_out_the_gradients_of_what_it_does_not_train() -> None:
+    settings = settings_of()
+    stage = replace(settings, optimizer=OptimizerSettings(train_only=("gates", "compressors")))
+    whole, part = StepFlops(settings, 256), StepFlops(stage, 256)
+    gates = sum(
+        p.numel()
+        for name, p in Decoder(settings, 256).named_parameters()
+        if name.endswith("gate.proj.weight")
+    )
+    assert part.weights == whole.weights == whole.trained
+    assert part.trained == gates
+    rest = 2.0 * (whole.weights - gates) * 150
+    assert whole.of([PACKED]) - part.of([PACKED]) == rest
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -13,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.repository.figures import load_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -123,11 +124,20 @@ def test_the_site_has_every_document() -> None:
 
 
 def test_the_figure_of_speed_is_that_of_the_measurements() -> None:
-    script = ROOT / "docs" / "figures" / "draw_speed.py"
-    spec = importlib.util.spec_from_file_location("draw_speed", script)
-    assert spec is not None and spec.loader is not None
-    figure = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figure)
+    figure = load_figure("draw_speed")
     rows = figure.measured()
     assert figure.FIGURE.read_text(encoding="utf-8") == figure.draw(rows)
     assert f"![{figure.caption(rows)}](" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_results_is_that_of_the_measurements() -> None:
+    drawing = load_figure("draw_results")
+    text = drawing.DOCUMENT.read_text(encoding="utf-8")
+    if not drawing.NUMBERS.exists():
+        assert "has not run on a GPU yet" in text
+        assert not list(drawing.HERE.glob("trained_*"))
+        return
+    numbers = drawing.read_numbers()
+    for name, figure in drawing.figures(numbers).items():
+        assert (drawing.HERE / f"{name}.svg").read_text(encoding="utf-8") == figure
+    assert drawing.document(text, numbers) == text

@@ -26,7 +26,6 @@ from nsa_dist.adapters.huggingface.weights import whole
 from nsa_dist.checks import check
 from nsa_dist.comm.group import ContextGroup, GroupLike
 from nsa_dist.config import NSAConfig
-from nsa_dist.nn.gates import LinearGate, MLPGate
 
 GATE_INIT = (-10.0, 0.0, 0.0)
 """Gate logits of (compressed, selected, window): 0.5 + 0.5 + 4.5e-5, one dense attention."""
@@ -98,13 +97,10 @@ def convert_to_nsa(
 @torch.no_grad()
 def start_from_dense(attention: NSAAttention) -> None:
     """Set gates to the constants ``gate_init``, and compressors to the mean of a block."""
-    gate = attention.gate
+    gate: Any = attention.gate
     compressors = [x for x in (attention.k_compressor, attention.v_compressor) if x is not None]
     with whole(x for module in (gate, *compressors) for x in module.parameters()):
-        if isinstance(gate, LinearGate):
-            gate.proj.weight.zero_()
-        elif isinstance(gate, MLPGate):
-            gate.down.weight.zero_()
+        gate.start_as_constant()
         for compressor in compressors:
             compressor.start_as_mean()
 

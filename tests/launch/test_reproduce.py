@@ -1,0 +1,167 @@
+"""``launch/reproduce.py``, and the figures and tables that are drawn from what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from launch.model import Decoder
+from launch.reproduce import (
+    LEAST,
+    MOST,
+    Experiment,
+    ReproduceOptions,
+    check_options,
+    conversions,
+    documents,
+    in_parallel,
+)
+from launch.settings import from_toml
+from tests.launch.processes import TRAIN, started
+from tests.repository.figures import load_figure
+
+ROOT = Path(TRAIN).parents[1]
+CONFIGS = ROOT / "configs"
+
+
+def test_the_models_have_equally_many_weights_and_the_same_run() -> None:
+    """To three thousandths; what differs is the attention, and the SwiGLU that makes up for it."""
+    sizes, runs = {}, {}
+    for name in ("dense", "nsa", "hybrid"):
+        settings = from_toml(CONFIGS / f"proof_{name}.toml")
+        with torch.device("meta"):
+            sizes[name] = sum(p.numel() for p in Decoder(settings, 256).parameters())
+        runs[name] = (settings.data, settings.optimizer, settings.rotary, settings.run.steps)
+    assert len({repr(run) for run in runs.values()}) == 1
+    assert max(sizes.values()) < 1.003 * min(sizes.values())
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for name, size in sizes.items():
+        assert f"{size:,} weights (`configs/proof_{name}.toml`)" in text
+
+
+def test_the_stages_see_five_per_cent_of_the_dense_tokens() -> None:
+    def tokens(name: str) -> int:
+        settings = from_toml(CONFIGS / f"proof_{name}.toml")
+        return settings.run.steps * settings.data.global_batch * settings.data.length
+
+    assert tokens("stage1") + tokens("stage2") <= 0.05 * tokens("dense")
+
+
+def test_documents_are_files_in_a_row_within_their_bounds(tmp_path: Path) -> None:
+    sizes = [9000, 9000, MOST - 9000, 10, 200_000, 70_000, 300]
+    files = [tmp_path / f"{number}.py" for number in range(len(sizes))]
+    for file, size in zip(files, sizes, strict=True):
+        file.write_bytes(file.name[:1].encode() * size)
+    made = documents(files)
+    assert [sorted(set(re.findall(rb"# (\d)\.py\n", text))) for text in made] == [
+        [b"0", b"1"],
+        [b"2", b"3"],
+        [b"4"],
+        [b"5", b"6"],
+    ]
+    assert all(LEAST <= len(text) <= MOST for text in made)
+    assert documents(files[:1]) == []
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("jobs", 0), ("shorten", 0), ("steps", ()), ("speed_lengths", (1,)), ("seconds", -1)],
+)
+def test_bad_options_are_refused(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{option} must be"):
+        check_options(ReproduceOptions(**{option: value}))
+
+
+def test_programs_are_stopped_in_time_and_their_errors_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "launch").mkdir()
+    for name, text in {
+        "sleeps": "import time; time.sleep(60)",
+        "fails": "print('a reason'); raise SystemExit(3)",
+        "ends": "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])",
+    }.items():
+        (tmp_path / "launch" / f"{name}.py").write_text(text)
+    monkeypatch.setattr("launch.reproduce.ROOT", tmp_path)
+    experiment = Experiment(ReproduceOptions(out=tmp_path, tiny=True, program_seconds=2))
+    assert not experiment.call("one", "sleeps.py")
+    with pytest.raises(ValueError, match=r"^fails\.py must be without an error \(see .*two\.log"):
+        experiment.call("two", "fails.py")
+    assert "a reason" in (tmp_path / "two.log").read_text()
+    assert experiment.call("three", "ends.py", gpu="5")
+    assert (tmp_path / "three.log").read_text() == "5\n"
+    over = Experiment(ReproduceOptions(out=tmp_path, tiny=True, seconds=1))
+    over.began -= 1
+    assert not over.call("four", "ends.py")
+    assert (experiment.late, over.late) == (["one"], ["four"])
+
+
+def test_each_gpu_has_so_many_tasks_at_a_time() -> None:
+    now, most = Counter[str](), Counter[str]()
+    lock = threading.Lock()
+
+    def task(gpu: str) -> None:
+        with lock:
+            now[gpu] += 1
+            most[gpu] = max(most[gpu], now[gpu])
+        time.sleep(0.05)
+        with lock:
+            now[gpu] -= 1
+
+    in_parallel([task] * 9, ["0", "1"], 2)
+    assert most == {"0": 2, "1": 2}
+    most.clear()
+    in_parallel([task] * 3, [], 1)
+    assert most == {"": 1}
+
+
+def test_a_stopped_training_is_resumed(tmp_path: Path) -> None:
+    options = ReproduceOptions(out=tmp_path, tiny=True)
+    experiment = Experiment(options)
+    (stage, _), *_ = conversions(options)
+    begins = experiment.command(stage)
+    assert str(tmp_path / "dense") in begins and "--run.resume" not in begins
+    (tmp_path / "stage1" / "checkpoints" / "step_00000000").mkdir(parents=True)
+    again = experiment.command(stage)
+    assert str(tmp_path / "dense") not in again and "--run.resume" in again
+    metrics = tmp_path / "stage1" / "metrics.jsonl"
+    for step in (0, stage.steps):
+        assert not experiment.is_trained(stage)
+        metrics.write_text(json.dumps({"step": step, "validation_loss": 1.0}) + "\n")
+    assert experiment.is_trained(stage)
+
+
+@pytest.mark.slow
+def test_all_steps_at_a_toys_size_and_their_figures(tmp_path: Path) -> None:
+    line = [sys.executable, str(ROOT / "launch" / "reproduce.py"), "--out", "tried"]
+    for _ in range(2):  # The second time everything is there.
+        with started([*line, "--tiny", "True"], tmp_path, "reproduce") as process:
+            assert process.wait() == 0, process.text
+    assert "train.py" not in process.text and "not done" not in process.text
+    numbers = tmp_path / "tried" / "numbers"
+    about = json.loads((numbers / "experiment.json").read_text())
+    stage = about["runs"]["stage1"]
+    assert 0 < stage["trained_parameters"] < stage["parameters"]
+    assert about["runs"]["stage2"]["trained_parameters"] == stage["parameters"]
+    with (numbers / "needle.csv").open(newline="") as file:
+        judged = {row["run"] for row in csv.DictReader(file)}
+    assert judged == {"dense", "nsa", "hybrid", "stage2", "at_once", "dense_more"}
+
+    drawing = load_figure("draw_results")
+    found = drawing.read_numbers(numbers)
+    for text in drawing.figures(found).values():
+        assert ElementTree.fromstring(text).tag.endswith("svg")
+    written = drawing.document(drawing.DOCUMENT.read_text(encoding="utf-8"), found)
+    assert "| dense | 47,296 |" in written
+    assert drawing.document(written, found) == written
