@@ -128,6 +128,13 @@ def meet_again(attempts: list[list[dict[str, str]]], port: int) -> list[str]:
     return found
 
 
+def meet_replaced(tables: list[dict[str, str]], port: int) -> tuple[int, int]:
+    """As ``meet``, where torchrun restarted rank 0 and the host of the others is a new one."""
+    restarts = "1" if torch.distributed.get_rank() == 0 else "0"
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+    return meet(tables, port, TORCHELASTIC_RESTART_COUNT=restarts, **agent)
+
+
 @functools.cache
 def same_ranks() -> Ranks:
     """All ranks; their groups are made once."""
