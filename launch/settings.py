@@ -284,6 +284,11 @@ class RunSettings:
     # compare each attention over cp ranks with one rank's, on one step, and end without training
     self_check: bool = False
     self_check_rows: int = 0  # with self_check: compare about this many queries; 0: all
+    # record some steps by torch's profiler: a trace and a table in the folder's "profile"
+    profile: bool = False
+    profile_after: int = 10  # with profile: steps of this process before those
+    profile_steps: int = 3  # with profile: how many are recorded
+    profile_ranks: Literal["first", "all"] = "first"  # with profile: which ranks record
     log_every: int = 10  # steps between log lines
     validate_every: int = 0  # steps between validations; 0: at the end only
     validation_streams: int = 16  # held-out streams that a validation reads
@@ -307,6 +312,7 @@ class RunSettings:
         _check_minimum("run", self, "self_check_rows", 0)
         must, used = "0 without run.self_check", self.self_check or not self.self_check_rows
         check(used, "run.self_check_rows", self.self_check_rows, must)
+        self._check_profile()
         must = "below 10^8 (names of checkpoints have eight digits)"
         check(self.steps < 10**8, "run.steps", self.steps, must)
         must = "a number of seconds above 0 and up to a million"
@@ -314,6 +320,17 @@ class RunSettings:
         check(self.temperature > 0, "run.temperature", self.temperature, "a positive number")
         must = "some text, unless run.sample_tokens = 0"
         check(bool(self.prompt) or not self.sample_tokens, "run.prompt", self.prompt, must)
+
+    def _check_profile(self) -> None:
+        _check_minimum("run", self, "profile_after", 0)
+        _check_minimum("run", self, "profile_steps", 1)
+        for option in ("profile_after", "profile_steps", "profile_ranks"):
+            value, default = getattr(self, option), getattr(type(self), option)
+            must = f"{default!r} without run.profile"
+            check(self.profile or value == default, f"run.{option}", value, must)
+        needed = self.profile_after + self.profile_steps
+        must = f"at least run.profile_after + run.profile_steps = {needed} with run.profile"
+        check(not self.profile or self.steps >= needed, "run.steps", self.steps, must)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from launch.processes.watchdog import Watchdog
 from launch.reporting.flops import Speed, StepFlops
 from launch.reporting.health import Health, check_state, check_validation, finite_mean
 from launch.reporting.history import COMMUNICATION_KINDS, History
+from launch.reporting.profile import StepProfiler
 from launch.reporting.report import Report
 from launch.reporting.summary import Result, attention_name, peak_memory, summarise
 from launch.sampling import check_prompt, sample_text
@@ -185,6 +186,7 @@ class Run:
         self.report.unit = corpus.tokenizer.unit
         self.speed = Speed(settings, ranks)
         self.health = Health(settings.optimizer, self.report)
+        self.profiler = StepProfiler(settings.run, folder, ranks, self.done, self.report.line)
         self.saver = BackgroundSaver(settings.run.timeout)
         self.saving = 0.0
         self.watchdog = Watchdog(folder, ranks.rank, ranks.size, settings.run.timeout)
@@ -206,6 +208,7 @@ class Run:
                 saves = self.is_checkpoint_due()
                 if saves or self.is_log_due() or self.is_validation_due():
                     self.between_steps(saves)
+            self.profiler.end()
             result = self.finish(started)
             summarise(result, self.report, self.settings.run.log_every, self.health)
             return result
@@ -236,9 +239,10 @@ class Run:
     def step(self) -> None:
         """One optimizer step; the device is not waited for."""
         self.watchdog.now(f"step {self.done + 1}")
-        values = train_step(
-            self.engine, next(self.loader), self.settings, self.done, self.ranks, self.stopping
-        )
+        with self.profiler.step(self.done + 1):
+            values = train_step(
+                self.engine, next(self.loader), self.settings, self.done, self.ranks, self.stopping
+            )
         self.history.add(values)
         self.done += 1
         self.health.add(self.done, values)
