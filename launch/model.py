@@ -144,6 +144,10 @@ class Decoder(nn.Module):
             if part is self.embedding or part is self.head:
                 nn.init.normal_(part.weight, std=0.02)
 
+    def mlps(self) -> list[nn.Module]:
+        """The MLP of each block."""
+        return [block.mlp for block in self.blocks]  # type: ignore[misc]
+
     def communication(self) -> dict[str, int]:
         """Bytes this rank has received since the last reset, by kind, over all layers."""
         received: dict[str, int] = {}

@@ -290,6 +290,8 @@ class RunSettings:
     profile_steps: int = 3  # with profile: how many are recorded
     profile_ranks: Literal["first", "all"] = "first"  # with profile: which ranks record
     log_every: int = 10  # steps between log lines
+    # warn of a rank whose own computing takes this many times the median rank's; 0: never
+    slow_factor: float = 1.25
     validate_every: int = 0  # steps between validations; 0: at the end only
     validation_streams: int = 16  # held-out streams that a validation reads
     checkpoint_every: int = 500  # steps between checkpoints; 0: at the end, or a signal, only
@@ -313,6 +315,10 @@ class RunSettings:
         must, used = "0 without run.self_check", self.self_check or not self.self_check_rows
         check(used, "run.self_check_rows", self.self_check_rows, must)
         self._check_profile()
+        must = "0, or above 1"
+        check(
+            self.slow_factor == 0 or self.slow_factor > 1, "run.slow_factor", self.slow_factor, must
+        )
         must = "below 10^8 (names of checkpoints have eight digits)"
         check(self.steps < 10**8, "run.steps", self.steps, must)
         must = "a number of seconds above 0 and up to a million"

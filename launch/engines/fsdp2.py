@@ -93,6 +93,7 @@ class Fsdp2Engine:
         self.settings, self.ranks = settings, ranks
         self.model = build_model(settings, vocab_size, ranks)
         self.sampler: nn.Module = self.model
+        self.alone: Sequence[nn.Module] = self.model.mlps()
         self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.communication = self.model.communication

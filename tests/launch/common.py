@@ -33,6 +33,7 @@ from launch.storage.checkpoint import checkpoints
 from launch.storage.folder import run_folder, write_settings
 from launch.train import Result, shard_stream, step_batches, train
 from nsa_dist import shard_batch
+from nsa_dist.nn.mlp import SwiGLU
 
 Table = dict[str, dict[str, Any]]
 
@@ -93,6 +94,20 @@ def write_documents(root: Path) -> None:
 def run_training(settings: Settings) -> Result:
     """A whole run."""
     return train(settings, start_ranks(settings))
+
+
+def run_with_slow_rank(settings: Settings, slow: int, seconds: float) -> Result:
+    """A whole run in which the MLPs of one rank take longer."""
+    forward = SwiGLU.forward
+
+    def slower(mlp: SwiGLU, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(seconds)
+        return forward(mlp, x)
+
+    if torch.distributed.get_rank() != slow:
+        return run_training(settings)
+    with mock.patch.object(SwiGLU, "forward", slower):
+        return run_training(settings)
 
 
 def start_each(each: list[Settings]) -> None:
