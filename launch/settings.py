@@ -77,8 +77,13 @@ class ModelSettings:
     dropout: float = 0.0  # on the attention's output
     backend: str = "auto"  # with nsa: auto (triton on NVIDIA GPUs, else pytorch), pytorch, triton
     recompute: bool = False  # recompute activations in backward
-    # what is recomputed: block (the whole block), or attention (between the projections; megatron)
-    recompute_part: Literal["block", "attention"] = "block"
+    # what is recomputed: block (the whole block), attention (between the projections; megatron), or
+    # mlp (fsdp2: neither attention nor its messages are done again)
+    recompute_part: Literal["block", "attention", "mlp"] = "block"
+    # fsdp2: what torch.compile compiles of each block: norms, projections (with rotary), mlp
+    compile: tuple[Literal["norms", "projections", "mlp"], ...] = ()
+    # fsdp2: how logits and loss are computed: in pieces of tokens, by torch, or by Liger's kernel
+    loss: Literal["pieces", "liger"] = "pieces"
 
     def __post_init__(self) -> None:
         _check_values("model", self)
@@ -89,6 +94,8 @@ class ModelSettings:
         must = f"0, or 2 to model.layers = {self.layers} with model.attention = 'nsa'"
         some = self.attention == "nsa" and 2 <= self.dense_every <= self.layers
         check(some or self.dense_every == 0, "model.dense_every", self.dense_every, must)
+        must = "each part once"
+        check(len(set(self.compile)) == len(self.compile), "model.compile", self.compile, must)
 
     def is_dense(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has dense attention."""
@@ -246,6 +253,9 @@ class ParallelSettings:
     exact_gradients: int = 0
     # fsdp2: False keeps gathered weights until backward has used them
     reshard_after_forward: bool = True
+    # fsdp2: blocks whose weights are gathered while the ones before them compute, forward and
+    # backward. 0: torch's own order, none ahead of the host forward and one backward
+    gather_ahead: int = 1
     # deepspeed: 1 shards optimizer state, 2 gradients too, 3 weights too
     zero_stage: Literal[1, 2, 3] = 3
 
@@ -255,6 +265,7 @@ class ParallelSettings:
         for option in ("cp", "tp", "pp"):
             _check_minimum("parallel", self, option, 1)
         check(self.dp >= 1 or self.dp == -1, "parallel.dp", self.dp, "at least 1, or -1")
+        _check_minimum("parallel", self, "gather_ahead", 0)
         _check_minimum("parallel", self, "ranks_per_node", 0)
         given = self.ranks_per_node
         must = f"0 or a divisor of parallel.cp = {self.cp}"

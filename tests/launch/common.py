@@ -110,6 +110,50 @@ def run_with_slow_rank(settings: Settings, slow: int, seconds: float) -> Result:
         return run_training(settings)
 
 
+def run_compiled(settings: Settings) -> tuple[Result, int]:
+    """A whole run whose compiled graphs are run as they are; also how many graphs there were."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with mock.patch("torch.compile", functools.partial(torch.compile, backend=keep)):
+        return run_training(settings), len(graphs)
+
+
+def forward_ranges(settings: Settings) -> set[str]:
+    """Names of the ranges of a forward."""
+    ranks = start_ranks(settings)
+    model = build_model(settings, 256, ranks)
+    streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
+    (batch, *_) = step_batches(settings, streams, 0, ranks)
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=cpu) as profile:
+        model(batch.tokens, cu_seqlens=batch.cu_seqlens)
+    return {event.name for event in profile.events()}
+
+
+def kept_bytes(settings: Settings) -> int:
+    """What a forward and loss keeps for backward, on this rank."""
+    ranks = start_ranks(settings)
+    model = build_model(settings, 256, ranks)
+    streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
+    (batch, *_) = step_batches(settings, streams, 0, ranks)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
+    loss.backward()
+    return sum(kept.values())
+
+
 def start_each(each: list[Settings]) -> None:
     """Start with settings of each rank's own."""
     start_ranks(each[torch.distributed.get_rank()])
