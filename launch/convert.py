@@ -19,10 +19,12 @@ if __name__ == "__main__":  # Import from the checkout, not from this file's fol
     sys.path[:] = [str(root), str(root / "kernels"), *others]
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from launch.engines import fsdp2, megatron_checkpoint
+from launch.engines.registry import engine_spec
 from launch.loading import alone
 from launch.settings import Settings
 from launch.storage.checkpoint import SETTINGS, checkpoint_path, open_checkpoint, save_checkpoint
@@ -71,14 +73,9 @@ def for_megatron(settings: Settings) -> Settings:
     Raises:
         ValueError: for what it cannot run.
     """
-    parallel = replace(
-        settings.parallel,
-        engine="megatron",
-        dp=-1,
-        layout="zigzag_per_document",
-        reshard_after_forward=True,
+    return _with_engine(
+        settings, "megatron", parallel={"layout": "zigzag_per_document"}, run={"start_from": ""}
     )
-    return replace(settings, parallel=parallel, run=replace(settings.run, start_from=""))
 
 
 def for_fsdp2(settings: Settings, dtype: torch.dtype) -> Settings:
@@ -87,14 +84,25 @@ def for_fsdp2(settings: Settings, dtype: torch.dtype) -> Settings:
     Args:
         dtype: of Megatron's weights, so that the way back knows what they were rounded to.
     """
-    parallel = replace(
-        settings.parallel, engine="fsdp2", tp=1, pp=1, dp=-1, sequence_parallel=False
-    )
-    run = replace(settings.run, start_from="")
+    run = {"start_from": ""}
     if dtype == torch.bfloat16:
-        run = replace(run, dtype="bfloat16")
-    model = replace(settings.model, recompute_part="block")
-    return replace(settings, parallel=parallel, model=model, run=run)
+        run["dtype"] = "bfloat16"
+    return _with_engine(settings, "fsdp2", run=run)
+
+
+def _with_engine(settings: Settings, engine: str, **options: dict[str, Any]) -> Settings:
+    """The settings with another engine and some options, by section. What only the old engine has
+    gets its default."""
+    left = engine_spec(settings.parallel.engine).options
+    changed: dict[str, dict[str, Any]] = {"model": {}, "parallel": {}, "run": {}}
+    for option in left:
+        section, name = option.split(".")
+        changed[section][name] = getattr(type(getattr(settings, section)), name)
+    changed["parallel"] |= {"engine": engine, "dp": -1}
+    for section, values in options.items():
+        changed[section] |= values
+    sections = {name: replace(getattr(settings, name), **v) for name, v in changed.items()}
+    return replace(settings, **sections)
 
 
 def main() -> None:

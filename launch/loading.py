@@ -144,7 +144,9 @@ def load(path: Path) -> Trained:
 def for_one_rank(settings: Settings) -> Settings:
     """A run's settings, for the whole model on one device."""
     default = type(settings.parallel)()
-    model = replace(settings.model, recompute=False, recompute_part="block")
+    # Speed and memory of training.
+    unset: dict[str, Any] = {"recompute": False, "recompute_part": "block"}
+    model = replace(settings.model, **unset, compile=(), loss="pieces")
     return replace(settings, parallel=default, model=model)
 
 

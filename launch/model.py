@@ -6,8 +6,9 @@ Dimension letters: B rows, L local tokens, T tokens, H query heads, G KV heads, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from launch.first_weights import read_part
+from launch.losses import sum_by_liger, sum_in_pieces
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
 from launch.settings import FETCH_AGAIN, STAGES, Settings
 from nsa_dist import NativeSparseAttention, NSABlock
 from nsa_dist.adapters.ring import DenseAttention, DenseBlock
-
-LOSS_ROWS = 4096
-"""Tokens whose logits exist at one time in training: [4096, vocabulary], in float32 too."""
+from nsa_dist.nn.mlp import SwiGLU
 
 
 class Decoder(nn.Module):
@@ -43,6 +43,7 @@ class Decoder(nn.Module):
         super().__init__()
         model = settings.model
         self.start_from = settings.run.start_from
+        self.loss_sum = sum_by_liger if model.loss == "liger" else sum_in_pieces
         self.embedding = nn.Embedding(vocab_size, model.hidden_size)
         dense = DenseBlock
         parallel = settings.parallel
@@ -107,14 +108,7 @@ class Decoder(nn.Module):
         weight = self.embedding.weight if self.head is None else self.head.weight
         if labels is None:
             return F.linear(x, weight)
-        loss = x.new_zeros((), dtype=torch.float64)
-        rows = zip(x.flatten(0, 1).split(LOSS_ROWS), labels.flatten().split(LOSS_ROWS), strict=True)
-        for x_rows, label_rows in rows:
-            # Recomputed in backward, so that only one piece's logits exist at a time.
-            loss = loss + checkpoint(_loss_sum, x_rows, weight, label_rows, use_reentrant=False).to(
-                torch.float64
-            )
-        return loss
+        return self.loss_sum(x.flatten(0, 1), weight, labels.flatten())
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
@@ -146,6 +140,10 @@ class Decoder(nn.Module):
             if part is self.embedding or part is self.head:
                 nn.init.normal_(part.weight, std=0.02)
 
+    def mlps(self) -> list[nn.Module]:
+        """The MLP of each block."""
+        return [block.mlp for block in self.blocks]  # type: ignore[misc]
+
     def communication(self) -> dict[str, int]:
         """Bytes this rank has received since the last reset, by kind, over all layers."""
         received: dict[str, int] = {}
@@ -162,12 +160,6 @@ class Decoder(nn.Module):
     def _attention_layers(self) -> Iterator[NativeSparseAttention | DenseAttention]:
         kinds = (NativeSparseAttention, DenseAttention)
         return (m for m in self.modules() if isinstance(m, kinds))
-
-
-def _loss_sum(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(x, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
 
 
 def build_model(settings: Settings, vocab_size: int, ranks: Ranks) -> Decoder:
@@ -189,12 +181,15 @@ def build_model(settings: Settings, vocab_size: int, ranks: Ranks) -> Decoder:
     for name, part in model.parts():
         part.to_empty(device=ranks.device)
         model.reset_part(name, part, settings.run.seed)
+        compile_parts(part, settings.model.compile)
         if name.startswith("blocks."):
             if settings.model.recompute:
                 # Inside FSDP's hooks: a recomputed forward finds the weights gathered.
-                part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+                again: Any = part.mlp if settings.model.recompute_part == "mlp" else part
+                again.forward = functools.partial(checkpoint, again.forward, use_reentrant=False)
             shard(part, reshard_after_forward=settings.parallel.reshard_after_forward)
     shard(model)
+    gather_ahead(list(model.blocks), settings.parallel.gather_ahead)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Each rank's loss is its own sum over the global number of targets, so gradients add.
@@ -202,6 +197,38 @@ def build_model(settings: Settings, vocab_size: int, ranks: Ranks) -> Decoder:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def compile_parts(part: nn.Module, names: Sequence[str]) -> None:
+    """Compile parts of a block, or a norm, in place (``model.compile``); at their first call.
+
+    What is around the attention's call stays as it is: plans and messages are the host's.
+    """
+    kinds: dict[str, type[nn.Module]] = {"norms": nn.RMSNorm, "mlp": SwiGLU}
+    compiled = tuple(kind for name, kind in kinds.items() if name in names)
+    for module in part.modules():
+        if isinstance(module, compiled):
+            # Not the module itself: its hooks stay outside.
+            module.forward = torch.compile(module.forward)
+        if "projections" in names and isinstance(module, NativeSparseAttention | DenseAttention):
+            module.compile_projections()
+
+
+def gather_ahead(blocks: Sequence[nn.Module], count: int) -> None:
+    """Have FSDP2 gather the weights of ``count`` blocks while those before them compute.
+
+    By itself it gathers a block's weights when the host comes to it. Forward the host waits for the
+    device in every attention over ranks, and would come too late.
+    """
+    if count:
+        for at, block in enumerate(blocks):
+            assert isinstance(block, FSDPModule)
+            block.set_modules_to_forward_prefetch(_sharded(blocks[at + 1 : at + 1 + count]))
+            block.set_modules_to_backward_prefetch(_sharded(blocks[max(at - count, 0) : at][::-1]))
+
+
+def _sharded(blocks: Sequence[nn.Module]) -> list[FSDPModule]:
+    return [block for block in blocks if isinstance(block, FSDPModule)]
 
 
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:

@@ -78,8 +78,13 @@ class ModelSettings:
     dropout: float = 0.0  # on the attention's output
     backend: str = "auto"  # with nsa: auto (triton on NVIDIA GPUs, else pytorch), pytorch, triton
     recompute: bool = False  # recompute activations in backward
-    # what is recomputed: block (the whole block), or attention (between the projections; megatron)
-    recompute_part: Literal["block", "attention"] = "block"
+    # what is recomputed: block (the whole block), attention (between the projections; megatron), or
+    # mlp (fsdp2: neither attention nor its messages are done again)
+    recompute_part: Literal["block", "attention", "mlp"] = "block"
+    # fsdp2: what torch.compile compiles of each block: norms, projections (with rotary), mlp
+    compile: tuple[Literal["norms", "projections", "mlp"], ...] = ()
+    # fsdp2: how logits and loss are computed: in pieces of tokens, by torch, or by Liger's kernel
+    loss: Literal["pieces", "liger"] = "pieces"
 
     def __post_init__(self) -> None:
         _check_values("model", self)
@@ -90,6 +95,8 @@ class ModelSettings:
         must = f"0, or 2 to model.layers = {self.layers} with model.attention = 'nsa'"
         some = self.attention == "nsa" and 2 <= self.dense_every <= self.layers
         check(some or self.dense_every == 0, "model.dense_every", self.dense_every, must)
+        must = "each part once"
+        check(len(set(self.compile)) == len(self.compile), "model.compile", self.compile, must)
 
     def is_dense(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has dense attention."""
@@ -257,6 +264,9 @@ class ParallelSettings:
     exact_gradients: int = 0
     # fsdp2: False keeps gathered weights until backward has used them
     reshard_after_forward: bool = True
+    # fsdp2: blocks whose weights are gathered while the ones before them compute, forward and
+    # backward. 0: torch's own order, none ahead of the host forward and one backward
+    gather_ahead: int = 1
     # deepspeed: 1 shards optimizer state, 2 gradients too, 3 weights too
     zero_stage: Literal[1, 2, 3] = 3
 
@@ -266,6 +276,7 @@ class ParallelSettings:
         for option in ("cp", "tp", "pp"):
             _check_minimum("parallel", self, option, 1)
         check(self.dp >= 1 or self.dp == -1, "parallel.dp", self.dp, "at least 1, or -1")
+        _check_minimum("parallel", self, "gather_ahead", 0)
         _check_minimum("parallel", self, "ranks_per_node", 0)
         given = self.ranks_per_node
         must = f"0 or a divisor of parallel.cp = {self.cp}"
@@ -295,7 +306,14 @@ class RunSettings:
     # compare each attention over cp ranks with one rank's, on one step, and end without training
     self_check: bool = False
     self_check_rows: int = 0  # with self_check: compare about this many queries; 0: all
+    # record some steps by torch's profiler: a trace and a table in the folder's "profile"
+    profile: bool = False
+    profile_after: int = 10  # with profile: steps of this process before those
+    profile_steps: int = 3  # with profile: how many are recorded
+    profile_ranks: Literal["first", "all"] = "first"  # with profile: which ranks record
     log_every: int = 10  # steps between log lines
+    # warn of a rank whose own computing takes this many times the median rank's; 0: never
+    slow_factor: float = 1.25
     validate_every: int = 0  # steps between validations; 0: at the end only
     validation_streams: int = 16  # held-out streams that a validation reads
     checkpoint_every: int = 500  # steps between checkpoints; 0: at the end, or a signal, only
@@ -318,6 +336,11 @@ class RunSettings:
         _check_minimum("run", self, "self_check_rows", 0)
         must, used = "0 without run.self_check", self.self_check or not self.self_check_rows
         check(used, "run.self_check_rows", self.self_check_rows, must)
+        self._check_profile()
+        must = "0, or above 1"
+        check(
+            self.slow_factor == 0 or self.slow_factor > 1, "run.slow_factor", self.slow_factor, must
+        )
         must = "below 10^8 (names of checkpoints have eight digits)"
         check(self.steps < 10**8, "run.steps", self.steps, must)
         must = "a number of seconds above 0 and up to a million"
@@ -325,6 +348,17 @@ class RunSettings:
         check(self.temperature > 0, "run.temperature", self.temperature, "a positive number")
         must = "some text, unless run.sample_tokens = 0"
         check(bool(self.prompt) or not self.sample_tokens, "run.prompt", self.prompt, must)
+
+    def _check_profile(self) -> None:
+        _check_minimum("run", self, "profile_after", 0)
+        _check_minimum("run", self, "profile_steps", 1)
+        for option in ("profile_after", "profile_steps", "profile_ranks"):
+            value, default = getattr(self, option), getattr(type(self), option)
+            must = f"{default!r} without run.profile"
+            check(self.profile or value == default, f"run.{option}", value, must)
+        needed = self.profile_after + self.profile_steps
+        must = f"at least run.profile_after + run.profile_steps = {needed} with run.profile"
+        check(not self.profile or self.steps >= needed, "run.steps", self.steps, must)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ FREE = {
         *("theta", "scaling", "factor", "original_max_positions", "attention_factor"),
         *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
     ),
-    "model": ("backend", "dropout", "recompute", "recompute_part"),
+    "model": ("backend", "compile", "dropout", "loss", "recompute", "recompute_part"),
 }
 """Options that may differ from the checkpoint's: no weight has another shape or meaning by them."""
 OF_DENSE = ("num_heads", "num_kv_heads", "head_dim", "v_head_dim", "scale")

@@ -43,7 +43,9 @@ from launch.processes.watchdog import Watchdog
 from launch.reporting.flops import Speed, StepFlops
 from launch.reporting.health import Health, check_state, check_validation, finite_mean
 from launch.reporting.history import COMMUNICATION_KINDS, History
+from launch.reporting.profile import StepProfiler
 from launch.reporting.report import Report
+from launch.reporting.stragglers import OwnTime, Stragglers, hosts_of
 from launch.reporting.summary import Result, attention_name, peak_memory, summarise
 from launch.sampling import check_prompt, sample_text
 from launch.seeds import mix_seed
@@ -185,6 +187,9 @@ class Run:
         self.report.unit = corpus.tokenizer.unit
         self.speed = Speed(settings, ranks)
         self.health = Health(settings.optimizer, self.report)
+        self.own_time = OwnTime(self.engine.alone, ranks.device)
+        self.stragglers = Stragglers(hosts_of(ranks), settings.run.slow_factor, self.report)
+        self.profiler = StepProfiler(settings.run, folder, ranks, self.done, self.report.line)
         self.saver = BackgroundSaver(settings.run.timeout)
         self.saving = 0.0
         self.watchdog = Watchdog(folder, ranks.rank, ranks.size, settings.run.timeout)
@@ -206,6 +211,7 @@ class Run:
                 saves = self.is_checkpoint_due()
                 if saves or self.is_log_due() or self.is_validation_due():
                     self.between_steps(saves)
+            self.profiler.end()
             result = self.finish(started)
             summarise(result, self.report, self.settings.run.log_every, self.health)
             return result
@@ -240,9 +246,11 @@ class Run:
     def step(self) -> None:
         """One optimizer step; the device is not waited for."""
         self.watchdog.now(f"step {self.done + 1}")
-        values = train_step(
-            self.engine, next(self.loader), self.settings, self.done, self.ranks, self.stopping
-        )
+        with self.profiler.step(self.done + 1):
+            values = train_step(
+                self.engine, next(self.loader), self.settings, self.done, self.ranks, self.stopping
+            )
+        self.own_time.step_ends()
         self.history.add(values)
         self.done += 1
         self.health.add(self.done, values)
@@ -286,6 +294,9 @@ class Run:
         tokens = steps * self.settings.data.global_batch * self.settings.data.length
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + elapsed
         loss, grad_norm = self.history.last[:2]
+        of_ranks = self.ranks.of_all([peak_memory(self.ranks.device), self.own_time.median()])
+        peaks, own_times = zip(*of_ranks, strict=True)
+        slowest = self.stragglers.judge(self.done, own_times)
         rate = learning_rate(self.settings.optimizer, self.done - 1, self.settings.run.steps)
         self.report.step(
             {
@@ -295,10 +306,12 @@ class Run:
                 "grad_norm": grad_norm,
                 "lr": rate,
                 "tokens_per_second": tokens / elapsed,
-                "peak_memory": self.ranks.largest(peak_memory(self.ranks.device)),
+                "peak_memory": max(peaks),
+                **slowest.metrics(),
                 **self.speed.metrics(tokens, self.history.latest_flops(steps), elapsed, steps),
             },
             self.history.received(),
+            slowest.host,
         )
 
     def save(self) -> None:

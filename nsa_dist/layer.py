@@ -258,6 +258,14 @@ class NativeSparseAttention(nn.Module):
         k_of = dict(zip(self.setup.key_sets, k.unbind(2), strict=True))
         return q, k_of, dict(zip(config.branches, v.unbind(2), strict=True))
 
+    def compile_projections(self, **options: Any) -> None:
+        """Compile what makes queries, keys and values of the input, in place, at its first call.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        self._project = torch.compile(self._project, **options)  # type: ignore[method-assign]
+
     @torch.compiler.disable  # The only graph break of a compiled layer: see find_plan.
     def _call(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Call:
         config = self.setup.config

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ from nsa_dist.comm.collectives import MARK
 
 Span = tuple[float, float]
 """Beginning and end, in microseconds."""
+
+# FSDP2's own ranges, whose names go on with a module's.
+_FSDP = {
+    "FSDP::all_gather": "FSDP's weights",
+    "FSDP::post_backward_reduce": "FSDP's gradients",
+    "FSDP::post_backward_rs_wait": "FSDP's gradients",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Exposed:
         running, exposed: by kind of message, in which such a message runs, and in which nothing
             else does.
         launches: number of kernels.
+        parts: by name of ``part_of``, in which a kernel of such a range runs that sends nothing.
     """
 
     total: float
@@ -40,6 +49,7 @@ class Exposed:
     running: Mapping[str, float]
     exposed: Mapping[str, float]
     launches: int
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def record(run: Callable[[], Any], path: Path | None) -> Exposed:
@@ -63,41 +73,62 @@ def record(run: Callable[[], Any], path: Path | None) -> Exposed:
         return exposed(json.loads(own.read_text())["traceEvents"])
 
 
-def exposed(events: Iterable[Mapping[str, Any]]) -> Exposed:
-    """The times of a trace's events. Kernels of NCCL outside of our messages have kind ``other``.
+def message_of(name: str) -> str | None:
+    """The kind of message that a range stands for, of ours or of FSDP2's, or None."""
+    if name.startswith(MARK):
+        return name.removeprefix(MARK)
+    return _FSDP.get(name.partition(" ")[0])
 
-    A kernel's message is the one whose mark was open on the thread of the host that launched it.
+
+def _of_no_part(name: str) -> None:
+    """The parts of a trace of messages alone."""
+
+
+def exposed(
+    events: Iterable[Mapping[str, Any]], part_of: Callable[[str], str | None] = _of_no_part
+) -> Exposed:
+    """The times of a trace's events. Kernels of NCCL outside of such messages have kind ``other``.
+
+    A kernel is of the innermost range that was open on the thread of the host that launched it.
+
+    Args:
+        part_of: the part of the computation that a range stands for, by the range's name, or None.
 
     Raises:
         ValueError: if no kernel is among them.
     """
     kernels: list[tuple[Span, Any, str]] = []
     launched: dict[Any, tuple[Any, float]] = {}
-    marks: dict[Any, list[tuple[Span, str]]] = {}
+    messages = _Ranges()
+    parts = _Ranges()
     for event in events:
         of, name = event.get("cat"), str(event.get("name"))
         launch = event.get("args", {}).get("correlation")
         thread = (event.get("pid"), event.get("tid"))
         if of in ("kernel", "gpu_memcpy", "gpu_memset"):
-            kernels.append((_span(event), launch, name))
+            kernels.append((span_of(event), launch, name))
         elif of in ("cuda_runtime", "cuda_driver"):
             launched[launch] = thread, float(event["ts"])
-        elif of == "user_annotation" and name.startswith(MARK):
-            marks.setdefault(thread, []).append((_span(event), name.removeprefix(MARK)))
+        elif of == "user_annotation":
+            messages.add(thread, span_of(event), message_of(name))
+            parts.add(thread, span_of(event), part_of(name))
     if not kernels:
         raise ValueError("a trace must have kernels, got none: is the profiler without CUPTI?")
-    messages: dict[str, list[Span]] = {}
+    of_kinds: dict[str, list[Span]] = {}
+    of_parts: dict[str, list[Span]] = {}
     compute: list[Span] = []
     for span, launch, name in kernels:
-        if "nccl" not in name.lower():
-            compute.append(span)
-            continue
         thread, at = launched.get(launch, (None, 0.0))
-        kinds = [kind for (start, end), kind in marks.get(thread, ()) if start <= at <= end]
-        messages.setdefault(kinds[-1] if kinds else "other", []).append(span)
+        if "nccl" in name.lower():
+            of_kinds.setdefault(messages.innermost(thread, at) or "other", []).append(span)
+            continue
+        compute.append(span)
+        part = parts.innermost(thread, at)
+        if part is not None:
+            of_parts.setdefault(part, []).append(span)
     everything = merged([span for span, *_ in kernels])
     busy = merged(compute)
-    by_kind = {kind: merged(spans) for kind, spans in messages.items()}
+    by_kind = {kind: merged(spans) for kind, spans in of_kinds.items()}
     total = everything[-1][1] - everything[0][0]
     return Exposed(
         total / 1e3,
@@ -106,10 +137,36 @@ def exposed(events: Iterable[Mapping[str, Any]]) -> Exposed:
         {kind: length(spans) / 1e3 for kind, spans in by_kind.items()},
         {kind: (length(spans) - common(spans, busy)) / 1e3 for kind, spans in by_kind.items()},
         len(kernels),
+        {name: length(merged(spans)) / 1e3 for name, spans in of_parts.items()},
     )
 
 
-def _span(event: Mapping[str, Any]) -> Span:
+class _Ranges:
+    """Named ranges of the host's threads."""
+
+    def __init__(self) -> None:
+        self._of_threads: dict[Any, list[tuple[Span, str]]] = {}
+        self._starts: dict[Any, list[float]] = {}
+
+    def add(self, thread: Any, span: Span, name: str | None) -> None:
+        if name is not None:
+            self._of_threads.setdefault(thread, []).append((span, name))
+
+    def innermost(self, thread: Any, at: float) -> str | None:
+        """The name of the range that began last of those that are open at a time, or None."""
+        if not self._starts:
+            for each, ranges in self._of_threads.items():
+                ranges.sort()
+                self._starts[each] = [start for (start, _), _ in ranges]
+        ranges = self._of_threads.get(thread, [])
+        for (_, end), name in reversed(ranges[: bisect_right(self._starts.get(thread, []), at)]):
+            if at <= end:
+                return name
+        return None
+
+
+def span_of(event: Mapping[str, Any]) -> Span:
+    """When an event begins and ends."""
     return float(event["ts"]), float(event["ts"]) + float(event["dur"])
 
 

@@ -108,9 +108,12 @@ class Engine(Protocol):
 
     Attributes:
         parameters: of the whole model.
+        alone: parts of this rank's model whose forward waits for no other rank and is as much work
+            on each; empty if there are none.
         sampler: maps local tokens [1, L] (and ``cu_seqlens``) to local logits [1, L, vocabulary].
     """
 
+    alone: Sequence[nn.Module]
     parameters: int
     sampler: nn.Module
 

@@ -107,6 +107,8 @@ class DeepSpeedEngine:
         )
         draw_weights(self.model, decoder, settings, ranks)
         self.sampler: nn.Module = self.deepspeed
+        # ZeRO 3 gathers weights within them.
+        self.alone: Sequence[nn.Module] = self.model.mlps() if parallel.zero_stage < 3 else []
         # A rank that raises while writing would leave the others in DeepSpeed's barrier.
         self._write_errors: list[Exception] = []
         writer = self.deepspeed.checkpoint_engine

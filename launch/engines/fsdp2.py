@@ -37,6 +37,7 @@ from launch.engines.base import (
     spoil_gradients,
 )
 from launch.first_weights import SAVED_PREFIX
+from launch.losses import liger_problem
 from launch.model import Decoder, build_model
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
@@ -94,6 +95,7 @@ class Fsdp2Engine:
         self.settings, self.ranks = settings, ranks
         self.model = build_model(settings, vocab_size, ranks)
         self.sampler: nn.Module = self.model
+        self.alone: Sequence[nn.Module] = self.model.mlps()
         self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.communication = self.model.communication
@@ -144,10 +146,38 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {key.removeprefix(SAVED_PREFIX): value for key, value in saved.items()}
 
 
+def check_settings(settings: Settings) -> None:
+    """Refuse what is Megatron's."""
+    part = settings.model.recompute_part
+    must = "'block' or 'mlp' with parallel.engine = 'fsdp2' (only 'megatron' has 'attention')"
+    check(part != "attention", "model.recompute_part", part, must)
+    must = "'block' without model.recompute"
+    check(part == "block" or settings.model.recompute, "model.recompute_part", part, must)
+    must = "'auto', 'bfloat16' or 'float32' with model.loss = 'liger'"
+    right = settings.model.loss == "pieces" or settings.run.dtype != "float64"
+    check(right, "run.dtype", settings.run.dtype, must)
+
+
+def check_machine(settings: Settings, device: str) -> None:
+    """Refuse a machine without what ``model.loss`` needs."""
+    problem = liger_problem(device) if settings.model.loss == "liger" else None
+    check(problem is None, "model.loss", settings.model.loss, problem or "")
+
+
 SPEC = EngineSpec(
     name="fsdp2",
     build=Fsdp2Engine,
-    options=("parallel.reshard_after_forward", "run.async_checkpoints", "optimizer.train_only"),
+    check_settings=check_settings,
+    check_machine=check_machine,
+    options=(
+        "model.compile",
+        "model.loss",
+        "model.recompute_part",
+        "optimizer.train_only",
+        "parallel.gather_ahead",
+        "parallel.reshard_after_forward",
+        "run.async_checkpoints",
+    ),
     fixed_options=("optimizer.train_only",),
     file_suffixes=(".distcp", ".metadata"),
     last_files=(".metadata",),

@@ -54,6 +54,8 @@ def check_settings(settings: Settings) -> None:
         check(size % parallel.tp == 0, "parallel.tp", parallel.tp, f"a divisor of {name} = {size}")
     must = f"a divisor of model.layers = {model.layers}"
     check(model.layers % parallel.pp == 0, "parallel.pp", parallel.pp, must)
+    must = "'block' or 'attention' with parallel.engine = 'megatron' (only 'fsdp2' has 'mlp')"
+    check(model.recompute_part != "mlp", "model.recompute_part", model.recompute_part, must)
     works = parallel.tp > 1 or not parallel.sequence_parallel
     check(works, "parallel.sequence_parallel", True, "False with parallel.tp = 1")
 

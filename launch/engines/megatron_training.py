@@ -40,6 +40,7 @@ with warnings.catch_warnings():
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -230,6 +231,10 @@ class MegatronEngine:
             ),
             Float16Module(config, self.gpt) if config.bf16 else self.gpt,
         )
+        # Over tp ranks they send messages.
+        self.alone: Sequence[nn.Module] = [
+            m for m in self.model.modules() if isinstance(m, MLP) and ranks.tp == 1
+        ]
         self.sampler: nn.Module = WholeLogits(self.model, vocab_size, ranks)
         config.no_sync_func = self.model.no_sync
         config.finalize_model_grads_func = finalize_model_grads

@@ -1,7 +1,8 @@
 """Errors that a user made, printed once however many processes find them.
 
 Under torchrun one rank or all ranks find a wrong option or a broken file. The first one prints the
-error. The others wait for that, as torchrun ends all ranks as soon as one has exited.
+error, or the first one of each host where torchrun's agents keep no store for all. The others wait
+for that, as torchrun ends all ranks as soon as one has exited.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
@@ -27,14 +29,22 @@ that of a bad option."""
 _TIMEOUT = timedelta(seconds=20)
 
 
-def _has_launcher() -> bool:
+def has_agent_store() -> bool:
+    """Whether torchrun's agents keep the store by which ranks meet. With
+    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` rank 0 keeps one."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _launcher_store() -> Any:
-    """A connection to the store of torchrun's agent, which outlives every rank; None without it."""
-    if not _has_launcher():
-        return None
+    """A store that outlives every rank, of torchrun's agents or else of this host's alone; None
+    without torchrun."""
+    if not has_agent_store():
+        # The agent makes a folder for each attempt, with one for each of its ranks, and removes it.
+        own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if not own:
+            return None
+        path = Path(own).parents[1] / "mistakes"
+        return dist.FileStore(str(path), -1)  # type: ignore[attr-defined]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -75,7 +85,7 @@ def told_once(words: str) -> Iterator[bool]:
 def end(program: str, error: Exception, status: int = 1) -> NoReturn:
     """Print an error in one line, once, and end the program."""
     words = f"{program}: {' '.join(line.strip() for line in str(error).splitlines())}"
-    if not _has_launcher() and status == 1:
+    if "TORCHELASTIC_RUN_ID" not in os.environ and status == 1:
         sys.exit(words)
     with told_once(words) as first:
         if first:

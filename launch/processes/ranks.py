@@ -77,6 +77,14 @@ class Ranks:
         dist.all_reduce(result, dist.ReduceOp.MAX)
         return float(result)
 
+    def of_all(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's values, equally many, on every rank. Waits for the device."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own)
+        rows: list[list[float]] = torch.stack(found).tolist()
+        return rows
+
     def any(self, yes: bool) -> bool:
         """Whether ``yes`` is true on any rank; the same on every rank. Waits for the device."""
         return self.largest(float(yes)) > 0

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.processes.mistakes import has_agent_store
 from launch.settings import Settings
 
 # The code whose sources are compared.
@@ -46,9 +47,11 @@ def join_store(
     else:
         store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         # torchrun's store outlives a restart of its ranks and still has what they wrote: addresses
-        # of dead processes, and our own entries.
+        # of dead processes, and our own entries. A store of rank 0 is new each time, and a host
+        # that was replaced counts its attempts anew.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+        if has_agent_store():
+            store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
     ours = json.dumps(table)
     # Rank 0 judges for all: every rank sends and fetches one text.
     if rank == 0:

@@ -65,17 +65,21 @@ class Report:
         if self.active:
             self.console.say(text, markup=False, soft_wrap=True)
 
-    def step(self, values: Mapping[str, float], received: Mapping[str, int]) -> None:
+    def step(
+        self, values: Mapping[str, float], received: Mapping[str, int], slowest_host: str = ""
+    ) -> None:
         """Log one optimizer step.
 
         Args:
             values: ``step``, ``mean_loss`` (since the last call), ``grad_norm``,
                 ``tokens_per_second``, ``throughput(tps)``, and whatever else is a number.
             received: bytes moved in the step, over all layers and ranks, by kind.
+            slowest_host: the machine of the rank that computes longest, if that is known.
         """
         if not self.active:
             return
-        self._write({**values, "bytes": dict(received)})
+        host = {"own_time/slowest_host": slowest_host} if slowest_host else {}
+        self._write({**values, **host, "bytes": dict(received)})
         step = int(values["step"])
         self._scalars(step, {k: v for k, v in values.items() if k != "step"})
         self._scalars(step, {f"bytes/{kind}": size for kind, size in received.items()})
@@ -96,6 +100,21 @@ class Report:
             self._write({"step": step, "skipped": why, "in_a_row": in_a_row})
             self._scalars(step, {"skipped_in_a_row": in_a_row})
             self.line(f"step {step:>6}  update skipped: {why} ({in_a_row} in a row)")
+
+    def slow_rank(self, step: int, rank: int, host: str, seconds: float, median: float) -> None:
+        """Log that a rank computes slower than the others, which wait for it.
+
+        Args:
+            seconds, median: its own and the median rank's, a step in the parts that are timed.
+        """
+        if self.active:
+            times = seconds / median
+            self._write({"step": step, "slow_rank": rank, "host": host, "times": times})
+            self.line(
+                f"step {step:>6}  warning: rank {rank} on {host} computes {times:.2f} times as "
+                f"long as the median rank ({1e3 * seconds:.2f} ms a step beside "
+                f"{1e3 * median:.2f} in the parts that are timed); all ranks wait for it"
+            )
 
     def validation(self, step: int, loss: float, unigram: float) -> None:
         """Log a validation; one that was logged before it was resumed is only printed."""

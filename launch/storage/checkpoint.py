@@ -46,7 +46,7 @@ _NAME = re.compile(r"step_([0-9]{8})")
 # Another model, other data or another seed would make a resumed run a different one. How it is
 # spread over ranks, how long it runs and how it is optimised may change.
 _FIXED_SECTIONS = ("attention", "rotary", "model")
-_FREE_OPTIONS = ("recompute", "recompute_part", "backend")
+_FREE_OPTIONS = ("recompute", "recompute_part", "compile", "loss", "backend")
 _FIXED_DATA = ("length", "global_batch", "held_out", "weights")
 _DATA_BEFORE_DIGESTS = ("source", "path", "pattern", "field", "tokenizer")
 

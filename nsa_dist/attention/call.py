@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nsa_dist.attention.checks import plan_problem
 from nsa_dist.attention.plan_cache import find_plan
+from nsa_dist.attention.ranges import RangedBackend, profiled
 from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.counter import CommunicationCounter
@@ -210,9 +211,11 @@ def check_backend(backend: str, config: NSAConfig, device: torch.device | str | 
 
 
 def _backend_of(name: str, device: torch.device) -> Backend:
-    """`get_backend`, which is asked once of a GPU."""
+    """`get_backend`, which is asked once of a GPU; named in traces while they are recorded."""
     compiles = torch.compiler.is_compiling()
-    return get_backend(name, device) if compiles or device.type != "cuda" else _on_gpu(name, device)
+    asks = compiles or device.type != "cuda"
+    backend = get_backend(name, device) if asks else _on_gpu(name, device)
+    return cast(Backend, RangedBackend(backend)) if profiled() else backend
 
 
 @cache

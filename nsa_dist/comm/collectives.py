@@ -105,7 +105,7 @@ def _under_way(
     """A ``Work`` for a collective, which keeps its (sent, received) ``buffers`` alive."""
 
     def wait() -> Tensor:
-        with name_failures(kind, channel.group, channel.about):
+        with name_failures(kind, channel.group, channel.about), _marked(kind):
             handle.wait()
         return buffers[1]
 
@@ -122,7 +122,7 @@ def all_reduce_max(
         largest = torch.tensor(values, device=device)
         with name_failures(kind, group, about), _marked(kind):
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group.process_group)
-        with name_failures(kind, group, about):
+        with name_failures(kind, group, about), _marked(kind):
             if on_gpu:
                 _wait_for_stream(group)
         result: list[int] = largest.tolist()

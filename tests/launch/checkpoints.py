@@ -134,7 +134,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "flipped bit of the metadata": (lambda p: flip(p / ".metadata"), r"\.metadata is not what"),
     "missing settings": (lambda p: (p / "settings.toml").unlink(), r"settings\.toml is missing"),
     "empty settings": (lambda p: (p / "settings.toml").write_text(""), r"settings\.toml has 0 by"),
-    "cut settings": (lambda p: cut(p / "settings.toml"), r"settings\.toml has \d+ bytes"),
+    "cut settings": (lambda p: cut(p / "settings.toml"), r"settings\.toml has [\d,]+ bytes"),
     "other settings": (
         lambda p: (p / "settings.toml").write_text(
             (p / "settings.toml").read_text().replace("seed = 0", "seed = 1")

@@ -33,6 +33,7 @@ from launch.storage.checkpoint import checkpoints
 from launch.storage.folder import run_folder, write_settings
 from launch.train import Result, shard_stream, step_batches, train
 from nsa_dist import shard_batch
+from nsa_dist.nn.mlp import SwiGLU
 
 Table = dict[str, dict[str, Any]]
 
@@ -95,6 +96,64 @@ def run_training(settings: Settings) -> Result:
     return train(settings, start_ranks(settings))
 
 
+def run_with_slow_rank(settings: Settings, slow: int, seconds: float) -> Result:
+    """A whole run in which the MLPs of one rank take longer."""
+    forward = SwiGLU.forward
+
+    def slower(mlp: SwiGLU, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(seconds)
+        return forward(mlp, x)
+
+    if torch.distributed.get_rank() != slow:
+        return run_training(settings)
+    with mock.patch.object(SwiGLU, "forward", slower):
+        return run_training(settings)
+
+
+def run_compiled(settings: Settings) -> tuple[Result, int]:
+    """A whole run whose compiled graphs are run as they are; also how many graphs there were."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with mock.patch("torch.compile", functools.partial(torch.compile, backend=keep)):
+        return run_training(settings), len(graphs)
+
+
+def forward_ranges(settings: Settings) -> set[str]:
+    """Names of the ranges of a forward."""
+    ranks = start_ranks(settings)
+    model = build_model(settings, 256, ranks)
+    streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
+    (batch, *_) = step_batches(settings, streams, 0, ranks)
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=cpu) as profile:
+        model(batch.tokens, cu_seqlens=batch.cu_seqlens)
+    return {event.name for event in profile.events()}
+
+
+def kept_bytes(settings: Settings) -> int:
+    """What a forward and loss keeps for backward, on this rank."""
+    ranks = start_ranks(settings)
+    model = build_model(settings, 256, ranks)
+    streams = PackedStreams(load_corpus(settings.data).training, settings.data.length, 0)
+    (batch, *_) = step_batches(settings, streams, 0, ranks)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels)
+    loss.backward()
+    return sum(kept.values())
+
+
 def start_each(each: list[Settings]) -> None:
     """Start with settings of each rank's own."""
     start_ranks(each[torch.distributed.get_rank()])
@@ -126,6 +185,13 @@ def meet_again(attempts: list[list[dict[str, str]]], port: int) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     return found
+
+
+def meet_replaced(tables: list[dict[str, str]], port: int) -> tuple[int, int]:
+    """As ``meet``, where torchrun restarted rank 0 and the host of the others is a new one."""
+    restarts = "1" if torch.distributed.get_rank() == 0 else "0"
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+    return meet(tables, port, TORCHELASTIC_RESTART_COUNT=restarts, **agent)
 
 
 @functools.cache

@@ -53,6 +53,7 @@ class ReplicatedEngine:
             self.model = Decoder(settings, vocab_size, group=ranks.cp_mesh).to(dtype)
         self.model.reset_parameters(settings.run.seed)
         self.sampler: nn.Module = self.model
+        self.alone = self.model.mlps()
         named = dict(self.model.named_parameters())
         decayed = {name for name, p in named.items() if is_decayed(name, p)}
         self.optimizer = make_adamw(named.items(), decayed, settings.optimizer)

@@ -19,14 +19,16 @@ LAUNCH = Path(local.__file__).parent
 RanksOf = Callable[[int], Ranks]
 
 
-def start(settings: Settings, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def start(
+    settings: Settings, folder: Path, *options: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """``train.py`` on two ranks, as torchrun starts it."""
     (folder / "run.toml").write_text(to_toml(settings))
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
         [*line, str(LAUNCH / "train.py"), str(folder / "run.toml"), *options],
         cwd=folder,
-        env=local.environment(),
+        env={**local.environment(), **variables},
         capture_output=True,
         text=True,
         timeout=150,
@@ -47,12 +49,15 @@ def test_a_bad_line_is_told_once_over_all_ranks(root: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("store", ["of_the_agents", "of_rank_0"])
 @pytest.mark.parametrize("option", ["--run.stepz", "--optimizer.lr", "--help"])
 def test_what_tyro_says_is_told_once_over_all_ranks(
-    root: Path, tmp_path: Path, option: str
+    root: Path, tmp_path: Path, option: str, store: str
 ) -> None:
-    data = {"global_batch": 2}
-    done = start(tiny(root, data=data), tmp_path, option, *([] if "help" in option else ["nan"]))
+    settings = tiny(root, data={"global_batch": 2})
+    options = [option] if "help" in option else [option, "nan"]
+    apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(store == "of_rank_0"))}
+    done = start(settings, tmp_path, *options, **apart)
     assert (done.returncode == 0) == (option == "--help")
     told = {"--help": "show this help message", "--run.stepz": "Unrecognized options: --run.stepz"}
     text = done.stdout + done.stderr

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
 from launch.engines.base import is_decayed
-from launch.model import LOSS_ROWS, Decoder
+from launch.losses import ROWS
+from launch.model import Decoder
 from launch.settings import Settings
 from nsa_dist import NativeSparseAttention, NSAConfig, RotaryConfig, apply_rotary, rotary_cos_sin
 from nsa_dist.adapters.ring import DenseAttention
@@ -146,8 +147,8 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch: pytest.MonkeyPatch, root: P
     expected.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    assert LOSS_ROWS > 100
-    monkeypatch.setattr("launch.model.LOSS_ROWS", 7)
+    assert ROWS > 100
+    monkeypatch.setattr("launch.losses.ROWS", 7)
     found = model(tokens, labels=labels)
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)

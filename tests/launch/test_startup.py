@@ -13,7 +13,7 @@ import torch
 from launch.processes.startup import describe, judge, show_ranks, show_values, source_digest
 from launch.settings import Settings, to_toml
 from tests.distributed.ranks import Ranks
-from tests.launch.common import meet, meet_again, replaced, start_each, tiny
+from tests.launch.common import meet, meet_again, meet_replaced, replaced, start_each, tiny
 from tests.launch.processes import TRAIN, started_ranks
 
 RanksOf = Callable[[int], Ranks]
@@ -70,6 +70,15 @@ def test_a_restart_reads_nothing_of_the_attempt_before(starting_ranks: RanksOf) 
     for found in starting_ranks(2).run(meet_again, [same, other, same], store.port):
         assert found[0] == found[2] == ""
         assert found[1].startswith("a must be the same on every rank, got rank 0: 1, rank 1: 2")
+
+
+def test_ranks_of_a_host_that_was_replaced_meet_those_that_were_restarted(
+    starting_ranks: RanksOf,
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert starting_ranks(2).run(meet_replaced, [{"a": "1"}] * 2, port) == [(0, 2), (1, 2)]
 
 
 @pytest.mark.slow

@@ -130,8 +130,24 @@ class DenseAttention(nn.Module):
         Raises:
             ValueError: on every rank of the group, if an argument of any rank is not allowed.
         """
-        config, dense_plan = self.config, self._plan(x, cu_seqlens, position_ids)
+        dense_plan = self._plan(x, cu_seqlens, position_ids)
         plan, rows = dense_plan.plan, x.shape[:2]
+        positions = plan.positions.view(rows) if position_ids is None else position_ids
+        out = dense_attention(
+            *self._project(x, positions),
+            group=self.context,
+            scale=self.config.softmax_scale,
+            plan=dense_plan,
+            communication=self.communication,
+        )
+        out = project("o_proj", self.o_proj, out.flatten(2), self.hidden_size)
+        if self.training and self.dropout > 0:
+            out = drop_tokens(out, self.dropout, plan.documents, plan.positions)
+        return out
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, L, H, Dk], keys [B, L, G, Dk], values [B, L, G, Dv], normalised, rotated."""
+        config = self.config
         q, k, v = (
             project(name, module, x, heads * width).unflatten(-1, (heads, width))
             for name, module, heads, width in (
@@ -144,20 +160,17 @@ class DenseAttention(nn.Module):
             # Autocast may norm in float32; queries, keys and values share a dtype.
             q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
         if self.rotary is not None:
-            positions = plan.positions.view(rows) if position_ids is None else position_ids
             cos, sin = rotary_cos_sin(self.rotary, config.head_dim, positions)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        out = dense_attention(
-            *(q, k, v),
-            group=self.context,
-            scale=config.softmax_scale,
-            plan=dense_plan,
-            communication=self.communication,
-        )
-        out = project("o_proj", self.o_proj, out.flatten(2), self.hidden_size)
-        if self.training and self.dropout > 0:
-            out = drop_tokens(out, self.dropout, plan.documents, plan.positions)
-        return out
+        return q, k, v
+
+    def compile_projections(self, **options: Any) -> None:
+        """Compile what makes queries, keys and values of the input, in place, at its first call.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        self._project = torch.compile(self._project, **options)  # type: ignore[method-assign]
 
     @torch.compiler.disable
     def _plan(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> DensePlan:
