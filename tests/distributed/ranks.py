@@ -26,6 +26,19 @@ GROUP_TIMEOUT = timedelta(seconds=60)
 ANSWER_SECONDS = 150
 # DeepSpeed keeps the groups of a run, whose threads poll, until its process ends.
 DEEPSPEED_RUNS = 6
+# The second brings torch's compiler, and takes most of the time that the first run does.
+DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.original_muon")
+# What a layer needs, torch's compiler included.
+_preloaded = ["torch", "nsa_dist.block", "nsa_dist.sharding"]
+
+
+def preload(*modules: str) -> None:
+    """Let ranks start with these imported: once for all, not once a rank. Before any has started.
+
+    Not where there is a GPU: what looks for it cannot be forked.
+    """
+    if not torch.cuda.is_available():
+        _preloaded.extend(x for x in modules if x not in _preloaded)
 
 
 class RankError(AssertionError):
@@ -54,8 +67,7 @@ class Ranks:
         self.runs = 0
         self.closed = False
         context = multiprocessing.get_context("forkserver")
-        # What a layer needs, torch's compiler included: imported once, not once a rank.
-        context.set_forkserver_preload(["torch", "nsa_dist.block", "nsa_dist.sharding"])
+        context.set_forkserver_preload(_preloaded)
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
@@ -142,6 +154,7 @@ def _serve(
     ends_groups: bool,
     pipe: Connection,
 ) -> None:
+    gc.freeze()  # What was imported before the fork would be copied as it is looked through.
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     quicken()
