@@ -26,10 +26,14 @@ GROUP_TIMEOUT = timedelta(seconds=60)
 ANSWER_SECONDS = 150
 # DeepSpeed keeps the groups of a run, whose threads poll, until its process ends.
 DEEPSPEED_RUNS = 6
-# The second brings torch's compiler, and takes most of the time that the first run does.
-DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.original_muon")
-# What a layer needs, torch's compiler included.
-_preloaded = ["torch", "nsa_dist.block", "nsa_dist.sharding"]
+# The second brings torch's inductor, and takes most of the time that the first run does.
+DEEPSPEED = (
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "nsa_dist.adapters.deepspeed",
+)
+# What a layer needs, torch's compiler included, and what files of tests import.
+_preloaded = ["torch", "nsa_dist.block", "nsa_dist.sharding", "pytest"]
 
 
 def preload(*modules: str) -> None:
