@@ -26,6 +26,23 @@ GROUP_TIMEOUT = timedelta(seconds=60)
 ANSWER_SECONDS = 150
 # DeepSpeed keeps the groups of a run, whose threads poll, until its process ends.
 DEEPSPEED_RUNS = 6
+# The second brings torch's inductor, and takes most of the time that the first run does.
+DEEPSPEED = (
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "nsa_dist.adapters.deepspeed",
+)
+# What a layer needs, torch's compiler included, and what files of tests import.
+_preloaded = ["torch", "nsa_dist.block", "nsa_dist.sharding", "pytest"]
+
+
+def preload(*modules: str) -> None:
+    """Let ranks start with these imported: once for all, not once a rank. Before any has started.
+
+    Not where there is a GPU: what looks for it cannot be forked.
+    """
+    if not torch.cuda.is_available():
+        _preloaded.extend(x for x in modules if x not in _preloaded)
 
 
 class RankError(AssertionError):
@@ -54,8 +71,7 @@ class Ranks:
         self.runs = 0
         self.closed = False
         context = multiprocessing.get_context("forkserver")
-        # What a layer needs, torch's compiler included: imported once, not once a rank.
-        context.set_forkserver_preload(["torch", "nsa_dist.block", "nsa_dist.sharding"])
+        context.set_forkserver_preload(_preloaded)
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
@@ -88,11 +104,14 @@ class Ranks:
         for pipe in self._pipes:
             pipe.send((function, args))
         answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(ANSWER_SECONDS):
-                self.close()
-                raise RankError(f"rank {rank} of {self.size} gave no answer: a hang")
-            answers.append(pipe.recv())
+        try:
+            for rank, pipe in enumerate(self._pipes):
+                if not pipe.poll(ANSWER_SECONDS):
+                    raise RankError(f"rank {rank} of {self.size} gave no answer: a hang")
+                answers.append(pipe.recv())
+        except BaseException:  # A test's time limit too: an answer that comes later is to no other.
+            self.close()
+            raise
         return answers
 
     def close(self) -> None:
@@ -142,6 +161,7 @@ def _serve(
     ends_groups: bool,
     pipe: Connection,
 ) -> None:
+    gc.freeze()  # What was imported before the fork would be copied as it is looked through.
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     quicken()

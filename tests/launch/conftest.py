@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import DEEPSPEED_RUNS, Ranks, rank_pool
+from tests.distributed.ranks import DEEPSPEED_RUNS, Ranks, preload, rank_pool
 from tests.launch.common import write_documents
+
+preload("launch.train")
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,11 @@ from launch.engines.base import count_targets
 from launch.processes.ranks import start_ranks
 from launch.settings import Settings
 from launch.train import Result, step_batches, train
+from tests.distributed.ranks import DEEPSPEED, preload
 from tests.launch.common import Gradients, replaced
 from tests.launch.megatron import use_gpus
 
+preload(*DEEPSPEED)
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed, which is not here"
 )

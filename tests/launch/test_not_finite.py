@@ -41,9 +41,10 @@ CHANGED = (False, True, False, False, True, False, False, True)
 
 
 def settings_of(root: Path, name: str, parallel: dict[str, Any], **run: Any) -> Settings:
+    """Of one layer: a step is skipped whole, however deep the model is."""
     run = {"dtype": "float32", "steps": 8, "folder": str(root / name), **run}
     data = {"global_batch": 2 if parallel.get("cp") == 2 or "tp" in parallel else 4}
-    return tiny(root, data=data, parallel=parallel, run=run)
+    return tiny(root, model={"layers": 1}, data=data, parallel=parallel, run=run)
 
 
 def records(folder: str | Path) -> list[dict[str, Any]]:

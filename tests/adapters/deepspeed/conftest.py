@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.distributed.ranks import DEEPSPEED_RUNS, Ranks, rank_pool
+from tests.distributed.ranks import DEEPSPEED, DEEPSPEED_RUNS, Ranks, preload, rank_pool
+
+preload(*DEEPSPEED)
 
 
 @pytest.fixture(scope="package")

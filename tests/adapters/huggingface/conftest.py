@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.distributed.ranks import Ranks, rank_pool
+from tests.distributed.ranks import Ranks, preload, rank_pool
+
+preload("nsa_dist.adapters.huggingface")
 
 
 @pytest.fixture(scope="package")

@@ -120,7 +120,8 @@ class Guard:
         memory = pointers.attr.get("memory")
         if memory is None:
             raise GuardError(f"out of bounds: {what} through a pointer that is no argument's")
-        lanes = np.broadcast_to(mask.data, pointers.data.shape)
+        lanes, shape = mask.data, pointers.data.shape
+        lanes = lanes if lanes.shape == shape else np.broadcast_to(lanes, shape)
         index = memory.find(pointers.data[lanes], what)
         (x, y, _), (_, ny, nz) = builder.grid_idx, builder.grid_dim
         program = (x * ny + y) * nz + builder.grid_idx[2]
@@ -146,6 +147,7 @@ def guarded() -> Iterator[None]:
     original = {name: getattr(builder, name) for name in vars(builder) if name[:2] != "__"}
     convert, patch_language = interpreter._implicit_cvt, interpreter._patch_lang
     call = GridExecutor.__call__
+    languages: dict[Any, tuple[int, ...]] = {}
 
     def launch(self: GridExecutor, *args: Any, **kwargs: Any) -> Any:
         guard.memories.clear()
@@ -160,10 +162,14 @@ def guarded() -> Iterator[None]:
 
     def patch_lang(function: Any) -> Any:
         # Every call of a jitted function patches triton.language anew; once a launch is enough.
-        found = [id(x) for x in function.__globals__.values() if x in (interpreter.tl, LANGUAGE)]
-        if tuple(found) in guard.patched:
+        found = languages.get(function)
+        if found is None:
+            names = function.__globals__.values()
+            found = tuple(id(x) for x in names if x is interpreter.tl or x is LANGUAGE)
+            languages[function] = found
+        if found in guard.patched:
             return interpreter._LangPatchScope()
-        guard.patched.add(tuple(found))
+        guard.patched.add(found)
         return patch_language(function)
 
     def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:

@@ -40,3 +40,43 @@ def test_combining_by_xor(dtype: torch.dtype) -> None:
     assert whole.tolist() == [reduce(xor, expected)]
     assert torch.equal(kept, x ^ torch.tensor(expected, dtype=dtype)[:, None])
     assert torch.equal(sort, x.sort(dim=1).values)
+
+
+@triton.jit
+def _mixed_kernel(x, n, sums, quotients, more, fewer, M: tl.constexpr, N: tl.constexpr):
+    o_m, o_n = tl.arange(0, M), tl.arange(0, N)
+    o_mn = o_m[:, None] * N + o_n[None, :]
+    b_x, b_n = tl.load(x + o_mn), tl.load(n + o_n)
+    tl.static_assert(b_x.dtype == tl.float16 and (b_x + b_x).dtype == tl.float16)
+    tl.static_assert((b_x / b_x).dtype == tl.float32 and (b_n + b_x).dtype == tl.float16)
+    tl.static_assert((b_n * b_n).dtype == tl.int32 and (b_n < 2).dtype == tl.int1)
+    tl.static_assert((b_n + b_n.to(tl.int64)).dtype == tl.int64)
+    tl.static_assert(b_x.shape[0] == M and b_n[None, :].shape[1] == N and b_n.numel == N)
+    tl.store(sums + o_mn, b_x + b_x)
+    tl.store(quotients + o_mn, b_x / (b_x + 2))
+    tl.store(more + o_mn, b_x.to(tl.float32) + b_n[None, :] * 2)
+    tl.store(fewer + o_mn, tl.where(b_n[None, :] < o_m[:, None], b_x, -1.0))
+
+
+def test_dtypes_and_shapes_of_results() -> None:
+    m, n = 4, 8
+    x, y = torch.rand(m, n).half(), torch.arange(n, dtype=torch.int32)
+    sums, fewer = torch.empty_like(x), torch.empty_like(x)
+    quotients, more = torch.empty(m, n), torch.empty(m, n)
+    _mixed_kernel[(1,)](x, y, sums, quotients, more, fewer, M=m, N=n)
+    assert torch.equal(sums, x + x)
+    assert torch.equal(quotients, x.float() / (x + 2).float())
+    assert torch.equal(more, x.float() + y * 2)
+    assert torch.equal(fewer, torch.where(y < torch.arange(m)[:, None], x, -1.0))
+
+
+def test_types_of_equal_sizes_share_their_shape_and_nothing_else() -> None:
+    first, second = tl.block_type(tl.float32, [4, 8]), tl.block_type(tl.int32, [4, 8])
+    assert (str(first), str(second)) == ("<['4', '8'], fp32>", "<['4', '8'], int32>")
+    assert first != second and first == tl.block_type(tl.float32, [4, 8])
+    assert first != tl.block_type(tl.float32, [8, 4])
+    assert first.numel == second.numel == 32
+    for sizes, error in (([4.0, 8], TypeError), ([3], ValueError), ([], TypeError)):
+        for _ in range(2):
+            with pytest.raises(error):
+                tl.block_type(tl.float32, sizes)
