@@ -92,12 +92,21 @@ def for_fsdp2(settings: Settings, dtype: torch.dtype) -> Settings:
 
 def _with_engine(settings: Settings, engine: str, **options: dict[str, Any]) -> Settings:
     """The settings with another engine and some options, by section. What only the old engine has
-    gets its default."""
-    left = engine_spec(settings.parallel.engine).options
-    changed: dict[str, dict[str, Any]] = {"model": {}, "parallel": {}, "run": {}}
-    for option in left:
+    gets its default.
+
+    Raises:
+        ValueError: for an option of the optimizer that only the old engine has.
+    """
+    spec = engine_spec(settings.parallel.engine)
+    changed: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "parallel": {}, "run": {}}
+    for option in spec.options:
         section, name = option.split(".")
-        changed[section][name] = getattr(type(getattr(settings, section)), name)
+        value = getattr(settings, section)
+        default = getattr(type(value), name)
+        if section == "optimizer":
+            found = getattr(value, name)
+            check(found == default, option, found, f"{default!r} for engine {engine} to go on")
+        changed[section][name] = default
     changed["parallel"] |= {"engine": engine, "dp": -1}
     for section, values in options.items():
         changed[section] |= values

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from launch.convert import for_megatron
 from launch.data.corpus import load_corpus
 from launch.loading import Trained, alone, load
 from launch.settings import Settings, to_toml
@@ -379,3 +380,10 @@ def loss_of_transformers(folder: str, settings: Settings) -> float:
                     total += float(F.cross_entropy(logits, piece[1:], reduction="sum"))
                     count += piece.numel() - 1
     return total / count
+
+
+def test_a_stage_does_not_go_on_by_an_engine_that_has_none(root: Path, tmp_path: Path) -> None:
+    settings = sparse(root, tmp_path, "stage", optimizer={"train_only": ["gates"]})
+    must = r"optimizer.train_only must be \(\) for engine megatron to go on, got \('gates',\)"
+    with pytest.raises(ValueError, match=must):
+        for_megatron(settings)
