@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from nsa_kernels.autograd import summand_of
+from nsa_kernels.autograd import BranchPasses, summand_of
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.banded.backward import banded_backward
 from nsa_kernels.triton.banded.band import Band
@@ -126,8 +127,7 @@ def compressed_attention(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See `Backend.compressed_attention`."""
-    band = Band(offset=block - 1, stride=stride, window=0, column="compressed_base")
-    return banded_attention(q, k, v, segments, band, scale, gate)
+    return banded_attention(q, k, v, segments, _compressed(block, stride), scale, gate)
 
 
 def window_attention(
@@ -141,5 +141,41 @@ def window_attention(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See `Backend.window_attention`."""
-    band = Band(offset=0, stride=1, window=window, column="window_base")
-    return banded_attention(q, k, v, segments, band, scale, gate)
+    return banded_attention(q, k, v, segments, _window(window), scale, gate)
+
+
+def _compressed(block: int, stride: int) -> Band:
+    return Band(offset=block - 1, stride=stride, window=0, column="compressed_base")
+
+
+def _window(window: int) -> Band:
+    return Band(offset=0, stride=1, window=window, column="window_base")
+
+
+def _passes(band_of: Callable[..., Band]) -> BranchPasses:
+    """Of the branch whose options but the scale `band_of` takes."""
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, *, scale: float, **band: int
+    ) -> tuple[Tensor, ...]:
+        return _attend(q, k, v, None, segments.host, *band_of(**band), scale)[:2]
+
+    def backward(
+        do: Tensor,
+        gate: Tensor | None,
+        results: tuple[Tensor, Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: QuerySegments,
+        *,
+        scale: float,
+        **band: int,
+    ) -> tuple[Tensor, ...]:
+        arguments = segments.host, *band_of(**band), scale
+        return _attend_backward(q, k, v, *results, gate, do, *arguments)
+
+    return BranchPasses(forward, backward)
+
+
+compressed_passes, window_passes = _passes(_compressed), _passes(_window)

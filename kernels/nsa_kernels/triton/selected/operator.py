@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nsa_kernels.autograd import summand_of
+from nsa_kernels.autograd import BranchPasses, summand_of
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.selected.backward import selected_backward
 from nsa_kernels.triton.selected.blocks import with_int32_blocks
@@ -161,3 +161,32 @@ def selected_attention(
     choice = (selected, block_rows, block_lengths, segments.host)
     o, lse, _, summand = _attend_blocks(q, *sources, *choice, select_block, scale, gate)
     return (o, lse) if gate is None else (o, lse, summand)
+
+
+def _forward_alone(
+    q: Tensor, *arguments: Any, select_block: int, scale: float
+) -> tuple[Tensor, ...]:
+    """o, lse, and lse in the kernels' base; arguments: those of `selected_attention`."""
+    *tensors, segments = arguments
+    results: tuple[Tensor, ...] = _attend_blocks(
+        q, *tensors, segments.host, select_block, scale, None
+    )
+    return results[:3]
+
+
+def _backward_alone(
+    do: Tensor,
+    gate: Tensor | None,
+    results: tuple[Tensor, Tensor, Tensor],
+    *arguments: Any,
+    select_block: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Of q and the sources, and delta, the gate's."""
+    *tensors, segments = arguments
+    o, _, log_sum = results
+    choice = *tensors[5:], segments.host
+    return _attend_blocks_backward(*tensors[:5], o, log_sum, do, *choice, select_block, scale, gate)
+
+
+selected_passes = BranchPasses(_forward_alone, _backward_alone)
