@@ -85,9 +85,10 @@ class BranchPasses(NamedTuple):
     those of the function, whose gate only backward takes.
 
     forward: (q, ..., segments, **options) -> o [N, H, Dv], lse [N, H], and what else backward reads
-    of each query, [N, H] as well. backward: (do, gate, results, q, ..., segments, **options) -> of
-    q, keys and values, and float32 [N, H] the gate's. results: rows of forward's for the queries of
-    q. Keys that no query of q sees may be left out. do: of o, or with a gate of the gated sum.
+    of each query, [N, H] as well. backward: (dq, do, gate, results, q, ..., segments, **options) ->
+    of keys and values, and float32 [N, H] the gate's. dq [N, H, Dk], contiguous, is written.
+    results: rows of forward's for the queries of q. Keys that no query of q sees may be left out.
+    do: of o, or with a gate of the gated sum.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]

@@ -128,24 +128,24 @@ class _Branch:
         parts, passes = self.call.plan.parts, branch_passes(self.call.backend).get(self.branch)
         assert parts is not None
         rows = zip(*self._split(q, blocks, do, gate, *results), strict=True)
-        of_q, of_gate = [], []
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        of_q, of_gate = dq.split(parts.queries.sizes), []
         for part, (query, block, grad, own_gate, *own) in enumerate(rows):
             arguments = self._arguments(part, query, block, sources)
             if not len(query):
-                dq, *grads, dgate = query, *(x[:0] for x in arguments[1 : 1 + len(sources)]), None
+                *grads, dgate = *(x[:0] for x in arguments[1 : 1 + len(sources)]), own_gate
             elif passes is not None:
-                dq, *grads, dgate = passes.backward(
-                    grad, own_gate, tuple(own), *arguments, **self.options
+                *grads, dgate = passes.backward(
+                    of_q[part], grad, own_gate, tuple(own), *arguments, **self.options
                 )
             else:
-                dq, *grads, dgate = self._again(grad, own_gate, arguments, len(sources))
-            of_q.append(dq)
+                *grads, dgate = self._again(of_q[part], grad, own_gate, arguments, len(sources))
             if own_gate is not None:
-                of_gate.append(own_gate if dgate is None else dgate.to(own_gate.dtype))
+                of_gate.append(dgate.to(own_gate.dtype))
             if gives:
                 self.source.sums.put(self.source.reader, part, tuple(grads))
-        join = parts.queries.join
-        return join(of_q), join(of_gate) if gate is not None else None
+        whole = dq if parts.queries.back is None else dq.index_select(0, parts.queries.back)
+        return whole, parts.queries.join(of_gate) if gate is not None else None
 
     def _split(self, *by_query: Tensor | None) -> list[Sequence[Any]]:
         """Each of the tensors by part."""
@@ -165,18 +165,24 @@ class _Branch:
         return q, *read, *more, *self.tables, parts.reads[self.branch].segments[part]
 
     def _again(
-        self, do: Tensor, gate: Tensor | None, arguments: tuple[Any, ...], sources: int
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients by the function itself, whose forward runs once more."""
+        self,
+        dq: Tensor,
+        do: Tensor,
+        gate: Tensor | None,
+        arguments: tuple[Any, ...],
+        sources: int,
+    ) -> tuple[Any, ...]:
+        """What a backend's backward gives, by its function, whose forward runs once more."""
         q, *rest = arguments
         given = [x.detach().requires_grad_() for x in (q, *rest[:sources])]
-        gates = () if gate is None else (gate.detach().requires_grad_(),)
+        gates = [] if gate is None else [gate.detach().requires_grad_()]
         with torch.enable_grad():
             o, _, *summand = self.function(
                 *given, *rest[sources:], **self.options, **as_gate(gates[0] if gates else None)
             )
-        found = torch.autograd.grad(summand[0] if summand else o, [*given, *gates], do)
-        return *found, *(() if gates else (None,))
+        of_q, *grads = torch.autograd.grad(summand[0] if summand else o, [*given, *gates], do)
+        dq.copy_(of_q)
+        return *grads, *(() if gates else (None,))
 
 
 class _InParts(torch.autograd.Function):

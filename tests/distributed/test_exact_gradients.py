@@ -136,7 +136,12 @@ def passes_of(ops: Any, calls: Counter[str]) -> dict[str, BranchPasses]:
             return o, lse, lse + 1.0
 
         def backward(
-            do: Tensor, gate: Tensor, results: tuple[Tensor, ...], *arguments: Any, **options: Any
+            dq: Tensor,
+            do: Tensor,
+            gate: Tensor,
+            results: tuple[Tensor, ...],
+            *arguments: Any,
+            **options: Any,
         ) -> tuple[Tensor, ...]:
             calls[f"{branch} backward"] += 1
             o, lse, more = results
@@ -147,7 +152,9 @@ def passes_of(ops: Any, calls: Counter[str]) -> dict[str, BranchPasses]:
             torch.testing.assert_close(lse, lse_again)
             assert torch.equal(more, lse + 1.0)
             of = [x for x in given[1:] if isinstance(x, Tensor) and x.requires_grad]
-            *grads, dgate = torch.autograd.grad(summand, [*of, given[0]], do)
+            of_q, *grads, dgate = torch.autograd.grad(summand, [*of, given[0]], do)
+            assert dq.is_contiguous()
+            dq.copy_(of_q)
             return *grads, dgate.float()
 
         return BranchPasses(forward, backward)

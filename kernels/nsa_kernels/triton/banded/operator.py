@@ -57,6 +57,22 @@ def _attend_backward(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and delta, the gate's gradient; do: of o, or of the gated sum with a gate."""
+    return _gradients(q, k, v, o, lse, gate, do, segments, *arguments)
+
+
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    gate: Tensor | None,
+    do: Tensor,
+    segments: Tensor,
+    *arguments: Any,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same; into: contiguous memory for dq."""
     *band, scale = arguments
     q, k, v, do = (last_dim_contiguous(x) for x in (q, k, v, do))
     at = segments_of(segments, q.device)
@@ -64,8 +80,8 @@ def _attend_backward(
         # Imported where it runs: Gluon is not in every version of Triton.
         from nsa_kernels.triton.banded.hopper_backward import hopper_backward
 
-        return hopper_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate)
-    return banded_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate)
+        return hopper_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate, into)
+    return banded_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate, into)
 
 
 @_attend_backward.register_fake
@@ -161,6 +177,7 @@ def _passes(band_of: Callable[..., Band]) -> BranchPasses:
         return _attend(q, k, v, None, segments.host, *band_of(**band), scale)[:2]
 
     def backward(
+        dq: Tensor,
         do: Tensor,
         gate: Tensor | None,
         results: tuple[Tensor, Tensor],
@@ -172,8 +189,8 @@ def _passes(band_of: Callable[..., Band]) -> BranchPasses:
         scale: float,
         **band: int,
     ) -> tuple[Tensor, ...]:
-        arguments = segments.host, *band_of(**band), scale
-        return _attend_backward(q, k, v, *results, gate, do, *arguments)
+        (o, lse), at = results, band_of(**band)
+        return _gradients(q, k, v, o, lse, gate, do, segments.host, *at, scale, into=dq)[1:]
 
     return BranchPasses(forward, backward)
 
