@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,3 +76,20 @@ def grads_of_summands(do_NHD: Tensor, heads: Sequence[Sequence[int]]) -> list[Te
     for of in heads:
         grads += (do_NHD,) if len(of) == 1 else do_NHD.split(of, dim=1) if of else ()
     return grads
+
+
+class BranchPasses(NamedTuple):
+    """Forward and backward of a branch's function, without the graph that connects them.
+
+    Who has the results of all queries may run backward for some of them alone. The arguments are
+    those of the function, whose gate only backward takes.
+
+    forward: (q, ..., segments, **options) -> o [N, H, Dv], lse [N, H], and what else backward reads
+    of each query, [N, H] as well. backward: (dq, do, gate, results, q, ..., segments, **options) ->
+    of keys and values, and float32 [N, H] the gate's. dq [N, H, Dk], contiguous, is written.
+    results: rows of forward's for the queries of q. Keys that no query of q sees may be left out.
+    do: of o, or with a gate of the gated sum.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]

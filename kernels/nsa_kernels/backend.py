@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import pytorch
+from nsa_kernels.autograd import BranchPasses
 from nsa_kernels.segments import QuerySegments
 
 BACKENDS = ("auto", "pytorch", "triton")
@@ -41,8 +42,8 @@ LEAST_CAPABILITY = (8, 0)
 class Backend(Protocol):
     """The functions a backend implements; all but `select_blocks` are differentiable.
 
-    A backend may also have `gated_branches`, `attend_few`, `add_gradients` and `multiply_rows`, see
-    the functions of these names below.
+    A backend may also have `gated_branches`, `branch_passes`, `attend_few`, `add_gradients` and
+    `multiply_rows`, see the functions of these names below.
     """
 
     @property
@@ -180,6 +181,12 @@ class Backend(Protocol):
 def gated_branches(backend: Backend) -> Sequence[str]:
     """The branches whose functions take a gate and return a summand; others know no `gate`."""
     return getattr(backend, "gated_branches", ())
+
+
+def branch_passes(backend: Backend) -> Mapping[str, BranchPasses]:
+    """By branch, of a backend that has them; then a query's bits in forward depend on its keys
+    alone, in every dtype. {} for others."""
+    return getattr(backend, "branch_passes", {})
 
 
 class AddGradients(Protocol):

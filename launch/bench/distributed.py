@@ -3,8 +3,8 @@
     torchrun --nproc-per-node=2 launch/bench/distributed.py --lengths 65536 131072 --csv bench.csv
 
 Both are one layer's attention at equal heads, widths, tokens, ranks and layout, from queries, keys
-and values on, forward and backward, each rank holding its shard. Each result, gathered, is checked
-before it is timed; a wrong one is not timed, and the program ends with status 1.
+and values on, forward and backward, each rank holding its shard. Each result is checked at rows of
+all ranks before it is timed; a wrong one is not timed, and the program ends with status 1.
 docs/benchmarks.md says what is counted.
 """
 
@@ -18,10 +18,10 @@ if __name__ == "__main__":  # Import from the checkout, not from this file's fol
     others = [path for path in sys.path if Path(path).resolve() != folder]
     sys.path[:] = [str(root), str(root / "kernels"), *others]
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,11 +31,10 @@ from torch import Tensor
 
 from launch.bench import balance
 from launch.bench.exposed import record
-from launch.bench.judges import Verdict, compare_sampled
 from launch.bench.meter import Meter
 from launch.bench.operators import measure, shape_of, where
 from launch.bench.options import Sizes, check_docs
-from launch.bench.problems import Problem, problems
+from launch.bench.over_ranks import Candidate, Shares, dense_of_head, sparse_of_head
 from launch.bench.stream import Stream
 from launch.bench.table import Row, described, number, pair, table, write_csv, write_numbers
 from launch.bench.work import Flops
@@ -44,7 +43,6 @@ from launch.settings import FETCH_AGAIN
 from nsa_dist import (
     BRANCHES,
     CommunicationCounter,
-    Sharding,
     get_plan,
     make_sharding,
     native_sparse_attention,
@@ -55,10 +53,6 @@ from nsa_dist.comm.counter import KINDS
 from nsa_dist.comm.group import ContextGroup, context_group
 from nsa_dist.config import exact_gradients_problem
 from nsa_dist.plan.layout import make_layout
-from nsa_kernels.reference import masked_softmax, weighted_values
-
-Attend = Callable[..., Tensor]
-"""A rank's share of the inputs -> its share [L, H, Dv] of the output."""
 
 
 @dataclass(frozen=True)
@@ -154,94 +148,6 @@ def largest(value: float, context: ContextGroup) -> float:
     return float(found)
 
 
-def of_all(verdict: Verdict, context: ContextGroup) -> Verdict:
-    """The worst of all ranks' verdicts, so that all ranks decide alike; a collective."""
-    error = math.inf if math.isnan(verdict.error) else verdict.error
-    return replace(verdict, error=largest(error, context))
-
-
-class _OverRanks(torch.autograd.Function):
-    """Runs ``attend`` on the shards of whole tensors and returns the whole result.
-
-    The first ``by_token`` inputs are [T, ...] and sharded, the others whole. Gradients are
-    whole too: each rank's part is put in its place, or added over ranks.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, attend: Attend, sharding: Sharding, by_token: int, *inputs: Tensor
-    ) -> Tensor:
-        with torch.enable_grad():
-            ctx.local = local_inputs(inputs, sharding, by_token)
-            ctx.out = attend(*ctx.local)
-        ctx.sharding, ctx.by_token = sharding, by_token
-        return sharding.unshard(ctx.out.detach()[None])[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        sharding, group = ctx.sharding, ctx.sharding.context.process_group
-        own = torch.autograd.grad(ctx.out, ctx.local, sharding.shard(grad[None])[0])
-        whole = []
-        for at, part in enumerate(own):
-            if at < ctx.by_token:
-                whole.append(sharding.unshard(part[None])[0])
-                continue
-            total = part.float()
-            dist.all_reduce(total, group=group)
-            whole.append(total.to(part.dtype))
-        return None, None, None, *whole
-
-
-def local_inputs(inputs: Sequence[Tensor], sharding: Sharding, by_token: int) -> list[Tensor]:
-    """This rank's shards of the first ``by_token`` inputs, as leaves, and the others."""
-    shards = [sharding.shard(x.detach()[None])[0].requires_grad_() for x in inputs[:by_token]]
-    return [*shards, *inputs[by_token:]]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An attention over ranks that is checked and timed.
-
-    Args:
-        problem: checks whole tensors; its ``run`` gathers the results of ``attend``.
-        attend: what is timed, on ``local``.
-        local: this rank's inputs.
-        counter: of the bytes that ``attend`` moves.
-    """
-
-    problem: Problem
-    attend: Attend
-    local: list[Tensor]
-    counter: CommunicationCounter
-
-    def received_mib(self) -> tuple[float, float]:
-        """What this rank receives, forward and backward."""
-        self.counter.reset()
-        out = self.attend(*self.local)
-        forward = sum(self.counter.received.values())
-        out.sum().backward(inputs=self.local)
-        both = sum(self.counter.received.values())
-        for x in self.local:
-            x.grad = None
-        return forward / 2**20, (both - forward) / 2**20
-
-
-def over_ranks(
-    problem: Problem,
-    attend: Attend,
-    sharding: Sharding,
-    by_token: int,
-    counter: CommunicationCounter,
-) -> Candidate:
-    """``problem`` that runs ``attend`` on shards."""
-
-    def run(*inputs: Tensor) -> Tensor:
-        return _OverRanks.apply(attend, sharding, by_token, *inputs)
-
-    local = local_inputs(problem.inputs, sharding, by_token)
-    return Candidate(replace(problem, run=run), attend, local, counter)
-
-
 def candidates(
     stream: Stream, layout: str, context: ContextGroup, **options_of_nsa: Any
 ) -> list[Callable[[], Candidate]]:
@@ -268,17 +174,22 @@ def candidates(
         "device": stream.device,
     }
 
+    shares = Shares(stream, sharding)
+
     def nsa(name: str = "nsa", exact_gradients: int = 0) -> Candidate:
         counter = CommunicationCounter()
-        (problem,) = problems(stream, torch.empty(0), {}, ("whole",))
         plan = get_plan(config, layout, context, **batch, exact_gradients=exact_gradients)
+        sets = len(BRANCHES) if config.independent_kv else 1
 
-        def attend(q: Tensor, gates: Tensor, *rest: Tensor) -> Tensor:
+        def run(q: Tensor, gates: Tensor, *rest: Tensor, **more: Any) -> Any:
             k, v = (
                 {b: x[None] for b, x in zip(BRANCHES, given, strict=True)}
-                for given in (rest[:3], rest[3:6])
+                if sets > 1
+                else given[0][None]
+                for given in (rest[:sets], rest[sets : 2 * sets])
             )
-            out = native_sparse_attention(
+            call: Any = native_sparse_attention  # One of two overloads, by ``more``.
+            return call(
                 *(q[None], k, v, gates[None], *stream.compressors),
                 config=config,
                 group=context,
@@ -287,10 +198,26 @@ def candidates(
                 communication=counter,
                 exact_gradients=exact_gradients,
                 **options_of_nsa,
+                **more,
             )
+
+        def attend(*inputs: Tensor) -> Tensor:
+            out: Tensor = run(*inputs)
             return out[0]
 
-        return over_ranks(replace(problem, name=name), attend, sharding, 8, counter)
+        def choose(*inputs: Tensor) -> Tensor:
+            chosen: Tensor = run(*inputs, return_details=True)[1].selected[0]
+            return chosen
+
+        return Candidate(
+            *(name, attend, shares.of_nsa(), sharding, 2, 2 + 2 * sets),
+            of_head=partial(sparse_of_head, stream),
+            operators=3,  # Compression, attention and the gated sum, one after another.
+            counter=counter,
+            flops=stream.flops["whole"],
+            stream=stream,
+            choose=choose,
+        )
 
     def dense() -> Candidate:
         counter = CommunicationCounter()
@@ -301,26 +228,14 @@ def candidates(
                 *(q[None], k[None], v[None]), group=context, plan=plan, communication=counter
             )[0]
 
-        def reference(rows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            start = rows // stream.size * stream.size
-            keys = torch.arange(length, device=rows.device)
-            mask = (keys >= start[:, None]) & (keys <= rows[:, None])
-            # A group at a time: a row has a probability for each head and key.
-            groups = zip(
-                q.split(config.heads_per_group, 1), k.split(1, 1), v.split(1, 1), strict=True
-            )
-            scale = config.softmax_scale
-            outputs = [
-                weighted_values(masked_softmax(query, key, mask, scale)[0], value)
-                for query, key, value in groups
-            ]
-            return torch.cat(outputs, dim=1)
-
-        judge = compare_sampled(reference, by_row=1)
-        problem = Problem(
-            "dense_ring", "", [stream.q, stream.k, stream.v], attend, judge, stream.flops["dense"]
+        return Candidate(
+            *("dense_ring", attend, [shares.kept(name) for name in "qkv"], sharding, 1, 3),
+            of_head=partial(dense_of_head, stream),
+            operators=1,
+            counter=counter,
+            flops=stream.flops["dense"],
+            stream=stream,
         )
-        return over_ranks(problem, attend, sharding, 3, counter)
 
     built: list[Callable[[], Candidate]] = [dense, nsa] if options.dense else [nsa]
     if options.exact_gradients:
@@ -333,7 +248,7 @@ def bench(
 ) -> tuple[list[DistributedRow], list[str]]:
     """All rows, and messages on wrong results, which are not timed. Rank 0 prints and writes rows.
 
-    Collective: every rank draws the same streams and judges the same whole results.
+    Collective: every rank draws the same streams, and judges its share of the results.
     """
     rows: list[DistributedRow] = []
     wrong: list[str] = []
@@ -358,9 +273,8 @@ def bench(
         }
         for build in candidates(stream, layout, context, **options_of_nsa):
             candidate = build()
-            problem = candidate.problem
-            verdict = of_all(problem.verdict(), context)
-            found = f"{problem.name} at {length}: error {verdict.error:.1e}"
+            verdict = candidate.verdict()
+            found = f"{candidate.name} at {length}: error {verdict.error:.1e}"
             if not verdict.right:
                 wrong.append(f"{found}, at most {verdict.limit:.1e} is right")
                 if is_main:
@@ -369,7 +283,7 @@ def bench(
             received = candidate.received_mib()
             row = replace(
                 blank,
-                operator=problem.name,
+                operator=candidate.name,
                 length=length,
                 error=verdict.error,
                 limit=verdict.limit,
@@ -377,8 +291,7 @@ def bench(
                 backward_mib=largest(received[1], context),
             )
             share = 1 / context.size
-            flops = Flops(problem.flops.forward * share, problem.flops.backward * share)
-            del problem  # Whole tensors that only the judge needed.
+            flops = Flops(candidate.flops.forward * share, candidate.flops.backward * share)
             rows.append(measure(row, candidate.local, candidate.attend, flops, peaks, meter))
             rows = with_ring_ratios(rows)
             if is_main:

@@ -96,25 +96,37 @@ def compare_choice(stream: Stream, q: Tensor, k: Tensor) -> Judge:
 
     def judge(run: Run, inputs: list[Tensor]) -> Verdict:
         selected = run(*inputs)
-        rows = sampled_rows(stream.length)
-        shortfall = deviation = 0.0
-        for document in (rows // stream.size).unique().tolist():
-            own = slice(document * stream.blocks, (document + 1) * stream.blocks)
-            keys = k.detach()[own]
-            # Few at a time: a row has a probability for each head and key.
-            for part in rows[rows // stream.size == document].split(16):
-                t = (part - document * stream.size).to(stream.device)
-                query, chosen = q.detach()[part], selected[part]
-                exact = scores(query.double(), keys.double(), t, stream)
-                plain = scores(query, keys, t, stream)
-                deviation = max(deviation, float((plain - exact).abs().max()))
-                worst = worst_choice(chosen, exact, t, stream)
-                if worst is None:
-                    return Verdict(float("inf"), 4 * deviation)
-                shortfall = max(shortfall, worst)
-        return Verdict(shortfall, 4 * deviation)
+        rows = sampled_rows(stream.length).to(selected.device)
+        return choice_verdict(stream, rows, q.detach()[rows], selected[rows], k.detach())
 
     return judge
+
+
+def choice_verdict(stream: Stream, rows: Tensor, q: Tensor, chosen: Tensor, k: Tensor) -> Verdict:
+    """The verdict of ``compare_choice``.
+
+    Args:
+        rows: int64 [m] of the stream, ascending.
+        q: [m, H, Dk], of these rows.
+        chosen: int [m, G, n], the same.
+        k: [C, G, Dk], compressed keys of all documents.
+    """
+    shortfall = deviation = 0.0
+    of_rows = rows // stream.size
+    for document in of_rows.unique().tolist():
+        own = slice(document * stream.blocks, (document + 1) * stream.blocks)
+        keys = k[own]
+        # Few at a time: a row has a probability for each head and key.
+        for part in (of_rows == document).nonzero().squeeze(1).split(16):
+            t = rows[part] - document * stream.size
+            exact = scores(q[part].double(), keys.double(), t, stream)
+            plain = scores(q[part], keys, t, stream)
+            deviation = max(deviation, float((plain - exact).abs().max()))
+            worst = worst_choice(chosen[part], exact, t, stream)
+            if worst is None:
+                return Verdict(float("inf"), 4 * deviation)
+            shortfall = max(shortfall, worst)
+    return Verdict(shortfall, 4 * deviation)
 
 
 def scores(q: Tensor, k: Tensor, t: Tensor, stream: Stream) -> Tensor:

@@ -60,8 +60,12 @@ class Stream:
         if self.options.data == "random":
             return q
         directions = drifting(self.length, config.num_kv_heads, config.head_dim, self.device)
-        shared = directions.repeat_interleave(config.heads_per_group, dim=1)
-        return (0.53 * q.detach() + 0.85 * shared).to(self.dtype).requires_grad_()
+        q = q.detach()
+        # Some tokens at a time: the sums are in float32, and q may be most of a GPU's memory.
+        for own, of_groups in zip(q.split(1 << 15), directions.split(1 << 15), strict=True):
+            shared = of_groups.repeat_interleave(config.heads_per_group, dim=1)
+            own.copy_(0.53 * own + 0.85 * shared)
+        return q.requires_grad_()
 
     @cached_property
     def k(self) -> Tensor:
@@ -120,6 +124,12 @@ class Stream:
         lengths = (self.size - first).clamp(max=select).repeat(self.options.documents)
         rows = (documents[:, None] + first).flatten()
         return rows.expand(self.config.num_kv_heads, -1).contiguous(), lengths
+
+    def compress(self, k: Tensor) -> Tensor:
+        """Keys [S, heads, Dk] as the run compresses them: [C, heads, Dk]."""
+        config, params = self.config, dict(self.compressors[0].named_parameters())
+        arguments = k, self.block_rows, config.compress_block, config.compress
+        return self.ops.compress(*arguments, params)
 
     @property
     def band(self) -> dict[str, Any]:

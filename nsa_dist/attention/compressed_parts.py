@@ -25,7 +25,7 @@ class _InParts:
     So a compressor is called once, as without parts, and who hooks or wraps it sees its weights.
 
     Args:
-        x_EGD: the rows for each part.
+        x_EGD: the rows that each part reads.
     """
 
     def __init__(self, call: Call, x_EGD: Sequence[Tensor]) -> None:
@@ -42,7 +42,8 @@ class _InParts:
         """See ``Backend.compress``."""
         call, parts = self._call, self._call.plan.parts
         assert parts is not None
-        by_part = parts.blocks["compressed"]
+        by_part, reads = parts.blocks, parts.reads["blocks"]
+        assert by_part is not None
         learned = [name for name, p in params.items() if p.requires_grad]
         weights = None
         if learned and torch.is_grad_enabled():
@@ -55,7 +56,8 @@ class _InParts:
             of_part = dict(params)
             if weights is not None:
                 of_part.update(zip(learned, weights.of_part(part), strict=True))
-            made.append(call.backend.compress(self._x[part], rows, block, kind, of_part))
+            at = rows - reads.rows[part][0]
+            made.append(call.backend.compress(self._x[part], at, block, kind, of_part))
         return by_part.join(made)
 
 

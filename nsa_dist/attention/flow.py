@@ -38,7 +38,8 @@ Messages, in order (``CommunicationCounter`` has the kinds):
 
 The first plan of forward is sent by ``functional.attend``, that of backward by ``AgreeInBackward``.
 With ``exact_gradients`` a weight_grad for each compressor with weights comes between gather_grad
-and the halo_grad of its keys (``nsa_dist.comm.exact``); a head's parts run where the head stands.
+and the halo_grad of its keys (``nsa_dist.comm.exact``); in backward a head's parts run where the
+head stands.
 Code of the user's adds a plan after it ran: custom compressors before gather, a selector before
 request.
 

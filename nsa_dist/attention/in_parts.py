@@ -1,11 +1,17 @@
-"""A branch over all local queries at once, or with ``exact_gradients`` over one part after another.
+"""A branch over all local queries: at once, or with ``exact_gradients`` its backward by part.
+
+Forward gives the same bits however queries are taken together, if the backend says so: it runs once
+for all of them, as without the option. Backward runs for one part after another, from the rows of
+what forward left. A backend that says nothing (``nsa_kernels.backend.branch_passes``) runs forward
+by part too, and once more in backward.
 
 Letters: N local queries, H query heads, D width, n selected blocks per query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,18 +19,11 @@ from torch import Tensor
 
 from nsa_dist.attention.call import Call, recomputed
 from nsa_dist.comm.exact import PartSource
-from nsa_dist.plan.parts import InParts
-from nsa_kernels import QuerySegments
-from nsa_kernels.autograd import first_order
-from nsa_kernels.backend import as_gate
+from nsa_kernels.autograd import first_order, with_summand
+from nsa_kernels.backend import as_gate, branch_passes
 
 Source = Sequence[Tensor] | PartSource
 """Keys and values of a branch: as they are, or to be read part by part."""
-
-
-def tensors_of(source: Source) -> Sequence[Tensor]:
-    """The keys and values themselves."""
-    return source.tensors if isinstance(source, PartSource) else source
 
 
 def attend_branch(
@@ -43,65 +42,175 @@ def attend_branch(
     Returns:
         o [N, H, Dv], lse [N, H], and with a gate the summand.
     """
-
-    def run(
-        q: Tensor,
-        tensors: Sequence[Tensor],
-        gate: Tensor | None,
-        blocks: Tensor | None,
-        segments: QuerySegments,
-    ) -> tuple[Tensor, ...]:
-        rows = () if blocks is None else (blocks,)
-        return recomputed(
-            call,
-            branch,
-            function,
-            q,
-            *tensors,
-            *rows,
-            *tables,
-            segments,
-            **options,
-            **as_gate(gate),
-        )
-
-    if not isinstance(source, PartSource):
-        return run(q_NHD, source, gate_NH, blocks_NGn, call.plan.segments)
-    parts = over_parts(call, q_NHD, source, gate_NH, blocks_NGn)
-    return joined(call, [run(*of_part) for of_part in parts])
+    if isinstance(source, PartSource):
+        run = _Branch(call, branch, function, source, tuple(tables), options)
+        given = q_NHD, gate_NH, blocks_NGn, source.ticket, *source.tensors
+        return recomputed(call, branch, run, *given)
+    rows = () if blocks_NGn is None else (blocks_NGn,)
+    gate = as_gate(gate_NH)
+    segments = call.plan.segments
+    return recomputed(
+        call, branch, function, q_NHD, *source, *rows, *tables, segments, **options, **gate
+    )
 
 
-def over_parts(
-    call: Call, q_NHD: Tensor, source: PartSource, *by_query: Tensor | None
-) -> Iterator[tuple[Any, ...]]:
-    """(q, the source's tensors, each of ``by_query``, segments) of every part."""
+def select_by_part(
+    call: Call, q_NHD: Tensor, k_CGD: Tensor, lse_NH: Tensor, *_: Any, **options: Any
+) -> Tensor:
+    """``select_blocks`` of a backend whose bits do not depend on the split, or part by part."""
+    if branch_passes(call.backend):
+        return call.backend.select_blocks(q_NHD, k_CGD, lse_NH, call.plan.segments, **options)
     parts = call.plan.parts
     assert parts is not None
-    nothing = (None,) * len(parts)
-    queries, *rows = (nothing if x is None else parts.queries.split(x) for x in (q_NHD, *by_query))
-    for part, segments in enumerate(parts.segments):
-        yield queries[part], source.of_part(part), *(x[part] for x in rows), segments
+    reads, (q, lse) = parts.reads["compressed"], map(parts.queries.split, (q_NHD, lse_NH))
+    return parts.queries.join(
+        [
+            call.backend.select_blocks(
+                q[part], k_CGD[first:end], lse[part], reads.segments[part], **options
+            )
+            for part, (first, end) in enumerate(reads.rows)
+        ]
+    )
 
 
-def joined(call: Call, results: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """o, lse and the summand, if there is one, of all queries from those of parts."""
-    assert call.plan.parts is not None
-    queries = call.plan.parts.queries
-    o, lse, *summands = zip(*results, strict=True)
-    whole = queries.join(list(o)), queries.join(list(lse))
-    return (*whole, JoinSummands.apply(queries, *summands[0])) if summands else whole
+@dataclass(frozen=True, eq=False)
+class _Branch:
+    """A branch with its queries' parts: what does not change from one tensor to the next.
+
+    Attributes:
+        function: the backend's, for backends without passes.
+        tables, options: more arguments of it.
+    """
+
+    call: Call
+    branch: str
+    function: Callable[..., tuple[Tensor, ...]]
+    source: PartSource
+    tables: tuple[Tensor, ...]
+    options: dict[str, Any]
+
+    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """Of q, gate, blocks, ticket, and the source's tensors."""
+        results: tuple[Tensor, ...] = _InParts.apply(self, *tensors)
+        return results
+
+    def forward(
+        self, q: Tensor, blocks: Tensor | None, sources: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """o, lse, and what else backward reads of each query."""
+        parts, passes = self.call.plan.parts, branch_passes(self.call.backend).get(self.branch)
+        assert parts is not None
+        if passes is not None:
+            more = () if blocks is None else (blocks,)
+            segments = self.call.plan.segments
+            return passes.forward(q, *sources, *more, *self.tables, segments, **self.options)
+        results = []
+        for part, (query, block) in enumerate(zip(*self._split(q, blocks), strict=True)):
+            arguments = self._arguments(part, query, block, sources)
+            results.append(self.function(*arguments, **self.options))
+        return tuple(parts.queries.join(list(of_parts)) for of_parts in zip(*results, strict=True))
+
+    def backward(
+        self,
+        do: Tensor,
+        gate: Tensor | None,
+        results: tuple[Tensor, ...],
+        q: Tensor,
+        blocks: Tensor | None,
+        sources: tuple[Tensor, ...],
+        gives: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of q and the gate; those of the sources go into their sums.
+
+        Args:
+            gives: whether the sources need gradients.
+        """
+        parts, passes = self.call.plan.parts, branch_passes(self.call.backend).get(self.branch)
+        assert parts is not None
+        rows = zip(*self._split(q, blocks, do, gate, *results), strict=True)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        of_q, of_gate = dq.split(parts.queries.sizes), []
+        for part, (query, block, grad, own_gate, *own) in enumerate(rows):
+            arguments = self._arguments(part, query, block, sources)
+            if not len(query):
+                *grads, dgate = *(x[:0] for x in arguments[1 : 1 + len(sources)]), own_gate
+            elif passes is not None:
+                *grads, dgate = passes.backward(
+                    of_q[part], grad, own_gate, tuple(own), *arguments, **self.options
+                )
+            else:
+                *grads, dgate = self._again(of_q[part], grad, own_gate, arguments, len(sources))
+            if own_gate is not None:
+                of_gate.append(dgate.to(own_gate.dtype))
+            if gives:
+                self.source.sums.put(self.source.reader, part, tuple(grads))
+        whole = dq if parts.queries.back is None else dq.index_select(0, parts.queries.back)
+        return whole, parts.queries.join(of_gate) if gate is not None else None
+
+    def _split(self, *by_query: Tensor | None) -> list[Sequence[Any]]:
+        """Each of the tensors by part."""
+        parts = self.call.plan.parts
+        assert parts is not None
+        nothing = (None,) * len(parts)
+        return [nothing if x is None else parts.queries.split(x) for x in by_query]
+
+    def _arguments(
+        self, part: int, q: Tensor, blocks: Tensor | None, sources: tuple[Tensor, ...]
+    ) -> tuple[Any, ...]:
+        """Of the backend's function, for the queries of a part."""
+        parts, source = self.call.plan.parts, self.source
+        assert parts is not None
+        read = source.sums.rows_of_part(source.reader, part, sources)
+        more = () if blocks is None else (blocks,)
+        return q, *read, *more, *self.tables, parts.reads[self.branch].segments[part]
+
+    def _again(
+        self,
+        dq: Tensor,
+        do: Tensor,
+        gate: Tensor | None,
+        arguments: tuple[Any, ...],
+        sources: int,
+    ) -> tuple[Any, ...]:
+        """What a backend's backward gives, by its function, whose forward runs once more."""
+        q, *rest = arguments
+        given = [x.detach().requires_grad_() for x in (q, *rest[:sources])]
+        gates = [] if gate is None else [gate.detach().requires_grad_()]
+        with torch.enable_grad():
+            o, _, *summand = self.function(
+                *given, *rest[sources:], **self.options, **as_gate(gates[0] if gates else None)
+            )
+        of_q, *grads = torch.autograd.grad(summand[0] if summand else o, [*given, *gates], do)
+        dq.copy_(of_q)
+        return *grads, *(() if gates else (None,))
 
 
-class JoinSummands(torch.autograd.Function):
-    """The summand (``nsa_kernels.autograd.summand_of``) of all queries, without values as well."""
+class _InParts(torch.autograd.Function):
+    """o, lse, and with a gate the summand, of ``_Branch``."""
 
     @staticmethod
-    def forward(ctx: Any, queries: InParts, *summands: Tensor) -> Tensor:
-        ctx.queries = queries
-        of = summands[0]
-        return of.new_zeros(()).expand(sum(queries.sizes), *of.shape[1:])
+    def forward(
+        ctx: Any,
+        of: _Branch,
+        q: Tensor,
+        gate: Tensor | None,
+        blocks: Tensor | None,
+        ticket: Tensor,
+        *sources: Tensor,
+    ) -> tuple[Tensor, ...]:
+        results = of.forward(q, blocks, sources)
+        ctx.of, ctx.dtype = of, ticket.dtype
+        ctx.save_for_backward(q, gate, blocks, *sources, *results)
+        ctx.sources = len(sources)
+        return with_summand(ctx, results[0], results[1], gate)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.queries.split(grad)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, gate, blocks, *rest = ctx.saved_tensors
+        sources, results = tuple(rest[: ctx.sources]), tuple(rest[ctx.sources :])
+        do = grads[0] if gate is None else grads[-1]
+        gives = ctx.needs_input_grad[4]
+        dq, dgate = ctx.of.backward(do, gate, results, q, blocks, sources, gives)
+        ticket = do.new_empty(0, dtype=ctx.dtype) if gives else None
+        return None, dq, dgate, None, ticket, *[None] * ctx.sources

@@ -11,8 +11,8 @@ of a buffer with its halo, C blocks of a grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nsa_dist.attention.call import Call, recomputed
 from nsa_dist.attention.compressed_parts import begin_parts
 from nsa_dist.attention.extended import Extended
-from nsa_dist.attention.in_parts import Source, joined, over_parts
+from nsa_dist.attention.in_parts import Source, attend_branch, select_by_part
 from nsa_dist.checks import describe
 from nsa_dist.comm import Work, begin_gather
 from nsa_dist.comm.agreement import agree
@@ -262,41 +262,43 @@ class CompressedSelector:
         Args:
             gate_NH: the branch's gate, if the backend takes it; the selection then has a summand.
         """
-        attend = partial(recomputed, call, "compressed", call.backend.compressed_attention)
-
-        def choose(
-            q: Tensor, kv: Sequence[Tensor], gate: Tensor | None, segments: QuerySegments
-        ) -> Selection:
-            k, v = kv
-            return choose_by_compressed(call.backend, call.config, segments, q, k, v, gate, attend)
-
-        if not isinstance(gathered, PartSource):
-            return choose(q_NHD, gathered, gate_NH, call.plan.segments)
-        parts = [choose(*of_part) for of_part in over_parts(call, q_NHD, gathered, gate_NH)]
-        return _joined_selection(call, parts, gathered.ticket)
+        ops, config, segments = call.backend, call.config, call.plan.segments
+        if isinstance(gathered, PartSource):
+            return _select_in_parts(call, q_NHD, gathered, gate_NH)
+        attend = partial(recomputed, call, "compressed", ops.compressed_attention)
+        k, v = gathered
+        return choose_by_compressed(ops, config, segments, q_NHD, k, v, gate_NH, attend)
 
 
-def _joined_selection(call: Call, parts: Sequence[Selection], ticket: Tensor) -> Selection:
-    """The selection of all queries from those of parts.
+def _select_in_parts(
+    call: Call, q_NHD: Tensor, source: PartSource, gate_NH: Tensor | None
+) -> Selection:
+    """``CompressedSelector.select`` with ``exact_gradients``."""
+    ops = call.backend
 
-    Args:
-        ticket: of the compressed tokens.
-    """
-    assert call.plan.parts is not None
-    blocks = [x.blocks for x in parts if x.blocks is not None]
-    results = [
-        tuple(y for y in (x.output, x.lse, x.summand) if y is not None)
-        for x in parts
-        if x.output is not None
-    ]
-    output, lse, *summand = joined(call, results) if results else (None, None)
-    return Selection(
-        call.plan.parts.queries.join(blocks) if blocks else None,
-        output,
-        lse,
-        gathered={"compressed blocks": ticket},
-        unused=() if results else (ticket,),
-        summand=summand[0] if summand else None,
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: QuerySegments,
+        gate: Tensor | None = None,
+        **grid: Any,
+    ) -> tuple[Tensor, ...]:
+        read = replace(source, tensors=(k, v))
+        return attend_branch(call, "compressed", ops.compressed_attention, q, read, gate, **grid)
+
+    k_CGD, v_CGD = source.tensors
+    config, segments, select = call.config, call.plan.segments, partial(select_by_part, call)
+    in_use = "compressed" in config.branches
+    # Without a branch of its own nothing that it computes has a gradient.
+    with torch.set_grad_enabled(in_use and torch.is_grad_enabled()):
+        selection = choose_by_compressed(
+            ops, config, segments, q_NHD, k_CGD, v_CGD, gate_NH, attend, select
+        )
+    return replace(
+        selection,
+        gathered={"compressed blocks": source.ticket},
+        unused=() if in_use else (source.ticket,),
     )
 
 
@@ -309,13 +311,16 @@ def choose_by_compressed(
     v_CGD: Tensor,
     gate_NH: Tensor | None = None,
     attend: Callable[..., tuple[Tensor, ...]] | None = None,
+    select: Callable[..., Tensor] | None = None,
 ) -> Selection:
     """Attend to compressed keys and select the blocks with the highest probabilities.
 
     Args:
-        attend: what runs in the place of ``ops.compressed_attention``.
+        attend, select: what runs in the place of ``ops.compressed_attention`` and
+            ``ops.select_blocks``.
     """
     attend = ops.compressed_attention if attend is None else attend
+    select = ops.select_blocks if select is None else select
     grid: dict[str, Any] = {
         "block": config.compress_block,
         "stride": config.compress_stride,
@@ -329,7 +334,7 @@ def choose_by_compressed(
     blocks = None
     if "selected" in config.branches:
         with torch.no_grad():
-            blocks = ops.select_blocks(
+            blocks = select(
                 q_NHD,
                 k_CGD,
                 lse,

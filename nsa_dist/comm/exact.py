@@ -1,12 +1,13 @@
 """Gradients that are added in the order of parts, so that no split changes their bits.
 
-A reader of keys and values (a branch, the compression, one KV head of the selected branch) runs
-once for each part of its queries or blocks. What a part gives is rounded to the tensors' dtype by
-the backend, as what a rank gives otherwise. From there on everything is added in float32 (float64)
-as one binary tree over all parts of the stream (``nsa_dist.plan.parts``): a rank adds the parts of
-its chunks, sends one sum a chunk, and the owner of a row adds the chunks' sums. Where nobody reads
-a row, a summand is left out or zero, which are the same number. Several readers of one tensor have
-a tree each, and the sums of these are added in a fixed order and rounded once.
+The backward of a reader of keys and values (a branch, the compression, one KV head of the selected
+branch) runs once for each part of its queries or blocks. What a part gives is rounded to the
+tensors' dtype by the backend, as what a rank gives otherwise. From there on everything is added in
+float32 (float64) as one binary tree over all parts of the stream (``nsa_dist.plan.parts``): a rank
+adds the parts of its chunks, sends one sum a chunk, and the owner of a row adds the chunks' sums.
+Where nobody reads a row, a summand is left out or zero, which are the same number: a part's has the
+rows that it reads alone. Several readers of one tensor have a tree each, and the sums of these are
+added in a fixed order and rounded once.
 
 Gradients of a part are not passed on by autograd, which would add them in its own order and round
 each time. They are put into a ``Sums``, whose nodes hand on an empty tensor, the ticket:
@@ -14,7 +15,8 @@ each time. They are put into a ``Sums``, whose nodes hand on an empty tensor, th
     home        made where the transfer begins in forward; in backward it ends the return of
                 gradients and gives the total to the tensors that were sent
     opened      made where the transfer ends in forward; in backward it begins the return
-    of_part     gives a part its tensors; in backward it puts their gradients into the sums
+    of_part     gives a part its tensors; in backward it puts their gradients into the sums. A
+                branch has one node for all parts instead (``nsa_dist.attention.in_parts``)
 
 Autograd runs them in backward in the opposite order. Messages have the kinds and the places of
 those without the option, and one more, ``weight_grad``.
@@ -25,9 +27,9 @@ KV heads, g those of a transfer, D = Dk + Dv widths, c chunks of a rank, P ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +43,17 @@ from nsa_dist.plan.parts import Parts
 from nsa_kernels.autograd import first_order
 
 
-def tree_sum(summand: Callable[[int], Tensor | None], first: int, end: int) -> Tensor | None:
+class Summand(Protocol):
+    """What ``tree_sum`` adds."""
+
+    def add_(self, other: Any, /) -> Any:
+        """The sum with another one of its kind. Both are given up."""
+
+
+X = TypeVar("X", bound=Summand)
+
+
+def tree_sum(summand: Callable[[int], X | None], first: int, end: int) -> X | None:
     """The sum over [first, end), a power of two, of pairs, then of pairs of these.
 
     Args:
@@ -53,7 +65,90 @@ def tree_sum(summand: Callable[[int], Tensor | None], first: int, end: int) -> T
     left, right = tree_sum(summand, first, middle), tree_sum(summand, middle, end)
     if left is None or right is None:
         return right if left is None else left
-    return left.add_(right)
+    added: X = left.add_(right)
+    return added
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Consecutive rows of a sum, which is zero elsewhere.
+
+    Attributes:
+        first: the first of them.
+        columns: theirs, one tensor beside another: a part's gradients as they came, or the single
+            tensor of a sum in the accumulation dtype.
+        is_sum: whether it is that, which may be written to.
+    """
+
+    first: int
+    columns: tuple[Tensor, ...]
+    is_sum: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.columns[0])
+
+    def new_sum(self, count: int) -> Tensor:
+        """Memory for ``count`` such rows of a sum."""
+        x = self.columns[0]
+        shape = [count, *x.shape[1:]]
+        if len(self.columns) > 1:
+            shape[-1] = sum(x.shape[-1] for x in self.columns)
+        return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+
+    def copy_to(self, total: Tensor) -> None:
+        """Write these rows to ``total``, which has their shape."""
+        for to, x in self._by_column(total):
+            to.copy_(x)
+
+    def add_to(self, total: Tensor) -> None:
+        """Add these rows to ``total``, which has their shape."""
+        for to, x in self._by_column(total):
+            to.add_(x)
+
+    def _by_column(self, total: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        if len(self.columns) == 1:
+            yield total, self.columns[0]
+            return
+        widths = [x.shape[-1] for x in self.columns]
+        yield from zip(total.split(widths, dim=-1), self.columns, strict=True)
+
+    def between(self, first: int, end: int) -> _Rows:
+        """Rows [first, end) of these."""
+        run = slice(first - self.first, end - self.first)
+        return _Rows(first, tuple(x[run] for x in self.columns), self.is_sum)
+
+    def among(self, count: int) -> Tensor:
+        """The whole sum, of ``count`` rows."""
+        if self.is_sum and (self.first, self.end) == (0, count):
+            return self.columns[0]
+        total = self.new_sum(count)
+        total[: self.first].zero_()
+        self.copy_to(total[self.first : self.end])
+        total[self.end :].zero_()
+        return total
+
+
+def _added(a: _Rows | None, b: _Rows | None) -> _Rows | None:
+    """a + b, in any order: of two summands it does not matter. Neither is used afterwards."""
+    if a is None or b is None:
+        return b if a is None else a
+    if (b.first, -b.end) < (a.first, -a.end):
+        a, b = b, a
+    end = max(a.end, b.end)
+    if a.is_sum and a.end == end:
+        total = a.columns[0]
+    else:
+        total = a.new_sum(end - a.first)
+        a.copy_to(total[: a.end - a.first])
+    total[a.end - a.first : max(a.end, b.first) - a.first].zero_()
+    both = min(a.end, b.end)
+    if b.first < both:
+        b.between(b.first, both).add_to(total[b.first - a.first : both - a.first])
+    alone = max(a.end, b.first)
+    if alone < b.end:
+        b.between(alone, b.end).copy_to(total[alone - a.first :])
+    return _Rows(a.first, (total,), True)
 
 
 class PartSums:
@@ -62,29 +157,61 @@ class PartSums:
     def __init__(self, parts: Parts) -> None:
         self._levels = parts.per_chunk.bit_length() - 1
         self._chunks = len(parts.chunks)
-        self._waiting: dict[tuple[int, int], Tensor] = {}
+        self._waiting: dict[tuple[int, int], _Rows | None] = {}
 
-    def put(self, part: int, x: Tensor) -> None:
-        """Add x, which is written to, as the gradient of the rank's part number ``part``."""
-        level = 0
+    def put(self, part: int, *columns: Tensor, first: int = 0) -> None:
+        """Add the gradient of the rank's part number ``part``.
+
+        Args:
+            columns: of rows [first, ...), beside each other in their last dimension.
+        """
+        level, x = 0, _Rows(first, columns) if len(columns[0]) else None
         while level < self._levels and (level, part ^ 1) in self._waiting:
-            x = x.add_(self._waiting.pop((level, part ^ 1)))
+            x = _added(x, self._waiting.pop((level, part ^ 1)))
             level, part = level + 1, part // 2
         assert (level, part) not in self._waiting, (level, part)
         self._waiting[level, part] = x
 
     def take(self, shape: Sequence[int], like: Tensor) -> list[Tensor]:
-        """The sums, zeros of ``shape`` if nothing was put. It is empty afterwards."""
+        """The sums, each of ``shape``. It is empty afterwards."""
         dtype = accumulation_dtype(like.dtype)
-        if not self._waiting:
-            return [like.new_zeros(shape, dtype=dtype) for _ in range(self._chunks)]
-        return [self._waiting.pop((self._levels, chunk)) for chunk in range(self._chunks)]
+        sums = [self._waiting.pop((self._levels, chunk), None) for chunk in range(self._chunks)]
+        assert not self._waiting, list(self._waiting)
+        return [
+            like.new_zeros(shape, dtype=dtype) if x is None else x.among(shape[0]) for x in sums
+        ]
 
 
-def _wide(*grads: Tensor) -> Tensor:
-    """Keys' and values' gradients beside each other, a new tensor in the accumulation dtype."""
-    dtype = accumulation_dtype(grads[0].dtype)
-    return torch.cat([x.to(dtype) for x in grads], dim=-1)
+@dataclass(eq=False)
+class _Returned:
+    """A summand of a rank's rows: all of them, or those of some that another rank returned.
+
+    Attributes:
+        rows: int64, in ascending order of senders, each once; None for all.
+        values: theirs, in the accumulation dtype.
+        count: how many rows the sum has.
+    """
+
+    values: Tensor
+    rows: Tensor | None
+    count: int
+
+    def whole(self) -> Tensor:
+        """All rows. It is given up."""
+        if self.rows is None:
+            return self.values
+        total = self.values.new_zeros(self.count, *self.values.shape[1:])
+        return total.index_copy_(0, self.rows, self.values)
+
+    def add_(self, other: _Returned) -> _Returned:
+        """The sum. The order of two summands does not change it."""
+        if self.rows is other.rows:  # Of one rank, or both of all rows.
+            return _Returned(self.values.add_(other.values), self.rows, self.count)
+        a, b = (other, self) if other.rows is None else (self, other)
+        total = a.whole()
+        assert b.rows is not None
+        # A rank returns a row once, so the order of additions is fixed.
+        return _Returned(total.index_add_(0, b.rows, b.values), None, self.count)
 
 
 class Sums:
@@ -94,8 +221,14 @@ class Sums:
         self.parts, self.channel = parts, channel
         self.returning: Work[Tensor] | None = None
 
+    def rows_of_part(
+        self, reader: str, part: int, tensors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """The rows of the tensors that ``part`` reads."""
+        return tensors
+
     def put(self, reader: str, part: int, grads: tuple[Tensor, ...]) -> None:
-        """Add the gradients of the tensors of ``part``."""
+        """Add the gradients of the rows of ``part``."""
         raise NotImplementedError
 
     def begin(self) -> None:
@@ -110,11 +243,40 @@ class Sums:
         work, self.returning = self.returning, None
         return None if work is None else work.finish()
 
-    def _over_chunks(self, summand: Callable[[int, int], Tensor | None]) -> Tensor | None:
+    def _over_chunks(self, summand: Callable[[int, int], X | None]) -> X | None:
         """The tree over the chunks of all ranks; ``summand(rank, which of its chunks)``."""
         owners = self.parts.owners
         places = [owners[:chunk].count(owner) for chunk, owner in enumerate(owners)]
         return tree_sum(lambda s: summand(owners[s], places[s]), 0, len(owners))
+
+    def _over_ranks(
+        self,
+        local: Sequence[Tensor],
+        returned: Tensor | None,
+        runs: Sequence[tuple[slice, Tensor]],
+        first: int = 0,
+    ) -> Tensor:
+        """The tree over chunks whose sums are all rows here and some from others.
+
+        Args:
+            local: of this rank's chunks, each [rows, ...]; written to.
+            returned: [.., chunks, ...] from the others, by rank.
+            runs: of each rank, where its rows are in ``returned``, and which they are.
+            first: place of the first chunk among those of ``returned``.
+        """
+
+        def summand(p: int, place: int) -> _Returned | None:
+            count = len(local[0])
+            if p == self.channel.group.rank:
+                return _Returned(local[place], None, count)
+            run, rows = runs[p]
+            if returned is None or not len(rows):
+                return None
+            return _Returned(returned[run, first + place], rows, count)
+
+        total = self._over_chunks(summand)
+        assert total is not None
+        return total.whole()
 
 
 def home(sums: Sums, *tensors: Tensor) -> Tensor:
@@ -145,10 +307,14 @@ class PartSource:
     tensors: tuple[Tensor, ...]
     reader: str = ""
 
+    def rows_of_part(self, part: int) -> tuple[Tensor, ...]:
+        """The rows of the tensors that one part of the reader's queries or blocks reads."""
+        return self.sums.rows_of_part(self.reader, part, self.tensors)
+
     def of_part(self, part: int) -> tuple[Tensor, ...]:
-        """The tensors for one part of the reader's queries or blocks."""
+        """The same, whose gradients go into the sums."""
         given: tuple[Tensor, ...] = _OfPart.apply(
-            self.sums, self.reader, part, self.ticket, *self.tensors
+            self.sums, self.reader, part, self.ticket, *self.rows_of_part(part)
         )
         return given
 
@@ -194,6 +360,10 @@ class _OfPart(torch.autograd.Function):
         return None, None, None, grads[0].new_empty(0, dtype=ctx.dtype), *[None] * ctx.count
 
 
+READS = {"window": "window", "compressed": "blocks"}
+"""Which of ``Parts.reads`` says what a reader of a set reads; the compressed branch its blocks."""
+
+
 class SetSums(Sums):
     """Of a set of keys and values with its halo.
 
@@ -226,8 +396,15 @@ class SetSums(Sums):
         self.selected: dict[int, Tensor] = {}
         self._local: list[Tensor] = []
 
+    def rows_of_part(
+        self, reader: str, part: int, tensors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        first, end = self.parts.reads[READS[reader]].rows[part]
+        return tuple(x[first:end] for x in tensors)
+
     def put(self, reader: str, part: int, grads: tuple[Tensor, ...]) -> None:
-        self._by_reader[reader].put(part, _wide(*grads))
+        first, _ = self.parts.reads[READS[reader]].rows[part]
+        self._by_reader[reader].put(part, *grads, first=first)
 
     def begin(self) -> None:
         self._local = [
@@ -249,39 +426,28 @@ class SetSums(Sums):
             )
 
     def finish(self) -> tuple[Tensor, ...]:
-        halo, rank, chunks = self.halo, self.channel.group.rank, len(self.parts.chunks)
+        halo, chunks = self.halo, len(self.parts.chunks)
         returned, local = self._returned(), self._local
         self._local = []
-        if not halo.is_identity:
-            local = [x[halo.own_rows] for x in local]
-        ends = torch.tensor(halo.send_counts).cumsum(0).tolist()
-
-        def from_rank(p: int, place: int) -> Tensor | None:
-            run = slice(ends[p] - halo.send_counts[p], ends[p])
-            if returned is None or not halo.send_counts[p]:
-                return None
-            return torch.zeros_like(local[0]).index_copy_(
-                0, halo.send_rows[run], returned[run, place]
-            )
-
-        def of_reader(first: int) -> Tensor:
-            total = self._over_chunks(
-                lambda p, c: local[first + c] if p == rank else from_rank(p, first + c)
-            )
-            assert total is not None
-            return total
-
-        totals = [of_reader(number * chunks) for number in range(len(self._by_reader))]
+        rows = halo.send_rows if halo.is_identity else halo.own_rows[halo.send_rows]
+        runs = _runs(rows, halo.send_counts)
+        # The rows of halos stay beside: they are their owners'.
+        totals = [
+            self._over_ranks(local[first : first + chunks], returned, runs, first)
+            for first in range(0, len(self._by_reader) * chunks, chunks)
+        ]
         if self._selects:
             total = local[-1]
-            for p in range(self.channel.group.size):
-                of_rank = from_rank(p, len(local) - 1)
+            for run, rows in runs:
                 # One rank at most owns a token's block, and all others add zeros.
-                total = total if of_rank is None else total.add_(of_rank)
+                if returned is not None and len(rows):
+                    total.index_add_(0, rows, returned[run, len(local) - 1])
             totals.append(total)
         grad = totals[0]
         for total in totals[1:]:
             grad = grad.add_(total)
+        if not halo.is_identity:
+            grad = grad[halo.own_rows]
         k, v = _rounded(grad, self._dtype).split(self.widths, dim=-1)
         return k, v
 
@@ -291,33 +457,41 @@ class HeadSums(Sums):
 
     def __init__(self, of_set: SetSums, ticket: Tensor) -> None:
         super().__init__(of_set.parts, of_set.channel)
-        self._of_set, self._sums = of_set, PartSums(of_set.parts)
+        self._of_set = of_set
+        self._own, self._fetched = PartSums(of_set.parts), PartSums(of_set.parts)
         self.ticket = home(self, ticket)
         self._transfer: Transfer | None = None
         self._local: list[Tensor] = []
-        self._like, self._shape = ticket, (0, 0, 0)
+        self._like, self._heads = ticket, 0
 
     def source(self, transfer: Transfer, *tensors: Tensor) -> PartSource:
         """k, v of own rows [E, g, D] and of fetched ones [F, g, D], to be read by part."""
-        self._transfer = transfer
-        k_own, _, k_fetched, _ = tensors
-        rows = k_own.shape[0] + k_fetched.shape[0]
-        self._shape = (rows, k_own.shape[1], sum(self._of_set.widths))
+        self._transfer, self._heads = transfer, tensors[0].shape[1]
         return PartSource(self, opened(self, self.ticket), tensors)
 
+    def rows_of_part(
+        self, reader: str, part: int, tensors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        if self.parts.fetches[part]:  # Fetched rows are counted from the last own one on.
+            return tensors
+        k_own, v_own, k_fetched, v_fetched = tensors
+        _, end = self.parts.reads["selected"].rows[part]
+        return k_own[:end], v_own[:end], k_fetched[:0], v_fetched[:0]
+
     def put(self, reader: str, part: int, grads: tuple[Tensor, ...]) -> None:
-        k_own, v_own, k_fetched, v_fetched = grads
-        own, fetched = _wide(k_own, v_own), _wide(k_fetched, v_fetched)
-        self._sums.put(part, torch.cat((own, fetched)) if len(fetched) else own)
+        _, end = self.parts.reads["selected"].rows[part]
+        self._own.put(part, *(x[:end] for x in grads[:2]))
+        self._fetched.put(part, *grads[2:])
 
     def begin(self) -> None:
-        transfer, num_own = self._transfer, self._of_set.halo.num_rows
+        transfer = self._transfer
         assert transfer is not None
-        sums = self._sums.take(self._shape, self._like)
-        self._local = [x[:num_own] for x in sums]
+        shape = self._heads, sum(self._of_set.widths)
+        self._local = self._own.take((self._of_set.halo.num_rows, *shape), self._like)
+        fetched = self._fetched.take((transfer.received, *shape), self._like)
         if self.channel.group.size > 1:
             self.returning = begin_all_to_all(
-                torch.stack([x[num_own:] for x in sums], dim=1),
+                torch.stack(fetched, dim=1),
                 transfer.recv_counts,
                 transfer.send_counts,
                 self.channel,
@@ -328,24 +502,17 @@ class HeadSums(Sums):
         transfer, returned, local = self._transfer, self._returned(), self._local
         self._local = []
         assert transfer is not None
-        ends = torch.tensor(transfer.send_counts).cumsum(0).tolist()
-
-        def summand(p: int, place: int) -> Tensor | None:
-            if p == self.channel.group.rank:
-                return local[place]
-            count = transfer.send_counts[p]
-            if returned is None or not count:
-                return None
-            run = slice(ends[p] - count, ends[p])
-            # A rank asks for a row once at most.
-            return torch.zeros_like(local[0]).index_copy_(
-                0, transfer.send_rows[run], returned[run, place]
-            )
-
-        total = self._over_chunks(summand)
-        assert total is not None
-        self._of_set.selected[transfer.first_head] = total
+        # A rank asks for a row once at most.
+        runs = _runs(transfer.send_rows, transfer.send_counts)
+        self._of_set.selected[transfer.first_head] = self._over_ranks(local, returned, runs)
         return (self._like.new_empty(0),)
+
+
+def _runs(rows: Tensor, counts: Sequence[int]) -> list[tuple[slice, Tensor]]:
+    """Of each rank, where its ``counts`` rows stand, and which they are."""
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    runs = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    return [(run, rows[run]) for run in runs]
 
 
 class GatherSums(Sums):
@@ -361,8 +528,15 @@ class GatherSums(Sums):
         self._dtype, self._like = k_CGD.dtype, k_CGD.new_empty(0)
         self._local: list[Tensor] = []
 
+    def rows_of_part(
+        self, reader: str, part: int, tensors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        first, end = self.parts.reads["compressed"].rows[part]
+        return tuple(x[first:end] for x in tensors)
+
     def put(self, reader: str, part: int, grads: tuple[Tensor, ...]) -> None:
-        self._sums.put(part, _wide(*grads))
+        first, _ = self.parts.reads["compressed"].rows[part]
+        self._sums.put(part, *grads, first=first)
 
     def begin(self) -> None:
         blocks, group = self._blocks, self.channel.group
@@ -407,7 +581,8 @@ class WeightSums(Sums):
         self._local: list[Tensor] = []
 
     def put(self, reader: str, part: int, grads: tuple[Tensor, ...]) -> None:
-        self._sums.put(part, _wide(*(x.flatten() for x in grads)))
+        dtype = accumulation_dtype(self._like.dtype)
+        self._sums.put(part, torch.cat([x.flatten().to(dtype) for x in grads]))
 
     def begin(self) -> None:
         size = self.channel.group.size
@@ -440,4 +615,4 @@ class WeightSums(Sums):
 
 def _rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
     """In ``dtype``. Zeros are +0: whether a summand was zero or left out does not show."""
-    return (total + 0.0).to(dtype)
+    return total.to(dtype).add_(0.0)

@@ -91,7 +91,6 @@ def build_plan(
     segments = QuerySegments.from_table(table)
     parts = None
     if exact_gradients:
-        own_ids = {name: of.own_ids for name, of in blocks.items()}
         parts = build_parts(
             stream,
             layout,
@@ -101,8 +100,9 @@ def build_plan(
             length,
             cu_seqlens,
             segments,
+            config.window if "window" in config.branches else None,
             grids,
-            own_ids,
+            blocks,
         )
     return Plan(
         config=config,

@@ -8,8 +8,9 @@ and ranks that add their own parts, then one another's chunks, add in the order 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from torch import Tensor
 from nsa_dist.plan.grid import Grid
 from nsa_dist.plan.layout import Layout, chunk_starts, concat_ranges
 from nsa_dist.plan.stream import Stream
-from nsa_kernels import QuerySegments
+from nsa_kernels import QuerySegments, Segment
+
+if TYPE_CHECKING:
+    from nsa_dist.plan.tables import BlockOwnership
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +51,19 @@ class InParts:
 
 
 @dataclass(frozen=True, eq=False)
+class Reads:
+    """The rows of a buffer that each part reads: gradients of the others are zero.
+
+    Attributes:
+        rows: [first, end) of each part.
+        segments: the part's, which count the buffer's rows from ``first`` on.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    segments: tuple[QuerySegments, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Parts:
     """The parts that a rank holds.
 
@@ -56,8 +73,11 @@ class Parts:
         chunks: this rank's chunks, ascending.
         per_chunk: parts of a chunk, a power of two.
         queries: this rank's local tokens by part.
-        segments: those of each part.
-        blocks: this rank's own blocks of each grid by part, that of their first token.
+        blocks: this rank's own compression blocks by part, that of their first token.
+        reads: by reader. ``window`` reads rows of its set, ``compressed`` compressed tokens,
+            ``selected`` own rows of its set, ``blocks`` (the compression of ``blocks``) rows of
+            its set.
+        fetches: whether queries of each part may choose blocks of other ranks.
     """
 
     most_ranks: int
@@ -65,11 +85,12 @@ class Parts:
     chunks: tuple[int, ...]
     per_chunk: int
     queries: InParts
-    segments: tuple[QuerySegments, ...]
-    blocks: Mapping[str, InParts]
+    blocks: InParts | None
+    reads: Mapping[str, Reads]
+    fetches: tuple[bool, ...]
 
     def __len__(self) -> int:
-        return len(self.segments)
+        return len(self.chunks) * self.per_chunk
 
 
 def parts_layout(name: str, most_ranks: int) -> Layout:
@@ -109,15 +130,17 @@ def build_parts(
     length: int,
     cu_seqlens: Tensor | None,
     segments: QuerySegments,
+    window: int | None,
     grids: Mapping[str, Grid],
-    own_ids: Mapping[str, Tensor],
+    blocks: Mapping[str, BlockOwnership],
 ) -> Parts:
     """A rank's parts. Lengths must have passed ``parts_problem``.
 
     Args:
         layout: by which the stream is split over ranks.
         segments: all of the rank's.
-        own_ids: of its blocks, by grid.
+        window: of the window branch; None without it.
+        grids, blocks: by name.
     """
     starts, part_of = chunk_starts(parts_layout(layout.name, most_ranks), batch, length, cu_seqlens)
 
@@ -139,17 +162,85 @@ def build_parts(
     mine = stream.run_rank == rank
     first = stream.run_start[mine]
     queries, part = in_parts(concat_ranges(first, stream.run_end[mine] - first))
+    of_parts = _segments_of_parts(segments, part, len(held))
+    reads = {}
+    if window is not None:
+
+        def of_window(position: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+            return position - window + 1, end
+
+        reads["window"] = _reads(of_parts, "window_base", of_window)
+    own_blocks = None
+    if "compressed" in grids:
+        grid, of = grids["compressed"], blocks["compressed"]
+
+        def of_tokens(_: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.zeros_like(end), (end - grid.block) // grid.stride + 1
+
+        reads["compressed"] = _reads(of_parts, "compressed_base", of_tokens)
+        own_blocks, part = in_parts(_block_starts(stream, grid)[of.own_ids])
+        reads["blocks"] = Reads(
+            tuple(
+                (int(rows.min()), int(rows.max()) + grid.block) if len(rows) else (0, 0)
+                for rows in (of.own_rows[part == number] for number in range(len(held)))
+            )
+        )
+    fetches: tuple[bool, ...] = ()
+    if "selected" in grids:
+        reads["selected"], fetches = _choices(of_parts, grids["selected"], blocks["selected"], rank)
     return Parts(
         most_ranks=most_ranks,
         owners=layout.owners,
         chunks=chunks,
         per_chunk=per_chunk,
         queries=queries,
-        segments=_segments_of_parts(segments, part, len(held)),
-        blocks={
-            name: in_parts(_block_starts(stream, grids[name])[own_ids[name]])[0] for name in grids
-        },
+        blocks=own_blocks,
+        reads=reads,
+        fetches=fetches,
     )
+
+
+def _reads(
+    of_parts: Sequence[Tensor], column: str, keys: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Reads:
+    """What parts read of a buffer in which a document's key 0 is at row ``column``.
+
+    Args:
+        of_parts: a table of segments of each part.
+        keys: (position of the first query, end of the last) -> [first key, end) of a segment.
+    """
+    at = Segment._fields.index(column)
+    rows, segments = [], []
+    for table in of_parts:
+        low, high = keys(table[:, 2], table[:, 2] + table[:, 1])
+        low, sees = low.clamp(min=0), high > low.clamp(min=0)
+        first = int((table[:, at] + low)[sees].min()) if bool(sees.any()) else 0
+        end = int((table[:, at] + high)[sees].max()) if bool(sees.any()) else 0
+        rows.append((first, end))
+        shifted = table.clone()
+        shifted[:, at] -= first
+        segments.append(QuerySegments.from_table(shifted))
+    return Reads(tuple(rows), tuple(segments))
+
+
+def _choices(
+    of_parts: Sequence[Tensor], grid: Grid, blocks: BlockOwnership, rank: int
+) -> tuple[Reads, tuple[bool, ...]]:
+    """Own rows up to the last block that each part may choose, and whether it may choose blocks of
+    other ranks."""
+    is_other = torch.zeros(blocks.total + 1, dtype=torch.int64)
+    is_other[1:] = (blocks.owner != rank).cumsum(0)
+    ends = torch.zeros(len(blocks.own_ids) + 1, dtype=torch.int64)
+    ends[1:] = (blocks.own_rows + blocks.lengths[blocks.own_ids]).cummax(0).values
+    rows, fetches = [], []
+    for table in of_parts:
+        first = table[:, Segment._fields.index("selected_base")]
+        end = first + (table[:, 2] + table[:, 1] - 1) // grid.stride + 1
+        last = torch.searchsorted(blocks.own_ids, end)
+        rows.append((0, int(ends[last].max()) if len(table) else 0))
+        fetches.append(bool((is_other[end] > is_other[first]).any()))
+    segments = tuple(QuerySegments.from_table(table) for table in of_parts)
+    return Reads(tuple(rows), segments), tuple(fetches)
 
 
 def _block_starts(stream: Stream, grid: Grid) -> Tensor:
@@ -160,10 +251,8 @@ def _block_starts(stream: Stream, grid: Grid) -> Tensor:
     )
 
 
-def _segments_of_parts(
-    segments: QuerySegments, part: Tensor, count: int
-) -> tuple[QuerySegments, ...]:
-    """The segments, cut where parts end, of each part's rows alone.
+def _segments_of_parts(segments: QuerySegments, part: Tensor, count: int) -> list[Tensor]:
+    """The segments, cut where parts end, as a table [.., 6] of each part's rows alone.
 
     Args:
         part: int64 [N], of each local row.
@@ -181,5 +270,5 @@ def _segments_of_parts(
     for number in range(count):
         own = cut[part[start] == number]
         own[:, 0] = own[:, 1].cumsum(0) - own[:, 1]
-        of_parts.append(QuerySegments.from_table(own))
-    return tuple(of_parts)
+        of_parts.append(own)
+    return of_parts

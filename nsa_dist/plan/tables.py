@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.plan.parts import InParts, Parts
+from nsa_dist.plan.parts import InParts, Parts, Reads
 from nsa_dist.plan.statement import Statement
 from nsa_kernels import QuerySegments
 
@@ -152,7 +152,7 @@ def _move(value: Any, device: torch.device, memo: dict[int, Any]) -> Any:
         moved = {k: _move(v, device, memo) for k, v in value.items()}
     elif isinstance(value, tuple) and value and isinstance(value[0], QuerySegments):
         moved = tuple(_move(x, device, memo) for x in value)
-    elif isinstance(value, (Plan, Halo, BlockOwnership, VisibleBlocks, Parts, InParts)):
+    elif isinstance(value, (Plan, Halo, BlockOwnership, VisibleBlocks, Parts, InParts, Reads)):
         moved = replace(
             value, **{f.name: _move(getattr(value, f.name), device, memo) for f in fields(value)}
         )

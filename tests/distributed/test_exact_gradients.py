@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist import (
+    BRANCHES,
     NativeSparseAttention,
     NSAConfig,
     RotaryConfig,
@@ -25,8 +28,10 @@ from nsa_dist.attention.plan_cache import get_plan
 from nsa_dist.comm.collectives import begin_all_to_all
 from nsa_dist.comm.exact import PartSums, tree_sum
 from nsa_dist.comm.group import context_group
+from nsa_dist.plan.build import build_plan
 from nsa_dist.plan.layout import make_layout
 from nsa_dist.plan.parts import parts_layout
+from nsa_kernels.autograd import BranchPasses
 from nsa_kernels.compressors import COMPRESSORS
 from tests.distributed.exact_case import (
     PACKED,
@@ -110,6 +115,89 @@ def test_bits_up_to_eight_ranks(name: str, size: int, ranks_of: Callable[[int], 
         case = replace(case, lengths=tuple(2 * n for n in case.lengths))
     found = ranks_of(size).run(gradients_on_rank, case)[0]
     assert differing(found, gradients(case)) == []
+
+
+def leaf(x: Any) -> Any:
+    floating = isinstance(x, Tensor) and x.is_floating_point()
+    return x.detach().requires_grad_() if floating else x
+
+
+def passes_of(ops: Any, calls: Counter[str]) -> dict[str, BranchPasses]:
+    """What a backend has whose forward is the same however queries are taken together, as that of
+    these bfloat16 cases is."""
+
+    def passes(branch: str) -> BranchPasses:
+        function = getattr(ops, f"{branch}_attention")
+
+        def forward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+            calls[f"{branch} forward"] += 1
+            with torch.no_grad():
+                o, lse = function(*arguments, **options)
+            return o, lse, lse + 1.0
+
+        def backward(
+            dq: Tensor,
+            do: Tensor,
+            gate: Tensor,
+            results: tuple[Tensor, ...],
+            *arguments: Any,
+            **options: Any,
+        ) -> tuple[Tensor, ...]:
+            calls[f"{branch} backward"] += 1
+            o, lse, more = results
+            given = [leaf(x) for x in (gate, *arguments)]
+            with torch.enable_grad():
+                again, lse_again, summand = function(*given[1:], **options, gate=given[0])
+            torch.testing.assert_close(o, again)  # The rows of these queries.
+            torch.testing.assert_close(lse, lse_again)
+            assert torch.equal(more, lse + 1.0)
+            of = [x for x in given[1:] if isinstance(x, Tensor) and x.requires_grad]
+            of_q, *grads, dgate = torch.autograd.grad(summand, [*of, given[0]], do)
+            assert dq.is_contiguous()
+            dq.copy_(of_q)
+            return *grads, dgate.float()
+
+        return BranchPasses(forward, backward)
+
+    return {branch: passes(branch) for branch in BRANCHES}
+
+
+def gradients_by_passes(case: Case, group: Any = None) -> tuple[dict[str, Tensor], Counter[str]]:
+    """``gradients`` with a forward of all queries at once, and how often its passes ran."""
+    calls: Counter[str] = Counter()
+    passes = partial(passes_of, calls=calls)
+    with mock.patch("nsa_dist.attention.in_parts.branch_passes", passes):
+        return gradients(case, group), calls
+
+
+def by_passes_on_rank(case: Case) -> tuple[dict[str, Tensor] | None, Counter[str]]:
+    found, calls = gradients_by_passes(case, dist.group.WORLD)
+    return found if dist.get_rank() == 0 else None, calls
+
+
+BY_PASSES = [
+    *(name for name in SPLITS if name.endswith("bfloat16")),
+    *("shared-kv", "fetched-again", "recomputed", "checkpointed", "window-longer-than-parts"),
+    *("blocks-longer-than-parts", "selected-only", "no-tokens", "short-documents"),
+]
+
+
+@pytest.mark.parametrize("name", BY_PASSES)
+def test_bits_where_forward_runs_once(name: str, ranks_of: Callable[[int], Ranks]) -> None:
+    """They are also those of a forward that runs by part."""
+    (found, calls), *_ = ranks_of(4).run(by_passes_on_rank, CASES[name])
+    assert found is not None
+    assert differing(found, single_rank(name)) == []
+    if name == "zigzag-packed-bfloat16":
+        again, one = gradients_by_passes(CASES[name])
+        assert differing(again, single_rank(name)) == []
+        heads = SMALL.num_kv_heads
+        forward = {"compressed forward": 1, "selected forward": heads, "window forward": 1}
+        assert {k: n for k, n in calls.items() if "forward" in k} == forward
+        assert {k: n for k, n in one.items() if "forward" in k} == forward
+        # Two of the eight parts of a rank of four; all of one rank.
+        assert (calls["window backward"], one["window backward"]) == (2, 8)
+        assert (calls["selected backward"], one["selected backward"]) == (2 * heads, 8 * heads)
 
 
 @pytest.mark.parametrize("lengths", [None, PACKED], ids=["one-document", "packed"])
@@ -220,7 +308,7 @@ def nodes_and_kinds_on_rank(case: Case) -> tuple[set[str], set[str]]:
 
 
 def test_without_the_option_nothing_is_added(ranks_of: Callable[[int], Ranks]) -> None:
-    ours = {"_OfPartBackward", "_HomeBackward", "_OpenedBackward", "JoinSummandsBackward"}
+    ours = {"_OfPartBackward", "_HomeBackward", "_OpenedBackward", "_InPartsBackward"}
     found, kinds = ranks_of(2).run(nodes_and_kinds_on_rank, Case(most_ranks=0))[0]
     usual = {"_HomeBackward"}  # The fetch has a node of that name.
     assert found & ours <= usual and "weight_grad" not in kinds
@@ -293,6 +381,28 @@ def two_backwards_on_rank(case: Case) -> list[str]:
 
 def test_a_graph_may_run_backward_twice(ranks_of: Callable[[int], Ranks]) -> None:
     assert ranks_of(2).run(two_backwards_on_rank, Case(dtype=torch.float32)) == [[], []]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_part_reads_few_rows(layout: str, size: int) -> None:
+    """Of one document: its own, and as many before or after as a window or a block reaches."""
+    cut = make_layout(layout, size)
+    plan = build_plan(SMALL, cut, size - 1, size, 1, 320, None, exact_gradients=4)
+    assert plan.parts is not None
+    part = 320 // 8
+    for reader, more in (("window", SMALL.window - 1), ("blocks", SMALL.compress_block - 1)):
+        for first, end in plan.parts.reads[reader].rows:
+            assert part <= end - first <= part + more
+    compressed = plan.grids["compressed"]
+    last = [end for _, end in plan.parts.reads["compressed"].rows]
+    assert last == sorted(set(last)) and last[-1] <= compressed.total
+    if size == 1:
+        assert plan.parts.fetches == (False,) * 8
+        assert [end for _, end in plan.parts.reads["selected"].rows] == list(range(40, 321, 40))
+    elif layout != "contiguous":
+        # The last of two ranks has the middle of the document, that of four the middle too.
+        assert plan.parts.fetches == (True,) * (8 // size)
 
 
 def test_sums_of_parts_do_not_depend_on_their_arrival() -> None:

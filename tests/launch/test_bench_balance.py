@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from launch.bench import balance
-from launch.bench.distributed import DistributedOptions, local_inputs
+from launch.bench.distributed import DistributedOptions
+from launch.bench.over_ranks import local_inputs
 from launch.bench.splits import SplitsOptions, rows
 from launch.bench.stream import Stream
 from nsa_dist import make_sharding

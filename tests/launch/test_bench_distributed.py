@@ -8,6 +8,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from launch.bench.distributed import (
     markdown,
     with_ring_ratios,
 )
+from launch.bench.judges import Verdict
 from launch.bench.stream import Stream
 from launch.bench.table import Shape, read_rows
+from nsa_dist import Sharding
 from nsa_dist.comm.group import context_group
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.test_bench import NoClock
@@ -145,18 +148,95 @@ def test_a_wrong_result_on_one_rank_is_not_timed(ranks_of: RanksOf) -> None:
         assert rows[0].forward_over_ring is None
 
 
+def checked_twisted(options: DistributedOptions, what: str) -> Verdict:
+    """The verdict on nsa with an error on rank 1."""
+    torch.manual_seed(0)
+    context = context_group(dist.group.WORLD)
+    stream = Stream(options, options.lengths[0], "cpu")
+    candidate = candidates(stream, options.layout_name, context)[-1]()
+    attend, choose = candidate.attend, candidate.choose
+    assert candidate.name == "nsa" and choose is not None
+    here = dist.get_rank() == 1
+
+    def twisted(*inputs: torch.Tensor) -> torch.Tensor:
+        out = attend(*inputs)
+        if here and what == "output":
+            out = out * 1.01
+        if here and what == "other rows":
+            out = out + 1e-3 * (inputs[0].sum() - inputs[0].detach().sum())
+        return out
+
+    def chosen(*inputs: torch.Tensor) -> torch.Tensor:
+        blocks = choose(*inputs)
+        if here and what == "choice":  # The last query takes its earliest free block.
+            last = blocks[-1]
+            free = next(j for j in range(1, int(last.max())) if not (last == j).any())
+            last[:, 1] = torch.where(last[:, 1] > free, free, last[:, 1])
+            blocks[-1] = last.sort(-1).values
+        return blocks
+
+    if here and what.isdigit():  # The gradient of one input.
+        candidate.local[int(what)].register_hook(lambda grad: 1.01 * grad)
+    return replace(candidate, attend=twisted, choose=chosen).verdict()
+
+
+@pytest.mark.parametrize(
+    "what", ["nothing", "output", "other rows", "choice", *map(str, range(10))]
+)
+def test_an_error_on_one_rank_is_found(ranks_of: RanksOf, what: str) -> None:
+    """Of the output, of each input's gradient, of rows without gradient, and of chosen blocks."""
+    options = replace(SMALL, lengths=(256,), dense=False, layout="auto")
+    first, second = ranks_of(2).run(checked_twisted, options, what)
+    assert first == second and first.right == (what == "nothing")
+
+
+def test_one_set_of_keys_for_all_branches(ranks_of: RanksOf) -> None:
+    options = replace(SMALL, lengths=(96,), dense=False, independent_kv=False, documents=2)
+    (rows, wrong), _ = ranks_of(2).run(run_bench, options)
+    assert wrong == [] and [row.operator for row in rows] == ["nsa"]
+
+
+def gathered_by_check(options: DistributedOptions) -> tuple[list[tuple[int, ...]], bool]:
+    """Shapes of what a check gathers of whole streams."""
+    context, gathered = context_group(dist.group.WORLD), []
+    stream = Stream(options, options.lengths[0], "cpu")
+    candidate = candidates(stream, options.layout_name, context)[-1]()
+    assert not {"q", "k", "v", "gates"} & set(vars(stream))
+
+    def unshard(sharding: Sharding, x: torch.Tensor) -> torch.Tensor:
+        whole = original(sharding, x)
+        gathered.append(tuple(whole.shape))
+        return whole
+
+    original = Sharding.unshard
+    with mock.patch.object(Sharding, "unshard", unshard):
+        right = candidate.verdict().right
+    return gathered, right
+
+
+def test_a_check_gathers_keys_and_values_of_one_head_at_a_time(ranks_of: RanksOf) -> None:
+    options = replace(SMALL, lengths=(128,), dense=False, layout="auto")
+    for gathered, right in ranks_of(2).run(gathered_by_check, options):
+        assert right and set(gathered) == {(1, 128, 1, 16), (1, 128, 1, 32)}
+
+
 def whole_gradients(options: DistributedOptions) -> list[list[torch.Tensor]]:
-    """Of each attention, the gradients of its whole inputs by its run over the ranks."""
+    """Of each attention, its output and the gradients of its inputs, gathered from the ranks."""
     torch.manual_seed(0)
     context = context_group(dist.group.WORLD)
     stream = Stream(options, options.lengths[0], "cpu")
     found = []
     for build in candidates(stream, options.layout_name, context):
-        problem = build().problem
-        out = problem.run(*problem.inputs)
-        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-        grads = torch.autograd.grad(out, problem.inputs, weight.to(out.dtype))
-        found.append([out.detach(), *grads])
+        candidate = build()
+        out = candidate.attend(*candidate.local)
+        shape, sharding = (stream.length, *out.shape[1:]), candidate.sharding
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        grads = torch.autograd.grad(out, candidate.local, sharding.shard(weight[None])[0])
+        by_token = [out.detach(), *grads[: candidate.by_token]]
+        of_weights = list(grads[candidate.by_token :])
+        for x in of_weights:
+            dist.all_reduce(x)
+        found.append([*(sharding.unshard(x[None])[0] for x in by_token), *of_weights])
     return found
 
 

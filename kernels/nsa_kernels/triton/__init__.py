@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import torch
 
-from nsa_kernels.triton.banded import compressed_attention, window_attention
+from nsa_kernels.triton.banded import (
+    compressed_attention,
+    compressed_passes,
+    window_attention,
+    window_passes,
+)
 from nsa_kernels.triton.combine import add_gradients, combine
 from nsa_kernels.triton.compression import compress, gather_blocks
 from nsa_kernels.triton.decoding import attend_few
 from nsa_kernels.triton.rows import multiply_rows
-from nsa_kernels.triton.selected import selected_attention
+from nsa_kernels.triton.selected import selected_attention, selected_passes
 from nsa_kernels.triton.selection import select_blocks
 
 __all__ = [
     "add_gradients",
     "attend_few",
+    "branch_passes",
     "combine",
     "compress",
     "compressed_attention",
@@ -36,6 +42,11 @@ __all__ = [
 
 name = "triton"
 gated_branches = ("compressed", "selected", "window")
+branch_passes = {
+    "compressed": compressed_passes,
+    "selected": selected_passes,
+    "window": window_passes,
+}
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_WIDTH = 256

@@ -3,7 +3,15 @@
 from nsa_kernels.triton.banded.operator import (
     banded_attention,
     compressed_attention,
+    compressed_passes,
     window_attention,
+    window_passes,
 )
 
-__all__ = ["banded_attention", "compressed_attention", "window_attention"]
+__all__ = [
+    "banded_attention",
+    "compressed_attention",
+    "compressed_passes",
+    "window_attention",
+    "window_passes",
+]

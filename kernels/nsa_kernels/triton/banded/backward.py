@@ -406,14 +406,16 @@ def banded_backward(
     band: Band,
     scale: float,
     gate_NH: Tensor | None = None,
+    into_NHD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q [N, H, Dk], k [E, G, Dk] and v [E, G, Dv] in their dtypes, and delta.
 
     o and do [N, H, Dv], lse [N, H]; the last dimension of each contiguous. With a gate [N, H], of
     any floating dtype and strides, do is the gradient of the gated sum, and the gradients are those
     of g o: see shared/gates.py. delta, the gate's gradient, is float32 [N, H].
+    into: contiguous memory for the gradient of q.
     """
-    dq_NHD = empty_as(q_NHD)
+    dq_NHD = empty_as(q_NHD) if into_NHD is None else into_NHD
     dk_EGD, dv_EGD = empty_as(k_EGD), empty_as(v_EGD)
     delta_NH = empty_as(lse_NH)
     if not q_NHD.shape[0]:

@@ -110,9 +110,11 @@ def hopper_backward(
     band: Band,
     scale: float,
     gate_NH: Tensor | None = None,
+    into_NHD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`banded_backward` where `runs_hopper_backward`: of q, k and v and delta [N, H]."""
-    dq_NHD, dk_EGD, dv_EGD, delta_NH = (empty_as(x) for x in (q_NHD, k_EGD, v_EGD, lse_NH))
+    dq_NHD = empty_as(q_NHD) if into_NHD is None else into_NHD
+    dk_EGD, dv_EGD, delta_NH = (empty_as(x) for x in (k_EGD, v_EGD, lse_NH))
     if not q_NHD.shape[0] or not k_EGD.shape[0]:
         return dq_NHD.zero_(), dk_EGD.zero_(), dv_EGD.zero_(), delta_NH.zero_()
     (_, heads, dk), (_, groups, dv) = q_NHD.shape, v_EGD.shape

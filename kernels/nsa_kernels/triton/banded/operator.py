@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from nsa_kernels.autograd import summand_of
+from nsa_kernels.autograd import BranchPasses, summand_of
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.banded.backward import banded_backward
 from nsa_kernels.triton.banded.band import Band
@@ -56,6 +57,22 @@ def _attend_backward(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and delta, the gate's gradient; do: of o, or of the gated sum with a gate."""
+    return _gradients(q, k, v, o, lse, gate, do, segments, *arguments)
+
+
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    gate: Tensor | None,
+    do: Tensor,
+    segments: Tensor,
+    *arguments: Any,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same; into: contiguous memory for dq."""
     *band, scale = arguments
     q, k, v, do = (last_dim_contiguous(x) for x in (q, k, v, do))
     at = segments_of(segments, q.device)
@@ -63,8 +80,8 @@ def _attend_backward(
         # Imported where it runs: Gluon is not in every version of Triton.
         from nsa_kernels.triton.banded.hopper_backward import hopper_backward
 
-        return hopper_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate)
-    return banded_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate)
+        return hopper_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate, into)
+    return banded_backward(q, k, v, o, lse, do, at, Band(*band), scale, gate, into)
 
 
 @_attend_backward.register_fake
@@ -126,8 +143,7 @@ def compressed_attention(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See `Backend.compressed_attention`."""
-    band = Band(offset=block - 1, stride=stride, window=0, column="compressed_base")
-    return banded_attention(q, k, v, segments, band, scale, gate)
+    return banded_attention(q, k, v, segments, _compressed(block, stride), scale, gate)
 
 
 def window_attention(
@@ -141,5 +157,42 @@ def window_attention(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See `Backend.window_attention`."""
-    band = Band(offset=0, stride=1, window=window, column="window_base")
-    return banded_attention(q, k, v, segments, band, scale, gate)
+    return banded_attention(q, k, v, segments, _window(window), scale, gate)
+
+
+def _compressed(block: int, stride: int) -> Band:
+    return Band(offset=block - 1, stride=stride, window=0, column="compressed_base")
+
+
+def _window(window: int) -> Band:
+    return Band(offset=0, stride=1, window=window, column="window_base")
+
+
+def _passes(band_of: Callable[..., Band]) -> BranchPasses:
+    """Of the branch whose options but the scale `band_of` takes."""
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, segments: QuerySegments, *, scale: float, **band: int
+    ) -> tuple[Tensor, ...]:
+        return _attend(q, k, v, None, segments.host, *band_of(**band), scale)[:2]
+
+    def backward(
+        dq: Tensor,
+        do: Tensor,
+        gate: Tensor | None,
+        results: tuple[Tensor, Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: QuerySegments,
+        *,
+        scale: float,
+        **band: int,
+    ) -> tuple[Tensor, ...]:
+        (o, lse), at = results, band_of(**band)
+        return _gradients(q, k, v, o, lse, gate, do, segments.host, *at, scale, into=dq)[1:]
+
+    return BranchPasses(forward, backward)
+
+
+compressed_passes, window_passes = _passes(_compressed), _passes(_window)

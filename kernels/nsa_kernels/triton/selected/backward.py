@@ -413,6 +413,7 @@ def selected_backward(
     select_block: int,
     scale: float,
     gate_NH: Tensor | None = None,
+    into_NHD: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k_own, v_own, k_fetched and v_fetched, the arguments of forward; and delta.
 
@@ -422,7 +423,7 @@ def selected_backward(
     [N, H]. Besides the lists of lists.py this takes a workspace of at most WORKSPACE bytes.
     """
     tensors = [k_own_EGD, v_own_EGD, k_fetched_FGD, v_fetched_FGD]
-    dq_NHD = empty_as(q_NHD)
+    dq_NHD = empty_as(q_NHD) if into_NHD is None else into_NHD
     grads = [empty_as(x) for x in tensors]
     torch._foreach_zero_(grads)  # One launch. Rows of blocks that no query chose stay zero.
     num_blocks, num_own = block_lengths_B.shape[0], k_own_EGD.shape[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nsa_kernels.autograd import summand_of
+from nsa_kernels.autograd import BranchPasses, summand_of
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.selected.backward import selected_backward
 from nsa_kernels.triton.selected.blocks import with_int32_blocks
@@ -87,6 +87,29 @@ def _attend_blocks_backward(
     gate: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Of q and the sources, and delta, the gate's; do: of o, or of the gated sum with a gate."""
+    sources, choice = (k_own, v_own, k_fetched, v_fetched), (selected, block_rows, block_lengths)
+    return _gradients(q, *sources, o, log_sum, do, *choice, segments, select_block, scale, gate)
+
+
+def _gradients(
+    q: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    k_fetched: Tensor,
+    v_fetched: Tensor,
+    o: Tensor,
+    log_sum: Tensor,
+    do: Tensor,
+    selected: Tensor,
+    block_rows: Tensor,
+    block_lengths: Tensor,
+    segments: Tensor,
+    select_block: int,
+    scale: float,
+    gate: Tensor | None,
+    into: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The same; into: contiguous memory for the gradient of q."""
     k_own, v_own, k_fetched, v_fetched = (
         with_int32_blocks(x, select_block) for x in (k_own, v_own, k_fetched, v_fetched)
     )
@@ -110,6 +133,7 @@ def _attend_blocks_backward(
         select_block,
         scale,
         gate,
+        into,
     )
 
 
@@ -161,3 +185,35 @@ def selected_attention(
     choice = (selected, block_rows, block_lengths, segments.host)
     o, lse, _, summand = _attend_blocks(q, *sources, *choice, select_block, scale, gate)
     return (o, lse) if gate is None else (o, lse, summand)
+
+
+def _forward_alone(
+    q: Tensor, *arguments: Any, select_block: int, scale: float
+) -> tuple[Tensor, ...]:
+    """o, lse, and lse in the kernels' base; arguments: those of `selected_attention`."""
+    *tensors, segments = arguments
+    results: tuple[Tensor, ...] = _attend_blocks(
+        q, *tensors, segments.host, select_block, scale, None
+    )
+    return results[:3]
+
+
+def _backward_alone(
+    dq: Tensor,
+    do: Tensor,
+    gate: Tensor | None,
+    results: tuple[Tensor, Tensor, Tensor],
+    *arguments: Any,
+    select_block: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Of the sources, and delta, the gate's; dq is written."""
+    *tensors, segments = arguments
+    o, _, log_sum = results
+    sources, choice = tensors[:5], (*tensors[5:], segments.host)
+    given: tuple[Any, ...] = (*sources, o, log_sum, do, *choice, select_block, scale, gate, dq)
+    _, *others = _gradients(*given)
+    return tuple(others)
+
+
+selected_passes = BranchPasses(_forward_alone, _backward_alone)
