@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -23,7 +25,7 @@ from nsa_dist import (
 )
 from nsa_dist.attention.plan_cache import get_plan
 from nsa_dist.comm.collectives import begin_all_to_all
-from nsa_dist.comm.exact import PartSums, tree_sum
+from nsa_dist.comm.exact import PartSums, Sums, tree_sum
 from nsa_dist.comm.group import context_group
 from nsa_dist.plan.layout import make_layout
 from nsa_dist.plan.parts import parts_layout
@@ -293,6 +295,33 @@ def two_backwards_on_rank(case: Case) -> list[str]:
 
 def test_a_graph_may_run_backward_twice(ranks_of: Callable[[int], Ranks]) -> None:
     assert ranks_of(2).run(two_backwards_on_rank, Case(dtype=torch.float32)) == [[], []]
+
+
+@pytest.mark.parametrize("backward", [True, False], ids=["backward", "forward-alone"])
+def test_a_graph_ends_without_the_garbage_collector(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes of a transfer share an object, which must not refer to a node of its own."""
+    made: list[weakref.ref[Sums]] = []
+    start = Sums.__init__
+
+    def note(self: Sums, *arguments: Any) -> None:
+        made.append(weakref.ref(self))
+        start(self, *arguments)
+
+    monkeypatch.setattr(Sums, "__init__", note)
+    layer = NativeSparseAttention(32, SMALL, exact_gradients=8, layout="contiguous")
+    x = torch.randn(1, 256, 32, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        out = layer(x)
+        if backward:
+            out.sum().backward()
+        del out
+        assert made and all(sums() is None for sums in made)
+    finally:
+        gc.enable()
 
 
 def test_sums_of_parts_do_not_depend_on_their_arrival() -> None:
