@@ -77,7 +77,7 @@ from nsa_dist.comm import (
     heads_per_transfer,
 )
 from nsa_dist.comm.agreement import AgreeInBackward
-from nsa_dist.comm.exact import HeadSums
+from nsa_dist.comm.exact import HeadSums, home
 from nsa_dist.comm.fetch import Transfer
 from nsa_dist.nn.rotary import apply_rotary
 from nsa_kernels import Backend
@@ -228,7 +228,7 @@ class _Selected:
         self._sources = list(zip(*sources, strict=True))
         # The first head's gradients come back last: this node is old, so that in backward the
         # window and the compressed branch run before it waits for them.
-        self._sums_of_heads: dict[HeadFetch, HeadSums] = {}
+        self._sums_of_heads: dict[HeadFetch, tuple[HeadSums, Tensor]] = {}
         self._first = self._fetch(0)
 
     def request(self, blocks_NGn: Tensor) -> None:
@@ -287,7 +287,9 @@ class _Selected:
         again = self._call.fetch_again and torch.is_grad_enabled()
         fetch = HeadFetch(k, v, self._call.channel, again=again)
         if self._sums is not None:
-            self._sums_of_heads[fetch] = HeadSums(*self._sums)
+            of_set, ticket = self._sums
+            sums = HeadSums(of_set)
+            self._sums_of_heads[fetch] = sums, home(sums, ticket)
         return fetch
 
     def _attend_heads(
@@ -304,7 +306,8 @@ class _Selected:
         tensors = fetch.k, fetch.v, *fetch.finish()
         source: Source = tensors
         if self._sums is not None:
-            source = self._sums_of_heads.pop(fetch).source(transfer, *tensors)
+            sums, ticket = self._sums_of_heads.pop(fetch)
+            source = sums.source(ticket, transfer, *tensors)
         return list(
             attend_branch(
                 call,

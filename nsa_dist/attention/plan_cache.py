@@ -10,6 +10,7 @@ that sends data first agrees on its plan: see ``nsa_dist.comm.agreement``.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields, replace
@@ -30,6 +31,7 @@ from nsa_dist.plan.grid import all_grids
 from nsa_dist.plan.layout import check_lengths, make_layout
 from nsa_dist.plan.parts import parts_problem
 from nsa_dist.plan.statement import Statement, show_boundaries
+from nsa_kernels.unchanged import Seen
 
 CACHED_PLANS = 8
 
@@ -45,7 +47,10 @@ _plans_of_one_rank: list[_Entry] = []
 _plans_of_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, list[_Entry]] = (
     weakref.WeakKeyDictionary()
 )
-_host_copies: list[tuple[weakref.ref[Tensor], int, Tensor]] = []
+_host_copies: list[tuple[weakref.ref[Tensor], Seen, Tensor]] = []
+_lock = threading.Lock()
+# Plans whose tables a CUDA graph reads. Nothing tells when a graph ends, so they stay.
+_captured: dict[int, Plan] = {}
 
 
 def _plans_of(group: ContextGroup) -> list[_Entry]:
@@ -58,15 +63,48 @@ def on_host(cu_seqlens: Tensor) -> Tensor:
     """A CPU copy of device boundaries, made once per batch and shared by all layers."""
     if cu_seqlens.device.type == "cpu":
         return cu_seqlens
-    if cu_seqlens.is_inference():  # It has no version that shows changes in place.
+    if cu_seqlens.is_inference():  # To find it again the host would have to wait as well.
         return cu_seqlens.cpu()
-    for source, version, copy in _host_copies:
-        if source() is cu_seqlens and version == cu_seqlens._version:
+    return _copy_of(cu_seqlens)
+
+
+def _copy_of(cu_seqlens: Tensor) -> Tensor:
+    with _lock:
+        found = [(seen, copy) for source, seen, copy in _host_copies if source() is cu_seqlens]
+    for seen, copy in reversed(found):
+        if seen.again(cu_seqlens):
             return copy
-    copy = cu_seqlens.cpu()
-    _host_copies.append((weakref.ref(cu_seqlens), cu_seqlens._version, copy))
-    del _host_copies[:-CACHED_PLANS]
+    copy = cu_seqlens.to("cpu", copy=True)
+    with _lock:
+        _host_copies.append((weakref.ref(cu_seqlens), Seen(cu_seqlens, "cu_seqlens"), copy))
+        del _host_copies[:-CACHED_PLANS]
     return copy
+
+
+def _found_in(plans: list[_Entry], key: tuple[Any, ...], cu_seqlens: Tensor | None) -> Plan | None:
+    """The plan of these values, which becomes the latest."""
+    with _lock:  # Threads that share a model, or that load data.
+        for at, entry in enumerate(plans):
+            if entry.key == key and _same_documents(entry.cu_seqlens, cu_seqlens):
+                plans.append(plans.pop(at))
+                return entry.plan
+    return None
+
+
+def _keep_if_captured(plan: Plan | None, device: torch.device) -> None:
+    """Keep a plan that is found while a CUDA graph is captured, for as long as the process lives.
+
+    Raises:
+        ValueError: if there is none: the host would make it, and its copies would be the graph's.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return
+    if plan is None:
+        raise ValueError(
+            "the attention must have run with these documents before a CUDA graph captures it, "
+            "got the first call with them"
+        )
+    _captured[id(plan)] = plan
 
 
 def _same_documents(a: Tensor | None, b: Tensor | None) -> bool:
@@ -190,10 +228,10 @@ def find_plan(
     key = (config, layout, batch, local_length, dtype, device, exact_gradients, *asked)
     plans = _plans_of(group)
     if problem is None:
-        for at, entry in enumerate(plans):
-            if entry.key == key and _same_documents(entry.cu_seqlens, cu_seqlens):
-                plans.append(plans.pop(at))
-                return entry.plan
+        found = _found_in(plans, key, cu_seqlens)
+        _keep_if_captured(found, device)
+        if found is not None:
+            return found
 
     values = {
         "call": "forward",
@@ -232,6 +270,7 @@ def find_plan(
             config, cut, group.rank, group.size, batch, length, own, grids, exact_gradients
         )
         plan = replace(plan.to(device), statement=statement)
-    plans.append(_Entry(key, own, plan))
-    del plans[:-CACHED_PLANS]
+    with _lock:
+        plans.append(_Entry(key, own, plan))
+        del plans[:-CACHED_PLANS]
     return plan

@@ -215,7 +215,10 @@ class _Returned:
 
 
 class Sums:
-    """What the three nodes of a transfer share. See the kinds of it below."""
+    """What the three nodes of a transfer share. See the kinds of it below.
+
+    It keeps no ticket: a node would keep itself, and its graph, by what it shares.
+    """
 
     def __init__(self, parts: Parts, channel: Channel) -> None:
         self.parts, self.channel = parts, channel
@@ -389,7 +392,7 @@ class SetSums(Sums):
     ) -> None:
         super().__init__(parts, channel)
         self.halo, self.widths = halo, (k_NGD.shape[-1], v_NGD.shape[-1])
-        self._dtype, self._like = k_NGD.dtype, k_NGD.new_empty(0)
+        self._dtype, self.like = k_NGD.dtype, k_NGD.new_empty(0)
         self._shape = (halo.num_rows, k_NGD.shape[1], sum(self.widths))
         self._by_reader = {reader: PartSums(parts) for reader in readers}
         self._selects = selects
@@ -410,7 +413,7 @@ class SetSums(Sums):
         self._local = [
             sum_EGD
             for sums in self._by_reader.values()
-            for sum_EGD in sums.take(self._shape, self._like)
+            for sum_EGD in sums.take(self._shape, self.like)
         ]
         if self._selects:
             heads = [self.selected.pop(head) for head in sorted(self.selected)]
@@ -455,19 +458,22 @@ class SetSums(Sums):
 class HeadSums(Sums):
     """Of the selected blocks of the heads of a transfer, to the sums of their set."""
 
-    def __init__(self, of_set: SetSums, ticket: Tensor) -> None:
+    def __init__(self, of_set: SetSums) -> None:
         super().__init__(of_set.parts, of_set.channel)
         self._of_set = of_set
         self._own, self._fetched = PartSums(of_set.parts), PartSums(of_set.parts)
-        self.ticket = home(self, ticket)
         self._transfer: Transfer | None = None
         self._local: list[Tensor] = []
-        self._like, self._heads = ticket, 0
+        self._like, self._heads = of_set.like, 0
 
-    def source(self, transfer: Transfer, *tensors: Tensor) -> PartSource:
-        """k, v of own rows [E, g, D] and of fetched ones [F, g, D], to be read by part."""
+    def source(self, ticket: Tensor, transfer: Transfer, *tensors: Tensor) -> PartSource:
+        """k, v of own rows [E, g, D] and of fetched ones [F, g, D], to be read by part.
+
+        Args:
+            ticket: of ``home``.
+        """
         self._transfer, self._heads = transfer, tensors[0].shape[1]
-        return PartSource(self, opened(self, self.ticket), tensors)
+        return PartSource(self, opened(self, ticket), tensors)
 
     def rows_of_part(
         self, reader: str, part: int, tensors: tuple[Tensor, ...]

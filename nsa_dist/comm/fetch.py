@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from nsa_dist.comm.channel import Channel
@@ -322,11 +323,13 @@ class HeadFetch:
     Args:
         k, v: own rows. The attributes of the same name are to be used in their place, so that their
             gradients and those from other ranks are added in float32 (float64) and rounded once.
-        again: whether ``drop`` and ``again`` do anything.
+        again: whether ``drop`` and ``again`` do anything. They do not on a GPU where the caller's
+            hooks on saved tensors keep the fetched blocks, such as in memory of the host: a copy on
+            a stream of its own would read memory that was freed.
     """
 
     def __init__(self, k: Tensor, v: Tensor, channel: Channel, *, again: bool = False) -> None:
-        self._again = again and channel.group.size > 1
+        self._again = again and channel.group.size > 1 and not _hooks_read_later(k)
         self._exchange: _Exchange | None = None
         self._received: Tensor | None = None
         self.k, self.v = k, v
@@ -384,6 +387,15 @@ class HeadFetch:
         kept = (self.k.detach(), self.v.detach(), self._received[:0])
         self._received = None
         return _Again.apply(out, *kept, self._exchange)
+
+
+def _hooks_read_later(x: Tensor) -> bool:
+    """Whether hooks on saved tensors may read x after its operator: all but those of activation
+    checkpointing, which keep nothing."""
+    if x.device.type != "cuda":
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ != torch.utils.checkpoint.__name__
 
 
 def _fetched_bytes(counter: CommunicationCounter) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +28,7 @@ from nsa_dist import (
 )
 from nsa_dist.attention.plan_cache import get_plan
 from nsa_dist.comm.collectives import begin_all_to_all
-from nsa_dist.comm.exact import PartSums, tree_sum
+from nsa_dist.comm.exact import PartSums, Sums, tree_sum
 from nsa_dist.comm.group import context_group
 from nsa_dist.plan.build import build_plan
 from nsa_dist.plan.layout import make_layout
@@ -403,6 +405,33 @@ def test_a_part_reads_few_rows(layout: str, size: int) -> None:
     elif layout != "contiguous":
         # The last of two ranks has the middle of the document, that of four the middle too.
         assert plan.parts.fetches == (True,) * (8 // size)
+
+
+@pytest.mark.parametrize("backward", [True, False], ids=["backward", "forward-alone"])
+def test_a_graph_ends_without_the_garbage_collector(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes of a transfer share an object, which must not refer to a node of its own."""
+    made: list[weakref.ref[Sums]] = []
+    start = Sums.__init__
+
+    def note(self: Sums, *arguments: Any) -> None:
+        made.append(weakref.ref(self))
+        start(self, *arguments)
+
+    monkeypatch.setattr(Sums, "__init__", note)
+    layer = NativeSparseAttention(32, SMALL, exact_gradients=8, layout="contiguous")
+    x = torch.randn(1, 256, 32, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        out = layer(x)
+        if backward:
+            out.sum().backward()
+        del out
+        assert made and all(sums() is None for sums in made)
+    finally:
+        gc.enable()
 
 
 def test_sums_of_parts_do_not_depend_on_their_arrival() -> None:

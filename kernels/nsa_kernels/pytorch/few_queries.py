@@ -24,6 +24,7 @@ from nsa_kernels.pytorch._common import accumulation_dtype, exact, scaled_produc
 from nsa_kernels.pytorch.block_selection import best_blocks
 from nsa_kernels.pytorch.compressed_attention import num_visible
 from nsa_kernels.segments import QuerySegments
+from nsa_kernels.unchanged import Seen
 
 
 class _Gathered:
@@ -63,7 +64,11 @@ class _Queries:
         window: int,
     ) -> None:
         # Kept, as `_queries_of` knows them by their identity.
-        self._tables = (block_rows_B, pages)
+        self._tables = [
+            (table, Seen(table, name))
+            for name, table in (("block_rows", block_rows_B), ("compressed_rows", pages))
+            if table is not None
+        ]
         rows = slice(start, stop)
         self.position_m = segments.positions[rows]
         of_query = torch.repeat_interleave(segments.table[:, 3:], segments.table[:, 1], dim=0)
@@ -89,6 +94,10 @@ class _Queries:
         of_keys = block_rows_B[selected_base + key // select_block] + key % select_block
         self.window = _Gathered(of_keys, hidden)
 
+    def tables_are_the_same(self) -> bool:
+        """Whether nothing was written to the tables since."""
+        return all(seen.again(table) for table, seen in self._tables)
+
 
 _queries: weakref.WeakKeyDictionary[QuerySegments, dict[Any, _Queries]] = (
     weakref.WeakKeyDictionary()
@@ -100,9 +109,10 @@ def _queries_of(
 ) -> _Queries:
     known = _queries.setdefault(segments, {})
     key = (id(block_rows_B), id(pages), *arguments)
-    if key not in known:
-        known[key] = _Queries(segments, block_rows_B, pages, *arguments)
-    return known[key]
+    found = known.get(key)
+    if found is None or not found.tables_are_the_same():
+        found = known[key] = _Queries(segments, block_rows_B, pages, *arguments)
+    return found
 
 
 def _index_of_heads(rows: Tensor, apart: int, num_groups: int) -> Tensor:

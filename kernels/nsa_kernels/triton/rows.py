@@ -11,9 +11,11 @@ from torch import Tensor
 
 from nsa_kernels.triton.compression.projection import project
 from nsa_kernels.triton.shared.arguments import last_dim_contiguous
+from nsa_kernels.triton.shared.launch import on_its_device
 
 
 @torch.no_grad()
+@on_its_device
 def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `nsa_kernels.backend.MultiplyRows`."""
     rows_N = torch.arange(len(x), device=x.device)

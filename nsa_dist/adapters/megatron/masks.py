@@ -37,14 +37,17 @@ def check_mask(
         length: s/cp, tokens of this rank.
         context: the context parallel ranks, which hold rows in Megatron's order.
     """
-    if getattr(mask, "nsa_version_checked", None) == mask._version:
+    # Changes in place of what was made in inference mode are not counted.
+    counts = not mask.is_inference()
+    if counts and getattr(mask, "nsa_version_checked", None) == mask._version:
         return
     problem = None
     if not _is_causal(mask, length, context):
         problem = f"attention_mask must be {ALLOWED}, got {describe(mask)} that is not causal"
     agree(Statement({"call": "mask of a layer"}), problem, context, counter)
     # Remember it on the tensor, which all layers of a forward share.
-    mask.nsa_version_checked = mask._version  # type: ignore[attr-defined]
+    if counts:
+        mask.nsa_version_checked = mask._version  # type: ignore[attr-defined]
 
 
 def _is_causal(mask: Tensor, length: int, context: ContextGroup) -> bool:

@@ -35,9 +35,19 @@ from nsa_dist.config import NSAConfig
 from nsa_dist.nn.gates import gates_from_logits
 from nsa_dist.plan import Plan
 from nsa_dist.sharding import boundaries_from_positions
+from nsa_kernels.unchanged import Seen
 
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Plans by the batch's positions, a tensor that all layers share: as long as that tensor."""
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """The plans of a batch, and the positions that they were made from."""
+
+    seen: Seen
+    plans: dict[Any, Plan]
+
+
+_batches: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""A ``_Batch`` by its positions, a tensor that all layers share: as long as that tensor."""
 
 
 class NSAttention(GQAttention):
@@ -132,8 +142,9 @@ class NSAttention(GQAttention):
     @_disable_current_modes()  # As in find_plan.
     def _plan(self, q: Tensor, positions: Tensor | None) -> Plan:
         """The batch's plan: the first layer makes it, the others find it."""
-        key = (self.nsa, self.layout, self.context, q.dtype)
-        made = {} if positions is None else _plans.setdefault(positions, {})
+        # Layers of one group have a context each.
+        key = (self.nsa, self.layout, self.context.reference, q.dtype)
+        made = {} if positions is None else _plans_of(positions)
         if key not in made:
             made[key] = get_plan(
                 self.nsa,
@@ -148,6 +159,14 @@ class NSAttention(GQAttention):
                 device=q.device,
             )
         return made[key]
+
+
+def _plans_of(positions: Tensor) -> dict[Any, Plan]:
+    """The plans of these positions so far; none where another batch was written into the tensor."""
+    batch: _Batch | None = _batches.get(positions)
+    if batch is None or not batch.seen.again(positions):
+        batch = _batches[positions] = _Batch(Seen(positions, "positions"), {})
+    return batch.plans
 
 
 def nsa_attention_config(

@@ -7,7 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
+from nsa_dist.adapters.megatron.masks import check_mask
+from nsa_dist.comm import CommunicationCounter
+from nsa_dist.comm.group import SINGLE
 from tests.adapters.megatron.layer_case import (
     refusal,
     refusal_of_block,
@@ -184,3 +188,15 @@ def test_blocks_of_unlike_layers(megatron_ranks: GetRanks) -> None:
     _assert_names(message, "hetereogenous_dist_checkpoint", False)
     (message,) = megatron_ranks(1).run(refusal_of_block, Layout(), (1, 2), False)
     _assert_names(message, "layers", (1, 2))
+
+
+def test_masks_made_in_inference_mode() -> None:
+    """Nothing counts what changes in them: each is read each time."""
+    counter = CommunicationCounter()
+    with torch.inference_mode():
+        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
+        for _ in range(2):
+            check_mask(mask, 8, SINGLE, counter)
+        mask[0, 0, 5, 2] = True
+        with pytest.raises(ValueError, match="attention_mask must be None or the causal mask"):
+            check_mask(mask, 8, SINGLE, counter)

@@ -122,6 +122,18 @@ def test_initial_gates() -> None:
         assert torch.equal(bias, torch.tensor(small.OPTIONS["gate_init"]).expand(4, 3))
 
 
+def test_positions_of_another_batch_in_the_same_tensor_make_another_plan() -> None:
+    layers = [layer.attention for layer in built(small.sparse(), "cpu").layers.values()]
+    q, positions = torch.zeros(1, 64, 4, 16), torch.arange(64)[None]
+    first = layers[0]._plan(q, positions)
+    assert first.longest == 64 and layers[1]._plan(q, positions) is first
+    positions[0, 32:] -= 32
+    second = layers[0]._plan(q, positions)
+    assert second.longest == 32 and layers[1]._plan(q, positions) is second
+    positions.data[0, 16:32] -= 16  # As messages of torch.distributed write: torch does not count.
+    assert layers[1]._plan(q, positions).documents.max() == 2
+
+
 def shared(**options: Any) -> Trainer.Config:
     config = small.dense()
     for layer in config.model_spec.model.layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -21,6 +22,8 @@ from tests.ops.backends import DEVICE, INTERPRETED
 from tests.ops.op_cases import same_bits
 
 CONFIG = NSAConfig(64, 4, 128, compress="mean")
+SIZES = (512, 1024, 4096, 16384, 65536)
+"""Bytes of tensors that take the place of freed tables."""
 MOST_LAUNCHES = {"forward": 15, "backward": 30}
 
 
@@ -176,6 +179,37 @@ def test_a_graph_gives_the_bits_of_eager_calls() -> None:
         found = [x.clone() for x in captured]
         expected = problem.both()
         assert [same_bits(x, y) for x, y in zip(found, expected, strict=True)] == [True] * 9
+
+
+@pytest.mark.gpu
+def test_a_graph_keeps_what_it_reads() -> None:
+    """The tables of its documents stay when the caches have forgotten them."""
+    problem = Problem(1500)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            problem.both()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = problem.both()
+    expected = [x.clone() for x in problem.both()]
+    for length in range(200, 200 + 16 * 20, 16):
+        Problem(length).both()
+    gc.collect()
+    torch.cuda.synchronize()
+    filled = [torch.full((size,), 127, dtype=torch.int8, device="cuda") for size in SIZES * 200]
+    graph.replay()
+    found = [same_bits(x, y) for x, y in zip(captured, expected, strict=True)]
+    assert found == [True] * 9 and len(filled) == 200 * len(SIZES)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_new_documents_is_refused() -> None:
+    problem = Problem(1511)
+    refused = pytest.raises(ValueError, match="must have run with these documents")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        problem.forward()
 
 
 class Seen(TorchDispatchMode):

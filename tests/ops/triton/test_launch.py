@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,7 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from nsa_kernels.triton import attend_few, combine
 from nsa_kernels.triton.shared import launch
+from nsa_kernels.triton.shared.custom_ops import Operator
+from nsa_kernels.triton.shared.launch import on_its_device
 from tests.ops.backends import INTERPRETED
 
 
@@ -100,6 +107,88 @@ def test_a_known_launch_gets_grid_stream_and_values(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(launch.knobs.runtime.launch_enter_hook, "calls", [print])
     launch.launcher(kernel, (2, 3))(*args, TIMES=2, num_warps=4)
     assert len(calls) == 1  # A profiler's hook hears of Triton's own launches.
+
+
+def test_a_kernel_that_is_known_stays() -> None:
+    """It is known by its identity, which another one would get if it went."""
+    kernel = new_kernel()
+    gone = weakref.ref(kernel)
+    x, y = torch.zeros(8), torch.zeros(8)
+    run = Run([], SimpleNamespace(global_scratch_size=0, profile_scratch_size=0))
+    made: Any = SimpleNamespace(run=run, function=7, packed_metadata="packed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_read", {})
+        patch.setattr(launch, "_current_device", lambda: 0)
+        args = (x, Rows(y, 3), None, 8, 1, 32)
+        launch._keep(made, kernel, (id(kernel),), args, {"TIMES": 2})
+        del kernel
+        new_kernel()  # Triton itself keeps the latest of a name.
+        gc.collect()
+        assert gone() is not None and len(launch._read) == 1
+
+
+def test_a_tensor_given_twice_is_encoded_for_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    monkeypatch.setattr(driver, "make_tensordesc_arg", lambda x, how: how, raising=False)
+    known = launch.Known(lambda *_: None, 7, None, ("rows", "columns"), ())
+    x = SimpleNamespace(encoded={})
+    for _ in range(2):
+        assert [launch._encoded(x, known, number) for number in (0, 1)] == ["rows", "columns"]
+
+
+class Second:
+    """Stands for a tensor, or several, on the second of two GPUs."""
+
+    device = torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("first", [Second(), [Second()]], ids=["tensor", "list"])
+def test_operators_run_on_the_device_of_their_tensors(
+    first: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on the current device and its stream, whatever memory it is given."""
+    current = [0]
+
+    @contextmanager
+    def device(of: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], of.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(launch, "_current_device", lambda: current[0])
+    run = on_its_device(lambda x, y: (current[0], y))
+    assert run(first, 5) == (1, 5) and current == [0]
+    current[0] = 1
+    assert run(first, 5) == (1, 5)
+
+
+def test_every_operator_and_decoding_run_on_their_device() -> None:
+    wrapped = on_its_device(lambda x: x).__code__
+    module = importlib.import_module("nsa_kernels.triton.combine")
+    operators = [x for x in vars(module).values() if isinstance(x, Operator)]
+    assert len(operators) == 3
+    assert all(x._function.__code__ is wrapped for x in operators)
+    assert attend_few.__wrapped__.__code__ is wrapped
+
+
+@pytest.mark.multi_gpu
+def test_another_gpu_than_the_current_gives_the_same_bits() -> None:
+    """Its stream is busy when the kernels are launched: they must wait for it."""
+    torch.cuda.set_device(0)
+    x = torch.randn(4096, 4, 64)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        outputs = [torch.full_like(x, 7.0, device=device) for _ in range(2)]
+        busy = torch.randn(4096, 4096, device=device)
+        torch.cuda.synchronize(device)
+        for _ in range(50):
+            busy = busy @ busy
+        for y in outputs:
+            y.copy_(x.to(device), non_blocking=True)
+        gates = torch.full((4096, 4, 2), 0.5, device=device)
+        found.append(combine(outputs, gates).cpu())
+    assert torch.equal(found[0], x) and torch.equal(found[1], x)
 
 
 class Run:

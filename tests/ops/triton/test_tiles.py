@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from nsa_kernels import QuerySegments, Segment
 from nsa_kernels.triton.banded import key_tiles
 from nsa_kernels.triton.banded.band import Band
+from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
 from nsa_kernels.triton.selection.chunks import chunks
 from nsa_kernels.triton.shared import cache
 from nsa_kernels.triton.shared.tables import query_tiles
@@ -162,3 +165,34 @@ def test_tables_are_found_by_tensor_and_by_values() -> None:
     segments.host[:, Segment._fields.index("window_base")] += 1
     changed = query_tiles(segments, 8, "window_base")
     assert not torch.equal(changed.host, table.host)
+
+
+def test_what_a_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made while one is captured is not found again: it has no values before a replay."""
+    monkeypatch.setattr(cache, "_captured", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    value = torch.zeros(3)
+    gone, gpu = weakref.ref(value), torch.device("cuda", 0)
+    kept = {"table": cache.Cached((value, 5))}
+    for _ in range(2):
+        assert cache.cached_in(kept, "table", gpu, lambda: None)[0] is value
+    del kept, value
+    gc.collect()
+    assert gone() is not None and len(cache._captured) == 1
+    kept = {}
+    assert cache.cached_in(kept, "table", gpu, lambda: 7) == 7
+    assert not kept and len(cache._captured) == 1
+    with pytest.raises(ValueError, match="must have run with these segments before a CUDA graph"):
+        cache.to_device(torch.zeros(3), gpu)
+
+
+def test_blocks_of_rows_follow_a_tensor_that_changes() -> None:
+    rows = torch.tensor([0, 8, 4], device=DEVICE)
+    before = BlocksOfRows.of(rows, 8, 20)
+    assert BlocksOfRows.of(rows, 8, 20) is before
+    gone = weakref.ref(before.starts)
+    del before
+    rows += 1
+    after = BlocksOfRows.of(rows, 8, 20)
+    assert after.starts.tolist() == [1, 5, 9]
+    assert gone() is None  # Those of former values are not kept.

@@ -5,12 +5,13 @@ Letters: C blocks, l rows of a block, E rows of the buffer.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nsa_kernels.triton.shared.cache import cached_in
+from nsa_kernels.triton.shared.cache import cached_in, kept_with
 
 
 class BlocksOfRows(NamedTuple):
@@ -40,10 +41,9 @@ class BlocksOfRows(NamedTuple):
         """
         if block_rows_C.is_inference():  # whose changes are not counted
             return cls._made(block_rows_C, block, num_rows)
-        cache = block_rows_C.__dict__.setdefault("_blocks_of_rows", {})
-        name = (block, num_rows, block_rows_C._version)
-        device = block_rows_C.device
-        return cached_in(cache, name, device, lambda: cls._made(block_rows_C, block, num_rows))
+        cache = kept_with(block_rows_C, "_blocks_of_rows", dict)
+        make = partial(cls._made, block_rows_C, block, num_rows)
+        return cached_in(cache, (block, num_rows), block_rows_C.device, make)
 
     @classmethod
     def _made(cls, block_rows_C: Tensor, block: int, num_rows: int) -> BlocksOfRows:

@@ -17,11 +17,13 @@ from nsa_kernels.triton.selection.chunks import Chunk
 from nsa_kernels.triton.selection.scores import score_parts
 from nsa_kernels.triton.shared.arguments import last_dim_contiguous
 from nsa_kernels.triton.shared.arithmetic import logit_scale
+from nsa_kernels.triton.shared.launch import on_its_device
 from nsa_kernels.triton.shared.shapes import decoding_tile
 from nsa_kernels.triton.shared.tables import positions
 
 
 @torch.no_grad()
+@on_its_device
 def attend_few(
     q: Tensor,
     keys: Mapping[str, Tensor],

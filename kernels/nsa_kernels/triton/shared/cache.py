@@ -27,9 +27,12 @@ class Cached(NamedTuple):
     made: Any = None
 
 
+_Cache = dict[Any, Cached]
 # Caches by the values [M, 6] of the segments, the latest last.
 _recent: list[tuple[Tensor, dict[Any, Cached]]] = []
 _recent_lock = threading.Lock()
+# What a CUDA graph reads, by identity. Nothing tells when a graph ends, so it stays.
+_captured: dict[int, Any] = {}
 
 
 def segments_of(host: Tensor, device: torch.device) -> QuerySegments:
@@ -55,11 +58,20 @@ def _cached(host: Tensor, device: torch.device, name: Any, make: Callable[[], An
 def cached_in(
     cache: dict[Any, Cached], name: Any, device: torch.device, make: Callable[[], Any]
 ) -> Any:
-    """What `make` made under that name, a tensor or a tuple with tensors, for any stream."""
+    """What `make` made under that name, a tensor or a tuple with tensors, for any stream.
+
+    What a CUDA graph finds while it is captured lives as long as the process. What is made then is
+    the graph's: it has values after a replay alone, and is not found again.
+    """
     found = cache.get(name)
     if device.type != "cuda":
         if found is None:
             found = cache[name] = Cached(make())
+        return found.value
+    if torch.cuda.is_current_stream_capturing():
+        if found is None:
+            return make()
+        _captured[id(found.value)] = found.value
         return found.value
     # The number alone: a Stream takes the host longer than the rest of a hit.
     raw = torch._C._cuda_getCurrentRawStream(device.index)
@@ -70,7 +82,7 @@ def cached_in(
         value, made = make(), torch.cuda.Event()
         made.record(stream)
         found = cache[name] = Cached(value, raw, made)
-    elif not torch.cuda.is_current_stream_capturing():
+    else:
         stream.wait_event(found.made)
         for x in found.value if isinstance(found.value, tuple) else (found.value,):
             if isinstance(x, Tensor) and x.is_cuda:
@@ -82,10 +94,17 @@ def _cache_of(host: Tensor) -> dict[Any, Cached]:
     """Kept with the tensor as long as its values are the same."""
     if host.is_inference():  # whose changes are not counted
         return _cache_of_equal(host)
-    version, cache = host.__dict__.get("_tables", (None, None))
-    if version != host._version:
-        cache = _cache_of_equal(host)
-        host.__dict__["_tables"] = (host._version, cache)
+    return kept_with(host, "_tables", lambda: _cache_of_equal(host))
+
+
+def kept_with(
+    x: Tensor, attribute: str, make: Callable[[], dict[Any, Cached]]
+) -> dict[Any, Cached]:
+    """What `make` made, kept as an attribute of x until an operator of torch changes its values."""
+    version, cache = x.__dict__.get(attribute, (None, None))
+    if version != x._version:
+        cache = make()
+        x.__dict__[attribute] = (x._version, cache)
     return cache
 
 
@@ -103,5 +122,14 @@ def _cache_of_equal(host: Tensor) -> dict[Any, Cached]:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, ordered in its stream: nothing waits for what is queued there."""
+    """A copy on the device, ordered in its stream: nothing waits for what is queued there.
+
+    Raises:
+        ValueError: while a CUDA graph is captured, which would read host memory that is given back.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "operators must have run with these segments before a CUDA graph captures them, got "
+            "the first call with them"
+        )
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

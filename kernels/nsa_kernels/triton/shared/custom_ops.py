@@ -16,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_kernels.triton.shared.launch import on_its_device
+
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class Operator:
     """nsa_kernels::<name>, which writes to no argument and returns none.
 
-    Tensors and lists of tensors are its only differentiable arguments, and it returns tensors.
+    Tensors and lists of tensors are its only differentiable arguments, and it returns tensors. It
+    runs on the device of its first argument.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, schema: str) -> None:
-        self._function = function
+        self._function = function = on_its_device(function)
         self._definition = torch.library.custom_op(
             f"nsa_kernels::{name}", function, mutates_args=(), schema=schema
         )

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,8 @@ class Known(NamedTuple):
 
 
 # By kernel, types of arguments, constants and options: a reader, and what was launched by its name.
-_read: dict[Hashable, tuple[Callable[..., Any], dict[Hashable, Known]]] = {}
+# And the kernel, which is known by its identity: no other one may take its place in memory.
+_read: dict[Hashable, tuple[Callable[..., Any], dict[Hashable, Known], Any]] = {}
 # By address, dtype and tiles: the class of a descriptor, and its attributes but for the tensor.
 _descriptors: dict[Hashable, tuple[type, dict[str, Any]]] = {}
 
@@ -68,7 +69,7 @@ def _launch(kernel: Any, grid: Sequence[int], *args: Any, **named: Any) -> None:
     if found is not None and not (
         runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
     ):
-        reader, by_name = found
+        reader, by_name, _ = found
         device = _current_device()
         known, values = reader(by_name, device, *args)
         if known is not None:
@@ -81,6 +82,24 @@ def _launch(kernel: Any, grid: Sequence[int], *args: Any, **named: Any) -> None:
     made = kernel[grid](*args, **named)
     if isinstance(made, CompiledKernel):
         _keep(made, kernel, site, args, named)
+
+
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run on the GPU of its first argument, which is a tensor or a list of some.
+
+    Triton launches on the current device and its stream, whatever memory it is given: kernels for
+    another GPU's tensors would not wait for what is queued there.
+    """
+
+    @wraps(function)
+    def run(first: Any, *others: Any, **options: Any) -> Any:
+        device = (first[0] if isinstance(first, (list, tuple)) else first).device
+        if device.type != "cuda" or device.index == _current_device():
+            return function(first, *others, **options)
+        with torch.cuda.device(device):
+            return function(first, *others, **options)
+
+    return run
 
 
 def _current_device() -> int:
@@ -120,8 +139,8 @@ def _keep(
         reader = _reader(kernel, args)
         if reader is None:
             return
-        _read[site] = reader, {}
-    reader, by_name = _read[site]
+        _read[site] = reader, {}, kernel
+    reader, by_name, _ = _read[site]
     name = reader(None, _current_device(), *args)
     by_name[name] = Known(run, made.function, made.packed_metadata, metas, (None,) * len(more))
 
@@ -190,12 +209,17 @@ def reader(by_name, device, {arguments}):
 
 
 def _encoded(x: Any, known: Known, number: int) -> Any:
-    """What the driver takes in the place of a descriptor, the kernel's `number`th."""
-    found = x.encoded.get(known.function)
+    """What the driver takes in the place of a descriptor, the kernel's `number`th.
+
+    By the number too: a kernel may want the same tiles encoded in two ways, where one tensor is
+    given to it twice.
+    """
+    found = x.encoded.get((known.function, number))
     if found is None:
         from triton.backends.nvidia.driver import make_tensordesc_arg
 
-        found = x.encoded[known.function] = make_tensordesc_arg(x, known.encodings[number])
+        found = make_tensordesc_arg(x, known.encodings[number])
+        x.encoded[known.function, number] = found
     return found
 
 
