@@ -33,7 +33,8 @@ OPERATORS = (
 
 def profiled() -> bool:
     """Whether torch's profiler runs, of code that is not being compiled."""
-    return torch._C._autograd._profiler_enabled() and not torch.compiler.is_compiling()
+    # In this order: the compiler cannot trace the question to the profiler.
+    return not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled()
 
 
 class RangedBackend:
