@@ -51,6 +51,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/adapters/megatron.md"
 ATTENTIONS = ("sparse", "dense")
 PRECISIONS = ("bfloat16", "float32")
+GRACE = 10.0
+"""Seconds in which torchrun is to end its ranks."""
 WARM_UP = 3
 """Steps that are not timed: kernels are compiled in the first."""
 
@@ -314,10 +316,17 @@ class Run:
         return read_log("\n".join(said.values()))
 
     def end(self) -> None:
-        """Torchrun ends its ranks."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(60)
+        """Torchrun ends its ranks; if it does not, as where it had just started them, they are."""
+        if self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            for pid in (*self._ranks(), self.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait()
 
     def _ranks(self) -> list[int]:
         tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")

@@ -156,10 +156,11 @@ def test_an_interrupt_ends_what_was_started(
 
     def interrupted(self: megatron_lm.Run, patience: float) -> Log:
         started.append(self)
+        is_last = len(started) == (2 if together else 1)
         while not (self.folder / "began").exists():
             assert self.process.poll() is None
             time.sleep(0.1)
-        if len(started) == (2 if together else 1):
+        if is_last:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         return waited(self, patience)
 
