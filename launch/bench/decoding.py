@@ -27,7 +27,7 @@ if __name__ == "__main__":  # Import from the checkout, not from this file's fol
 import csv
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,7 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from launch.bench.meter import Meter
 from launch.bench.operators import triton_version
 from launch.bench.options import DTYPES, Sizes, check_docs
-from launch.bench.table import number, table, typed, write_numbers
+from launch.bench.table import number, table, typed, write_fields, write_numbers
 from nsa_dist.attention.selectors import choose_by_compressed
 from nsa_dist.checks import check
 from nsa_dist.decoding.cache import num_blocks
@@ -323,7 +323,7 @@ def compare(options: DecodingOptions, meter: Meter) -> tuple[list[Row], list[str
                 note = "" if row.method in DENSE else f" ({times:.2f} x dense's)"
                 print(f"{length} x {batch} {row.method}: {row.milliseconds:.3f} ms{note}")
             if options.csv is not None:
-                write_csv(options.csv, rows)
+                write_fields(options.csv, rows)
             del problem  # Before the next is drawn.
             if meter.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -362,15 +362,8 @@ def best_dense(rows: Sequence[Row], of: Row) -> float:
     return min(times, default=float("nan"))
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Row))
-        writer.writerows(astuple(row) for row in rows)
-
-
 def read_csv(path: Path) -> list[Row]:
-    """The rows that ``write_csv`` wrote."""
+    """The rows that ``write_fields`` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return [Row(**typed(Row, line)) for line in csv.DictReader(file)]
 

@@ -28,7 +28,6 @@ if __name__ == "__main__":  # Import from the checkout, not from this file's fol
     sys.path[:] = [str(root), str(root / "kernels"), *others]
 
 import contextlib
-import csv
 import os
 import re
 import signal
@@ -37,14 +36,14 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import tyro
 
 from launch.bench.options import check_docs, check_folder
-from launch.bench.table import number, table, write_numbers
+from launch.bench.table import number, table, write_fields, write_numbers
 from nsa_dist.checks import as_choice, check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -535,13 +534,6 @@ def compare(
     return rows, failed
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
 def markdown(rows: Sequence[Row], options: MegatronOptions) -> str:
     """The table, and what it is of."""
     first = rows[0]
@@ -589,7 +581,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if rows:
         print(f"\n{markdown(rows, options)}")
         if options.csv is not None:
-            write_csv(options.csv, rows)
+            write_fields(options.csv, rows)
             if options.docs is not None:
                 write_numbers(options.docs, markdown(rows, options), options.csv.name)
     if failed:

@@ -19,7 +19,7 @@ import csv
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import Any, TypeVar
 
 import tyro
@@ -216,6 +216,14 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
                 if isinstance(value, float):
                     values[name] = f"{value:.5g}"
             writer.writerow(values)
+
+
+def write_fields(path: Path, rows: Sequence[Any]) -> None:
+    """A line a row, all of one dataclass, one at least; its fields as they are."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(rows[0]))
+        writer.writerows(astuple(row) for row in rows)
 
 
 R = TypeVar("R", bound=Row)

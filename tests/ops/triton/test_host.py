@@ -158,10 +158,8 @@ def test_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(formula / peak - 1) < 0.1
 
 
-@pytest.mark.gpu
-def test_a_graph_gives_the_bits_of_eager_calls() -> None:
-    """Forward and backward captured once, and replayed on other values."""
-    problem = Problem(1500)
+def captured_by(problem: Problem) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of forward and backward, and what it writes."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -170,6 +168,14 @@ def test_a_graph_gives_the_bits_of_eager_calls() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         captured = problem.both()
+    return graph, captured
+
+
+@pytest.mark.gpu
+def test_a_graph_gives_the_bits_of_eager_calls() -> None:
+    """Forward and backward captured once, and replayed on other values."""
+    problem = Problem(1500)
+    graph, captured = captured_by(problem)
     for seed in (1, 2):
         torch.manual_seed(seed)
         with torch.no_grad():
@@ -185,14 +191,7 @@ def test_a_graph_gives_the_bits_of_eager_calls() -> None:
 def test_a_graph_keeps_what_it_reads() -> None:
     """The tables of its documents stay when the caches have forgotten them."""
     problem = Problem(1500)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            problem.both()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = problem.both()
+    graph, captured = captured_by(problem)
     expected = [x.clone() for x in problem.both()]
     for length in range(200, 200 + 16 * 20, 16):
         Problem(length).both()
