@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 # The interpreter would take the place of the compiler. Triton reads this when it is imported.
@@ -48,8 +49,13 @@ def main() -> int:
         if count % PROGRESS == 0:
             print(f"{count} of {len(launches)}", flush=True)
 
+    def compile_again(doubtful: Sequence[Launch]) -> list[Compiled]:
+        return compile_all(doubtful, arguments.workers, lambda launch, compiled: None)
+
     results = compile_all(launches, arguments.workers, done)
     compiled = dict(zip(launches, results, strict=True))
+    if not arguments.write:
+        compiled = record.fewest_spills(entries, compiled, record.read(), compile_again)
     print(f"compiled in {time.perf_counter() - started:.0f} s")
 
     spills = record.spills(entries, compiled)

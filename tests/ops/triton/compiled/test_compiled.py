@@ -12,16 +12,20 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import triton
+from triton import JITFunction
 
 from tests.ops.triton.compiled import record
-from tests.ops.triton.compiled.cases import WIDTHS
-from tests.ops.triton.compiled.launches import TARGETS, kernel_name
-from tests.ops.triton.compiled.lists import of_one_gpu
+from tests.ops.triton.compiled.cases import WIDTHS, Case
+from tests.ops.triton.compiled.compiling import Compiled
+from tests.ops.triton.compiled.launches import TARGETS, Launch, kernel_name
+from tests.ops.triton.compiled.lists import Entry, of_one_gpu
 
 ROOT = Path(__file__).resolve().parents[4]
 KERNELS = ROOT / "kernels" / "nsa_kernels" / "triton"
@@ -77,3 +81,26 @@ def test_short_list_has_every_kernel_for_every_gpu_and_width(report: dict[str, A
 
 def test_record_names_launches_that_may_spill() -> None:
     assert [str(key) for key in record.read() if record.must_not_spill(key)] == []
+
+
+@pytest.mark.parametrize(
+    ("tries", "rules"), [([408], []), ([416, 408], []), ([416] * record.TRIES, ["record"])]
+)
+def test_spills_are_those_of_the_best_of_several_compiles(
+    tries: list[int], rules: list[str]
+) -> None:
+    def wide() -> None: ...
+
+    kernel = cast(JITFunction, SimpleNamespace(module="nsa_kernels.triton.banded", fn=wide))
+    launch = Launch(kernel, 90, "", {}, {}, {}, {})
+    entry = Entry(Case("window", "bf16", 192, 128), 0, launch)
+    allowed = {record.Key.of(entry): record.Spill(408, 168, 0)}
+    left = iter(tries)
+
+    def compiled_again(launches: Sequence[Launch]) -> list[Compiled]:
+        return [Compiled(next(left), 168, 0, 0, 0, False, 0, 0.0, "") for _ in launches]
+
+    first = dict(zip([launch], compiled_again([launch]), strict=True))
+    best = record.fewest_spills([entry], first, allowed, compiled_again)
+    assert [defect.rule for defect in record.defects([entry], best, allowed)] == rules
+    assert list(left) == []
