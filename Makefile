@@ -3,7 +3,7 @@
 # extras that the target needs.
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all compile-all lint docs clean
+.PHONY: help train test test-all test-gpu compile-all lint docs clean
 
 BASE_PYTHON ?= python3
 CONFIG ?= configs/default.toml
@@ -38,6 +38,9 @@ test: $(RUN_READY) ## run the tests, except those marked slow
 
 test-all: $(RUN_READY) ## run the tests, slow ones included
 	$(PYTHON) -m tests.in_parts --run-slow $(ARGS)
+
+test-gpu: $(RUN_READY) ## run the tests that need GPUs, on all GPUs of the machine
+	$(PYTHON) -m tests.on_gpus $(ARGS)
 
 compile-all: $(RUN_READY) ## compile every kernel for every GPU, without one
 	$(PYTHON) -m tests.ops.triton.compiled $(ARGS)

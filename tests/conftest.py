@@ -14,6 +14,9 @@ import torch
 
 from tests.distributed.ranks import Ranks, rank_pool
 from tests.interpreter import quicken
+from tests.on_gpus import take_own_gpu
+
+take_own_gpu()  # Before the next line starts CUDA.
 
 # Without a GPU kernels run in Triton's interpreter. Triton reads this when it is imported, which
 # torch does below.
