@@ -28,8 +28,9 @@ from nsa_dist import (
 )
 from nsa_dist.attention.plan_cache import get_plan
 from nsa_dist.comm.collectives import begin_all_to_all
-from nsa_dist.comm.exact import PartSums, Sums, tree_sum
+from nsa_dist.comm.exact import Sums
 from nsa_dist.comm.group import context_group
+from nsa_dist.comm.tree_sums import PartSums, tree_sum
 from nsa_dist.plan.build import build_plan
 from nsa_dist.plan.layout import make_layout
 from nsa_dist.plan.parts import parts_layout
