@@ -433,8 +433,14 @@ class Comparison:
         """Start a case and wait for it.
 
         Raises:
-            RuntimeError: if a part fails.
+            RuntimeError: if a part fails, or logs other steps than it must.
         """
+        log, steps = self._parts(case), self.options.steps
+        if len(log.losses) != steps:
+            raise RuntimeError(f"the number of steps in its logs must be {steps}, got {log.losses}")
+        return log
+
+    def _parts(self, case: Case) -> Log:
         parts = case.parts
         if len(parts) == 1:
             return self._start(case, parts[0], self.optimizer, "").wait(self.options.patience)
@@ -473,12 +479,6 @@ def _name(case: Case) -> str:
 
 def row_of(case: Case, log: Log, known: dict[Case, Log], options: MegatronOptions) -> Row:
     """A row of the table; ``known`` has one GPU's runs."""
-    check(
-        len(log.losses) == options.steps,
-        "steps",
-        len(log.losses),
-        f"{options.steps} in the logs of {' '.join(case)}",
-    )
 
     def distance(precision: str) -> float | None:
         other = known.get(Case("one", case.attention, precision))

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -126,12 +127,21 @@ def test_rows_have_distances_and_rates(checkout: Path) -> None:
     assert "| sparse, cp2 | 2 | 1.0e-01 | 2.0e-01 | 25.0 | 80,000 | 40,000 |" in text
 
 
-def test_a_run_that_is_cut_short_is_no_row(checkout: Path) -> None:
+def test_a_run_that_is_cut_short_is_told_and_the_others_are_rows(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = MegatronOptions(checkout, steps=4)
-    case = Case("one", "sparse", "bfloat16")
-    log = Log([5.0], [9.0])
-    with pytest.raises(ValueError, match="steps must be 4 in the logs of one sparse bfloat16"):
-        megatron_lm.row_of(case, log, {case: log}, options)
+    logs = {"bfloat16": Log([5.0], [9.0]), "float32": Log([5.0] * 4, [9.0] * 4)}
+
+    def start(self: Comparison, case: Case, *_: object) -> mock.Mock:
+        return mock.Mock(wait=lambda patience: logs[case.precision])
+
+    monkeypatch.setattr(Comparison, "_start", start)
+    chosen = [Case("one", "sparse", precision) for precision in logs]
+    rows, failed = megatron_lm.compare(options, tmp_path, chosen)
+    assert [row.precision for row in rows] == ["float32"]
+    text = "one sparse bfloat16: the number of steps in its logs must be 4, got [5.0]"
+    assert failed == [text]
 
 
 def test_a_run_that_fails_is_told_with_its_ranks_words(checkout: Path, tmp_path: Path) -> None:
