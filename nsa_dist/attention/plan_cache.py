@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -38,9 +38,43 @@ CACHED_PLANS = 8
 
 @dataclass(frozen=True)
 class _Entry:
+    """A plan of a batch; on a GPU, the event after its tables, and the streams that read them."""
+
     key: tuple[Any, ...]
     cu_seqlens: Tensor | None
     plan: Plan
+    made: torch.cuda.Event | None = None
+    streams: set[int] = field(default_factory=set)
+
+    @classmethod
+    def new(cls, key: tuple[Any, ...], cu_seqlens: Tensor | None, plan: Plan) -> _Entry:
+        device = plan.positions.device
+        if device.type != "cuda":
+            return cls(key, cu_seqlens, plan)
+        made = torch.cuda.Event()
+        made.record(torch.cuda.current_stream(device))
+        return cls(key, cu_seqlens, plan, made, {_current_stream(device)})
+
+    def read_by_current_stream(self) -> None:
+        """Have it wait for the tables, and have their memory wait for it when they are dropped.
+
+        A capture cannot wait for what is outside of it; its plan is kept (``_captured``).
+        """
+        device = self.plan.positions.device
+        if self.made is None or torch.cuda.is_current_stream_capturing():
+            return
+        if (raw := _current_stream(device)) in self.streams:
+            return
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(self.made)
+        for x in self.plan.tensors():
+            x.record_stream(stream)
+        self.streams.add(raw)
+
+
+def _current_stream(device: torch.device) -> int:
+    """The number alone: a Stream takes the host longer than all else of a hit."""
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
 _plans_of_one_rank: list[_Entry] = []
@@ -87,8 +121,11 @@ def _found_in(plans: list[_Entry], key: tuple[Any, ...], cu_seqlens: Tensor | No
         for at, entry in enumerate(plans):
             if entry.key == key and _same_documents(entry.cu_seqlens, cu_seqlens):
                 plans.append(plans.pop(at))
-                return entry.plan
-    return None
+                break
+        else:
+            return None
+    entry.read_by_current_stream()
+    return entry.plan
 
 
 def _keep_if_captured(plan: Plan | None, device: torch.device) -> None:
@@ -271,6 +308,6 @@ def find_plan(
         )
         plan = replace(plan.to(device), statement=statement)
     with _lock:
-        plans.append(_Entry(key, own, plan))
+        plans.append(_Entry.new(key, own, plan))
         del plans[:-CACHED_PLANS]
     return plan

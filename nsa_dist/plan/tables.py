@@ -7,7 +7,7 @@ whole batch, row after row. The rank that holds the first token of a block owns 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -137,26 +137,41 @@ class Plan:
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its index tensors on ``device``."""
-        memo: dict[int, Any] = {}
-        return _move(self, device, memo)
+        plan: Plan = _changed(self, lambda x: x.to(device), {})
+        return plan
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the plan on its device, each once."""
+        found: list[Tensor] = []
+
+        def note(x: Tensor | QuerySegments) -> Tensor | QuerySegments:
+            found.append(x.table if isinstance(x, QuerySegments) else x)
+            return x
+
+        _changed(self, note, {})
+        return found
 
 
-def _move(value: Any, device: torch.device, memo: dict[int, Any]) -> Any:
-    """Move every tensor of a nested plan; shared objects stay shared."""
+def _changed(
+    value: Any,
+    change: Callable[[Tensor | QuerySegments], Tensor | QuerySegments],
+    memo: dict[int, Any],
+) -> Any:
+    """Change every tensor of a nested plan once; shared objects stay shared."""
     if id(value) in memo:
         return memo[id(value)]
-    moved: Any
+    new: Any
     if isinstance(value, (Tensor, QuerySegments)):
-        moved = value.to(device)
+        new = change(value)
     elif isinstance(value, Mapping):
-        moved = {k: _move(v, device, memo) for k, v in value.items()}
+        new = {k: _changed(v, change, memo) for k, v in value.items()}
     elif isinstance(value, tuple) and value and isinstance(value[0], QuerySegments):
-        moved = tuple(_move(x, device, memo) for x in value)
+        new = tuple(_changed(x, change, memo) for x in value)
     elif isinstance(value, (Plan, Halo, BlockOwnership, VisibleBlocks, Parts, InParts, Reads)):
-        moved = replace(
-            value, **{f.name: _move(getattr(value, f.name), device, memo) for f in fields(value)}
+        new = replace(
+            value, **{f.name: _changed(getattr(value, f.name), change, memo) for f in fields(value)}
         )
     else:
         return value
-    memo[id(value)] = moved
-    return moved
+    memo[id(value)] = new
+    return new

@@ -6,7 +6,7 @@ import threading
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,18 +21,18 @@ from nsa_kernels import QuerySegments
 from nsa_kernels.pytorch.few_queries import _queries_of
 from nsa_kernels.unchanged import Seen, assert_same
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = NSAConfig(4, 2, 16)
 
 
-def plan_of(cu_seqlens: Tensor) -> Any:
+def plan_of(cu_seqlens: Tensor, device: torch.device = CPU) -> Any:
     return get_plan(
         *(CONFIG, "contiguous", None),
         batch=1,
         local_length=int(cu_seqlens[-1]),
         cu_seqlens=cu_seqlens,
         dtype=torch.float32,
-        device=CPU,
+        device=device,
     )
 
 
@@ -115,6 +115,48 @@ def test_a_plan_that_a_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     assert gone() is not None and len(plan_cache._captured) == 1
     with pytest.raises(ValueError, match="must have run with these documents before a CUDA graph"):
         plan_cache._keep_if_captured(None, torch.device("cuda", 0))
+
+
+def test_a_plan_is_read_on_another_stream_after_its_tables_and_keeps_their_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded: list[tuple[int, object]] = []
+    waited: list[object] = []
+    other = SimpleNamespace(wait_event=waited.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: other)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(plan_cache, "_current_stream", lambda device: 2)
+    monkeypatch.setattr(Tensor, "record_stream", lambda x, to: recorded.append((id(x), to)))
+    plan = plan_of(torch.tensor([0, 5, 72], dtype=torch.int32))
+    made = cast(torch.cuda.Event, object())
+    for streams, count in (({2}, 0), ({1}, 1)):
+        entry = plan_cache._Entry((), None, plan, made, streams)
+        for _ in range(2):
+            entry.read_by_current_stream()
+        assert waited == [made] * count
+    tables = {id(plan.positions), id(plan.documents), id(plan.segments.table)}
+    assert {of for of, _ in recorded} > tables
+    assert len(recorded) == len({of for of, _ in recorded})
+    assert all(to is other for _, to in recorded)
+
+
+@pytest.mark.gpu
+def test_memory_of_a_plan_waits_for_all_streams_that_read_it() -> None:
+    """Else the stream that made its tables would write over them before the other one reads."""
+    lengths = torch.tensor([0, 5, 70_000], dtype=torch.int32)
+    other = torch.cuda.Stream()
+    plan = plan_of(lengths, CUDA)
+    expected = plan.positions.cpu()
+    with torch.cuda.stream(other):
+        found = plan_of(lengths, CUDA)
+        assert found is plan
+        torch.cuda._sleep(1_000_000_000)
+        read = plan.positions.clone()
+    del plan, found
+    plan_cache._plans_of_one_rank.clear()
+    overwriting = [torch.full((70_000,), -1, device=CUDA) for _ in range(8)]
+    torch.cuda.synchronize()
+    assert len(overwriting) == 8 and torch.equal(read.cpu(), expected)
 
 
 def test_threads_share_the_plans() -> None:
