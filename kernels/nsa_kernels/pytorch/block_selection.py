@@ -57,12 +57,18 @@ def _block_scores(probs_GmC: Tensor, num_blocks: int, per_block: int, overlap: i
     return scores_GmB
 
 
-def _best(scores_GmB: Tensor, num_selected: int) -> Tensor:
+def _best(scores_GmB: Tensor, num_selected: int, on_device: bool) -> Tensor:
     """int64 [G, m, n]: columns of the n highest, ties to the lower, ascending."""
     min_Gm1 = scores_GmB.topk(num_selected, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     above_GmB, tied_GmB = scores_GmB > min_Gm1, scores_GmB == min_Gm1
     places_Gm1 = num_selected - above_GmB.sum(dim=-1, keepdim=True)
     chosen_GmB = above_GmB | (tied_GmB & (tied_GmB.cumsum(dim=-1, dtype=torch.int32) <= places_Gm1))
+    if on_device:
+        num_blocks = scores_GmB.shape[-1]
+        column_B = torch.arange(num_blocks, device=scores_GmB.device)
+        column_GmB = column_B.where(chosen_GmB, num_blocks)
+        return column_GmB.topk(num_selected, dim=-1, largest=False).values
+    # Faster on a CPU; a GPU is waited for, which must count the nonzero ones first.
     return chosen_GmB.nonzero()[:, -1].view(*scores_GmB.shape[:-1], num_selected)
 
 
@@ -76,11 +82,13 @@ def best_blocks(
     num_selected: int,
     num_init_blocks: int,
     num_local_blocks: int,
+    on_device: bool = False,
 ) -> Tensor:
     """int64 [G, m, n] of more blocks than n; those after a query's own for what it lacks.
 
     probs_GmC: probabilities of compressed keys, summed over the heads of a group; own_m1: the block
-    of each query; per_block: compressed keys that begin in a block; overlap: of a key, in strides.
+    of each query; per_block: compressed keys that begin in a block; overlap: of a key, in strides;
+    on_device: whether the host must not wait for the device.
     """
     scores_GmB = _block_scores(probs_GmC, num_blocks, per_block, overlap)
     # NaN: the query sees no key, or one that is not finite.
@@ -90,7 +98,7 @@ def best_blocks(
     scores_GmB = scores_GmB.masked_fill(forced_mB, math.inf).masked_fill(
         column_B > own_m1, -math.inf
     )
-    return _best(scores_GmB, num_selected)
+    return _best(scores_GmB, num_selected, on_device)
 
 
 @torch.no_grad()
