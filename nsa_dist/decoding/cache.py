@@ -76,12 +76,6 @@ class LayerCache:
             )
         return max(self.most, self.config.compress_block)  # A step reads a whole block.
 
-    def empty(self) -> None:
-        """Remove all tokens; a cache with a most keeps its memory."""
-        if self.most is None:
-            self.forget()
-        self.length, self.starts = 0, ()
-
     def forget(self) -> None:
         """Remove all tokens and free their memory."""
         self.length, self.capacity = 0, 0
@@ -92,6 +86,12 @@ class LayerCache:
         self.compressed_values: Tensor | None = None
         # Whether a graph may hold them for its backward.
         self._in_graph = self._compressed_in_graph = False
+
+    def empty(self) -> None:
+        """Remove all tokens; a cache with a most keeps its memory."""
+        if self.most is None:
+            self.forget()
+        self.length, self.starts = 0, ()
 
     def check_starts(self, starts: tuple[int, ...]) -> None:
         """Raise ValueError if the start of a row has changed and it was not all padding so far."""

@@ -33,15 +33,17 @@ REPLAYED = {
 COLLECTS = "transformers.utils.output_capturing"
 
 
-def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
     """A CUDA graph of a function that has run before: its replay, and what the function returned.
 
     What is captured is not computed before the first replay.
     """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, such as loaders of data, may go on to use the GPU.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        found = function()
+    # torch's own stream for captures is one of the GPU that was current when it was made.
+    with torch.cuda.device(device):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        # Other threads, such as loaders of data, may go on to use the GPU.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            found = function()
     return graph.replay, found
 
 
@@ -112,7 +114,8 @@ class _Graph:
         past = self._cache.get_seq_length()
         others = {k: x for k, x in inputs.items() if k not in {*self._arguments, "attention_mask"}}
         self._replay, self._found = capture(
-            lambda: model(**self._arguments, **others, nsa_tables=self._tables)
+            lambda: model(**self._arguments, **others, nsa_tables=self._tables),
+            self._tables.device,
         )
         # The host has counted a token that the device has not seen.
         for layer in self._cache.layers:

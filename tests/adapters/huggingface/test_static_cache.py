@@ -138,7 +138,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     """``generate`` replays steps as on a GPU; the graphs that were made."""
     made: list[Recorded] = []
 
-    def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def capture(function: Callable[[], Any], _: torch.device) -> tuple[Callable[[], None], Any]:
         made.append(Recorded())
         with _no_values(monkeypatch), made[-1]:
             found = function()
@@ -216,6 +216,43 @@ def test_one_graph_fits_all_steps(
     caches = found.past_key_values, expected.past_key_values
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == max(LENGTHS) + NEW - 1
     assert torch.equal(caches[0].layers[1].keys, caches[1].layers[1].keys)
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Fails where an operator takes or makes a tensor of another device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, found))
+        devices = {x.device.type for x in leaves if isinstance(x, Tensor)}
+        assert devices <= {self.device}, (function, devices)
+        return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_the_devices_alone(name: str) -> None:
+    """On meta nothing has values that a host could read, or shapes could follow from."""
+    model = _model(name)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    tokens, mask = left_padded([some_tokens(1, n, seed=n)[0] for n in (40, 5)])
+    model(tokens, attention_mask=mask, past_key_values=cache)
+    model.to("meta")
+    for layer in cache.layers:
+        for x in ("keys", "values", "compressed_keys", "compressed_values"):
+            setattr(layer.rows, x, getattr(layer.rows, x).to("meta"))
+    tables = cache.layers[0].tables()
+    tables.begin(40)
+    step = tokens[:, :1].to("meta")
+    with OnOneDevice("meta"):
+        found = model(step, position_ids=step, past_key_values=cache, nsa_tables=tables)
+    assert found.logits.shape == (2, 1, model.config.vocab_size)
 
 
 def test_a_graph_ends_with_its_generation(graphs: list[Recorded]) -> None:
