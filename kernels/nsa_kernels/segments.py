@@ -8,7 +8,7 @@ queries attend to. Kernels learn nothing else about the split: no rank, no docum
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -133,6 +133,11 @@ class QueriesOnDevice(QuerySegments):
     def newest(self) -> int:
         """See the class."""
         return self.bound
+
+    def to(self, device: torch.device | str) -> QueriesOnDevice:
+        """The same queries with the table on `device`; itself when it is there already."""
+        table = self.table.to(device)
+        return self if table is self.table else replace(self, table=table, kept={})
 
     @cached_property
     def positions(self) -> Tensor:

@@ -113,10 +113,17 @@ class _Graph:
         self._tables = self._cache.layers[0].tables()
         past = self._cache.get_seq_length()
         others = {k: x for k, x in inputs.items() if k not in {*self._arguments, "attention_mask"}}
-        self._replay, self._found = capture(
-            lambda: model(**self._arguments, **others, nsa_tables=self._tables),
-            self._tables.device,
-        )
+        try:
+            self._replay, self._found = capture(
+                lambda: model(**self._arguments, **others, nsa_tables=self._tables),
+                self._tables.device,
+            )
+        except RuntimeError as error:
+            raise RuntimeError(
+                "model must be one whose steps the host does not wait for with "
+                "cache_implementation='static' (disable_compile=True generates without a CUDA "
+                f"graph), got {type(model).__name__}: {error}"
+            ) from error
         # The host has counted a token that the device has not seen.
         for layer in self._cache.layers:
             layer.rows.length = past

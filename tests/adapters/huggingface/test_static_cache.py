@@ -1,13 +1,10 @@
 """Generation over a static cache: its steps give what others give, and one graph fits them all.
 
-There is no GPU here. In the place of a CUDA graph stands ``Recorded``, which runs the operators of
-a step again on the same tensors, as a graph does.
+In the place of CUDA graphs stand recorded ones, which run a step's operators again on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -20,14 +17,11 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("transformers")
 
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationMixin, StaticCache
 
-from nsa_dist.adapters.huggingface import (
-    NSALlamaForCausalLM,
-    NSAQwen3ForCausalLM,
-    cuda_graphs,
-)
+from nsa_dist.adapters.huggingface import cuda_graphs
 from nsa_dist.adapters.huggingface.cache import NSAStaticCacheLayer
+from tests.adapters.huggingface.recorded import Recorded, record_graphs
 from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
     ON_GPU,
@@ -67,92 +61,10 @@ def _generate(model: Any, **options: Any) -> Any:
     return model.generate(return_dict_in_generate=True, **settings)
 
 
-HOST_READS = {
-    "_local_scalar_dense",
-    "equal",
-    "is_nonzero",
-    "item",
-    "lift_fresh",
-    "masked_select",
-    "nonzero",
-    "unique",
-}
-"""Operators that read a tensor on the host, make one from the host's, or give shapes by values."""
-
-
-class Recorded(TorchDispatchMode):
-    """Records the operators of a function; ``replay`` runs them on the same tensors again.
-
-    What they write to tensors that were there before is undone, as a capture computes nothing.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-        self._before: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = function.overloadpacket.__name__
-        assert name not in HOST_READS, f"a step reads a tensor on the host: {name}"
-        given = zip(function._schema.arguments, args, strict=False)
-        for x in [x for of, x in given if of.is_write] + tree_leaves(kwargs.get("out")):
-            if isinstance(x, Tensor):
-                self._before.append((x, x.clone()))
-        found = function(*args, **kwargs)
-        self.calls.append((function, args, kwargs, found))
-        return found
-
-    def undo(self) -> None:
-        for x, values in reversed(self._before):
-            x.copy_(values)
-        self._before.clear()
-
-    def replay(self) -> None:
-        for function, args, kwargs, found in self.calls:
-            if function.is_view:
-                continue
-            again = function(*args, **kwargs)
-            for old, new in zip(tree_leaves(found), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old is not new:
-                    old.copy_(new)
-
-
-@contextmanager
-def _no_values(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What reads values on the host without an operator fails."""
-
-    def refused(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a step reads a tensor on the host")
-
-    with monkeypatch.context() as patch:
-        for name in ("tolist", "numpy", "cpu"):
-            patch.setattr(Tensor, name, refused)
-        yield
-
-
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     """``generate`` replays steps as on a GPU; the graphs that were made."""
-    made: list[Recorded] = []
-
-    def capture(function: Callable[[], Any], _: torch.device) -> tuple[Callable[[], None], Any]:
-        made.append(Recorded())
-        with _no_values(monkeypatch), made[-1]:
-            found = function()
-        made[-1].undo()
-        return made[-1].replay, found
-
-    monkeypatch.setattr(cuda_graphs, "capture", capture)
-
-    def is_static(_: Any, arguments: dict[str, Any], __: Any) -> bool:
-        return isinstance(arguments["past_key_values"], StaticCache)
-
-    for model in (NSALlamaForCausalLM, NSAQwen3ForCausalLM):
-        monkeypatch.setattr(model, "_valid_auto_compile_criteria", is_static)
-    return made
+    return record_graphs(monkeypatch)
 
 
 @catches(
@@ -208,7 +120,7 @@ def test_one_graph_fits_all_steps(
     found = _generate(model, **options)
     assert len(graphs) == 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model), "_valid_auto_compile_criteria", lambda *_: False)
+        patch.setattr(GenerationMixin, "_valid_auto_compile_criteria", lambda *_: False)
         expected = _generate(model, **options)
     assert len(graphs) == 1
     assert torch.equal(found.sequences, expected.sequences)
@@ -281,6 +193,19 @@ def test_what_a_graph_does_not_give_is_computed_without(graphs: list[Recorded]) 
     assert graphs == []
     for step, other in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert largest(step[-1] - other[-1]) <= 1e-12 * largest(other[-1])
+
+
+def test_what_no_graph_can_hold_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a loop over experts that were chosen, of which the host must know."""
+    record_graphs(monkeypatch)
+
+    def capture(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    message = "must be one whose steps the host does not wait for .*disable_compile.* not permitted"
+    with pytest.raises(RuntimeError, match=message):
+        _generate(_model("qwen3-shared"), cache_implementation="static", **_prompts())
 
 
 def test_a_row_of_padding_alone(graphs: list[Recorded]) -> None:
