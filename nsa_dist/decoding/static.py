@@ -41,27 +41,21 @@ class StaticTables:
         self.config, self.starts, self.capacity, self.device = config, starts, capacity, device
         self.block_capacity = num_blocks(capacity, config)
         self.longest = capacity - min(starts)
-        select, batch = config.select_block, len(starts)
+        select = config.select_block
         most = -(-self.longest // select)  # selection blocks of a row
-        rows, lengths = selection_blocks(starts, capacity, most, capacity, select)
+        with torch.device("cpu"):  # Tables are made on the host; the default may be another.
+            rows, lengths = selection_blocks(starts, capacity, most, capacity, select)
+            past, moves = torch.tensor([0]), torch.tensor([0, 0, 1, 0, 0, 0])
         # As Segment has them, position 0 standing for the column of the new token.
         segments = [
             (b, 1, -start, b * self.block_capacity, b * most, b * capacity + start)
             for b, start in enumerate(starts)
         ]
-        table = torch.tensor(segments, dtype=torch.int64).view(batch, 6)
+        table = torch.tensor(segments, dtype=torch.int64, device="cpu")
         self._newest = table.clone()
         self._newest[:, 2] = self.longest - 1
-        self._past, self._table_B6, self._moves_6, self._rows, self._lengths = to_device(
-            (
-                torch.zeros(1, dtype=torch.int64),
-                table,
-                torch.tensor([0, 0, 1, 0, 0, 0]),
-                rows,
-                lengths,
-            ),
-            device,
-        )
+        tables = to_device((past, table, moves, rows, lengths), device)
+        self._past, self._table_B6, self._moves_6, self._rows, self._lengths = tables
 
     def begin(self, past: int) -> None:
         """Tell the device how many tokens of each row are cached, ahead of a step."""

@@ -10,7 +10,7 @@ A graph ends with its ``generate``: weights, adapters and backend may change bet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable
 
 class GraphedSteps:
     """A converted model's call for the steps of one ``generate``.
+
+    A replay does not look at the mask: ``generate`` appends ones to that of the steps before.
 
     Args:
         model: the model, without hooks: a replay runs no Python.
@@ -96,8 +98,14 @@ class GraphedSteps:
             return None
         positions = inputs.get("position_ids")
         shape = None if positions is None else (positions.shape, positions.dtype)
-        buffers = [(id(layer.rows.keys), id(layer.rows.compressed_keys)) for layer in layers]
-        return id(tables), buffers, ids.shape, ids.dtype, shape, keep
+        return id(tables), _addresses(layers), ids.shape, ids.dtype, shape, keep
+
+
+def _addresses(layers: Sequence[NSAStaticCacheLayer]) -> list[int]:
+    """Where the tensors of a cache are."""
+    rows = [layer.rows for layer in layers]
+    buffers = [(x.keys, x.values, x.compressed_keys, x.compressed_values) for x in rows]
+    return [x.data_ptr() for of_layer in buffers for x in of_layer if x is not None]
 
 
 class _Graph:
@@ -129,7 +137,7 @@ class _Graph:
             layer.rows.length = past
 
     def step(self, inputs: Mapping[str, Any]) -> Any:
-        """The model's output, of which no tensor is the graph's."""
+        """The model's output, in tensors that later steps leave as they are."""
         rows = [layer.rows for layer in self._cache.layers]
         rows[0].room_for(1)
         self._tables.begin(rows[0].length)
