@@ -220,9 +220,6 @@ def row_of(
     more: dict[str, Any],
 ) -> Row:
     """The measurement of a method."""
-    # One size of static caches, or transformers would compile for each.
-    room = prompt.shape[1] + options.new_tokens
-    more = more | ({"max_cache_len": room} if more else {})
     first, whole = (
         meter.milliseconds(partial(generate, model, prompt, new, **more))
         for new in (1, options.new_tokens)

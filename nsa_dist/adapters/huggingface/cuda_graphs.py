@@ -11,6 +11,7 @@ A graph ends with its ``generate``: weights, adapters and backend may change bet
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,16 +34,24 @@ REPLAYED = {
 COLLECTS = "transformers.utils.output_capturing"
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a GPU: cuBLAS keeps a workspace for each stream.
+
+    torch's own is on the GPU that was current when it was made.
+    """
+    return torch.cuda.Stream(device)
+
+
 def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
     """A CUDA graph of a function that has run before: its replay, and what the function returned.
 
     What is captured is not computed before the first replay.
     """
-    # torch's own stream for captures is one of the GPU that was current when it was made.
     with torch.cuda.device(device):
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        graph = torch.cuda.CUDAGraph()
         # Other threads, such as loaders of data, may go on to use the GPU.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
             found = function()
     return graph.replay, found
 
