@@ -246,6 +246,9 @@ class AttendFew(Protocol):
 
         The bits of a query depend on what it sees and on nothing else of the call: not on the other
         queries, nor on how many there are of its document. They are not those of the operators.
+
+        With `QueriesOnDevice` no shape, grid or address follows from where the queries stand, and
+        the host reads nothing: a CUDA graph of the call is one for every position up to `newest`.
         """
 
 

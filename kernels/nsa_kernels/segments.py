@@ -8,9 +8,9 @@ queries attend to. Kernels learn nothing else about the split: no rank, no docum
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,5 +105,41 @@ class QuerySegments:
         """int64 [N], the id of selection block 0 of each local row's document."""
         return self._per_query(self.table[:, 4])
 
+    @property
+    def newest(self) -> int:
+        """The highest position of a row, at least one of which there must be."""
+        return int((self.host[:, 1] + self.host[:, 2]).max()) - 1
+
     def _per_query(self, column: Tensor) -> Tensor:
         return column.repeat_interleave(self.table[:, 1], output_size=self.num_queries)
+
+
+@dataclass(frozen=True, eq=False)
+class QueriesOnDevice(QuerySegments):
+    """One query of each of N documents, at positions that the device alone knows.
+
+    For `attend_few` alone, which makes tables and buffers as large as `newest` asks for: shapes,
+    grids and addresses are then the same for every position, so that a CUDA graph of a call stays
+    right when other tensors, computed in the graph, move the queries.
+
+    host: the segments with the position `newest`, not with their own. newest: no query's position
+    is higher. kept: what launchers made of these queries, for all layers of a step.
+    """
+
+    bound: int = 0
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def newest(self) -> int:
+        """See the class."""
+        return self.bound
+
+    def to(self, device: torch.device | str) -> QueriesOnDevice:
+        """The same queries with the table on `device`; itself when it is there already."""
+        table = self.table.to(device)
+        return self if table is self.table else replace(self, table=table, kept={})
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [N], the position of each query in its document."""
+        return self.table[:, 2].contiguous()

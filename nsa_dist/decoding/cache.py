@@ -8,7 +8,8 @@ With B rows of a batch, each a document that starts after its left padding:
 
 What lies behind a row's tokens and blocks is undefined. New tokens are written in place, and so is
 a compressed token, once, when the last token of its block arrives. A cache that is too small grows
-by an eighth, so that a token costs its share of a copy and not a copy of everything.
+by an eighth, so that a token costs its share of a copy and not a copy of everything. A cache with a
+most never grows, and its tensors stay where they are: a CUDA graph can hold them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ def capacity_for(length: int, capacity: int) -> int:
 class LayerCache:
     """The cached tokens of one layer.
 
+    Args:
+        most: tokens of each row, at most, for which room is made at once; None for a cache that
+            grows.
+
     Attributes:
         length: cached tokens of each row, with padding.
         starts: for each row, the column of its first token after left padding; empty before the
@@ -51,9 +56,25 @@ class LayerCache:
             compressed tokens have width 0 if only selection reads them.
     """
 
-    def __init__(self, config: NSAConfig) -> None:
-        self.config = config
+    def __init__(self, config: NSAConfig, most: int | None = None) -> None:
+        self.config, self.most = config, most
         self.forget()
+
+    def room_for(self, new: int) -> int:
+        """The capacity once ``new`` more tokens are in it.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        length = self.length + new
+        if self.most is None:
+            return capacity_for(length, self.capacity)
+        if length > self.most:
+            raise ValueError(
+                f"max_cache_len of past_key_values must be at least {length}, the cached and new "
+                f"tokens, got {self.most}"
+            )
+        return max(self.most, self.config.compress_block)  # A step reads a whole block.
 
     def forget(self) -> None:
         """Remove all tokens and free their memory."""
@@ -65,6 +86,12 @@ class LayerCache:
         self.compressed_values: Tensor | None = None
         # Whether a graph may hold them for its backward.
         self._in_graph = self._compressed_in_graph = False
+
+    def empty(self) -> None:
+        """Remove all tokens; a cache with a most keeps its memory."""
+        if self.most is None:
+            self.forget()
+        self.length, self.starts = 0, ()
 
     def check_starts(self, starts: tuple[int, ...]) -> None:
         """Raise ValueError if the start of a row has changed and it was not all padding so far."""
@@ -92,11 +119,17 @@ class LayerCache:
             The rows [B * capacity, G, D] of keys and values, by branch; a shared set is one object.
         """
         assert self.length == step.past, (self.length, step.past)
+        if self.length == 0 and self.keys is not None and not _alike(self.keys, k):
+            self.forget()  # An emptied cache with a most, for another batch.
         config, past, end = self.config, step.past, step.past + k.shape[1]
         keys = _with_room(self.keys, k, past, step.capacity, self._in_graph)
         values = _with_room(self.values, v, past, step.capacity, self._in_graph)
-        keys[:, past:end] = k
-        values[:, past:end] = v
+        if step.column is None:
+            keys[:, past:end] = k
+            values[:, past:end] = v
+        else:
+            keys.index_copy_(1, step.column, k)
+            values.index_copy_(1, step.column, v)
         self.keys, self.values = keys, values
         self.length, self.starts, self.capacity = end, step.starts, step.capacity
         self._in_graph = torch.is_grad_enabled()
@@ -127,19 +160,35 @@ class LayerCache:
         """Keep the first ``length`` tokens of each row, with padding."""
         self.length = length
         if length == 0:
-            self.forget()
+            self.empty()
 
     def take_rows(self, rows: Tensor) -> None:
-        """Replace row i by row ``rows[i]`` (int64 [new B])."""
+        """Replace row i by row ``rows[i]`` (int64 [new B]); with a most, in place.
+
+        Raises:
+            ValueError: for another number of rows of a cache with a most.
+        """
+        batch = len(self.starts)
+        if self.most is not None and len(rows) != batch:
+            raise ValueError(
+                f"rows of past_key_values must stay {batch} with a static cache, got {len(rows)}"
+            )
         for name in ("keys", "values", "compressed_keys", "compressed_values"):
             x = getattr(self, name)
             if x is not None:
-                setattr(self, name, x.index_select(0, rows.to(x.device)))
+                taken = x.index_select(0, rows.to(x.device))
+                setattr(self, name, taken if self.most is None else x.copy_(taken))
         self.starts = tuple(self.starts[row] for row in rows.tolist())
 
     def num_compressed(self) -> int:
         """Compressed tokens of the row that has most."""
         return num_blocks(self.length - min(self.starts, default=self.length), self.config)
+
+
+def _alike(buffer: Tensor, k: Tensor) -> bool:
+    """Whether a buffer is one for rows as these."""
+    same = buffer.dtype == k.dtype and buffer.device == k.device
+    return same and len(buffer) == len(k)
 
 
 def _with_room(

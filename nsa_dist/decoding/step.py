@@ -1,6 +1,7 @@
 """One step over a cache: which rows its new tokens read, and which blocks they complete.
 
-Tables are made once a forward, on the host, from lengths alone; all layers share them.
+Tables are made once a forward, on the host, from lengths alone; all layers share them. Those of a
+step whose lengths the device alone knows are in ``static``.
 
 Letters: B rows of a batch, N new tokens without padding.
 """
@@ -45,6 +46,7 @@ class Step:
             are stored.
         plan: segments of the N queries, and the blocks: ``compressed`` has those that become
             complete, ``selected`` all.
+        column: int64 [1], the column of the new tokens if only the device is to know it.
     """
 
     past: int
@@ -54,6 +56,7 @@ class Step:
     most_new: int
     new_slots: Tensor
     plan: Plan
+    column: Tensor | None = None
 
 
 def plan_step(
@@ -88,35 +91,68 @@ def plan_step(
             segments.append((queries, count, first - start, b * block_capacity, b * most, base))
             queries += count
 
-    start_B1 = torch.tensor(starts, dtype=torch.int64)[:, None]
-    offset = torch.arange(most) * select
-    lengths = (length - start_B1 - offset).clamp(0, select)
-    rows = (torch.arange(batch)[:, None] * capacity + start_B1 + offset).where(lengths > 0, -1)
+    rows, lengths = selection_blocks(starts, length, most, capacity, select)
     on_host = QuerySegments.from_rows(segments)
-    table, rows, lengths, made_rows, slots = _to_device(
+    table, rows, lengths, made_rows, slots = to_device(
         (
             on_host.host,
-            rows.flatten(),
-            lengths.flatten(),
+            rows,
+            lengths,
             torch.tensor(new_rows, dtype=torch.int64),
             torch.tensor(new_slots, dtype=torch.int64),
         ),
         device,
     )
     of_queries = QuerySegments(on_host.host, table, queries)
+    plan = plan_of(config, of_queries, longest, batch * capacity, made_rows, rows, lengths)
+    most_new = max((count for _, count, *_ in segments), default=0)
+    return Step(past, starts, capacity, block_capacity, most_new, slots, plan)
+
+
+def selection_blocks(
+    starts: tuple[int, ...], length: int, most: int, capacity: int, select: int
+) -> tuple[Tensor, Tensor]:
+    """Where ``most`` blocks of each row's document start, -1 behind its end, and their tokens.
+
+    Returns:
+        Both int64 [B * most], on the CPU.
+    """
+    start_B1 = torch.tensor(starts, dtype=torch.int64)[:, None]
+    offset = torch.arange(most) * select
+    lengths = (length - start_B1 - offset).clamp(0, select)
+    rows = torch.arange(len(starts))[:, None] * capacity + start_B1 + offset
+    return rows.where(lengths > 0, -1).flatten(), lengths.flatten()
+
+
+def plan_of(
+    config: NSAConfig,
+    segments: QuerySegments,
+    longest: int,
+    num_rows: int,
+    made_rows: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+) -> Plan:
+    """The plan of a step, which one rank makes over ``num_rows`` rows of its cache.
+
+    Args:
+        longest: tokens of the longest document.
+        made_rows: where the compression blocks start that become complete.
+        rows, lengths: of all selection blocks.
+    """
     none = rows[:0]
     # The rows of the cache are the extended buffer already.
-    halo = Halo(batch * capacity, none, none, (0,), none, (0,), is_local=True, is_identity=True)
+    halo = Halo(num_rows, none, none, (0,), none, (0,), is_local=True, is_identity=True)
     sets = dict.fromkeys(("compressed", "selected", "window"), halo)
-    plan = Plan(
+    return Plan(
         config=config,
         rank=0,
         size=1,
         batch=1,
-        local_length=queries,
+        local_length=segments.num_queries,
         longest=longest,
-        segments=of_queries,
-        positions=of_queries.positions,
+        segments=segments,
+        positions=segments.positions,
         documents=none,
         halos={name: x for name, x in sets.items() if name in config.key_branches},
         grids={
@@ -124,11 +160,9 @@ def plan_step(
             "selected": _own(rows, lengths),
         },
     )
-    most_new = max((count for _, count, *_ in segments), default=0)
-    return Step(past, starts, capacity, block_capacity, most_new, slots, plan)
 
 
-def _to_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def to_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tables of int64 in one copy, for which the host does not wait."""
     if device.type == "cpu":
         return list(tables)
@@ -194,13 +228,15 @@ def attend_cached(
     assert context.size == 1, context.size
     call = Call(config, backend, step.plan, Channel(context, counter, step.plan))
     few = attend_few(backend)
-    if (
+    takes_few = (
         few is not None
         and few_kernels
         and step.most_new <= FEW_TOKENS
         and {"selected", "window"} <= set(config.branches)
         and not torch.is_grad_enabled()
-    ):
+    )
+    assert takes_few or step.column is None, "the operators read positions on the host"
+    if few is not None and takes_few:
         extended = {name: (k, values.get(name, k)) for name, k in keys.items()}
         k_CGD, v_CGD = selector.begin(call, extended).finish()
         out_NHD, _ = few(

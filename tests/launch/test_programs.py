@@ -32,6 +32,7 @@ HELP = {
     "export.py": ("--help",),
     "generate.py": ("--help",),
     "bench/decoding.py": ("--help",),
+    "bench/generation.py": ("--help",),
     "bench/operators.py": ("--help",),
     "bench/distributed.py": ("--help",),
     "bench/record_choices.py": ("--help",),

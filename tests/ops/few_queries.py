@@ -12,6 +12,7 @@ from torch import Tensor
 from nsa_kernels import QuerySegments
 from nsa_kernels.backend import attend_few
 from nsa_kernels.reference import masked_softmax, weighted_values
+from nsa_kernels.segments import QueriesOnDevice
 from tests.ops.backends import BackendOnDevice
 
 BRANCHES = ("compressed", "selected", "window")
@@ -156,6 +157,13 @@ class Problem:
             found.append((start, length, position, *base))
             start += length
         return QuerySegments.from_rows(found)
+
+    def on_device(self) -> QueriesOnDevice:
+        """The last query of each row, of which the host knows that they stand within the caches."""
+        alone, newest = self.segments(only=1), self.case.capacity - 1
+        host = alone.host.clone()
+        host[:, 2] = newest
+        return QueriesOnDevice(host, alone.table, len(host), bound=newest)
 
     def run(
         self, backend: BackendOnDevice, segments: QuerySegments, queries: Tensor

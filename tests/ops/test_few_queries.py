@@ -64,3 +64,14 @@ def test_no_query() -> None:
     out, blocks = problem.run(PYTORCH, QuerySegments.from_rows([]), torch.arange(0))
     assert out.shape == (0, 4, 32)
     assert blocks.shape == (0, 2, 4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_positions_that_the_device_alone_knows(case: Decoding) -> None:
+    """The last token of each row, in tables for caches that are full."""
+    problem = Problem(case, torch.float64)
+    last = torch.tensor([new for _, new in case.rows]).cumsum(0) - 1
+    expected, expected_blocks = problem.run(PYTORCH, problem.segments(only=1), last)
+    found, blocks = problem.run(PYTORCH, problem.on_device(), last)
+    assert torch.equal(blocks, expected_blocks)
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()

@@ -23,20 +23,20 @@ from torch import Tensor
 from nsa_kernels.pytorch._common import accumulation_dtype, exact, scaled_product, tile_rows
 from nsa_kernels.pytorch.block_selection import best_blocks
 from nsa_kernels.pytorch.compressed_attention import num_visible
-from nsa_kernels.segments import QuerySegments
+from nsa_kernels.segments import QueriesOnDevice, QuerySegments
 from nsa_kernels.unchanged import Seen
 
 
 class _Gathered:
     """Which rows of keys each of m queries reads: rows int64 [m, K], and hidden bool [m, 1, 1, K].
 
-    all_seen: whether nothing is hidden.
+    all_seen: whether nothing is hidden, as far as the host knows.
     """
 
-    def __init__(self, rows_mK: Tensor, hidden_mK: Tensor) -> None:
+    def __init__(self, rows_mK: Tensor, hidden_mK: Tensor, on_device: bool) -> None:
         self.rows_mK = rows_mK
         self.hidden = hidden_mK[:, None, None]
-        self.all_seen = not hidden_mK.any()
+        self.all_seen = not on_device and not hidden_mK.any()
         self._of_heads: dict[tuple[int, int], Tensor] = {}
 
     def of_heads(self, apart: int, num_groups: int) -> Tensor:
@@ -63,19 +63,24 @@ class _Queries:
         select_block: int,
         window: int,
     ) -> None:
+        on_device = isinstance(segments, QueriesOnDevice)
         # Kept, as `_queries_of` knows them by their identity.
         self._tables = [
-            (table, Seen(table, name))
+            (table, None if on_device else Seen(table, name))
             for name, table in (("block_rows", block_rows_B), ("compressed_rows", pages))
             if table is not None
         ]
         rows = slice(start, stop)
         self.position_m = segments.positions[rows]
-        of_query = torch.repeat_interleave(segments.table[:, 3:], segments.table[:, 1], dim=0)
+        of_query = segments.table[:, 3:]
+        if not on_device:  # whose segments have a query each
+            of_query = of_query.repeat_interleave(segments.table[:, 1], dim=0)
         compressed_base, selected_base, _ = of_query[rows].unbind(1)
         compressed_base, selected_base = compressed_base[:, None], selected_base[:, None]
         self.selected_base_m11 = selected_base.unsqueeze(1)
-        newest, oldest = int(self.position_m.max()), int(self.position_m.min())
+        newest, oldest = segments.newest, 0
+        if not on_device:
+            newest, oldest = int(self.position_m.max()), int(self.position_m.min())
         self.newest, self.some_blind = newest, oldest < block - 1
         self.num_visible = num_visible(newest, block, stride)
 
@@ -86,17 +91,17 @@ class _Queries:
         of_keys = compressed_base + column
         if pages is not None:
             of_keys = pages[compressed_base + column // page] + column % page
-        self.compressed = _Gathered(of_keys, hidden)
+        self.compressed = _Gathered(of_keys, hidden, on_device)
         width = min(window, newest + 1)
         key = t_m1 - torch.arange(width - 1, -1, -1, device=device)
         hidden = key < 0
         key = key.where(~hidden, t_m1)
         of_keys = block_rows_B[selected_base + key // select_block] + key % select_block
-        self.window = _Gathered(of_keys, hidden)
+        self.window = _Gathered(of_keys, hidden, on_device)
 
     def tables_are_the_same(self) -> bool:
-        """Whether nothing was written to the tables since."""
-        return all(seen.again(table) for table, seen in self._tables)
+        """Whether nothing was written to the tables since; those of a step on the device stay."""
+        return all(seen is None or seen.again(table) for table, seen in self._tables)
 
 
 _queries: weakref.WeakKeyDictionary[QuerySegments, dict[Any, _Queries]] = (
@@ -232,6 +237,7 @@ def attend_few(
                 num_selected=num_selected,
                 num_init_blocks=num_init_blocks,
                 num_local_blocks=num_local_blocks,
+                on_device=isinstance(segments, QueriesOnDevice),
             )
         else:
             best = torch.arange(num_blocks, device=device)

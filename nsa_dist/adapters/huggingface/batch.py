@@ -21,6 +21,7 @@ from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.group import ContextGroup
 from nsa_dist.config import NSAConfig
+from nsa_dist.decoding.static import StaticTables
 from nsa_dist.decoding.step import Step, plan_step
 from nsa_dist.plan import Plan
 from nsa_dist.plan.statement import Statement
@@ -296,3 +297,12 @@ def plan_cached(
     columns = torch.arange(past, past + new) - torch.tensor(starts)[:, None]
     rows = (columns >= 0).flatten().nonzero().squeeze(1).to(device)
     return Batch(runtime, rows, None, step), columns.clamp(min=0).to(device)
+
+
+def plan_static(runtime: Runtime, tables: StaticTables, past: int) -> tuple[Batch, Tensor]:
+    """The batch of a step of one token that ``tables.begin`` announced, and its positions [B, 1].
+
+    The host reads nothing, and no shape depends on what is cached.
+    """
+    step = tables.step(past)
+    return Batch(runtime, None, None, step), step.plan.positions.unsqueeze(1)

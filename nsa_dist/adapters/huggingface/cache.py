@@ -1,4 +1,4 @@
-"""A layer of transformers' ``Cache`` that holds a ``LayerCache``, and caches of such layers."""
+"""Layers of transformers' ``Cache`` that hold a ``LayerCache``, and caches of such layers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from nsa_dist.checks import check, type_name
 from nsa_dist.config import NSAConfig
 from nsa_dist.decoding.cache import LayerCache
+from nsa_dist.decoding.static import StaticTables
 
 
 class NSACacheLayer(DynamicLayer):
@@ -100,7 +101,7 @@ class NSACacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Remove all tokens."""
-        self.rows.forget()
+        self.rows.empty()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; the argument is that of ``DynamicLayer.crop``."""
@@ -127,6 +128,39 @@ class NSACacheLayer(DynamicLayer):
             self.rows.take_rows(indices)
 
 
+class NSAStaticCacheLayer(NSACacheLayer):
+    """The cache of one layer with room for ``max_cache_len`` tokens, whose tensors stay in place.
+
+    Attributes:
+        max_cache_len: tokens of each row, at most, with padding.
+    """
+
+    is_compileable = True  # transformers then asks the model for a compiled call.
+
+    def __init__(self, config: NSAConfig, max_cache_len: int) -> None:
+        super().__init__(config)
+        self.rows = LayerCache(config, max_cache_len)
+        self.max_cache_len = max_cache_len
+        self._tables: StaticTables | None = None
+
+    def get_max_length(self) -> int:
+        """``max_cache_len``."""
+        return self.max_cache_len
+
+    def tables(self) -> StaticTables | None:
+        """What steps of one token have in common, or None where the host has to plan them.
+
+        That is an empty cache, or one with a row that was all padding so far.
+        """
+        rows = self.rows
+        if rows.keys is None or max(rows.starts, default=rows.length) >= rows.length:
+            return None
+        made, device = self._tables, rows.keys.device
+        if made is None or made.starts != rows.starts or made.device != device:
+            self._tables = StaticTables(rows.config, rows.starts, rows.capacity, device)
+        return self._tables
+
+
 def _refuse_to_set(name: str, value: Tensor | None) -> None:
     if value is not None:  # transformers' constructor sets None.
         raise ValueError(
@@ -135,23 +169,33 @@ def _refuse_to_set(name: str, value: Tensor | None) -> None:
         )
 
 
-def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig, batch: int) -> None:
+def adopt_cache(
+    cache: Any,
+    nsa_layers: tuple[int, ...],
+    config: NSAConfig,
+    batch: int,
+    static_problem: str | None,
+) -> None:
     """Replace each empty layer of ``nsa_layers`` by an ``NSACacheLayer``.
 
     Args:
         batch: number of rows of the call.
+        static_problem: the error of a ``StaticCache``, or None.
 
     Raises:
-        ValueError: for a cache that is not a ``DynamicCache`` on the model's device, or one that
-            other layers or another number of rows filled.
+        ValueError: for a cache that is not a ``DynamicCache`` or ``StaticCache`` on the model's
+            device, or one that other layers or another number of rows filled.
     """
-    if not isinstance(cache, DynamicCache):
+    is_static = isinstance(cache, StaticCache)
+    if not isinstance(cache, (DynamicCache, StaticCache)):
         raise ValueError(
-            "past_key_values must be a DynamicCache (for generate: cache_implementation=None or "
-            f"'dynamic'), got {type_name(cache)}"
+            "past_key_values must be a DynamicCache or a StaticCache (for generate: "
+            f"cache_implementation=None, 'dynamic' or 'static'), got {type_name(cache)}"
         )
     if cache.offloading:
         raise ValueError("past_key_values must be a cache on the device, got offloading=True")
+    if is_static and static_problem is not None:
+        raise ValueError(static_problem)
     for index in nsa_layers:
         while len(cache.layers) <= index:
             cache.layers.append(DynamicLayer())
@@ -170,8 +214,10 @@ def adopt_cache(cache: Any, nsa_layers: tuple[int, ...], config: NSAConfig, batc
                 )
         elif type(layer) is DynamicLayer and layer.get_seq_length() == 0:
             cache.layers[index] = NSACacheLayer(config)
+        elif type(layer) is StaticLayer and int(layer.get_seq_length()) == 0:
+            cache.layers[index] = NSAStaticCacheLayer(config, layer.max_cache_len)
         else:
             raise ValueError(
-                "past_key_values must be an empty DynamicCache or one that this model filled, got "
+                "past_key_values must be an empty cache or one that this model filled, got "
                 f"{type_name(layer)} with {layer.get_seq_length()} tokens as layer {index}"
             )

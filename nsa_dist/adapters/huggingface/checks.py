@@ -22,7 +22,8 @@ from nsa_dist.adapters.huggingface.parallelism import Split
 from nsa_dist.adapters.huggingface.weights import check_parameter
 from nsa_dist.checks import check, describe, is_plain
 from nsa_dist.config import NSAConfig
-from nsa_kernels import get_backend
+from nsa_kernels import Backend, get_backend
+from nsa_kernels.backend import attend_few
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary types whose frequencies depend only on the config, not on the positions of a call."""
@@ -216,6 +217,28 @@ def check_attention(config: NSAConfig, backend: str, attention: Any) -> None:
     refused = get_backend(backend, device).refuses(weight.dtype, config.kernel_options)
     if refused is not None:
         raise ValueError(refused)
+
+
+def static_problem(
+    config: Any, num_sparse: int, backend: Backend, batch_invariant: bool
+) -> str | None:
+    """The error of a ``StaticCache`` for a model, or None.
+
+    Args:
+        num_sparse: layers with this attention.
+    """
+    must, got = "past_key_values must be a DynamicCache", "got a StaticCache"
+    if num_sparse < config.num_hidden_layers:
+        why = "with layers that stay dense (their attention over all rows rounds otherwise)"
+    elif batch_invariant:
+        why = "with use_batch_invariant (training's operators read lengths on the host)"
+    elif attend_few(backend) is None:
+        why = f"with backend {backend.name!r}, which has no attend_few"
+    elif torch.is_grad_enabled():
+        why = "in grad mode (a StaticCache is written in place: use torch.no_grad)"
+    else:
+        return None
+    return f"{must} {why}, {got}"
 
 
 def refuse_export() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from nsa_dist.adapters.huggingface.attention import NSAAttention
 from nsa_dist.adapters.huggingface.batch import (
@@ -23,20 +23,27 @@ from nsa_dist.adapters.huggingface.batch import (
     check_positions_count_on,
     packed_boundaries,
     plan_cached,
+    plan_static,
     plan_stream,
     read_mask,
     starts_of_step,
 )
-from nsa_dist.adapters.huggingface.cache import adopt_cache
-from nsa_dist.adapters.huggingface.checks import check_attention, check_call, refuse_export
+from nsa_dist.adapters.huggingface.cache import NSAStaticCacheLayer, adopt_cache
+from nsa_dist.adapters.huggingface.checks import (
+    check_attention,
+    check_call,
+    refuse_export,
+    static_problem,
+)
 from nsa_dist.adapters.huggingface.parallelism import Split, find_split, unknown_split
 from nsa_dist.adapters.huggingface.split import documents_of_split
 from nsa_dist.checks import describe
 from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig
-from nsa_dist.decoding.cache import capacity_for
+from nsa_dist.decoding.static import StaticTables
 from nsa_dist.plan.layout import make_layout
+from nsa_kernels import get_backend
 
 
 def make_runtime(
@@ -135,6 +142,7 @@ class SparseDecoder:
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         nsa_problem: str | None = None,
+        nsa_tables: StaticTables | None = None,
         **kwargs: Any,
     ) -> Any:
         """As in the dense decoder; on a split sequence, for this rank's part of the batch.
@@ -144,6 +152,7 @@ class SparseDecoder:
             attention_mask, position_ids, past_key_values, use_cache, cu_seqlens: as in the
                 converted model's ``forward``.
             nsa_problem: an error of the model's head, raised here on every rank.
+            nsa_tables: of a step that was begun and that needs no checks, while it is captured.
 
         Raises:
             ValueError: if an argument has a value that is not allowed.
@@ -154,17 +163,23 @@ class SparseDecoder:
                 "input_ids must be integers [batch, tokens] where inputs_embeds is None, got "
                 f"{describe(input_ids)}"
             )
-        with torch.device("cpu"):  # Tables are made on the host; the default device may be another.
-            batch, positions, past_key_values, attention_mask = self._read_batch(
-                tokens,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                use_cache,
-                cu_seqlens,
-                nsa_problem,
-                kwargs,
-            )
+        if nsa_tables is not None:
+            past = past_key_values.get_seq_length(self.nsa_layers[0])
+            batch, positions = plan_static(self.nsa_runtime, nsa_tables, past)
+            positions = positions if position_ids is None else position_ids
+        else:
+            # Tables are made on the host; the default device may be another.
+            with torch.device("cpu"):
+                batch, positions, past_key_values, attention_mask = self._read_batch(
+                    tokens,
+                    attention_mask,
+                    position_ids,
+                    past_key_values,
+                    use_cache,
+                    cu_seqlens,
+                    nsa_problem,
+                    kwargs,
+                )
         if len(self.nsa_layers) == self.config.num_hidden_layers:  # type: ignore[attr-defined]
             # transformers passes on a mask of four dimensions, and so makes no L x L mask.
             attention_mask = tokens.new_zeros(1, 1, 1, 1)
@@ -178,6 +193,16 @@ class SparseDecoder:
             nsa_batch=batch,
             **kwargs,
         )
+
+    def _adopt(self, cache: Any, rows: int, runtime: Runtime) -> None:
+        """``adopt_cache`` for a call of ``rows`` rows."""
+        problem = None
+        if isinstance(cache, StaticCache):
+            model: Any = self
+            backend = get_backend(runtime.backend, model.device)
+            layers, invariant = len(self.nsa_layers), runtime.batch_invariant
+            problem = static_problem(model.config, layers, backend, invariant)
+        adopt_cache(cache, self.nsa_layers, self.nsa_config, rows, problem)
 
     def _read_batch(
         self,
@@ -238,7 +263,7 @@ class SparseDecoder:
             )
         documents, past = cu_seqlens, 0
         if past_key_values is not None:
-            adopt_cache(past_key_values, self.nsa_layers, config, rows)
+            self._adopt(past_key_values, rows, runtime)
             past = past_key_values.get_seq_length(self.nsa_layers[0])
         first_columns, ranges = None, None
         if past > 0 and length == 1:
@@ -278,10 +303,16 @@ class SparseDecoder:
             return batch, positions, None, attention_mask
         if past_key_values is None:
             past_key_values = DynamicCache(config=hf_config)
-            adopt_cache(past_key_values, self.nsa_layers, config, rows)
-        room = past_key_values.layers[self.nsa_layers[0]].rows.capacity
-        capacity = capacity_for(past + length, room)
-        batch, positions = plan_cached(config, runtime, tokens, first_columns, past, capacity)
+            self._adopt(past_key_values, rows, runtime)
+        layer = past_key_values.layers[self.nsa_layers[0]]
+        capacity, tables = layer.rows.room_for(length), None
+        if isinstance(layer, NSAStaticCacheLayer) and length == 1:
+            tables = layer.tables()
+        if tables is not None and tables.starts == first_columns:
+            tables.begin(past)
+            batch, positions = plan_static(runtime, tables, past)
+        else:
+            batch, positions = plan_cached(config, runtime, tokens, first_columns, past, capacity)
         if position_ids is not None:
             positions = position_ids
         return batch, positions, past_key_values, attention_mask

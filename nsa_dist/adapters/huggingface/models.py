@@ -28,6 +28,7 @@ from nsa_dist.adapters.huggingface.checks import (
     check_layers,
     check_scale,
 )
+from nsa_dist.adapters.huggingface.cuda_graphs import GraphedSteps
 from nsa_dist.adapters.huggingface.decoder import SparseDecoder, make_runtime
 from nsa_dist.adapters.huggingface.families import DENSE, activation_field
 from nsa_dist.adapters.huggingface.split import targets_per_rank
@@ -187,6 +188,25 @@ class _NSAMixin(SparseModel):
         check(early is None, option, early, must)
         return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
+    @staticmethod
+    def create_masks_for_generate(
+        config: Any, inputs_embeds: Any, attention_mask: Any, *_: Any, **__: Any
+    ) -> Any:
+        """The mask of two dimensions: with a static cache transformers would make one of four."""
+        return attention_mask
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What ``generate`` calls with a static cache on a GPU: CUDA graphs in place of a compiler.
+
+        Raises:
+            ValueError: with a ``compile_config``.
+        """
+        must = (
+            "None with cache_implementation='static' (a CUDA graph of a step is captured as it is)"
+        )
+        check(compile_config is None, "compile_config", compile_config, must)
+        return GraphedSteps(self)
+
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """Refused: also what ``generate_batch`` calls.
 
@@ -225,7 +245,8 @@ class _NSAMixin(SparseModel):
             position_ids: positions in the document, [B, L]; computed by default. Positions that
                 start again within a row mark packed documents, as in the dense model; these allow
                 neither padding nor a cache. On a split sequence they start at 0.
-            past_key_values: a ``DynamicCache``, empty or filled by this model.
+            past_key_values: a ``DynamicCache`` or, without gradients, a ``StaticCache``, empty or
+                filled by this model.
             use_cache: default ``config.use_cache`` outside of training with one document per row,
                 else False.
             cu_seqlens: int32 boundaries of packed documents, of the whole padded stream, equal on

@@ -29,6 +29,7 @@ from nsa_dist.adapters.huggingface import convert_to_nsa, from_pretrained
 from nsa_dist.adapters.huggingface.families import DENSE, REASONS
 from nsa_dist.adapters.huggingface.heads import HEADS
 from nsa_dist.adapters.huggingface.models import FAMILIES
+from tests.adapters.huggingface.recorded import record_graphs
 from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
     ON_GPU,
@@ -98,6 +99,17 @@ def _dense(family: str, dense: Any = None, **options: Any) -> Any:
 
 def _convert(model: Any, family: str, config: Any = SMALL) -> Any:
     return convert_to_nsa(model, config, LAYERS.get(family))
+
+
+@pytest.mark.parametrize("family", sorted(OPTIONS.keys() - LAYERS.keys()))
+def test_steps_of_a_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of models whose layers are all sparse: one graph gives what a growing cache gives."""
+    made = record_graphs(monkeypatch)
+    model = _convert(_dense(family), family)
+    prompt, new = some_tokens(2, 13), {"max_new_tokens": 12, "do_sample": False}
+    found = model.generate(prompt, cache_implementation="static", **new)
+    assert len(made) == 1
+    assert torch.equal(found, model.generate(prompt, **new))
 
 
 def test_the_table_is_whole() -> None:

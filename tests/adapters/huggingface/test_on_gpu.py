@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +16,9 @@ from nsa_dist import NSAConfig
 
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
-from nsa_dist.adapters.huggingface import convert_to_nsa
+from nsa_dist.adapters.huggingface import convert_to_nsa, cuda_graphs
 from tests.adapters.huggingface.small_models import cast, dense_model, left_padded, some_tokens
 from tests.ops.accuracy import assert_2x
 
@@ -150,3 +153,97 @@ def test_a_step_does_not_wait_for_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert found.isfinite().all()
+
+
+NEW = 3 * CONFIG.select_block + 5
+"""Over ends of compression and selection blocks, and of the window where rows are short."""
+
+
+def _generated(model: Any, lengths: tuple[int, ...], **options: Any) -> tuple[Any, float]:
+    """What ``generate`` returns with logits, and its tokens a second."""
+    tokens, mask = (x.cuda() for x in left_padded([some_tokens(1, n, seed=n)[0] for n in lengths]))
+    torch.manual_seed(5)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    found = model.generate(
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **{"do_sample": False, **options},
+    )
+    torch.cuda.synchronize()
+    return found, NEW * len(lengths) / (time.perf_counter() - begin)
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One element for each CUDA graph that ``generate`` made."""
+    made: list[None] = []
+    capture = cuda_graphs.capture
+
+    def counted(function: Callable[[], Any], device: torch.device) -> Any:
+        made.append(None)
+        return capture(function, device)
+
+    monkeypatch.setattr(cuda_graphs, "capture", counted)
+    return made
+
+
+@pytest.mark.parametrize("backend", ["triton", "pytorch"])
+@pytest.mark.parametrize("lengths", [(700,), (3 * COVERED, 100, 7, 1)], ids=["row", "batch"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_steps_of_a_cuda_graph(
+    sampled: bool, lengths: tuple[int, ...], backend: str, captured: list[None]
+) -> None:
+    """Bits of steps without a graph; of a growing cache too, by kernels."""
+    family, shared = (
+        ("llama", CONFIG) if sampled else ("qwen3", replace(CONFIG, independent_kv=True))
+    )
+    model = _model(family, shared, torch.bfloat16, backend)
+    static: dict[str, Any] = {"cache_implementation": "static", "do_sample": sampled}
+    plain, _ = _generated(model, lengths, disable_compile=True, **static)
+    assert captured == []
+    graphed, speed = _generated(model, lengths, **static)
+    assert len(captured) == 1
+    growing, growing_speed = _generated(model, lengths, do_sample=sampled)
+    assert torch.equal(graphed.sequences, plain.sequences)
+    assert torch.equal(torch.stack(graphed.logits), torch.stack(plain.logits))
+    if backend == "triton":
+        assert torch.equal(graphed.sequences, growing.sequences)
+        assert torch.equal(torch.stack(graphed.logits), torch.stack(growing.logits))
+    print(f"\n{lengths}: {speed:.0f} tokens/s graphed, {growing_speed:.0f} without, both at first")
+
+
+@torch.no_grad()
+def test_a_replayed_step_does_not_wait_for_the_device(captured: list[None]) -> None:
+    model = _model("llama", CONFIG, torch.bfloat16, "triton")
+    cache = StaticCache(config=model.config, max_cache_len=400)
+    model(some_tokens(2, 300).cuda(), past_key_values=cache)
+    steps = cuda_graphs.GraphedSteps(model)
+    token = some_tokens(2, 1).cuda()
+    for _ in range(3):
+        steps(input_ids=token, past_key_values=cache)
+    assert len(captured) == 1
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = steps(input_ids=token, past_key_values=cache).logits
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert found.isfinite().all()
+    assert cache.get_seq_length() == 304
+
+
+def test_memory_of_a_graph_ends_with_its_generation(captured: list[None]) -> None:
+    model = _model("llama", CONFIG, torch.bfloat16, "triton")
+    memory = []
+    for _ in range(4):
+        _generated(model, (700, 30), cache_implementation="static")
+        gc.collect()
+        torch.cuda.empty_cache()
+        memory.append(torch.cuda.memory_reserved())
+    assert len(captured) == 4
+    assert memory[-1] == memory[1], memory

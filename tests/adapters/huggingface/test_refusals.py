@@ -14,6 +14,7 @@ from torch import nn
 pytest.importorskip("transformers")
 
 from transformers import (
+    CompileConfig,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from nsa_dist import NSAConfig
-from nsa_dist.adapters.huggingface import convert, convert_to_nsa, models
+from nsa_dist.adapters.huggingface import checks, convert, convert_to_nsa, models
 from nsa_dist.adapters.huggingface.attention import ROTARY
 from nsa_dist.adapters.huggingface.batch import check_positions_count_on
 from tests.adapters.huggingface.small_models import (
@@ -415,12 +416,40 @@ def _cache_of_another() -> DynamicCache:
     return cache
 
 
-def test_static_and_quantised_caches_of_generate() -> None:
+def test_static_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, hybrid = sparse_model("llama"), sparse_model("llama", layers=[0])
+    static: dict[str, Any] = {"cache_implementation": "static", "max_new_tokens": 3}
+    must, got = "past_key_values must be a DynamicCache", "got a StaticCache"
+    prompt = some_tokens(1, 5)
+    message = _refusal(lambda: hybrid.generate(prompt, **static))
+    assert re.match(f"{must} with layers that stay dense .*, {got}", message), message
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    message = _refusal(lambda: model(prompt, past_key_values=cache))
+    assert re.match(f"{must} in grad mode .*, {got}", message), message
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+        message = _refusal(lambda: model(some_tokens(1, 4), past_key_values=cache))
+        assert re.match("max_cache_len .* must be at least 9, .*, got 8", message), message
+        message = _refusal(lambda: cache.batch_repeat_interleave(2))
+        assert re.match("rows of past_key_values must stay 1 .*, got 2", message), message
+    monkeypatch.setattr(checks, "attend_few", lambda _: None)
+    message = _refusal(lambda: model.generate(prompt, **static))
+    assert re.match(f"{must} with backend 'pytorch', which has no .*, {got}", message), message
+    model.model.nsa_runtime = replace(model.nsa_runtime, batch_invariant=True)
+    message = _refusal(lambda: model.generate(prompt, **static))
+    assert re.match(f"{must} with use_batch_invariant .*, {got}", message), message
+
+
+def test_graphs_of_steps() -> None:
+    """What ``generate`` asks for on a GPU."""
     model = sparse_model("llama")
-    message = _refusal(
-        lambda: model.generate(some_tokens(1, 5), max_new_tokens=3, cache_implementation="static")
-    )
-    assert re.search("past_key_values must be a DynamicCache .*, got a StaticCache", message)
+    message = _refusal(lambda: model.get_compiled_call(CompileConfig()))
+    assert re.match("compile_config must be None with cache_implementation=", message), message
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    message = _refusal(lambda: model.get_compiled_call(None))
+    assert re.match("model.layers.1.mlp must be without hooks .*disable_compile=True", message)
+    handle.remove()
+    model.get_compiled_call(None)
 
 
 @pytest.mark.parametrize("option", ["layout", "backend"])

@@ -75,6 +75,17 @@ def test_bits_are_those_of_every_batch_and_chunking(case: Decoding) -> None:
         first += new
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[5]], ids=case_id)
+def test_bits_are_those_of_positions_that_the_device_alone_knows(case: Decoding) -> None:
+    """The last token of each row, in grids and buffers for caches that are full."""
+    problem = Problem(case, torch.float32)
+    last = torch.tensor([new for _, new in case.rows]).cumsum(0) - 1
+    expected, expected_blocks = problem.run(TRITON, problem.segments(only=1), last)
+    found, blocks = problem.run(TRITON, problem.on_device(), last)
+    assert torch.equal(blocks, expected_blocks)
+    assert same_bits(found, expected)
+
+
 @pytest.mark.parametrize("page", [4, 32])
 def test_paged_caches_give_the_same_bits(page: int) -> None:
     case = CASES[1]

@@ -129,11 +129,6 @@ def _query_rows(segments: QuerySegments) -> Tensor:
     return torch.cat((segments.positions.unsqueeze(1), bases), dim=1)
 
 
-def newest(segments: QuerySegments) -> int:
-    """The highest position of a query, on the host."""
-    return int((segments.host[:, 1] + segments.host[:, 2]).max()) - 1
-
-
 @triton.jit
 def num_visible(position, C: tl.constexpr):
     """Compression blocks whose last token is at or before a position."""

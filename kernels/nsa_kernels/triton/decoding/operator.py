@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.decoding.attend import add_branches, attend_selected_and_window
 from nsa_kernels.triton.decoding.compressed import attend_compressed
-from nsa_kernels.triton.decoding.constants import Options, Partial, constants, newest, query_rows
+from nsa_kernels.triton.decoding.constants import Options, Partial, constants, query_rows
 from nsa_kernels.triton.selection.choose import choose_blocks
 from nsa_kernels.triton.selection.chunks import Chunk
 from nsa_kernels.triton.selection.scores import score_parts
@@ -63,7 +63,7 @@ def attend_few(
     blocks_NGn = torch.empty((num_queries, C.G, num_selected), dtype=torch.int32, device=q.device)
     if not num_queries:
         return out_NHD, blocks_NGn
-    last, rows_N4 = newest(segments), query_rows(segments)
+    last, rows_N4 = segments.newest, query_rows(segments)
     visible = max(0, (last - block + 1) // stride + 1)
     splits = triton.cdiv(visible, C.SPLIT)
     parts = splits + C.PARTS_SELECTED + C.PARTS_WINDOW

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_kernels.segments import QuerySegments
+from nsa_kernels.segments import QueriesOnDevice, QuerySegments
 
 # How many packings are found again by the values of their segments.
 RECENT_PACKINGS = 8
@@ -48,6 +48,10 @@ def cached(segments: QuerySegments, name: Any, make: Callable[[], Any]) -> Any:
 
     It must not refer to the segments' tensors, or these would keep themselves alive.
     """
+    if isinstance(segments, QueriesOnDevice):  # Others have the same host's table.
+        if name not in segments.kept:
+            segments.kept[name] = make()
+        return segments.kept[name]
     return _cached(segments.host, segments.table.device, name, make)
 
 
