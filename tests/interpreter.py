@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from importlib.util import find_spec
@@ -11,10 +12,23 @@ from typing import Any
 def quicken() -> None:
     """Where kernels are interpreted, do without what costs time there: the same bits."""
     if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+        _leave_overflow_alone()
         _combine_by_xor_in_numpy()
         _keep_types()
         _shorten_calls()
         _match_operands_once()
+
+
+def _leave_overflow_alone() -> None:
+    """Triton computes integers anew in 64 bits, compares both, and says nothing unless it debugs.
+
+    The guard of `ops/triton/guard.py` says what overflows, at less cost.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def _combine_by_xor_in_numpy() -> None:
