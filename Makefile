@@ -3,7 +3,7 @@
 # extras that the target needs.
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-gpu compile-all lint docs clean
+.PHONY: help install train test test-all test-gpu compile-all lint docs clean
 
 BASE_PYTHON ?= python3
 CONFIG ?= configs/default.toml
@@ -29,6 +29,11 @@ help: ## show this list
 	@echo "PYTHON=<interpreter>  use it as it is, install nothing"
 	@echo "CONFIG=<file>         run file for train ($(CONFIG))"
 	@echo "ARGS=\"...\"            more arguments for train, pytest, compile-all or mkdocs"
+
+# pip works out the versions once, not once for each of the three.
+install: pyproject.toml constraints.txt | .venv/bin/python ## install at once what test, lint and docs need
+	$(INSTALL) --editable ".[train,test,dev,docs]"
+	@touch .venv/installed-run .venv/installed-dev .venv/installed-docs
 
 train: $(RUN_READY) ## train the small language model of CONFIG over the GPUs or two CPU processes
 	$(PYTHON) launch/local.py $(CONFIG) $(ARGS)

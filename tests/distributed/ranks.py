@@ -32,6 +32,12 @@ DEEPSPEED = (
     "deepspeed.runtime.zero.muon.original_muon",
     "nsa_dist.adapters.deepspeed",
 )
+# Four of five seconds of a rank's first run.
+MEGATRON = (
+    "megatron.core",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "nsa_dist.adapters.megatron",
+)
 # What a layer needs, torch's compiler included, and what files of tests import.
 _preloaded = ["torch", "nsa_dist.block", "nsa_dist.sharding", "pytest"]
 
@@ -57,6 +63,7 @@ class Ranks:
         timeout: of the process group.
         backend: "gloo", or "nccl" with a GPU a rank.
         ends_groups: after each function, end the groups that it made and left.
+        preloaded: begin with what ``preload`` names, else with nothing imported.
     """
 
     def __init__(
@@ -66,12 +73,14 @@ class Ranks:
         backend: str = "gloo",
         *,
         ends_groups: bool = False,
+        preloaded: bool = True,
     ) -> None:
         self.size = size
         self.runs = 0
         self.closed = False
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_preloaded)
+        context = multiprocessing.get_context("forkserver" if preloaded else "spawn")
+        if preloaded:
+            context.set_forkserver_preload(_preloaded)
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
@@ -125,7 +134,7 @@ class Ranks:
 
 @contextmanager
 def rank_pool(
-    most_runs: float = math.inf, *, ends_groups: bool = False
+    most_runs: float = math.inf, *, ends_groups: bool = False, preloaded: bool = True
 ) -> Iterator[Callable[[int], Ranks]]:
     """get(P): P gloo processes, started at the first request and ended with the context.
 
@@ -134,6 +143,7 @@ def rank_pool(
     Args:
         most_runs: of functions, after which the next request starts new processes.
         ends_groups: as of ``Ranks``.
+        preloaded: as of ``Ranks``.
     """
     started: dict[int, Ranks] = {}
 
@@ -142,7 +152,7 @@ def rank_pool(
         if size in started and (started[size].closed or started[size].runs >= most_runs):
             started.pop(size).close()
         if size not in started:
-            started[size] = Ranks(size, ends_groups=ends_groups)
+            started[size] = Ranks(size, ends_groups=ends_groups, preloaded=preloaded)
         return started[size]
 
     try:

@@ -23,8 +23,10 @@ from launch.settings import Settings
 from launch.storage.checkpoint import find_checkpoint, save_checkpoint
 from launch.train import Result, step_batches, train
 from tests.adapters.megatron import shim
+from tests.distributed.ranks import MEGATRON, preload
 from tests.launch.common import Gradients, first_gradients, replaced
 
+preload(*MEGATRON, "launch.engines.megatron_training")
 needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="needs megatron-core, which is not here"
 )

@@ -20,7 +20,7 @@ from tests.adapters.deepspeed.small_model import run_command
 from tests.distributed.ranks import RankError, Ranks
 from tests.launch.common import replaced, run_training, tiny
 from tests.launch.deepspeed import broken_off, needs_deepspeed, run_deepspeed
-from tests.launch.test_megatron_engine import VARIANTS, assert_close, mean_difference
+from tests.launch.test_megatron_engine import STEPS, VARIANTS, assert_close, mean_difference
 
 RanksOf = Callable[[int], Ranks]
 
@@ -87,12 +87,12 @@ def test_every_step_is_that_of_fsdp2(
     model: dict[str, Any],
 ) -> None:
     name = "-".join(("deepspeed", variant, str(size), *map(str, parallel.values())))
-    settings = by_deepspeed(root, variant, parallel, folder=str(root / name))
+    settings = by_deepspeed(root, variant, parallel, steps=STEPS, folder=str(root / name))
     settings = replaced(settings, "model", **model)
     first, *others = deepspeed_ranks(size).run(run_deepspeed, settings)
     expected = alone(settings)
     assert all(other.losses == first.losses for other in others)
-    assert len(first.losses) == 20
+    assert len(first.losses) == STEPS
     assert_close(first.losses, expected.losses, 1e-5)
     assert_close(first.grad_norms, expected.grad_norms, 1e-5)
     assert math.isclose(first.validation_loss, expected.validation_loss, rel_tol=1e-5)

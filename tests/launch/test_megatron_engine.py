@@ -47,6 +47,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"global_batch": 4, "micro_batch": 2},
     },
 }
+# Five of them warm up, and batches of four begin their second epoch.
+STEPS = 10
 TP2 = {"tp": 2, "sequence_parallel": True}
 BLOCK = {"recompute": True}
 ATTENTION = {"recompute": True, "recompute_part": "attention"}
@@ -87,7 +89,7 @@ def alone(ranks_of: RanksOf, root: Path) -> Callable[[str], Result]:
 
     def get(variant: str) -> Result:
         if variant not in done:
-            run = {"dtype": "float32", "folder": str(root / f"fsdp2-{variant}")}
+            run = {"dtype": "float32", "steps": STEPS, "folder": str(root / f"fsdp2-{variant}")}
             settings = tiny(root, **VARIANTS[variant], run=run)
             (done[variant],) = ranks_of(1).run(run_training, settings)
         return done[variant]
@@ -113,12 +115,12 @@ def test_every_step_is_that_of_fsdp2(
     model: dict[str, Any],
 ) -> None:
     name = "-".join((variant, str(size), *parallel, *map(str, parallel.values())))
-    settings = by_megatron(root, variant, parallel, folder=str(root / name))
+    settings = by_megatron(root, variant, parallel, steps=STEPS, folder=str(root / name))
     settings = replaced(settings, "model", **model)
     first, *others = megatron_ranks(size).run(run_megatron, settings)
     expected = alone(variant)
     assert all(other.losses == first.losses for other in others)
-    assert len(first.losses) == 20
+    assert len(first.losses) == STEPS
     assert_close(first.losses, expected.losses, 1e-5)
     assert_close(first.grad_norms, expected.grad_norms, 1e-5)
     assert math.isclose(first.validation_loss, expected.validation_loss, rel_tol=1e-5)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests.distributed.ranks import rank_pool
 from tests.repository.figures import load_figure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +61,7 @@ TWO_RANKS = {
     for number, example in enumerate(examples, 1)
     if "init_process_group" in example
 }
+BY_TORCHRUN = {name for name in TWO_RANKS if name.startswith("README.md")}
 
 
 def _skip_without_its_package(code: str) -> None:
@@ -82,13 +88,45 @@ def test_examples_on_one_rank(document: str) -> None:
         exec(compile(code, f"an example of {document}", "exec"), names)
 
 
-@pytest.mark.parametrize("example", TWO_RANKS)
-def test_example_on_two_ranks(example: str, tmp_path: Path) -> None:
+def _program(example: str) -> str:
     code = TWO_RANKS[example]
     _skip_without_its_package(code)
-    script = tmp_path / "two_ranks.py"
     megatron_on_cpus = "megatron.core" in code and not torch.cuda.is_available()
-    script.write_text(WITHOUT_GPUS * megatron_on_cpus + code, encoding="utf-8")
+    return WITHOUT_GPUS * megatron_on_cpus + code
+
+
+def run_as_rank(code: str, port: int) -> str:
+    """Run a program as one that torchrun starts; what it prints."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()  # The program makes its own.
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    job = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in job.items()}
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "an example", "exec"), {"__name__": "__main__"})
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("example", [x for x in TWO_RANKS if x not in BY_TORCHRUN])
+def test_example_on_two_ranks(example: str) -> None:
+    """Forked with its imports; each example in ranks of its own, which it changes."""
+    code = _program(example)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with rank_pool() as get:
+        printed = get(2).run(run_as_rank, code, port)
+    assert any("loss" in text for text in printed)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(x, marks=() if x in BY_TORCHRUN else pytest.mark.slow) for x in TWO_RANKS],
+)
+def test_example_by_torchrun(example: str, tmp_path: Path) -> None:
+    """In fresh processes, which have imported nothing that the example does not."""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(_program(example), encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     finished = subprocess.run(

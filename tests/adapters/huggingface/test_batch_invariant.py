@@ -52,28 +52,14 @@ class _ByElement(TorchFunctionMode):
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Where an element, or a product's row, stands does not change its bits.
-
-    The interpreter's products are NumPy's, whose BLAS adds up otherwise in the last rows of a tile.
-    """
+def as_on_a_gpu() -> Iterator[None]:
+    """Where an element, or a product's row, stands does not change its bits."""
     if not INTERPRETED:
         yield
         return
-    import numpy as np
-    from triton.runtime import interpreter
+    from tests.ops.triton.guard import fixed_order_dot
 
-    def create_dot(
-        self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any
-    ) -> Any:
-        total = np.zeros_like(d.data)
-        for k in range(a.data.shape[-1]):
-            column, row = a.data[..., :, k, None], b.data[..., k, None, :]
-            total += column.astype(total.dtype) * row.astype(total.dtype)
-        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    with _ByElement():
+    with fixed_order_dot(), _ByElement():
         yield
 
 

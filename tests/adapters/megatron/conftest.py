@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.distributed.ranks import Ranks, rank_pool
+from tests.distributed.ranks import MEGATRON, Ranks, preload, rank_pool
 
+preload(*MEGATRON)
 MISSING = importlib.util.find_spec("megatron") is None
 
 

@@ -413,7 +413,7 @@ def run_split(
     with megatron(case.layout):
         run = Run(case, weights)
         loss = run.step()
-        found = {name: (run.grads()[name], grads) for name, _ in run.model.named_parameters()}
+        found = {name: (grad, grads) for name, grad in run.grads().items()}
         if case.steps:
             run.train()
             found |= {

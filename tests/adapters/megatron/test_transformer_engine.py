@@ -38,7 +38,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
     """Two ranks that have not imported Megatron without TransformerEngine."""
-    with rank_pool(ends_groups=True) as get:
+    with rank_pool(ends_groups=True, preloaded=False) as get:
         yield get(2)
 
 

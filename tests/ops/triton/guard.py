@@ -14,7 +14,6 @@ Lanes that a load masks off without `other` hold NaN, or a far-off integer, in t
 
 from __future__ import annotations
 
-import dataclasses
 import mmap
 import warnings
 from collections.abc import Iterator
@@ -236,20 +235,15 @@ def guarded() -> Iterator[None]:
         *((builder, f"create_{name}", carrying(f"create_{name}")) for name in POINTER_OPERATIONS),
         *((x, "materialize_pointers", materialize(x.materialize_pointers)) for x in HANDLES),
     ]
-    options = interpreter.interpreter_builder.options
     before = [(where, name, getattr(where, name)) for where, name, _ in patches]
     try:
         for where, name, value in patches:
             setattr(where, name, value)
-        # Checked above at less cost; the interpreter's own check says nothing.
-        unchecked = dataclasses.replace(options, sanitize_overflow=False)
-        interpreter.interpreter_builder.options = unchecked
         with warnings.catch_warnings():
             # What is masked may overflow or be NaN.
             warnings.simplefilter("ignore", RuntimeWarning)
             yield
     finally:
-        interpreter.interpreter_builder.options = options
         for where, name, value in before:
             setattr(where, name, value)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import reduce
+from importlib.util import find_spec, module_from_spec
+from itertools import product
 from operator import xor
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 from tests.ops.backends import INTERPRETED
 
@@ -80,3 +86,71 @@ def test_types_of_equal_sizes_share_their_shape_and_nothing_else() -> None:
         for _ in range(2):
             with pytest.raises(error):
                 tl.block_type(tl.float32, sizes)
+
+
+@pytest.fixture
+def operators() -> Iterator[tuple[Any, Any]]:
+    """Triton's semantics as the tests change them, and as they are."""
+    spec = find_spec("triton.language.semantic")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ours = interpreter.interpreter_semantic
+    scope = interpreter._patch_lang(_mixed_kernel.fn)
+    try:
+        yield ours, module.TritonSemantic(ours.builder)
+    finally:
+        scope.restore()
+
+
+DTYPES = [tl.int1, tl.int8, tl.uint32, tl.int32, tl.int64, tl.float16, tl.float32, tl.float64]
+NUMBERS = [0, -1, 3, 3.0, 2**31, 2**40, 0.5, -0.0, 1e300, float("nan"), True]
+
+
+def _tensor(dtype: tl.dtype, shape: tuple[int, ...]) -> tl.tensor:
+    kind = tl.block_type(dtype, list(shape)) if shape else dtype
+    values = np.arange(1, 1 + max(1, int(np.prod(shape)))).reshape(shape or (1,))
+    np_dtype = interpreter._get_np_dtype(dtype)
+    return tl.tensor(interpreter.TensorHandle(values.astype(np_dtype), dtype), kind)
+
+
+def _outcome(function: Any, *operands: Any) -> Any:
+    """The error, or the type and bits of every result."""
+    try:
+        results = function(*operands)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    results = results if isinstance(results, tuple) else (results,)
+    datas = [x.handle.data for x in results]
+    bits = [(x.dtype, x.shape, x.tobytes()) for x in datas]
+    return [str(x.type) for x in results], [str(x.handle.dtype) for x in results], bits
+
+
+def test_operands_are_matched_as_by_triton(operators: tuple[Any, Any]) -> None:
+    ours, plain = operators
+    pointers = [tl.pointer_type(tl.float32), tl.pointer_type(tl.int32)]
+    shapes = [(), (4,), (1, 4), (4, 1), (4, 4)]
+    tensors = [_tensor(dtype, shape) for dtype in DTYPES + pointers for shape in shapes]
+    arithmetic, pointer, quotient = (), (True, True), (False, False, True, True)
+    operands = [*product(tensors, tensors), *product(tensors, NUMBERS), *product(NUMBERS, tensors)]
+    for how, pair in product((arithmetic, pointer, quotient), operands):
+        expected = _outcome(plain.binary_op_type_checking_impl, *pair, *how)
+        for _ in range(2):  # The second time it is known how.
+            assert _outcome(ours.binary_op_type_checking_impl, *pair, *how) == expected, (how, pair)
+
+
+def test_numbers_beside_tensors_cannot_be_written_to(operators: tuple[Any, Any]) -> None:
+    ours, _ = operators
+    x = _tensor(tl.float32, (4,))
+    for _ in range(2):
+        _, number = ours.binary_op_type_checking_impl(x, 3.0)
+    assert not number.handle.data.flags.writeable
+
+
+def test_casts_are_those_of_triton(operators: tuple[Any, Any]) -> None:
+    ours, plain = operators
+    for source, to, shape in product(DTYPES, DTYPES, [(), (4, 4)]):
+        x = _tensor(source, shape)
+        for rounding in (None, "rtne"):
+            expected = _outcome(plain.cast, x, to, rounding)
+            assert _outcome(ours.cast, x, to, rounding) == expected, (source, to, rounding)
