@@ -104,7 +104,7 @@ def operators() -> Iterator[tuple[Any, Any]]:
 
 
 DTYPES = [tl.int1, tl.int8, tl.uint32, tl.int32, tl.int64, tl.float16, tl.float32, tl.float64]
-NUMBERS = [0, -1, 3, 3.0, 2**31, 2**40, 0.5, -0.0, 1e300, float("nan"), True]
+NUMBERS = [0, -1, 3, 3.0, 2**31, 2**40, 0.5, 0.0, -0.0, 1e300, float("nan"), True]
 
 
 def _tensor(dtype: tl.dtype, shape: tuple[int, ...]) -> tl.tensor:
