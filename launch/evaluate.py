@@ -74,6 +74,7 @@ class EvaluateOptions:
     checkpoint: tyro.conf.Positional[Path]
     tasks: tuple[Task, ...] = (
         "loss",
+        "choice",
         "needle",
         "multi_needle",
         "variables",

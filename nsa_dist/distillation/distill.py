@@ -120,8 +120,9 @@ def distill_dense() -> Iterator[DenseDistillation]:
         distilled.loss.backward()
 
     A layer's dense attention is that of its own queries, and of the keys and values of its selected
-    branch. No gradient passes through queries, keys, values or the layer's output, so that only
-    gates and compressors learn, each layer by itself. Without gradients it measures.
+    branch. No gradient passes through these or the layer's output; gates read its input. So freeze
+    all other weights: gates and compressors learn, each layer by itself. Without gradients it
+    measures.
 
     Calls must be on one rank for a sequence, with the ``selected`` branch and NSA's own selector,
     without ``exact_gradients``, activation checkpointing (nothing else is kept) and caches.
