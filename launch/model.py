@@ -86,7 +86,8 @@ class Decoder(nn.Module):
         if self.distills:
             for each in self.blocks:
                 if isinstance(each, NSABlock):
-                    each.forward = functools.partial(distilled, each.forward)  # type: ignore[method-assign]
+                    sparse_block: Any = each
+                    sparse_block.forward = functools.partial(distilled, sparse_block.forward)
 
     def forward(
         self,

@@ -200,18 +200,25 @@ def oracle(case: Case, dtype: torch.dtype, cu_seqlens: Sequence[int], blocks: Te
     return {name: x.detach() for name, x in found.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+MLP = CONFIG
+APART = replace(CONFIG, compress="linear", compress_stride=8, scale=0.7)
+FORCED = replace(CONFIG, compress="conv1d", num_init_blocks=2, num_local_blocks=1)
+CHUNKS = CONFIG.num_heads * 131 * 20
+slow = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "config",
+    "config, dtype, most",
     [
-        pytest.param(CONFIG, id="mlp"),
-        pytest.param(replace(CONFIG, compress="linear", compress_stride=8, scale=0.7), id="apart"),
-        pytest.param(
-            replace(CONFIG, compress="conv1d", num_init_blocks=2, num_local_blocks=1), id="forced"
-        ),
+        pytest.param(MLP, torch.float64, CHUNKS, id="mlp-float64-chunks"),
+        pytest.param(MLP, torch.float32, distilling.MOST, id="mlp-float32-whole"),
+        pytest.param(MLP, torch.float32, CHUNKS, id="mlp-float32-chunks", marks=slow),
+        pytest.param(APART, torch.float64, distilling.MOST, id="apart-float64-whole"),
+        pytest.param(APART, torch.float32, CHUNKS, id="apart-float32-chunks", marks=slow),
+        pytest.param(FORCED, torch.float64, CHUNKS, id="forced-float64-chunks"),
+        pytest.param(FORCED, torch.float32, distilling.MOST, id="forced-float32", marks=slow),
     ],
 )
-@pytest.mark.parametrize("most", [distilling.MOST, 4 * 131 * 20], ids=["whole", "chunks"])
 def test_values_and_gradients_are_those_of_the_definition(
     monkeypatch: pytest.MonkeyPatch, config: NSAConfig, dtype: torch.dtype, most: int
 ) -> None:
@@ -305,7 +312,7 @@ def test_a_layer_gives_dense_attention_of_its_selected_branch(changed: dict[str,
         found = layer(x)
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
     (of_layer,) = distilled.layers
-    assert float(of_layer.output) < 1e-24
+    assert of_layer.output.item() < 1e-24
     assert of_layer.captured.isnan()  # All blocks are chosen.
     layer.o_proj.requires_grad_(False)
     distilled.loss.backward()
@@ -331,7 +338,7 @@ def test_it_learns_to_choose() -> None:
         optimizer.step()
         seen.append(distilled.layers[0])
     assert seen[-1].choice.item() < 0.8 * seen[0].choice.item()
-    assert float(seen[-1].captured) > float(seen[0].captured)
+    assert seen[-1].captured > seen[0].captured
 
 
 def test_without_gradients_it_measures() -> None:

@@ -54,7 +54,7 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch, as ``Trainer`` asks for it."""
         if not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().compute_loss(model, inputs, *args, **kwargs)
         with distill_dense() as distilled:
             outputs = model(**inputs)
         with_outputs = kwargs.get("return_outputs", args[:1] == (True,))
