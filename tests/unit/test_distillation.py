@@ -417,3 +417,44 @@ def test_rotary_positions_of_unrotated_keys() -> None:
             with distill_dense():
                 part = layer(x[:, start : end - (end - start) % 2])
             assert torch.allclose(whole[:, start : start + part.shape[1]], part, atol=1e-13)
+
+
+INTERPRETED = [
+    slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter"),
+]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=INTERPRETED),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_the_triton_backend_finds_the_same(device: str) -> None:
+    """In the interpreter without a GPU."""
+    config = replace(
+        CONFIG, head_dim=16, v_head_dim=16, compress_block=16, compress_stride=8, window=24
+    )
+    x = torch.randn(1, 160, 32, dtype=torch.float64)
+    packed = torch.tensor([0, 50, 160], dtype=torch.int32)
+    weights = NativeSparseAttention(32, config, dtype=torch.float64).state_dict()
+
+    def find(backend: str, dtype: torch.dtype, place: str) -> Found:
+        layer = NativeSparseAttention(32, config, backend=backend, dtype=dtype, device=place)
+        layer.load_state_dict(weights)
+        with distill_dense() as distilled:
+            out = layer(x.to(place, dtype), cu_seqlens=packed)
+        distilled.loss.backward()
+        (of_layer,) = distilled.layers
+        values = {name: getattr(of_layer, name)[None] for name in ("choice", "output", "captured")}
+        grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+        return {name: x.cpu() for name, x in {"out": out[0], **values, **grads}.items()}
+
+    found = find("triton", torch.float32, device)
+    plain = find("pytorch", torch.float32, "cpu")
+    exact = find("pytorch", torch.float64, "cpu")
+    assert found.keys() == exact.keys()
+    for name, value in exact.items():
+        assert_2x(found[name], plain[name], value.detach(), torch.float32, name)
