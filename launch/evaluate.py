@@ -32,13 +32,15 @@ from launch.data.corpus import load_corpus
 from launch.data.sources import read_file
 from launch.data.tokenizer import Tokenizer
 from launch.evaluation import tasks
-from launch.evaluation.judge import Answer, answer, by_position, losses
+from launch.evaluation.judge import Answer, answer, by_position, choices, losses
 from launch.loading import Device, Dtype, Trained, alone, check_transformers, load
 from launch.processes.mistakes import BAD_INPUT, end, read_once
 from launch.reporting.pictures import check_pictures, curves, heat_map
 from nsa_dist.checks import check
 
-Task = Literal["loss", "needle", "multi_needle", "variables", "common_words", "frequent_words"]
+Task = Literal[
+    "loss", "choice", "needle", "multi_needle", "variables", "common_words", "frequent_words"
+]
 RULER = ("variables", "common_words", "frequent_words")
 MOST_STREAMS = 256
 """Held-out streams among which the longest documents are looked for."""
@@ -50,14 +52,15 @@ class EvaluateOptions:
 
     Args:
         checkpoint: a run's folder or its checkpoints/step_N.
-        tasks: loss: by position in held-out documents; needle, multi_needle: a number in a long
-            text, alone or among others; variables, common_words, frequent_words: RULER's tasks.
+        tasks: loss: by position in held-out documents; choice: share of dense attention in the
+            blocks that sparse layers choose there; needle, multi_needle: a number in a long text,
+            alone or among others; variables, common_words, frequent_words: RULER's tasks.
         lengths: tokens of the texts, question and answer included; a quarter of the run's
             data.length, a half and all of it when none is given.
         depths: where a needle lies, 0 for the beginning and 1 for the end.
         samples: texts of each length and depth.
         needles: in a text of multi_needle.
-        documents: whose losses are taken, the longest.
+        documents: whose losses and choices are taken, the longest.
         text: files that are the documents instead of those the run held out.
         haystack: a text between whose lines needles and variables are hidden; else sentences that
             say nothing.
@@ -71,6 +74,7 @@ class EvaluateOptions:
     checkpoint: tyro.conf.Positional[Path]
     tasks: tuple[Task, ...] = (
         "loss",
+        "choice",
         "needle",
         "multi_needle",
         "variables",
@@ -186,6 +190,29 @@ class Judge:
             names=(f"{unit}s before (first of a span that doubles)", f"nats a {unit}"),
         )
 
+    def choice(self) -> None:
+        """Dense attention in the chosen blocks, by layer, the mean over documents: choice.csv."""
+        layers = getattr(self.model.model, "nsa_layers", ())
+        branches = self.trained.settings.attention.branches
+        if not layers or "selected" not in branches:
+            self.say("choice: left out (no layer selects blocks)")
+            return
+        found = [choices(self.model, document) for document in self.documents()]
+        rows = list[tuple[Any, ...]]()
+        for at, layer in enumerate(layers):
+            calls = [document[at] for document in found]
+            values = (
+                torch.stack([getattr(call, name) for call in calls]).nanmean().item()
+                for name in ("captured", "best", "choice", "output")
+            )
+            rows.append((layer, *values))
+        self.write("choice", ("layer", "captured", "best", "choice", "output"), rows)
+        captured, best = (sum(row[i] for row in rows) / len(rows) for i in (1, 2))
+        self.say(
+            f"choice: {captured:.3f} of dense attention is in the chosen blocks, {best:.3f} in the "
+            f"best ones, on {len(found)} documents"
+        )
+
     def documents(self) -> list[Tensor]:
         """The longest documents, int64 [T] each, cut at the longest of ``lengths``.
 
@@ -288,6 +315,8 @@ def run(options: EvaluateOptions, say: Callable[[str], Any] = print) -> None:
     say(f"step {trained.step} of {trained.path}, {model.dtype} on {model.device.type}")
     if "loss" in options.tasks:
         judge.loss()
+    if "choice" in options.tasks:
+        judge.choice()
     for name, count in (("needle", 1), ("multi_needle", options.needles)):
         if name in options.tasks:
             judge.needles(name, count)

@@ -18,11 +18,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from launch.first_weights import read_part
-from launch.losses import sum_by_liger, sum_in_pieces
+from launch.losses import IGNORED, sum_by_liger, sum_in_pieces
 from launch.processes.ranks import Ranks
 from launch.seeds import mix_seed
 from launch.settings import FETCH_AGAIN, STAGES, Settings
-from nsa_dist import NativeSparseAttention, NSABlock
+from nsa_dist import NativeSparseAttention, NSABlock, distill_dense
 from nsa_dist.adapters.ring import DenseAttention, DenseBlock
 from nsa_dist.nn.mlp import SwiGLU
 
@@ -32,7 +32,7 @@ class Decoder(nn.Module):
 
     Args:
         settings: ``model``, ``attention``, ``rotary``, options of ``parallel``,
-            ``optimizer.train_only`` and ``run.start_from`` are read.
+            ``optimizer.train_only``, ``optimizer.distill_dense`` and ``run.start_from`` are read.
         vocab_size: number of tokens.
         group: ranks that share the sequence, or None.
     """
@@ -82,6 +82,12 @@ class Decoder(nn.Module):
         if trained:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(any(part in name for part in trained))
+        self.distills = settings.optimizer.distill_dense
+        if self.distills:
+            for each in self.blocks:
+                if isinstance(each, NSABlock):
+                    sparse_block: Any = each
+                    sparse_block.forward = functools.partial(distilled, sparse_block.forward)
 
     def forward(
         self,
@@ -99,8 +105,12 @@ class Decoder(nn.Module):
 
         Returns:
             [B, L, vocabulary] in the computation's dtype; with ``labels`` the sum of the targets'
-            cross-entropies, float64 scalar, nats.
+            cross-entropies, float64 scalar, nats. In training with ``optimizer.distill_dense`` it
+            is the number of targets times the mean of the sparse layers' distances from dense
+            attention (``nsa_dist.DenseDistillation.loss``).
         """
+        if self.distills and self.training and labels is not None:
+            return self._distil(tokens, cu_seqlens, (labels != IGNORED).sum())
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, cu_seqlens=cu_seqlens)
@@ -109,6 +119,16 @@ class Decoder(nn.Module):
         if labels is None:
             return F.linear(x, weight)
         return self.loss_sum(x.flatten(0, 1), weight, labels.flatten())
+
+    def _distil(self, tokens: Tensor, cu_seqlens: Tensor | None, targets: Tensor) -> Tensor:
+        x, losses = self.embedding(tokens), list[Tensor]()
+        for block in self.blocks:
+            if isinstance(block, NSABlock):
+                x, loss = block(x, cu_seqlens=cu_seqlens, distils=True)
+                losses.append(loss)
+            else:
+                x = block(x, cu_seqlens=cu_seqlens)
+        return torch.stack(losses).mean().double() * targets
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
@@ -160,6 +180,21 @@ class Decoder(nn.Module):
     def _attention_layers(self) -> Iterator[NativeSparseAttention | DenseAttention]:
         kinds = (NativeSparseAttention, DenseAttention)
         return (m for m in self.modules() if isinstance(m, kinds))
+
+
+def distilled(
+    forward: Callable[..., Tensor], x: Tensor, *, distils: bool = False, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The forward of a sparse block; where it ``distils`` also its distance from dense attention.
+
+    The distance is a result of the block's own: FSDP2 gathers the block's weights for a backward by
+    the gradients of its results.
+    """
+    if not distils:
+        return forward(x, **options)
+    with distill_dense() as found:
+        y = forward(x, **options)
+    return y, found.loss
 
 
 def build_model(settings: Settings, vocab_size: int, ranks: Ranks) -> Decoder:

@@ -2,6 +2,7 @@
 
     python launch/reproduce.py --out proof                # one GPU
     python launch/reproduce.py --out tried --tiny True    # the same steps at a toy's size, on a CPU
+    python launch/reproduce.py --out small --small True   # from dense to sparse alone, on a CPU
 
 It prepares text, trains, converts, judges, and writes the numbers to OUT/numbers, each by the
 program that a user would call. What is there already is left out, and a training that was stopped
@@ -73,6 +74,7 @@ class ReproduceOptions:
         models: which of the three are trained from drawn weights in "train"; dense is what is
             converted.
         tiny: a toy's sizes and a part of the text, to see on a CPU that all steps run.
+        small: a small model and a part of the text, from dense to sparse alone, on a CPU.
         shorten: divides the number of training steps.
         jobs: programs at a time on a GPU in "convert" and "evaluate", whose times are not reported.
         seconds: stop after so long, with what is there by then; 0: no limit.
@@ -84,6 +86,7 @@ class ReproduceOptions:
     steps: tuple[Step, ...] = ("data", "train", "convert", "evaluate", "speed", "numbers")
     models: tuple[Model, ...] = ("dense", "nsa", "hybrid")
     tiny: bool = False
+    small: bool = False
     shorten: int = 1
     jobs: int = 4
     seconds: int = 0
@@ -130,9 +133,34 @@ TINY_OF = {
     "nsa": {"model.mlp-hidden": 96},
     "hybrid": {"model.mlp-hidden": 112, "model.dense-every": 2},
     "stage1": {"model.mlp-hidden": 128},
+    "distill": {"model.mlp-hidden": 128},
     "stage2": {"model.mlp-hidden": 128},
 }
 """The same by config."""
+SMALL: Mapping[str, Any] = {
+    "model.layers": 2,
+    "model.hidden-size": 128,
+    "model.mlp-hidden": 384,
+    "attention.num-heads": 4,
+    "attention.head-dim": 32,
+    "attention.compress-block": 8,
+    "attention.compress-stride": 4,
+    "attention.select-block": 16,
+    "attention.num-selected": 6,
+    "attention.window": 64,
+    "data.length": 1024,
+    "run.device": "cpu",
+    "run.validation-streams": 16,
+}
+"""Options of every run with ``--small True``."""
+SMALL_OF = {
+    "dense": {"data.global-batch": 4, "data.micro-batch": 4, "optimizer.lr": 2e-3},
+}
+"""The same by config."""
+JUDGED_BY_CHOICE = ("converted", "stage1", "distilled")
+"""Runs between a dense model and a sparse one, of which the choice of blocks alone is judged."""
+UNTRAINED = {"optimizer.lr": 1e-12}
+"""What makes a step leave all weights as they are."""
 AS_STAGES = {
     "data.global-batch": 1,
     "data.micro-batch": 1,
@@ -153,13 +181,16 @@ GATES = {
 
 def first_runs(options: ReproduceOptions) -> list[Run]:
     """The runs that begin with drawn weights."""
-    steps = 4 if options.tiny else max(600 // options.shorten, 1)
-    return [Run(name, name, steps) for name in options.models]
+    most = 400 if options.small else 600
+    steps = 4 if options.tiny else max(most // options.shorten, 1)
+    names = ("dense",) if options.small else options.models
+    return [Run(name, name, steps) for name in names]
 
 
 def conversions(options: ReproduceOptions) -> list[list[Run]]:
     """Chains of runs that begin with the dense model's weights, and see equally many tokens."""
-    steps = 3 if options.tiny else max(60 // options.shorten, 3)
+    most = 81 if options.small else 60
+    steps = 3 if options.tiny else max(most // options.shorten, 3)
     stage1 = Run("stage1", "stage1", steps // 3, "dense")
     starts = [
         [Run(name, "stage1", 1, "dense", {"attention.gate-init": gates})]
@@ -167,14 +198,21 @@ def conversions(options: ReproduceOptions) -> list[list[Run]]:
     ]
     return [
         [stage1, Run("stage2", "stage2", steps - steps // 3, "stage1")],
+        [
+            Run("distilled", "distill", steps // 3, "dense"),
+            Run("distilled_all", "stage2", steps - steps // 3, "distilled"),
+        ],
         [Run("at_once", "stage2", steps, "dense")],
         [Run("dense_more", "dense", steps, "dense", AS_STAGES)],
-        *starts,
+        [Run("converted", "stage1", 1, "dense", UNTRAINED)],
+        *([] if options.small else starts),
     ]
 
 
 def speed_runs(options: ReproduceOptions) -> list[Run]:
     """A few steps of as many tokens at each length."""
+    if options.small:
+        return []
     lengths = (256, 512) if options.tiny else options.speed_lengths
     runs = []
     for length in lengths:
@@ -193,7 +231,8 @@ class Experiment:
     def __init__(self, options: ReproduceOptions) -> None:
         self.options, self.out = options, options.out
         self.began, self.late = time.perf_counter(), list[str]()
-        self.gpus = [] if options.tiny else visible_gpus()
+        self.on_cpu = options.tiny or options.small
+        self.gpus = [] if self.on_cpu else visible_gpus()
 
     def do(self) -> None:
         """The steps that were asked for.
@@ -228,7 +267,7 @@ class Experiment:
         """Write documents, and the tokens of them."""
         text = self.out / "text"
         if not text.exists():
-            write_documents(text, only_standard_library=self.options.tiny)
+            write_documents(text, only_standard_library=self.on_cpu)
         for name, target, held_out in (
             ("training", "tokens", ("--held-out", "0")),
             ("validation", "tokens_validation", ()),
@@ -272,6 +311,8 @@ class Experiment:
             options |= {"run.start-from": "", "run.resume": True}
         if self.options.tiny:
             options |= {**TINY, **TINY_OF[run.config]}
+        if self.options.small:
+            options |= {**SMALL, **SMALL_OF.get(run.config, {})}
         options |= run.options
         values = {
             name: value if isinstance(value, tuple) else (value,) for name, value in options.items()
@@ -280,21 +321,29 @@ class Experiment:
         return [str(ROOT / "configs" / f"proof_{run.config}.toml"), *found]
 
     def evaluate(self) -> None:
-        """Loss by position and needles of each model, hidden in the first validation document."""
-        tiny = self.options.tiny
-        lengths = (256,) if tiny else (2048, 4096, 8192, 16384)
-        few = ("--samples", "1", "--documents", "2", "--device", "cpu") if tiny else ()
+        """Loss by position, choices, and needles, hidden in the first validation document."""
+        lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
+        few: tuple[str, ...] = ()
+        kinds: tuple[str, ...] = ("loss", "choice", "needle", "multi_needle")
+        if self.options.tiny:
+            lengths = (256,)
+            few = ("--samples", "1", "--documents", "2", "--device", "cpu")
+        elif self.options.small:  # It finds no needle.
+            lengths, few, kinds = (1024,), ("--documents", "16", "--device", "cpu"), ("choice",)
         text = min((self.out / "text" / "validation").glob("*.txt"))
 
         def judge(name: str, gpu: str) -> None:
             target = self.out / "judged" / name
-            tasks = ("--tasks", "loss", "needle", "multi_needle", "--haystack", str(text))
+            own = ("choice",) if name in JUDGED_BY_CHOICE else kinds
+            tasks = ("--tasks", *own, "--haystack", str(text))
             sizes = ("--lengths", *map(str, lengths), *few)
-            if not (target / "multi_needle.csv").exists():
+            if not (target / f"{own[-1]}.csv").exists():
                 where = (str(self.out / name), "--out", str(target))
                 self.call(f"judged_{name}", "evaluate.py", *where, *tasks, *sizes, gpu=gpu)
 
-        names = ["dense", "nsa", "hybrid", "stage2", "at_once", "dense_more"]
+        names = ["nsa", "hybrid", "stage2", "distilled_all", "at_once", *JUDGED_BY_CHOICE]
+        if not self.options.small:
+            names += ["dense", "dense_more"]
         there = [name for name in names if list((self.out / name).glob("checkpoints/step_*"))]
         in_parallel([partial(judge, name) for name in there], self.gpus, self.options.jobs)
 
@@ -344,7 +393,7 @@ class Experiment:
             runs[file.parent.name] = about_run(settings, *found)
         write_csv(self.out / "numbers" / "curves.csv", curves)
         write_csv(self.out / "numbers" / "validation.csv", validations)
-        for kind in ("loss", "needle", "multi_needle"):
+        for kind in ("loss", "choice", "needle", "multi_needle"):
             rows = []
             for file in sorted(self.out.glob(f"judged/*/{kind}.csv")):
                 with file.open(newline="", encoding="utf-8") as opened:
@@ -562,6 +611,7 @@ def check_options(options: ReproduceOptions) -> None:
         check(getattr(options, option) >= 1, option, getattr(options, option), "at least 1")
     for option in ("seconds", "program_seconds"):
         check(getattr(options, option) >= 0, option, getattr(options, option), "at least 0")
+    check(not (options.tiny and options.small), "small", options.small, "False with tiny")
     check(bool(options.steps), "steps", options.steps, "one or more of them")
     for length in options.speed_lengths:
         check(length >= 2, "speed_lengths", length, "at least 2")

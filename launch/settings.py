@@ -215,6 +215,9 @@ class OptimizerSettings:
     # fsdp2: train these parts of the sparse layers alone, and leave all other weights as they are;
     # empty: train everything
     train_only: tuple[Literal["gates", "compressors"], ...] = ()
+    # fsdp2, with train_only: learn what dense attention does with each layer's queries, keys and
+    # values, in the place of the next token
+    distill_dense: bool = False
 
     def __post_init__(self) -> None:
         _check_values("optimizer", self)
@@ -393,6 +396,7 @@ class Settings:
         _check_engine(self)
         _check_dense(self)
         _check_train_only(self)
+        _check_distillation(self)
         must = (
             "False with dense layers (model.attention, model.dense_every), which have no estimate"
         )
@@ -452,6 +456,26 @@ def _check_train_only(settings: Settings) -> None:
         must = "False with optimizer.train_only (leave that out: the layers are the same)"
         value = getattr(settings.run, option)
         check(not value, f"run.{option}", value, must)
+
+
+def _check_distillation(settings: Settings) -> None:
+    """Refuse a stage that distils, where ``nsa_dist.distill_dense`` would refuse its steps."""
+    if not settings.optimizer.distill_dense:
+        return
+    only = settings.optimizer.train_only
+    must = "('gates', 'compressors') or ('compressors',) with optimizer.distill_dense (only these"
+    must = f"{must} learn from dense attention)"
+    check("compressors" in only, "optimizer.train_only", only, must)
+    for option, given, fits in (
+        ("parallel.cp", settings.parallel.cp, 1),
+        ("parallel.exact_gradients", settings.parallel.exact_gradients, 0),
+        ("model.recompute", settings.model.recompute, False),
+    ):
+        must = f"{fits!r} with optimizer.distill_dense"
+        check(given == fits, option, given, must)
+    must = "some with 'selected' with optimizer.distill_dense"
+    branches = settings.attention.branches
+    check("selected" in branches, "attention.branches", branches, must)
 
 
 T = TypeVar("T")

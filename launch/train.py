@@ -234,6 +234,8 @@ class Run:
             report.line(f"starts with the weights of step {self.source.step} of {self.source.path}")
         if settings.optimizer.train_only:
             report.line(f"trains only {' and '.join(settings.optimizer.train_only)}")
+        if settings.optimizer.distill_dense:
+            report.line("the loss of steps is the distance from dense attention")
 
     def catch_up(self) -> None:
         """Validate where the run before was stopped between a checkpoint and its validation, and

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nsa_dist.comm.counter import CommunicationCounter
     from nsa_dist.comm.group import ContextGroup, context_group
     from nsa_dist.config import BRANCHES, NSAConfig, RotaryConfig
+    from nsa_dist.distillation import DenseDistillation, LayerDistillation, distill_dense
     from nsa_dist.layer import NativeSparseAttention
     from nsa_dist.nn.compressor import BlockCompressor
     from nsa_dist.nn.gates import gates_from_logits, initial_gate_logits
@@ -40,6 +41,8 @@ __all__ = [
     "BlockCompressor",
     "CommunicationCounter",
     "ContextGroup",
+    "DenseDistillation",
+    "LayerDistillation",
     "NSABlock",
     "NSAConfig",
     "NSADetails",
@@ -52,6 +55,7 @@ __all__ = [
     "boundaries_from_positions",
     "check_parallel",
     "context_group",
+    "distill_dense",
     "gates_from_logits",
     "get_plan",
     "initial_gate_logits",
@@ -70,6 +74,7 @@ _MODULES = {
     "comm.counter": ("CommunicationCounter",),
     "comm.group": ("ContextGroup", "context_group"),
     "config": ("BRANCHES", "NSAConfig", "RotaryConfig"),
+    "distillation": ("DenseDistillation", "LayerDistillation", "distill_dense"),
     "layer": ("NativeSparseAttention",),
     "nn.compressor": ("BlockCompressor",),
     "nn.gates": ("gates_from_logits", "initial_gate_logits"),

@@ -1,10 +1,13 @@
-"""Draw the figures of docs/results.md and write its tables.
+"""Draw the figures of docs/results.md and write its tables, and those of a small model.
 
     python docs/figures/draw_results.py [NUMBERS]
+    python docs/figures/draw_results.py --small [NUMBERS]
 
 copies NUMBERS, which launch/reproduce.py wrote, to docs/benchmarks/trained, reads what is there,
-writes docs/figures/trained_*.svg, and puts the tables between the marks of docs/results.md. Only
-the standard library is needed. The colours follow the reader's light or dark scheme.
+writes docs/figures/trained_*.svg, and puts the tables between the marks of docs/results.md. With
+--small (as of launch/reproduce.py) these are docs/benchmarks/small, docs/figures/small_*.svg and
+docs/training.md. Only the standard library is needed. The colours follow the reader's light or dark
+scheme.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 NUMBERS = HERE.parent / "benchmarks" / "trained"
 DOCUMENT = HERE.parent / "results.md"
+SMALL_NUMBERS = HERE.parent / "benchmarks" / "small"
+SMALL_DOCUMENT = HERE.parent / "training.md"
 BEGIN = "<!-- numbers: written by docs/figures/draw_results.py -->"
 END = "<!-- end of numbers -->"
 
@@ -31,11 +36,34 @@ NAMES = {
     "nsa": "NSA",
     "hybrid": "every fourth layer dense",
     "stages": "converted in two stages",
+    "distilled": "distilled, then all weights",
     "at_once": "converted, all weights at once",
     "dense_more": "dense, trained on",
 }
-JUDGED = {"dense": "dense", "nsa": "nsa", "hybrid": "hybrid", "stage2": "stages"}
+JUDGED = {
+    "dense": "dense",
+    "nsa": "nsa",
+    "hybrid": "hybrid",
+    "stage2": "stages",
+    "distilled_all": "distilled",
+}
 """Runs that are judged, and what they are called in figures."""
+CONVERSIONS = {
+    "stages": ("stage1", "stage2"),
+    "distilled": ("distilled", "distilled_all"),
+    "at_once": ("at_once",),
+    "dense_more": ("dense_more",),
+}
+"""By the key of ``NAMES`` runs, one after another, that begin with the dense model's weights."""
+CHOOSING = {
+    "converted": "as converted: compressors are means",
+    "stage1": "first stage by the next byte",
+    "distilled": "first stage by distillation",
+    "stage2": "two stages, the first by the next byte",
+    "distilled_all": "two stages, the first by distillation",
+    "at_once": "all weights at once",
+}
+"""Runs whose choice of blocks is told."""
 STYLE = """
     .card { fill: #ffffff; stroke: #d0d7de }
     text { font: 13px system-ui, sans-serif; fill: #1f2328 }
@@ -46,6 +74,7 @@ STYLE = """
     .nsa { stroke: #a64500; fill: #a64500 }
     .hybrid { stroke: #1a7f37; fill: #1a7f37 }
     .stages { stroke: #8250df; fill: #8250df }
+    .distilled { stroke: #bf3989; fill: #bf3989 }
     .at_once { stroke: #9a6700; fill: #9a6700 }
     .dense_more { stroke: #59636e; fill: #59636e }
     polyline { fill: none !important; stroke-width: 2 }
@@ -60,6 +89,7 @@ STYLE = """
       .nsa { stroke: #f0883e; fill: #f0883e }
       .hybrid { stroke: #3fb950; fill: #3fb950 }
       .stages { stroke: #bc8cff; fill: #bc8cff }
+      .distilled { stroke: #f778ba; fill: #f778ba }
       .at_once { stroke: #d29922; fill: #d29922 }
       .dense_more { stroke: #9198a1; fill: #9198a1 }
       .cell { fill: #58a6ff }
@@ -204,6 +234,7 @@ class Numbers:
     curves: Sequence[Row]
     validation: Sequence[Row]
     positions: Sequence[Row]
+    choice: Sequence[Row]
     needle: Sequence[Row]
     multi_needle: Sequence[Row]
 
@@ -230,11 +261,14 @@ def read_numbers(folder: Path = NUMBERS) -> Numbers:
     """The files of a folder."""
 
     def rows(name: str) -> list[Row]:
-        with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        path = folder / f"{name}.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
     about = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
-    names = ("curves", "validation", "loss", "needle", "multi_needle")
+    names = ("curves", "validation", "loss", "choice", "needle", "multi_needle")
     return Numbers(about, *(rows(name) for name in names))
 
 
@@ -244,11 +278,7 @@ def conversion_curves(numbers: Numbers) -> dict[str, list[tuple[float, float]]]:
     if not numbers.has_ended("dense"):
         return found
     dense = numbers.about["runs"]["dense"]
-    for name, runs in {
-        "stages": ("stage1", "stage2"),
-        "at_once": ("at_once",),
-        "dense_more": ("dense_more",),
-    }.items():
+    for name, runs in CONVERSIONS.items():
         points, before = list[tuple[float, float]](), 0
         for run in runs:
             rows = numbers.of(numbers.validation, run)
@@ -291,12 +321,68 @@ def figures(numbers: Numbers) -> dict[str, str]:
             what = "a hidden number" + (" among three others" if name == "multi_needle" else "")
             title = f"Loss of {what}, nats a byte: depth down, length across"
             found[f"trained_{name}"] = maps_figure(title, rows, numbers.note)
+    return found | conversion_figure(numbers, "trained_conversion")
+
+
+def conversion_figure(numbers: Numbers, name: str) -> dict[str, str]:
+    """The figure of ``conversion_curves``, if there are any."""
     gaps = conversion_curves(numbers)
-    if gaps:
-        title = "From dense to sparse: validation loss less the dense model's, nats a byte"
-        panel = Panel("", gaps, "tokens, per cent of the dense model's", True)
-        found["trained_conversion"] = curves_figure(title, [panel], numbers.note)
-    return found
+    if not gaps:
+        return {}
+    title = "From dense to sparse: validation loss less the dense model's, nats a byte"
+    panel = Panel("", gaps, "tokens, per cent of the dense model's", True)
+    return {name: curves_figure(title, [panel], numbers.note)}
+
+
+def small_figures(numbers: Numbers) -> dict[str, str]:
+    """``figures`` of a small model."""
+    return conversion_figure(numbers, "small_conversion")
+
+
+def conversion_table(numbers: Numbers) -> list[str]:
+    """Of each of ``conversion_curves`` the beginning and the end of each of its runs."""
+    lines = ["| | tokens, % of dense's | validation loss less dense's |", "|---|---|---|"]
+    dense = numbers.about["runs"]["dense"]
+    for name, points in conversion_curves(numbers).items():
+        ends, done = [points[0]], 0
+        for run in CONVERSIONS[name]:
+            about = numbers.about["runs"].get(run, {})
+            if about.get("validation_loss") is not None:
+                done += about["tokens"]
+                gap = about["validation_loss"] - dense["validation_loss"]
+                ends.append((100 * done / dense["tokens"], gap))
+        for share, gap in ends:
+            lines.append(f"| {NAMES[name]} | {share:.2f} | {gap:+.4f} |")
+    return [*lines, ""]
+
+
+def choice_table(numbers: Numbers) -> list[str]:
+    """How much of dense attention chosen blocks hold, the mean over layers; empty without rows."""
+    heads = ("dense attention in the chosen blocks", "in the best ones")
+    heads += ("divergence of scores, nats", "distance of outputs")
+    lines = [f"| held-out documents | {' | '.join(heads)} |", "|---|---|---|---|---|"]
+    for name, title in CHOOSING.items():
+        rows = numbers.of(numbers.choice, name)
+        if rows:
+            columns = ("captured", "best", "choice", "output")
+            means = [sum(float(row[column]) for row in rows) / len(rows) for column in columns]
+            shown = " | ".join(f"{mean:.4f}" for mean in means)
+            lines.append(f"| {title} | {shown} |")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
+def small_tables(numbers: Numbers) -> str:
+    """The generated part of docs/training.md, without its marks."""
+    runs, data = numbers.about["runs"], numbers.about["data"]
+    dense = runs["dense"]
+    text = (
+        f"{numbers.note}. The dense model: {dense['parameters']:,} weights, {dense['tokens']:,} "
+        f"tokens of {data['training']['tokens']:,} bytes, streams of {dense['length']:,}, "
+        f"validation loss {dense['validation_loss']:.4f} nats a byte."
+    )
+    picture = "![Loss gap to dense by tokens](figures/small_conversion.svg)"
+    tables = [*conversion_table(numbers), picture, "", *choice_table(numbers)]
+    return "\n".join([text, "", *tables])
 
 
 def tables(numbers: Numbers) -> str:
@@ -332,12 +418,9 @@ def tables(numbers: Numbers) -> str:
             lines += [f"![{alternative}](figures/{name}.svg)", ""]
     starts = [name for name in runs if name.startswith("start_") and numbers.has_ended("dense")]
     if conversion_curves(numbers):
-        lines += ["### From dense to sparse", ""]
-        lines += ["| | tokens, % of dense's | validation loss less dense's |", "|---|---|---|"]
-        for name, points in conversion_curves(numbers).items():
-            for share, gap in (points[0], points[-1]):
-                lines.append(f"| {NAMES[name]} | {share:.2f} | {gap:+.4f} |")
-        lines += ["", "![Loss gap to dense by tokens](figures/trained_conversion.svg)", ""]
+        lines += ["### From dense to sparse", "", *conversion_table(numbers)]
+        lines += ["![Loss gap to dense by tokens](figures/trained_conversion.svg)", ""]
+        lines += choice_table(numbers)
     if starts:
         lines += ["First gates, before any training:", ""]
         lines += ["| run of `launch/reproduce.py` | validation loss less dense's |", "|---|---|"]
@@ -360,24 +443,30 @@ def tables(numbers: Numbers) -> str:
     return "\n".join(lines)
 
 
-def document(text: str, numbers: Numbers) -> str:
-    """The document with the tables of these numbers between its marks."""
+def document(text: str, generated: str) -> str:
+    """The document with generated tables between its marks."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{tables(numbers)}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{generated}\n{END}{after}"
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        NUMBERS.mkdir(parents=True, exist_ok=True)
-        for file in sorted(Path(sys.argv[1]).iterdir()):
-            shutil.copy(file, NUMBERS / file.name)
-    numbers = read_numbers()
-    for name, drawn in figures(numbers).items():
-        (HERE / f"{name}.svg").write_text(drawn, encoding="utf-8")
-    text = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(document(text, numbers), encoding="utf-8")
+def main(words: Sequence[str]) -> None:
+    small = "--small" in words
+    folder, page = (SMALL_NUMBERS, SMALL_DOCUMENT) if small else (NUMBERS, DOCUMENT)
+    for given in words:
+        if given != "--small":
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(Path(given).iterdir()):
+                if file.read_text(encoding="utf-8").strip():  # Not one without rows.
+                    shutil.copy(file, folder / file.name)
+    numbers = read_numbers(folder)
+    drawn = small_figures(numbers) if small else figures(numbers)
+    for name, figure in drawn.items():
+        (HERE / f"{name}.svg").write_text(figure, encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    generated = small_tables(numbers) if small else tables(numbers)
+    page.write_text(document(text, generated), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launch.evaluation.tasks import Example
+from nsa_dist import LayerDistillation, distill_dense
 
 ROWS = 4096
 """Tokens whose logits exist at one time."""
@@ -73,6 +74,15 @@ def losses(model: Any, tokens: Tensor) -> Tensor:
         logits = model.lm_head(x)
         parts.append(F.cross_entropy(logits.to(_wide(logits)), labels, reduction="none"))
     return torch.cat(parts).double().cpu()
+
+
+@torch.no_grad()
+def choices(model: Any, tokens: Tensor) -> list[LayerDistillation]:
+    """How far each sparse layer is from dense attention over a document, int64 [T]; every layer
+    sees the dense model's states."""
+    with distill_dense() as found:
+        model.model(tokens[None].to(model.device), use_cache=False)
+    return found.layers
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -6,8 +6,10 @@ Counted are matrix products, two operations a multiplication and addition, forwa
 
 N are the weights that each of T tokens is multiplied with: all matrices but the embedding's table
 and the compressors. Backward costs twice what forward does, once where weights are not trained
-(``optimizer.train_only``). Attention is counted by the (query, key) pairs of each branch, by the
-documents of the batch as they are packed:
+(``optimizer.train_only``). A stage that distils (``optimizer.distill_dense``) has no head, no
+backward through weights that stay, and forwards of dense attention beside the sparse one. Attention
+is counted by the (query, key) pairs of each branch, by the documents of the batch as they are
+packed:
 
     NSA:    6 (Dk + Dv) H (pairs compressed + pairs selected + pairs window)
     dense:  6 (Dk + Dv) H n (n + 1) / 2 for each document of n tokens
@@ -69,6 +71,10 @@ class StepFlops:
             counted.append(decoder.embedding.weight)
         self.weights = sum(p.numel() for p in counted)
         self.trained = sum(p.numel() for p in counted if p.requires_grad)
+        self._distills = settings.optimizer.distill_dense
+        if self._distills:
+            head = decoder.embedding if decoder.head is None else decoder.head
+            self.weights -= head.weight.numel()
         self._config = settings.attention
         is_dense = [settings.model.is_dense(layer) for layer in range(settings.model.layers)]
         self._dense, self._sparse = is_dense.count(True), is_dense.count(False)
@@ -96,6 +102,10 @@ class StepFlops:
             sparse += 2.0 * config.head_dim * config.num_heads * pairs.compressed
         compression = call_flops(config, pairs, tokens)["compression"]
         sparse += compression.forward + compression.backward
+        if self._distills:
+            sparse += a_pair / 3 * pairs.dense
+            total = 2.0 * (self.weights + self.trained) * tokens
+            return total + self._sparse * sparse + self._dense * a_pair / 3 * pairs.dense
         total = (4.0 * self.weights + 2.0 * self.trained) * tokens
         return total + self._sparse * sparse + self._dense * a_pair * pairs.dense
 

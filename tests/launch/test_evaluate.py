@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from launch.data.tokenizer import ByteTokenizer
 from launch.evaluate import EvaluateOptions, main, run
 from launch.evaluation import tasks
-from launch.evaluation.judge import answer, by_position, losses
+from launch.evaluation.judge import answer, by_position, choices, losses
 from launch.loading import alone, load
 from launch.reporting.pictures import curves, heat_map, shade
+from nsa_dist import distill_dense
 from tests.launch.trained import KINDS, settings_of, write_run
 
 pytest.importorskip("transformers")
@@ -123,6 +124,21 @@ def test_answers_and_losses_are_those_of_full_forwards(
     torch.testing.assert_close(losses(model, whole[0]), each, rtol=1e-5, atol=1e-6)
 
 
+def test_choices_are_those_of_training(root: Path, tmp_path: Path) -> None:
+    """The model of transformers attends as the decoder does, layer by layer."""
+    write_run(tmp_path, settings_of(root, "hybrid"))
+    with alone():
+        trained = load(tmp_path)
+    tokens = torch.randint(256, (300,))
+    found = choices(trained.transformers("cpu", "float64"), tokens)
+    with torch.no_grad(), distill_dense() as expected:
+        trained.decoder("cpu", "float64")(tokens[None])
+    assert len(found) == len(expected.layers) == 2
+    for ours, theirs in zip(found, expected.layers, strict=True):
+        for name in ("choice", "output", "captured", "best"):
+            assert math.isclose(getattr(ours, name), getattr(theirs, name), rel_tol=1e-5), name
+
+
 def test_losses_are_averaged_by_position() -> None:
     first, second = torch.arange(1.0, 8).double(), torch.arange(1.0, 4).double()
     spans = by_position([first, second])
@@ -145,7 +161,7 @@ def test_a_run_is_judged_into_files(root: Path, tmp_path: Path) -> None:
         f"{name}.{end}"
         for name in ("loss", "needle", "multi_needle", "ruler")
         for end in ("csv", "png")
-    }
+    } | {"choice.csv"}
     for path in out.glob("*.png"):
         assert Image.open(path).size > (200, 100)
     found = rows(out / "needle.csv")
@@ -162,6 +178,9 @@ def test_a_run_is_judged_into_files(root: Path, tmp_path: Path) -> None:
     assert any(line.startswith(told) for line in said)
     spans = rows(out / "loss.csv")
     assert [row["context_from"] for row in spans][:3] == ["1", "2", "4"]
+    chosen = rows(out / "choice.csv")
+    assert [row["layer"] for row in chosen] == ["0", "2"]
+    assert all(0 < float(row["captured"]) < float(row["best"]) < 1 for row in chosen)
     # The held-out documents are the corpus's: none is cut, as 600 is more than the longest.
     assert int(spans[0]["targets"]) <= 11
 
@@ -173,7 +192,7 @@ def test_documents_and_haystack_of_the_users(root: Path, tmp_path: Path) -> None
     said: list[str] = []
     options = EvaluateOptions(
         tmp_path / "run",
-        tasks=("loss", "needle"),
+        tasks=("loss", "choice", "needle"),
         lengths=(150,),
         depths=(0.5,),
         text=(text,),
@@ -185,6 +204,7 @@ def test_documents_and_haystack_of_the_users(root: Path, tmp_path: Path) -> None
     size = len(text.read_bytes())
     assert sum(int(row["targets"]) for row in rows(tmp_path / "out" / "loss.csv")) == size - 4
     assert "on 4 documents" in said[1]
+    assert said[2] == "choice: left out (no layer selects blocks)"
 
 
 def test_a_heat_map_has_the_colour_of_each_value(tmp_path: Path) -> None:

@@ -113,6 +113,22 @@ def test_a_stage_leaves_out_the_gradients_of_what_it_does_not_train() -> None:
     assert whole.of([PACKED]) - part.of([PACKED]) == rest
 
 
+def test_a_stage_that_distils_has_neither_head_nor_whole_backward() -> None:
+    """Matrices run forward, gates get gradients, and dense attention is added."""
+    settings = settings_of()
+    only = OptimizerSettings(train_only=("gates", "compressors"), distill_dense=True)
+    stage = StepFlops(replace(settings, optimizer=only), 256)
+    whole = StepFlops(settings, 256)
+    head = 256 * settings.model.hidden_size
+    config, layers = settings.attention, settings.model.layers
+    dense = 2.0 * (config.head_dim + config.value_dim) * config.num_heads
+    dense *= sum(n * (n + 1) / 2 for n in PACKED.diff().tolist())
+    saved = 6.0 * whole.weights - 2.0 * (whole.weights - head) - 2.0 * stage.trained
+    assert math.isclose(
+        whole.of([PACKED]) - stage.of([PACKED]), saved * 150 - layers * dense, rel_tol=1e-12
+    )
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_those_that_torch_multiplies_with(tied: bool) -> None:
     """Of a dense model, whose other products are those of its attention."""

@@ -55,7 +55,8 @@ def test_the_stages_see_five_per_cent_of_the_dense_tokens() -> None:
         settings = from_toml(CONFIGS / f"proof_{name}.toml")
         return settings.run.steps * settings.data.global_batch * settings.data.length
 
-    assert tokens("stage1") + tokens("stage2") <= 0.05 * tokens("dense")
+    for first in ("stage1", "distill"):
+        assert tokens(first) + tokens("stage2") <= 0.05 * tokens("dense")
 
 
 def test_documents_are_files_in_a_row_within_their_bounds(tmp_path: Path) -> None:
@@ -81,6 +82,11 @@ def test_documents_are_files_in_a_row_within_their_bounds(tmp_path: Path) -> Non
 def test_bad_options_are_refused(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{option} must be"):
         check_options(ReproduceOptions(**{option: value}))
+
+
+def test_one_size_at_a_time() -> None:
+    with pytest.raises(ValueError, match=r"^small must be False with tiny"):
+        check_options(ReproduceOptions(tiny=True, small=True))
 
 
 def test_programs_are_stopped_in_time_and_their_errors_are_told(
@@ -156,12 +162,18 @@ def test_all_steps_at_a_toys_size_and_their_figures(tmp_path: Path) -> None:
     assert about["runs"]["stage2"]["trained_parameters"] == stage["parameters"]
     with (numbers / "needle.csv").open(newline="") as file:
         judged = {row["run"] for row in csv.DictReader(file)}
-    assert judged == {"dense", "nsa", "hybrid", "stage2", "at_once", "dense_more"}
+    sparse = {"nsa", "hybrid", "stage2", "distilled_all", "at_once"}
+    assert judged == sparse | {"dense", "dense_more"}
+    with (numbers / "choice.csv").open(newline="") as file:
+        chosen = {row["run"] for row in csv.DictReader(file)}
+    assert chosen == sparse | {"converted", "stage1", "distilled"}
 
     drawing = load_figure("draw_results")
     found = drawing.read_numbers(numbers)
     for text in drawing.figures(found).values():
         assert ElementTree.fromstring(text).tag.endswith("svg")
-    written = drawing.document(drawing.DOCUMENT.read_text(encoding="utf-8"), found)
+    page = drawing.DOCUMENT.read_text(encoding="utf-8")
+    written = drawing.document(page, drawing.tables(found))
     assert "| dense | 47,296 |" in written
-    assert drawing.document(written, found) == written
+    assert "| as converted: compressors are means |" in written
+    assert drawing.document(written, drawing.tables(found)) == written

@@ -178,4 +178,13 @@ def test_the_page_of_results_is_that_of_the_measurements() -> None:
     numbers = drawing.read_numbers()
     for name, figure in drawing.figures(numbers).items():
         assert (drawing.HERE / f"{name}.svg").read_text(encoding="utf-8") == figure
-    assert drawing.document(text, numbers) == text
+    assert drawing.document(text, drawing.tables(numbers)) == text
+
+
+def test_the_tables_of_a_small_model_are_those_of_the_measurements() -> None:
+    drawing = load_figure("draw_results")
+    text = drawing.SMALL_DOCUMENT.read_text(encoding="utf-8")
+    numbers = drawing.read_numbers(drawing.SMALL_NUMBERS)
+    for name, figure in drawing.small_figures(numbers).items():
+        assert (drawing.HERE / f"{name}.svg").read_text(encoding="utf-8") == figure
+    assert drawing.document(text, drawing.small_tables(numbers)) == text

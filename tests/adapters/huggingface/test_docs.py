@@ -32,7 +32,7 @@ def loss_of_example(index: int) -> float:
 
 
 def test_examples_on_one_rank() -> None:
-    convert, _, save, _ = _examples()
+    convert, _, _, save, _ = _examples()
     names: dict[str, Any] = {}
     exec(compile(convert, "converting", "exec"), names)
     exec(compile(save, "checkpoints", "exec"), names)
@@ -40,9 +40,25 @@ def test_examples_on_one_rank() -> None:
     assert torch.equal(names["again"](tokens).logits, names["model"].eval()(tokens).logits)
 
 
+def test_example_of_distillation(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    convert, distill, *_ = _examples()
+    names: dict[str, Any] = {}
+    # The first example's model is converted by now.
+    made, _ = convert.split("model = convert_to_nsa")
+    exec(compile(convert, "converting", "exec"), names)
+    exec(compile(made, "the dense model", "exec"), names)
+    rows = torch.randint(512, (2, 300))
+    names |= {"batches": rows[:, None], "folder": str(tmp_path)}
+    names["rows"] = [{"input_ids": row} for row in rows]
+    exec(compile(distill, "distillation", "exec"), names)
+    trained = {name for name, p in names["model"].named_parameters() if p.requires_grad}
+    assert any("gate.proj" in name for name in trained)
+
+
 def test_example_of_peft() -> None:
     pytest.importorskip("peft")
-    convert, _, _, recipe = _examples()
+    convert, _, _, _, recipe = _examples()
     names: dict[str, Any] = {}
     exec(compile(convert, "converting", "exec"), names)
     exec(compile(recipe, "PEFT", "exec"), names)
@@ -52,8 +68,8 @@ def test_example_of_peft() -> None:
 
 
 def test_example_on_two_ranks(ranks_of: Callable[[int], Ranks]) -> None:
-    split = ranks_of(2).run(loss_of_example, 1)
-    (alone,) = ranks_of(1).run(loss_of_example, 1)
+    split = ranks_of(2).run(loss_of_example, 2)
+    (alone,) = ranks_of(1).run(loss_of_example, 2)
     assert split[0] == split[1]
     # float32 sums of a thousand terms in another order.
     assert abs(alone - split[0]) <= 1000 * torch.finfo(torch.float32).eps * abs(alone)

@@ -26,12 +26,18 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from nsa_dist import distill_dense
 from nsa_dist.adapters.huggingface import convert_to_nsa, from_pretrained
+from nsa_dist.adapters.huggingface.distillation import (
+    DistillationTrainer,
+    train_new_weights_only,
+)
 from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
     SMALL,
     VOCABULARY,
     dense_model,
+    left_padded,
     some_tokens,
     sparse_model,
 )
@@ -165,3 +171,90 @@ def test_pipelines(tmp_path: Path) -> None:
         generate = pipeline("text-generation", model=source, device="cpu", **options)
         found = generate("w3", max_new_tokens=4, do_sample=False, return_tensors=True)
         assert found[0]["generated_token_ids"] == expected.tolist()
+
+
+def _distilled_by_hand(model: Any, rows: list[Any], rate: float) -> list[float]:
+    """The loop of the documents: losses of a step for each row."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    losses = []
+    for row in rows:
+        with distill_dense() as distilled:
+            model.model(row["input_ids"][None])
+        optimizer.zero_grad()
+        distilled.loss.backward()
+        optimizer.step()
+        losses.append(distilled.loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("config", [SMALL, INDEPENDENT], ids=["shared", "independent"])
+def test_distillation_moves_gates_and_compressors_alone(config: Any) -> None:
+    """They begin as the conversion leaves them, and padding changes nothing."""
+    model = sparse_model("qwen3", config, trained=False).train()
+    train_new_weights_only(model)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    rows = [{"input_ids": x} for x in some_tokens(1, 75).expand(6, -1)]
+    tokens, mask = left_padded([rows[0]["input_ids"], rows[0]["input_ids"][:40]])
+    with distill_dense() as alone, torch.no_grad():
+        model.model(tokens[:1])
+    losses = _distilled_by_hand(model, rows, 3e-3)
+    assert losses[0] == pytest.approx(alone.loss.item(), rel=1e-5)
+    assert losses[-1] < losses[0]
+    moved = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        parts = []
+        for row in (tokens[:1], tokens[1:, -40:]):
+            with distill_dense() as distilled:
+                model.model(row)
+            parts.append([layer.choice.item() for layer in distilled.layers])
+        with distill_dense() as padded:
+            model.model(tokens, attention_mask=mask)
+    for layer, whole, short in zip(padded.layers, *parts, strict=True):
+        assert layer.choice.item() == pytest.approx((75 * whole + 40 * short) / 115, rel=1e-4)
+
+
+def test_trainer_distils_as_a_loop_does(tmp_path: Path) -> None:
+    """Accumulated too: a mean over batches. Its evaluation is that of the next token."""
+    rows = [{"input_ids": x, "labels": x} for x in some_tokens(4, 60)]
+    models = [sparse_model("llama", trained=False).train() for _ in range(2)]
+    for model in models:
+        train_new_weights_only(model)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        learning_rate=0.1,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = DistillationTrainer(models[0], arguments, train_dataset=rows, eval_dataset=rows)
+    with torch.no_grad():
+        next_token = [
+            models[1](x["input_ids"][None], labels=x["labels"][None]).loss.item() for x in rows
+        ]
+    start = sum(next_token) / len(rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(start, rel=1e-5)
+    found = _losses(trainer)
+    with distill_dense() as distilled:
+        for row in rows:
+            models[1](row["input_ids"][None])
+    distilled.loss.backward()
+    assert found == [pytest.approx(distilled.loss.item(), rel=1e-4)]
+    for (name, p), q in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+        expected = p if p.grad is None else p - 0.1 * p.grad
+        assert torch.allclose(q, expected, rtol=1e-4, atol=1e-6), name
+
+
+def test_trainer_does_not_distil_all_weights(tmp_path: Path) -> None:
+    model = sparse_model("llama")
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="model must have no trained weights but gates and compr"):
+        DistillationTrainer(model, arguments, train_dataset=ROWS)
