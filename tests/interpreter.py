@@ -246,8 +246,8 @@ def _match_operands_once() -> None:
         if type(x) is not tensor or type(number) not in (int, float) or x.dtype.name[0] == "u":
             return check_types(self, lhs, rhs, *how)
         shape = x.type.shape if type(x.type) is block_type else None
-        # 0.0 equals -0.0.
-        key = repr(number), is_left, x.dtype.name, id(shape), how
+        # That 0.0 equals -0.0 changes nothing: Triton makes the same of both.
+        key = number, type(number), is_left, x.dtype.name, id(shape), how
         if key not in constants:
             found = check_types(self, lhs, rhs, *how)
             number, other = found if is_left else found[::-1]
