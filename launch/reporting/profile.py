@@ -185,6 +185,7 @@ class StepProfiler:
         self._prepares_at = max(self._first - 1, first_step + 1)
         self._last = self._first + run.profile_steps - 1
         self._done = 0
+        self._started = False
         self._profile: torch.profiler.profile | None = None
         if self._first and self._last > run.steps:
             say(f"profile: nothing is recorded, as only {run.steps - first_step} steps are left")
@@ -200,7 +201,7 @@ class StepProfiler:
             yield
             return
         if number == self._first:
-            self._profile.start_trace()
+            self._start(self._profile)
         with torch.profiler.record_function(f"{STEP}{number}"):
             yield
         self._done = number
@@ -215,13 +216,22 @@ class StepProfiler:
         self._profile = torch.profiler.profile(activities=activities)
         self._profile.prepare_trace()
 
+    def _start(self, profile: torch.profiler.profile) -> None:
+        self._started = True
+        profile.start_trace()
+
     def end(self) -> None:
         """Write what was recorded, if anything was and it was not written yet."""
-        if self._profile is None or not self._done:
+        if self._profile is None:
             return
+        if not self._started:  # torch prepares no other one before this one has run.
+            self._start(self._profile)
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize()
         self._profile.stop_trace()
+        if not self._done:
+            self._profile, self._first = None, 0
+            return
         path = self._folder / f"rank_{self._ranks.rank:05d}.json.gz"
         steps = self._done - self._first + 1
         which = f"steps {self._first} to {self._done} on rank {self._ranks.rank}"
