@@ -2,7 +2,8 @@
 
     python -m tests.adapters.torchtitan.train_on_cpus FILE
 
-FILE is JSON: {"runs": [[name, ranks, arguments of torchtitan's program], ...], "results": a file}.
+FILE is JSON: {"runs": [[name, ranks, arguments of torchtitan's program, in float64 or not], ...],
+"results": a file}.
 The results are {name: [[loss, gradient norm] of each step]}, or the text of the error that refuses
 the run. Importing torchtitan takes longer than training a small model, so that it is imported once,
 and every rank of every run is a fork.
@@ -18,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.adapters.torchtitan import shim  # noqa: F401
+from tests.adapters.torchtitan import shim
 
 # isort: split
 
@@ -63,7 +64,9 @@ def run(arguments: list[str]) -> list[list[float]] | str:
     return _steps
 
 
-def on_ranks(ranks: int, arguments: list[str], result: Path) -> list[list[float]] | str:
+def on_ranks(
+    ranks: int, arguments: list[str], in_float64: bool, result: Path
+) -> list[list[float]] | str:
     """The run on forks of this process; what the last rank found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -79,6 +82,8 @@ def on_ranks(ranks: int, arguments: list[str], result: Path) -> list[list[float]
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
             os.environ |= {name: str(value) for name, value in places.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            if in_float64:
+                shim.compute_in_float64()
             found = run(arguments)
             if rank == ranks - 1:
                 result.write_text(json.dumps(found), encoding="utf-8")
@@ -100,9 +105,9 @@ def main() -> None:
     """Every run of the file, in its order."""
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     file, results = Path(asked["results"]), {}
-    for name, ranks, arguments in asked["runs"]:
+    for name, ranks, arguments, in_float64 in asked["runs"]:
         print(f"=== {name}", flush=True)
-        results[name] = on_ranks(ranks, arguments, file.with_suffix(".run"))
+        results[name] = on_ranks(ranks, arguments, in_float64, file.with_suffix(".run"))
         file.write_text(json.dumps(results), encoding="utf-8")
 
 
