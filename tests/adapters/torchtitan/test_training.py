@@ -45,6 +45,15 @@ class Run:
 
 
 SEEDS = ("sparse", "shared")
+COMPILE = "--compile.enable --compile.components model --compile.backend aot_eager"
+COMPILED = {
+    "compiled": (1, ""),
+    "compiled-memory-budget": (1, "activation-checkpoint:memory-budget"),
+    "compiled-selective-recomputation": (1, "activation-checkpoint:selective"),
+    "compiled-full-recomputation": (1, "activation-checkpoint:full"),
+    "cp2-compiled": (2, f"{CP} 2"),
+    "cp2-compiled-selective-recomputation": (2, f"{CP} 2 activation-checkpoint:selective"),
+}
 ALIKE = {
     "one": Run(1),
     "selective-recomputation": Run(1, "activation-checkpoint:selective"),
@@ -57,10 +66,7 @@ ALIKE = {
     "tp2-without-sp": Run(2, f"{TP} 2 --parallelism.no-enable-sequence-parallel"),
     "pp2": Run(2, f"{PP} 2"),
     "cp2-tp2": Run(4, f"{CP} 2 {TP} 2"),
-    "compiled": Run(1, "--compile.enable --compile.components model --compile.backend aot_eager"),
-    "cp2-compiled": Run(
-        2, f"{CP} 2 --compile.enable --compile.components model --compile.backend aot_eager"
-    ),
+    **{name: Run(ranks, f"{COMPILE} {rest}") for name, (ranks, rest) in COMPILED.items()},
     "override": Run(1, config="dense", seed="sparse", override=OVERRIDE + "}"),
     "override-cp2": Run(2, f"{CP} 2", config="dense", seed="sparse", override=OVERRIDE + "}"),
     "override-cp2-contiguous": Run(
@@ -107,6 +113,18 @@ REFUSED = {
     "override-split-otherwise": (
         Run(2, f"{CP} 2 {BALANCER} None", "dense", "sparse", OVERRIDE + "}"),
         "positions must go on by 1 or start again at 0 in rows split as 'zigzag' over 2 ranks",
+    ),
+    "override-compiled": (
+        Run(1, "--compile.enable --compile.backend aot_eager", "dense", "sparse", OVERRIDE + "}"),
+        "with compile.enable, replace the attention by use_nsa in a config function",
+    ),
+    "separate-keys-to-a-folder": (
+        Run(1, "--checkpoint.last_save_in_hf --checkpoint.last_save_model_only"),
+        "checkpoint.last_save_in_hf must be False with independent_kv",
+    ),
+    "separate-keys-from-a-folder": (
+        Run(1, "--checkpoint.initial_load_in_hf"),
+        "checkpoint.initial_load_in_hf must be False with independent_kv",
     ),
     "override-unknown-option": (
         Run(1, config="dense", override='nsa_dist.adapters.torchtitan.nsa={"windows": 16}'),
@@ -192,7 +210,7 @@ def assert_alike(
     assert not isinstance(expected, str), expected
     assert not isinstance(found, str), found
     assert len(found) == len(expected)
-    for step, ((loss, _), (expected_loss, _)) in enumerate(zip(found, expected, strict=True)):
+    for step, ((loss, *_), (expected_loss, *_)) in enumerate(zip(found, expected, strict=True)):
         assert abs(loss - expected_loss) <= relative * expected_loss, (step, loss, expected_loss)
 
 
@@ -218,9 +236,17 @@ def test_float64_losses_are_those_of_one_rank(
     assert_alike(results[name], one, RELATIVE_FLOAT64)
 
 
+@pytest.mark.parametrize("name", COMPILED)
+def test_layers_are_compiled(name: str, results: dict[str, list[list[float]] | str]) -> None:
+    """Before and after the attention: with recomputation too, which cannot be part of a graph."""
+    _, _, graphs = results[name][-1]
+    assert graphs >= 2
+    assert results["one"][-1][2] == 0
+
+
 def test_the_model_learns(results: dict[str, list[list[float]] | str]) -> None:
     for name in ("one", "shared"):
-        losses = [loss for loss, _ in results[name]]
+        losses = [loss for loss, *_ in results[name]]
         assert losses[-1] < losses[0] - 0.5
 
 

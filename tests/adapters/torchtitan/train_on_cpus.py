@@ -4,9 +4,9 @@
 
 FILE is JSON: {"runs": [[name, ranks, arguments of torchtitan's program, in float64 or not], ...],
 "results": a file}.
-The results are {name: [[loss, gradient norm] of each step]}, or the text of the error that refuses
-the run. Importing torchtitan takes longer than training a small model, so that it is imported once,
-and every rank of every run is a fork.
+The results are {name: [[loss, gradient norm, graphs compiled so far] of each step]}, or the text of
+the error that refuses the run. Importing torchtitan takes longer than training a small model, so
+that it is imported once, and every rank of every run is a fork.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from tests.adapters.torchtitan import shim
 # isort: split
 
 import torch.distributed as dist
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import ConfigManager
 from torchtitan.trainer import Trainer
@@ -36,7 +38,7 @@ _steps: list[list[float]] = []
 
 def _record(self: Any, step: int, loss: float, largest: float, norm: float, **rest: Any) -> None:
     _log(self, step, loss, largest, norm, **rest)
-    _steps.append([loss, norm])
+    _steps.append([loss, norm, counters["stats"]["unique_graphs"]])
 
 
 MetricsProcessor.log = _record
@@ -52,7 +54,7 @@ def run(arguments: list[str]) -> list[list[float]] | str:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
             trainer.train()
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, Unsupported, ValueError) as error:
         if dist.is_initialized():
             dist.barrier()  # A rank that ends early takes the others' rendezvous with it.
         return str(error)
