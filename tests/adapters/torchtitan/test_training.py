@@ -23,6 +23,8 @@ RELATIVE = 1e-5
 RELATIVE_FLOAT64 = 1e-12
 CP = "--parallelism.context_parallel_degree"
 BALANCER = "--parallelism.context_parallel_load_balancer"
+REPLICATED = "--parallelism.data_parallel_replicate_degree"
+SHARDED = "--parallelism.data_parallel_shard_degree"
 TP = "--parallelism.tensor_parallel_degree"
 PP = "--parallelism.pipeline_parallel_degree"
 OVERRIDE = (
@@ -61,10 +63,14 @@ ALIKE = {
     "cp2": Run(2, f"{CP} 2"),
     "cp2-contiguous": Run(2, f"{CP} 2 {BALANCER} None"),
     "cp2-selective-recomputation": Run(2, f"{CP} 2 activation-checkpoint:selective"),
+    "cp2-validated": Run(2, f"{CP} 2", config="validated", seed="sparse"),
     "fsdp2": Run(2, "--training.local_batch_size 2"),
+    "hsdp2": Run(2, f"{REPLICATED} 2 {SHARDED} 1 --training.local_batch_size 2"),
+    "accumulated": Run(1, "--training.local_batch_size 2"),
     "tp2": Run(2, f"{TP} 2"),
     "tp2-without-sp": Run(2, f"{TP} 2 --parallelism.no-enable-sequence-parallel"),
     "pp2": Run(2, f"{PP} 2"),
+    "pp2-interleaved": Run(2, f"{PP} 2 --parallelism.pipeline_parallel_schedule Interleaved1F1B"),
     "cp2-tp2": Run(4, f"{CP} 2 {TP} 2"),
     **{name: Run(ranks, f"{COMPILE} {rest}") for name, (ranks, rest) in COMPILED.items()},
     "override": Run(1, config="dense", seed="sparse", override=OVERRIDE + "}"),
