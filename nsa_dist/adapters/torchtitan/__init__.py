@@ -16,6 +16,7 @@ the layout of weights.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 try:
@@ -27,6 +28,7 @@ except ModuleNotFoundError as error:
 
 from torchtitan.config import override
 from torchtitan.models.common.attention import GQAttention
+from torchtitan.tools.logging import logger
 
 from nsa_dist.adapters.torchtitan.attention import NSAttention, nsa_attention_config
 from nsa_dist.adapters.torchtitan.checks import layout_of
@@ -51,4 +53,14 @@ def nsa(
     Raises:
         ValueError: if an option has a value that is not allowed.
     """
-    return nsa_attention_config(attention, options, layout_of(load_balancer))
+    found = nsa_attention_config(attention, options, layout_of(load_balancer))
+    _warn_of_folders()
+    return found
+
+
+@cache  # Once, and not for each layer.
+def _warn_of_folders() -> None:
+    logger.warning(
+        "With this override torchtitan reads and writes Hugging Face folders without the gates and "
+        "compressors of Native Sparse Attention; use_nsa in a config function keeps them"
+    )

@@ -50,6 +50,13 @@ _batches: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """A ``_Batch`` by its positions, a tensor that all layers share: as long as that tensor."""
 
 
+_NOT_COMPILED = (
+    "Native Sparse Attention makes plans on the host: with compile.enable, replace the attention"
+    " by use_nsa in a config function, which lets layers break their graph, and not by an override"
+)
+"""What torch tells where a layer is compiled with ``fullgraph=True``."""
+
+
 class NSAttention(GQAttention):
     """``GQAttention`` with Native Sparse Attention in the place of its inner attention.
 
@@ -111,7 +118,7 @@ class NSAttention(GQAttention):
         gates = gates_from_logits(self.gate(x_BLD), nsa)
         return self.wo(self._attend(q, k, v, gates, positions).flatten(2))
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=_NOT_COMPILED)
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, positions: Tensor | None
     ) -> Tensor:

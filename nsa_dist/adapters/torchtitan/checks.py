@@ -28,7 +28,7 @@ def layout_of(load_balancer: str | None) -> str:
     return LAYOUTS[load_balancer]
 
 
-def check_run(config: Any) -> None:
+def check_run(config: Any, nsa: NSAConfig) -> None:
     """Raise ValueError for an option of a ``Trainer.Config`` that this attention cannot follow.
 
     Callers other than the trainer have a config with ``parallelism`` alone, and no run to check.
@@ -50,6 +50,15 @@ def check_run(config: Any) -> None:
         config.debug.spmd_typechecking,
         "False with Native Sparse Attention, whose messages have no SPMD types",
     )
+    # torchtitan writes the folder at the last step, when it is too late to say so.
+    for name in ("initial_load_in_hf", "last_save_in_hf"):
+        asked = config.checkpoint.enable and getattr(config.checkpoint, name)
+        check(
+            not (asked and nsa.independent_kv),
+            f"checkpoint.{name}",
+            asked,
+            "False with independent_kv: Hugging Face models have one K and V",
+        )
 
 
 def check_spmd_backend(name: str) -> None:

@@ -7,6 +7,7 @@ from functools import cache, wraps
 from typing import Any
 
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torchtitan.config import derive
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.trainer import Trainer
@@ -78,7 +79,7 @@ def _nsa_model(dense: type[Decoder]) -> type[Decoder]:
             nsa: NSAConfig
 
             def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
-                check_run(config)
+                check_run(config, self.nsa)
                 dense.Config.update_from_config(self, config=config, **kwargs)
                 layout = layout_of(config.parallelism.context_parallel_load_balancer)
                 for layer in self.layers:
@@ -89,7 +90,11 @@ def _nsa_model(dense: type[Decoder]) -> type[Decoder]:
 
 
 def _with_graph_breaks(parallelize_fn: Any) -> Any:
-    """``parallelize_fn``, but compiled layers may break their graph around the attention."""
+    """``parallelize_fn``, but compiled layers may break their graph around the attention.
+
+    Recomputation cannot be part of a graph that breaks: torch would compile nothing of such a
+    layer, without a word. So a layer is compiled within its recomputation.
+    """
 
     @wraps(parallelize_fn)
     def parallelize(model: nn.Module, *, compile_config: Any, **rest: Any) -> nn.Module:
@@ -97,7 +102,11 @@ def _with_graph_breaks(parallelize_fn: Any) -> Any:
         if compile_config.enable and "model" in compile_config.components:
             for block in model.get_submodule("layers").children():
                 if any(isinstance(module, NSAttention) for module in block.modules()):
-                    block.compile(backend=compile_config.backend)  # In place of fullgraph=True.
+                    layer = block
+                    if isinstance(block, CheckpointWrapper):
+                        block._compiled_call_impl = None
+                        layer = block.get_submodule("_checkpoint_wrapped_module")
+                    layer.compile(backend=compile_config.backend)  # In place of fullgraph=True.
         return model
 
     return parallelize

@@ -33,3 +33,20 @@ def _set_factor_and_sum(self: Any, factor: float) -> None:
 
 
 FSDPModule.set_gradient_divide_factor = _set_factor_and_sum
+
+
+def compute_in_float64() -> None:
+    """From here on this process trains in float64 what its config trains in float32."""
+    from torchtitan.components.loss import GradAccumulator
+    from torchtitan.config import TORCH_DTYPE_MAP
+
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    TORCH_DTYPE_MAP["float32"] = torch.float64
+    begin = GradAccumulator.__init__
+
+    def begin_in_float64(self: Any, *args: Any, dtype: torch.dtype, **rest: Any) -> None:
+        assert dtype == torch.float32, dtype
+        begin(self, *args, dtype=torch.float64, **rest)
+
+    GradAccumulator.__init__ = begin_in_float64

@@ -54,6 +54,7 @@ class PackedRows(BaseDataLoader):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
         packed: bool = True
+        infinite: bool = True  # torchtitan's validator sets it.
 
     def __init__(
         self,
@@ -145,6 +146,14 @@ def llama3_linear_init() -> dict[str, Any]:
 def sparse() -> Trainer.Config:
     """Separate K, V for each branch."""
     return use_nsa(dense(), **OPTIONS)
+
+
+def validated() -> Trainer.Config:
+    """As ``sparse``, with a validation of two batches after every second step."""
+    config = sparse()
+    config.validator.enable, config.validator.freq, config.validator.steps = True, 2, 2
+    config.validator.dataloader = PackedRows.Config()
+    return config
 
 
 def shared() -> Trainer.Config:

@@ -25,9 +25,11 @@ if not MISSING:
     from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3
     from torchtitan.models.llama3 import config_registry as llama3
     from torchtitan.models.qwen3 import config_registry as qwen3
+    from torchtitan.tools.logging import logger
     from torchtitan.trainer import Trainer
 
-    from nsa_dist.adapters.torchtitan import NSAttention, config_registry, use_nsa
+    from nsa_dist.adapters import torchtitan
+    from nsa_dist.adapters.torchtitan import NSAttention, config_registry, nsa, use_nsa
     from nsa_dist.adapters.torchtitan.state_dict import reorder, to_halves, to_pairs
     from tests.adapters.torchtitan import small
 
@@ -257,3 +259,14 @@ def test_separate_keys_have_no_folder() -> None:
     adapter = config.model_spec.state_dict_adapter(config.model_spec.model, None)
     with pytest.raises(ValueError, match="independent_kv must be False for Hugging Face folders"):
         adapter.to_hf(weights)
+
+
+def test_an_override_tells_that_folders_lose_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    layers = small.dense().model_spec.model.layers
+    torchtitan._warn_of_folders.cache_clear()
+    monkeypatch.setattr(logger, "warning", told.append)
+    for layer in layers:
+        nsa(layer.attention, **small.OPTIONS)
+    assert len(told) == 1
+    assert "Hugging Face folders without the gates and compressors" in told[0]

@@ -2,10 +2,11 @@
 
     python -m tests.adapters.torchtitan.train_on_cpus FILE
 
-FILE is JSON: {"runs": [[name, ranks, arguments of torchtitan's program], ...], "results": a file}.
-The results are {name: [[loss, gradient norm] of each step]}, or the text of the error that refuses
-the run. Importing torchtitan takes longer than training a small model, so that it is imported once,
-and every rank of every run is a fork.
+FILE is JSON: {"runs": [[name, ranks, arguments of torchtitan's program, in float64 or not], ...],
+"results": a file}.
+The results are {name: [[loss, gradient norm, graphs compiled so far] of each step]}, or the text of
+the error that refuses the run. Importing torchtitan takes longer than training a small model, so
+that it is imported once, and every rank of every run is a fork.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.adapters.torchtitan import shim  # noqa: F401
+from tests.adapters.torchtitan import shim
 
 # isort: split
 
 import torch.distributed as dist
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import ConfigManager
 from torchtitan.trainer import Trainer
@@ -35,7 +38,7 @@ _steps: list[list[float]] = []
 
 def _record(self: Any, step: int, loss: float, largest: float, norm: float, **rest: Any) -> None:
     _log(self, step, loss, largest, norm, **rest)
-    _steps.append([loss, norm])
+    _steps.append([loss, norm, counters["stats"]["unique_graphs"]])
 
 
 MetricsProcessor.log = _record
@@ -51,7 +54,7 @@ def run(arguments: list[str]) -> list[list[float]] | str:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
             trainer.train()
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, Unsupported, ValueError) as error:
         if dist.is_initialized():
             dist.barrier()  # A rank that ends early takes the others' rendezvous with it.
         return str(error)
@@ -63,7 +66,9 @@ def run(arguments: list[str]) -> list[list[float]] | str:
     return _steps
 
 
-def on_ranks(ranks: int, arguments: list[str], result: Path) -> list[list[float]] | str:
+def on_ranks(
+    ranks: int, arguments: list[str], in_float64: bool, result: Path
+) -> list[list[float]] | str:
     """The run on forks of this process; what the last rank found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -79,6 +84,8 @@ def on_ranks(ranks: int, arguments: list[str], result: Path) -> list[list[float]
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
             os.environ |= {name: str(value) for name, value in places.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            if in_float64:
+                shim.compute_in_float64()
             found = run(arguments)
             if rank == ranks - 1:
                 result.write_text(json.dumps(found), encoding="utf-8")
@@ -100,9 +107,9 @@ def main() -> None:
     """Every run of the file, in its order."""
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     file, results = Path(asked["results"]), {}
-    for name, ranks, arguments in asked["runs"]:
+    for name, ranks, arguments, in_float64 in asked["runs"]:
         print(f"=== {name}", flush=True)
-        results[name] = on_ranks(ranks, arguments, file.with_suffix(".run"))
+        results[name] = on_ranks(ranks, arguments, in_float64, file.with_suffix(".run"))
         file.write_text(json.dumps(results), encoding="utf-8")
 
 
