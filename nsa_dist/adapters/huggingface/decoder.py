@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from nsa_dist.adapters.huggingface.attention import NSAAttention
@@ -29,6 +29,7 @@ from nsa_dist.adapters.huggingface.batch import (
 )
 from nsa_dist.adapters.huggingface.cache import adopt_cache
 from nsa_dist.adapters.huggingface.checks import check_attention, check_call, refuse_export
+from nsa_dist.adapters.huggingface.initial_weights import start_missing
 from nsa_dist.adapters.huggingface.parallelism import Split, find_split, unknown_split
 from nsa_dist.adapters.huggingface.split import documents_of_split
 from nsa_dist.checks import describe
@@ -84,6 +85,13 @@ class SparseDecoder:
         decoder: Any = self
         for index, module in attention.items():
             decoder.layers[index].self_attn = module
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in the dense decoder, and what a checkpoint lacks of this attention."""
+        super()._init_weights(module)  # type: ignore[misc]
+        if hasattr(self, "nsa_layers"):  # It is still dense in transformers' constructor.
+            decoder: Any = self
+            start_missing(module, decoder.layers[self.nsa_layers[0]].self_attn.q_proj)
 
     def use_runtime(
         self, group: GroupLike | ContextGroup, layout: str, backend: str, *, group_is_set: bool
@@ -195,6 +203,7 @@ class SparseDecoder:
         runtime, by_others = self.split_of_call()
         config, hf_config = self.nsa_config, model.config
         rows, length = tokens.shape[:2]
+        dtype = model.norm.weight.dtype  # A replica of DataParallel has no parameters to ask.
         split = runtime.context.size > 1
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
@@ -228,7 +237,7 @@ class SparseDecoder:
                 documents,
                 position_ids,
                 exact_positions=cu_seqlens is not None,
-                dtype=model.dtype,
+                dtype=dtype,
             )
             return batch, positions, None, None
         caching = past_key_values is not None or use_cache
@@ -273,7 +282,7 @@ class SparseDecoder:
                 documents,
                 position_ids,
                 exact_positions=cu_seqlens is not None,
-                dtype=model.dtype,
+                dtype=dtype,
             )
             return batch, positions, None, attention_mask
         if past_key_values is None:
