@@ -221,7 +221,7 @@ def check_attention(config: NSAConfig, backend: str, attention: Any) -> None:
 def refuse_export() -> None:
     """Raise ValueError in a program that torch.export or torch.jit traces."""
     found = "torch.export" if torch.compiler.is_exporting() else "torch.jit.trace"
-    if found == "torch.export" or torch.jit.is_tracing():
+    if found == "torch.export" or torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise ValueError(
             f"a converted model must be run or compiled with torch.compile, got {found}: the "
             "tables of a batch follow from its lengths and padding, which are read at each call"

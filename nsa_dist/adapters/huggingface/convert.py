@@ -137,8 +137,13 @@ def from_pretrained(
         f"one of {sorted(of_type)} (load a dense model with transformers and convert it with "
         "convert_to_nsa)",
     )
-    for option in ("tp_plan", "tp_size", "distributed_config", "quantization_config"):
-        check(options.get(option) is None, option, options.get(option), "None")
+    for option, must in (
+        ("tp_plan", "None"),
+        ("tp_size", "None"),
+        ("distributed_config", "None"),
+        ("quantization_config", "None (AutoModelForCausalLM.from_pretrained takes it)"),
+    ):
+        check(options.get(option) is None, option, options.get(option), must)
     wants_info = options.pop("output_loading_info", False)
     options["output_loading_info"] = True
     model, info = of_type[model_type].from_pretrained(folder, **options)

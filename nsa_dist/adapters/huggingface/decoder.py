@@ -116,6 +116,10 @@ class SparseDecoder:
             ValueError: on every rank, if dense layers stand beside sparse ones; under torch.export.
         """
         refuse_export()
+        return self._find_split()
+
+    @torch.compiler.disable  # It asks who has replaced functions, which no graph can hold.
+    def _find_split(self) -> tuple[Runtime, Split | None]:
         runtime, split = self.nsa_runtime, None
         model: Any = self
         if not runtime.group_is_set:
@@ -162,17 +166,17 @@ class SparseDecoder:
                 "input_ids must be integers [batch, tokens] where inputs_embeds is None, got "
                 f"{describe(input_ids)}"
             )
-        with torch.device("cpu"):  # Tables are made on the host; the default device may be another.
-            batch, positions, past_key_values, attention_mask = self._read_batch(
-                tokens,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                use_cache,
-                cu_seqlens,
-                nsa_problem,
-                kwargs,
-            )
+        refuse_export()
+        batch, positions, past_key_values, attention_mask = self._read_batch(
+            tokens,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache,
+            cu_seqlens,
+            nsa_problem,
+            kwargs,
+        )
         if len(self.nsa_layers) == self.config.num_hidden_layers:  # type: ignore[attr-defined]
             # transformers passes on a mask of four dimensions, and so makes no L x L mask.
             attention_mask = tokens.new_zeros(1, 1, 1, 1)
@@ -187,7 +191,13 @@ class SparseDecoder:
             **kwargs,
         )
 
-    def _read_batch(
+    @torch.compiler.disable  # Lengths become tables, and each length would be compiled anew.
+    def _read_batch(self, *arguments: Any) -> tuple[Batch, Tensor, Any, Tensor | None]:
+        """As ``_read``, on the host."""
+        with torch.device("cpu"):  # Tables are made there; the default device may be another.
+            return self._read(*arguments)
+
+    def _read(
         self,
         tokens: Tensor,
         attention_mask: Tensor | None,

@@ -1,4 +1,4 @@
-"""Wrappers of torch that keep a model's weights elsewhere give what the model gives."""
+"""Wrappers of torch, which keep weights elsewhere or compile, give what the model gives."""
 
 from __future__ import annotations
 
@@ -89,3 +89,34 @@ def test_fsdp1(keeps_parameters: bool, ranks_of: Callable[[int], Ranks]) -> None
         assert second < first
         # Float32 gradients in another order of sums, and losses of a few nats.
         assert torch.allclose(torch.tensor(found), torch.tensor([first, second]), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled(ranks_of: Callable[[int], Ranks]) -> None:
+    """Padded batches of many lengths: the attention and its tables are not compiled for each."""
+    ((found, expected, graphs),) = ranks_of(1).run(losses_of_compiled)
+    assert found == expected
+    # The second length makes sizes dynamic; later ones find their graphs.
+    assert graphs[0] <= 8, graphs
+    assert graphs[1:] == [graphs[1]] * (len(graphs) - 1), graphs
+
+
+def losses_of_compiled() -> tuple[list[float], list[float], list[int]]:
+    """Of a compiled model and of the model, and the graphs made up to each batch."""
+    model, graphs = sparse_model("llama").train(), []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled, made = torch.compile(model, backend=count), []
+    losses: tuple[list[float], list[float]] = ([], [])
+    for length in (40, 33, 29):
+        tokens = some_tokens(2, length)
+        mask = (torch.arange(length) < torch.tensor([[length], [length // 2]])).long()
+        for run, into in zip((compiled, model), losses, strict=True):
+            loss = run(tokens, attention_mask=mask, labels=tokens, use_cache=False).loss
+            loss.backward()
+            into.append(float(loss.detach()))
+        made.append(len(graphs))
+    return (*losses, made)
