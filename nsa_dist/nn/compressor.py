@@ -130,7 +130,8 @@ class BlockCompressor(nn.Module):
         Returns:
             [C, G, D] in the dtype of ``x``.
         """
-        params = dict(self.named_parameters())
+        # By name: FSDP1 and DataParallel set the weights as plain attributes.
+        params = {name: getattr(self, name) for name in self._parameters_of_kind}
         return backend.compress(x, block_rows, self.block, self.kind, params)
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ def initial_gate_logits(config: NSAConfig) -> Tensor:
     return torch.tensor(logits).expand(config.num_heads, -1)
 
 
-class _LogitLinear(nn.Linear):
+class LogitLinear(nn.Linear):
     """Linear layer to logits [H*nb] whose bias starts at ``gate_init``.
 
     It sets the bias within its own constructor, because ZeRO 3 may shard the weights right after.
@@ -46,7 +46,7 @@ class LinearGate(nn.Module):
     def __init__(self, hidden_size: int, config: NSAConfig, **factory: object) -> None:
         super().__init__()
         self.config = config
-        self.proj = _LogitLinear(hidden_size, config, **factory)
+        self.proj = LogitLinear(hidden_size, config, **factory)
 
     def reset_parameters(self) -> None:
         """Initialise W like torch's linear layers, and b to ``gate_init``."""
@@ -69,7 +69,7 @@ class MLPGate(nn.Module):
         self.config = config
         gate_hidden = config.gate_hidden or config.head_dim
         self.up = nn.Linear(hidden_size, gate_hidden, **factory)  # type: ignore[arg-type]
-        self.down = _LogitLinear(gate_hidden, config, **factory)
+        self.down = LogitLinear(gate_hidden, config, **factory)
 
     def reset_parameters(self) -> None:
         """Initialise the weights like torch's linear layers, and b2 to ``gate_init``."""

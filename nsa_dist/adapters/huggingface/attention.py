@@ -161,6 +161,7 @@ class NSAAttention(nn.Module):
         wide_k = k.flatten(3).unsqueeze(3)  # [B, L, sets, 1, G * D]: all heads as one
         return self.q_norm(q.flatten(2)).view_as(q), self.k_norm(wide_k).view_as(k)
 
+    @torch.compiler.disable  # As in NativeSparseAttention.
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, batch: Batch) -> Tensor:
         """[B, L, heads, D] and gates to [B, L, H, D], without a cache."""
         config = self.config
@@ -184,6 +185,7 @@ class NSAAttention(nn.Module):
         )
         return out if batch.rows is None else _put(out.squeeze(0), batch.rows, shape)
 
+    @torch.compiler.disable  # As in NativeSparseAttention.
     def _attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, batch: Batch, layer: NSACacheLayer
     ) -> Tensor:

@@ -242,10 +242,11 @@ def static_problem(
 
 
 def refuse_export() -> None:
-    """Raise ValueError in a program that torch.export traces."""
-    if torch.compiler.is_exporting():
+    """Raise ValueError in a program that torch.export or torch.jit traces."""
+    found = "torch.export" if torch.compiler.is_exporting() else "torch.jit.trace"
+    if found == "torch.export" or torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise ValueError(
-            "a converted model must be run or compiled with torch.compile, got torch.export: the "
+            f"a converted model must be run or compiled with torch.compile, got {found}: the "
             "tables of a batch follow from its lengths and padding, which are read at each call"
         )
 

@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import cached_file
 
-from nsa_dist.adapters.huggingface.attention import NSAAttention
 from nsa_dist.adapters.huggingface.checks import (
     check_attention,
     check_config,
@@ -21,8 +19,8 @@ from nsa_dist.adapters.huggingface.checks import (
 )
 from nsa_dist.adapters.huggingface.decoder import make_runtime
 from nsa_dist.adapters.huggingface.heads import HEADS
+from nsa_dist.adapters.huggingface.initial_weights import start_from_dense
 from nsa_dist.adapters.huggingface.models import FAMILIES, make_attention, write_config
-from nsa_dist.adapters.huggingface.weights import whole
 from nsa_dist.checks import check
 from nsa_dist.comm.group import ContextGroup, GroupLike
 from nsa_dist.config import NSAConfig
@@ -94,17 +92,6 @@ def convert_to_nsa(
     return model
 
 
-@torch.no_grad()
-def start_from_dense(attention: NSAAttention) -> None:
-    """Set gates to the constants ``gate_init``, and compressors to the mean of a block."""
-    gate: Any = attention.gate
-    compressors = [x for x in (attention.k_compressor, attention.v_compressor) if x is not None]
-    with whole(x for module in (gate, *compressors) for x in module.parameters()):
-        gate.start_as_constant()
-        for compressor in compressors:
-            compressor.start_as_mean()
-
-
 def from_pretrained(
     folder: Any,
     *,
@@ -150,8 +137,13 @@ def from_pretrained(
         f"one of {sorted(of_type)} (load a dense model with transformers and convert it with "
         "convert_to_nsa)",
     )
-    for option in ("tp_plan", "tp_size", "distributed_config", "quantization_config"):
-        check(options.get(option) is None, option, options.get(option), "None")
+    for option, must in (
+        ("tp_plan", "None"),
+        ("tp_size", "None"),
+        ("distributed_config", "None"),
+        ("quantization_config", "None (AutoModelForCausalLM.from_pretrained takes it)"),
+    ):
+        check(options.get(option) is None, option, options.get(option), must)
     wants_info = options.pop("output_loading_info", False)
     options["output_loading_info"] = True
     model, info = of_type[model_type].from_pretrained(folder, **options)

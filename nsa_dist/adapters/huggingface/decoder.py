@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from nsa_dist.adapters.huggingface.attention import NSAAttention
@@ -35,6 +35,7 @@ from nsa_dist.adapters.huggingface.checks import (
     refuse_export,
     static_problem,
 )
+from nsa_dist.adapters.huggingface.initial_weights import start_missing
 from nsa_dist.adapters.huggingface.parallelism import Split, find_split, unknown_split
 from nsa_dist.adapters.huggingface.split import documents_of_split
 from nsa_dist.checks import describe
@@ -92,6 +93,13 @@ class SparseDecoder:
         for index, module in attention.items():
             decoder.layers[index].self_attn = module
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in the dense decoder, and what a checkpoint lacks of this attention."""
+        super()._init_weights(module)  # type: ignore[misc]
+        if hasattr(self, "nsa_layers"):  # It is still dense in transformers' constructor.
+            decoder: Any = self
+            start_missing(module, decoder.layers[self.nsa_layers[0]].self_attn.q_proj)
+
     def use_runtime(
         self, group: GroupLike | ContextGroup, layout: str, backend: str, *, group_is_set: bool
     ) -> None:
@@ -115,6 +123,10 @@ class SparseDecoder:
             ValueError: on every rank, if dense layers stand beside sparse ones; under torch.export.
         """
         refuse_export()
+        return self._find_split()
+
+    @torch.compiler.disable  # It asks who has replaced functions, which no graph can hold.
+    def _find_split(self) -> tuple[Runtime, Split | None]:
         runtime, split = self.nsa_runtime, None
         model: Any = self
         if not runtime.group_is_set:
@@ -163,23 +175,22 @@ class SparseDecoder:
                 "input_ids must be integers [batch, tokens] where inputs_embeds is None, got "
                 f"{describe(input_ids)}"
             )
+        refuse_export()
         if nsa_tables is not None:
             past = past_key_values.get_seq_length(self.nsa_layers[0])
             batch, positions = plan_static(self.nsa_runtime, nsa_tables, past)
             positions = positions if position_ids is None else position_ids
         else:
-            # Tables are made on the host; the default device may be another.
-            with torch.device("cpu"):
-                batch, positions, past_key_values, attention_mask = self._read_batch(
-                    tokens,
-                    attention_mask,
-                    position_ids,
-                    past_key_values,
-                    use_cache,
-                    cu_seqlens,
-                    nsa_problem,
-                    kwargs,
-                )
+            batch, positions, past_key_values, attention_mask = self._read_batch(
+                tokens,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                use_cache,
+                cu_seqlens,
+                nsa_problem,
+                kwargs,
+            )
         if len(self.nsa_layers) == self.config.num_hidden_layers:  # type: ignore[attr-defined]
             # transformers passes on a mask of four dimensions, and so makes no L x L mask.
             attention_mask = tokens.new_zeros(1, 1, 1, 1)
@@ -204,7 +215,13 @@ class SparseDecoder:
             problem = static_problem(model.config, layers, backend, invariant)
         adopt_cache(cache, self.nsa_layers, self.nsa_config, rows, problem)
 
-    def _read_batch(
+    @torch.compiler.disable  # Lengths become tables, and each length would be compiled anew.
+    def _read_batch(self, *arguments: Any) -> tuple[Batch, Tensor, Any, Tensor | None]:
+        """As ``_read``, on the host."""
+        with torch.device("cpu"):  # Tables are made there; the default device may be another.
+            return self._read(*arguments)
+
+    def _read(
         self,
         tokens: Tensor,
         attention_mask: Tensor | None,
@@ -220,6 +237,7 @@ class SparseDecoder:
         runtime, by_others = self.split_of_call()
         config, hf_config = self.nsa_config, model.config
         rows, length = tokens.shape[:2]
+        dtype = model.norm.weight.dtype  # A replica of DataParallel has no parameters to ask.
         split = runtime.context.size > 1
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
@@ -253,7 +271,7 @@ class SparseDecoder:
                 documents,
                 position_ids,
                 exact_positions=cu_seqlens is not None,
-                dtype=model.dtype,
+                dtype=dtype,
             )
             return batch, positions, None, None
         caching = past_key_values is not None or use_cache
@@ -298,7 +316,7 @@ class SparseDecoder:
                 documents,
                 position_ids,
                 exact_positions=cu_seqlens is not None,
-                dtype=model.dtype,
+                dtype=dtype,
             )
             return batch, positions, None, attention_mask
         if past_key_values is None:

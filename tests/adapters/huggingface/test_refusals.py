@@ -503,3 +503,10 @@ def test_torch_export(strict: bool) -> None:
     with pytest.raises(Exception, match=r"must be run or compiled .*, got torch\.export") as caught:
         torch.export.export(model, (some_tokens(1, 20),), strict=strict)
     assert strict or isinstance(caught.value, ValueError)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_torch_jit() -> None:
+    model = sparse_model("llama")
+    with pytest.raises(ValueError, match=r"must be run or compiled .*, got torch\.jit\.trace"):
+        torch.jit.trace(model, (some_tokens(1, 20),), check_trace=False, strict=False)
