@@ -119,12 +119,18 @@ class NSAAttention(nn.Module):
             nsa_batch: from the decoder's ``forward``.
 
         Raises:
-            ValueError: without ``nsa_batch``, or if a tensor parallel plan split a projection.
+            ValueError: without ``nsa_batch``, if a tensor parallel plan split a projection, or on
+                another device than the first layer.
         """
         if nsa_batch is None or position_embeddings is None:
             raise ValueError(
                 "nsa_batch must be what the decoder's forward passes on, got None; call the model "
                 "or its .model, not its layers"
+            )
+        if nsa_batch.device != hidden_states.device:
+            raise ValueError(
+                f"device_map must place all layers on one device, got layer {self.layer_idx} on "
+                f"{hidden_states.device} and the first one on {nsa_batch.device}"
             )
         config = self.config
         q_shape = (config.num_heads, config.head_dim)

@@ -61,6 +61,13 @@ class Batch:
     plan: Plan | None
     step: Step | None
 
+    @property
+    def device(self) -> torch.device:
+        """Of the tables."""
+        plan = self.plan if self.step is None else self.step.plan
+        assert plan is not None
+        return plan.positions.device
+
 
 def read_mask(mask: Tensor | None, batch: int, length: int) -> list[tuple[int, int]] | None:
     """The [start, end) columns of each row's tokens; None if all columns are tokens.

@@ -277,7 +277,8 @@ class SparseDecoder:
         caching = past_key_values is not None or use_cache
         if caching and model.training and model.is_gradient_checkpointing:
             raise ValueError(
-                "use_cache must be False with gradient checkpointing in training, got True"
+                "use_cache must be False with gradient checkpointing in training, got True "
+                "(generate asks for a cache: call eval() before)"
             )
         documents, past = cu_seqlens, 0
         if past_key_values is not None:

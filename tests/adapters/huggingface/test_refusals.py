@@ -401,6 +401,7 @@ def test_calls() -> None:
     model.gradient_checkpointing_enable()
     found = _refusal(lambda: model(tokens, use_cache=True))
     assert found.startswith("use_cache must be False with gradient checkpointing")
+    assert "call eval()" in found
 
 
 def test_positions_of_a_single_token_are_not_read() -> None:
@@ -481,6 +482,20 @@ def test_projections_that_were_cut(name: str) -> None:
     setattr(attention, name, nn.Linear(whole.in_features, whole.out_features // 2, bias=False))
     with pytest.raises(ValueError, match=rf"^{name} must return a plain tensor of width .*, got "):
         model(some_tokens(1, 8))
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_layers_on_several_devices(use_cache: bool) -> None:
+    """As transformers places them by device_map, and accelerate moves a layer's inputs."""
+    model = sparse_model("llama")
+
+    def move(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].to("meta")}
+
+    model.model.layers[1].self_attn.register_forward_pre_hook(move, with_kwargs=True)
+    message = "^device_map must place all layers on one device, got layer 1 on meta and .* on cpu$"
+    with pytest.raises(ValueError, match=message):
+        model(some_tokens(1, 8), use_cache=use_cache)
 
 
 def test_ways_to_generate_that_do_not_fit() -> None:
