@@ -24,7 +24,6 @@ if __name__ == "__main__":  # Import from the checkout, not from this file's fol
     others = [path for path in sys.path if Path(path).resolve() != folder]
     sys.path[:] = [str(root), str(root / "kernels"), *others]
 
-import csv
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from launch.bench.meter import Meter
 from launch.bench.operators import triton_version
 from launch.bench.options import DTYPES, Sizes, check_docs
-from launch.bench.table import number, table, typed, write_fields, write_numbers
+from launch.bench.table import number, table, write_fields, write_numbers
 from nsa_dist.attention.selectors import choose_by_compressed
 from nsa_dist.checks import check
 from nsa_dist.decoding.cache import num_blocks
@@ -360,12 +359,6 @@ def best_dense(rows: Sequence[Row], of: Row) -> float:
         if row.method in DENSE and (row.length, row.batch) == (of.length, of.batch)
     ]
     return min(times, default=float("nan"))
-
-
-def read_csv(path: Path) -> list[Row]:
-    """The rows that ``write_fields`` wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**typed(Row, line)) for line in csv.DictReader(file)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,6 @@ if __name__ == "__main__":  # Import from the checkout, not from this file's fol
     others = [path for path in sys.path if Path(path).resolve() != folder]
     sys.path[:] = [str(root), str(root / "kernels"), *others]
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +37,7 @@ from torch import Tensor
 from launch.bench.meter import Meter
 from launch.bench.operators import triton_version
 from launch.bench.options import DTYPES, Sizes, check_docs
-from launch.bench.table import number, table, typed, write_fields, write_numbers
+from launch.bench.table import number, table, write_fields, write_numbers
 from nsa_dist.checks import check
 from nsa_kernels import get_backend
 
@@ -263,12 +262,6 @@ def markdown(rows: Sequence[Row]) -> str:
         f"{first.dtype}, {first.new_tokens} new tokens a row; tokens a second of all rows"
     )
     return f"{text}\n\n{table(['prompt', 'rows', *(NAMES[x] for x in methods)], lines)}\n"
-
-
-def read_csv(path: Path) -> list[Row]:
-    """The rows that ``write_fields`` wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**typed(Row, line)) for line in csv.DictReader(file)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -218,12 +218,21 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
             writer.writerow(values)
 
 
+D = TypeVar("D")
+
+
 def write_fields(path: Path, rows: Sequence[Any]) -> None:
     """A line a row, all of one dataclass, one at least; its fields as they are."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(rows[0]))
         writer.writerows(astuple(row) for row in rows)
+
+
+def read_fields(path: Path, kind: type[D]) -> list[D]:
+    """The rows of dataclass ``kind`` that ``write_fields`` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [kind(**typed(kind, line)) for line in csv.DictReader(file)]
 
 
 R = TypeVar("R", bound=Row)

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from torch.nn.attention import SDPBackend
 
 from launch.bench import decoding
+from launch.bench.table import read_fields
 from tests.launch.test_bench import NoClock
 
 SMALL = decoding.DecodingOptions(
@@ -53,7 +54,7 @@ def test_a_run_gives_a_row_of_each_method(tmp_path: Path) -> None:
     assert all(row.milliseconds == decoding.best_dense(rows, row) == 2.0 for row in rows)
     with (tmp_path / "out.csv").open(newline="") as file:
         assert [row["method"] for row in csv.DictReader(file)] == METHODS
-    assert decoding.read_csv(tmp_path / "out.csv") == rows
+    assert read_fields(tmp_path / "out.csv", decoding.Row) == rows
 
 
 def test_a_table_says_how_much_faster_than_the_best_dense() -> None:

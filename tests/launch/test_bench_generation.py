@@ -14,6 +14,7 @@ pytest.importorskip("numpy")
 pytest.importorskip("transformers")
 
 from launch.bench import generation
+from launch.bench.table import read_fields
 
 SMALL = generation.GenerationOptions(
     lengths=(30,),
@@ -50,7 +51,7 @@ def test_a_run_gives_a_row_of_each_method(tmp_path: Path) -> None:
     assert wrong == []
     assert [row.method for row in rows] == METHODS
     assert all((row.prompt_ms, row.tokens_per_s) == (1.0, 2000.0) for row in rows)
-    assert generation.read_csv(tmp_path / "out.csv") == rows
+    assert read_fields(tmp_path / "out.csv", generation.Row) == rows
     assert generation.markdown(rows).splitlines()[2:] == [
         "| prompt | rows | dense | dense, compiled | without graphs | by a CUDA graph |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

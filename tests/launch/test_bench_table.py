@@ -20,6 +20,7 @@ from launch.bench.table import (
     main,
     markdown,
     read_csv,
+    read_fields,
     read_rows,
     with_numbers,
     with_ratios,
@@ -211,7 +212,7 @@ def numbers_of(path: Path) -> str:
     """The tables of a file, by the program that wrote it."""
     columns = path.read_text(encoding="utf-8").partition("\n")[0].split(",")
     if "method" in columns:
-        return decoding.markdown(decoding.read_csv(path))
+        return decoding.markdown(read_fields(path, decoding.Row))
     if "ranks" in columns:
         return distributed.markdown(read_rows(path, distributed.DistributedRow))
     rows = read_csv(path)
