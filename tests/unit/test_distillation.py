@@ -233,7 +233,9 @@ def test_values_and_gradients_are_those_of_the_definition(
         if not value.ndim:
             value, found[name], plain[name] = value[None], found[name][None], plain[name][None]
         documents = DOCUMENTS if name in ("out", "gates") else None
-        heads = documents is not None
+        # A gate's gradient comes of a difference of two outputs, whose rounding is no smaller where
+        # a head's gradients are.
+        heads = name == "out"
         assert_2x(found[name], plain[name], value, dtype, name, cu_seqlens=documents, heads=heads)
 
 
