@@ -42,8 +42,8 @@ from launch.bench.options import DTYPES, Sizes, check_docs
 from launch.bench.table import number, table, write_fields, write_numbers
 from nsa_dist.attention.selectors import choose_by_compressed
 from nsa_dist.checks import check
-from nsa_dist.decoding.cache import num_blocks
 from nsa_dist.decoding.step import plan_step
+from nsa_dist.plan.grid import num_blocks
 from nsa_kernels import get_backend
 from nsa_kernels.backend import attend_few
 from nsa_kernels.reference import masked_softmax, weighted_values

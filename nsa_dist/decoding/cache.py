@@ -21,17 +21,13 @@ import torch
 from torch import Tensor
 
 from nsa_dist.config import NSAConfig
+from nsa_dist.plan.grid import num_blocks
 
 if TYPE_CHECKING:
     from nsa_dist.decoding.step import Step
 
 ROUND = 64
 """Capacities are multiples of this many tokens."""
-
-
-def num_blocks(length: int, config: NSAConfig) -> int:
-    """Number of compression blocks of a document of ``length`` tokens."""
-    return max(0, (length - config.compress_block) // config.compress_stride + 1)
 
 
 def capacity_for(length: int, capacity: int) -> int:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 
 from nsa_dist.config import NSAConfig
-from nsa_dist.decoding.cache import num_blocks
 from nsa_dist.decoding.step import Step, plan_of, selection_blocks, to_device
+from nsa_dist.plan.grid import num_blocks
 from nsa_kernels.segments import QueriesOnDevice
 
 

@@ -21,9 +21,10 @@ from nsa_dist.comm import CommunicationCounter, Work
 from nsa_dist.comm.channel import Channel
 from nsa_dist.comm.group import ContextGroup
 from nsa_dist.config import NSAConfig
-from nsa_dist.decoding.cache import LayerCache, num_blocks
+from nsa_dist.decoding.cache import LayerCache
 from nsa_dist.nn.compressor import apply_compressor
 from nsa_dist.plan import BlockOwnership, Halo, Plan
+from nsa_dist.plan.grid import num_blocks
 from nsa_kernels import Backend, QuerySegments
 from nsa_kernels.backend import attend_few
 

@@ -68,11 +68,6 @@ def dense_chunk(
     return DenseChunk(first, out, pooled.unflatten(-1, (-1, block)).sum(-1))
 
 
-def num_visible(config: NSAConfig, position: int) -> int:
-    """Compressed keys that a query sees."""
-    return max(0, (position + 1 - config.compress_block) // config.compress_stride + 1)
-
-
 def block_kinds(config: NSAConfig, chunk: DenseChunk) -> tuple[Tensor, Tensor]:
     """Which blocks each query may choose, and which of these are not forced: bool [c, J] each."""
     _, queries, blocks = chunk.mass.shape

@@ -31,9 +31,9 @@ from nsa_dist.distillation.dense import (
     choice_loss,
     dense_chunk,
     log_scores,
-    num_visible,
 )
 from nsa_dist.nn.rotary import apply_rotary
+from nsa_dist.plan.grid import num_blocks
 from nsa_kernels.autograd import first_order
 
 MOST = 1 << 25
@@ -202,7 +202,7 @@ def _distilled(
                 dense_NHD[here] = chunk.out
                 may, free = block_kinds(config, chunk)
                 share = captured(config, chunk, blocks_NGn[here], may, free)
-            seen = slice(base, base + num_visible(config, end - 1))
+            seen = slice(base, base + num_blocks(end, config))
             k_seen = compressed[seen].requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 score = log_scores(config, chunk, q_cHD, k_seen, free)

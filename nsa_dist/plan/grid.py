@@ -54,6 +54,11 @@ def compression_grid(config: NSAConfig) -> Grid:
     return Grid("compressed", config.compress_block, config.compress_stride, whole=True)
 
 
+def num_blocks(length: int, config: NSAConfig) -> int:
+    """Number of compression blocks of a document of ``length`` tokens."""
+    return max(0, (length - config.compress_block) // config.compress_stride + 1)
+
+
 def selection_grid(config: NSAConfig) -> Grid:
     """The blocks that queries select from."""
     return Grid("selected", config.select_block, config.select_block, whole=False)

@@ -19,7 +19,8 @@ from transformers import DynamicCache
 
 from nsa_dist.adapters.huggingface.batch import assert_starts, read_mask
 from nsa_dist.adapters.huggingface.cache import NSACacheLayer
-from nsa_dist.decoding.cache import capacity_for, num_blocks
+from nsa_dist.decoding.cache import capacity_for
+from nsa_dist.plan.grid import num_blocks
 from tests.adapters.huggingface.small_models import (
     ON_GPU,
     SMALL,
