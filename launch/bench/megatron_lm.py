@@ -11,10 +11,11 @@ distributed optimizer and both of its overlaps, and from weights drawn on the CP
 layout starts from the same ones.
 
 A layout is named by its ranks: ``cp2``, ``tp2`` (with sequence parallelism), ``tp2-cp2``, ``one``;
-``cp2>cp4`` saves a checkpoint in the middle and goes on at the second layout. Those that need more
-GPUs than there are, are left out by name. Losses are compared step by step with one GPU's in
-bfloat16 and, where it runs, in float32: the distance of one GPU's bfloat16 from float32 is the
-measure for that of a layout.
+``cp2>cp4`` saves a checkpoint in the middle and goes on at the second layout, which may be a
+pipeline: ``one>pp2-vpp2`` has two stages on each of two ranks. Those that need more GPUs than there
+are, are left out by name. Losses are compared step by step with one GPU's in bfloat16 and, where it
+runs, in float32: the distance of one GPU's bfloat16 from float32 is the measure for that of a
+layout.
 """
 
 from __future__ import annotations
@@ -61,28 +62,36 @@ COMMON = """
     --untie-embeddings-and-output-weights --lr 1e-3 --log-interval 1 --eval-iters 0
     --eval-interval 1000 --seed 7 --transformer-impl local --attention-dropout 0 --hidden-dropout 0
     --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion
-    --no-masked-softmax-fusion --no-create-attention-mask-in-dataloader --use-cpu-initialization
+    --no-masked-softmax-fusion --no-create-attention-mask-in-dataloader
     --calculate-per-token-loss --distributed-timeout-minutes 2
 """.split()
+DRAWN_ON_CPU = "--use-cpu-initialization"
 OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()
 DENSE = "--spec launch.bench.megatron_dense dense_spec".split()
 
 
 class Layout(NamedTuple):
-    """Ranks over which heads (tensor parallel) and the sequence (context parallel) are split."""
+    """Ranks over which heads (tensor parallel), the sequence (context parallel) and the layers
+    (pipeline parallel) are split, and the stages of a rank of the pipeline."""
 
     tp: int = 1
     cp: int = 1
+    pp: int = 1
+    vpp: int = 1
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.cp
+        return self.tp * self.cp * self.pp
 
     @property
     def flags(self) -> list[str]:
         split = ["--context-parallel-size", str(self.cp)]
         if self.tp > 1:
             split += ["--tensor-model-parallel-size", str(self.tp), "--sequence-parallel"]
+        if self.pp > 1:
+            split += ["--pipeline-model-parallel-size", str(self.pp)]
+        if self.vpp > 1:
+            split += ["--num-virtual-stages-per-pipeline-rank", str(self.vpp)]
         return split
 
 
@@ -92,12 +101,30 @@ def layout_of(name: str) -> Layout:
     Raises:
         ValueError: if it is no such name.
     """
-    must = "one, or tpN, cpN, tpN-cpN, two of which may be joined by >"
-    found = re.fullmatch(r"one|tp(\d+)(?:-cp(\d+))?|cp(\d+)", name)
-    check(found is not None, "layouts", name, must)
-    assert found is not None
-    tp, beside, cp = found.groups()
-    return Layout(int(tp or 1), int(beside or cp or 1))
+    sizes = dict(re.findall(r"([a-z]+)(\d+)", name))
+    known = {part: int(sizes[part]) for part in Layout._fields if part in sizes}
+    spelled = "-".join(f"{part}{size}" for part, size in known.items()) or "one"
+    must = "one, or of tpN, cpN, ppN, vppN in this order, joined by -; > joins two of these"
+    check(name == spelled and 0 not in known.values(), "layouts", name, must)
+    layout = Layout(**known)
+    check(layout.vpp == 1 or layout.pp > 1, "layouts", name, "one that has ppN where it has vppN")
+    return layout
+
+
+class Case(NamedTuple):
+    """A run of the comparison: of one part, or of two joined by a checkpoint."""
+
+    layout: str
+    attention: str
+    precision: str
+
+    @property
+    def parts(self) -> list[Layout]:
+        return [layout_of(part) for part in self.layout.split(">")]
+
+    @property
+    def ranks(self) -> int:
+        return max(part.ranks for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -106,8 +133,8 @@ class MegatronOptions:
 
     Args:
         checkout: folder of Megatron-LM.
-        layouts: to compare with one GPU: cpN, tpN, tpN-cpN; two joined by > are a run that goes on
-            from the first one's checkpoint.
+        layouts: to compare with one GPU: of tpN, cpN, ppN, vppN, joined by -; two joined by > are a
+            run that goes on from the first one's checkpoint.
         attentions: sparse, and dense on torch's fused kernels (no tpN).
         precisions: of one GPU's runs: bfloat16, float32. Layouts run in bfloat16.
         together: start all runs at once, for their losses alone; times are left out.
@@ -153,11 +180,19 @@ class MegatronOptions:
     docs: Path | None = None
 
     def __post_init__(self) -> None:
+        # Ranks run in folders of their own.
+        object.__setattr__(self, "checkout", self.checkout.resolve())
         there = (self.checkout / "pretrain_gpt.py").is_file()
         check(there, "checkout", str(self.checkout), "a folder that has pretrain_gpt.py")
         for name in self.layouts:
             parts = [layout_of(part) for part in name.split(">")]
             check(len(parts) <= 2, "layouts", name, "at most two layouts joined by >")
+            check(
+                parts[0].pp == 1, "layouts", name, f"one>{name}: stages draw weights of their own"
+            )
+            alike = parts[0].tp == 1 or not self.draws_on_gpu(Case(name, "", ""))
+            must = "one that begins without tpN: Megatron draws weights by rank there from 0.19 on"
+            check(alike, "layouts", name, must)
         for name in self.attentions:
             as_choice("attentions", name, ATTENTIONS)
         for name in self.precisions:
@@ -186,6 +221,15 @@ class MegatronOptions:
         }
         flags = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
         return [*COMMON, "--group-query-attention", *flags, *self.flags.split()]
+
+    def draws_on_gpu(self, case: Case) -> bool:
+        """Runs that resume use Megatron's plain optimizer, since the distributed one cannot without
+        TransformerEngine or apex. From 0.19 on weights drawn on the CPU would stay there for it."""
+        return len(case.parts) > 1 and version(self.checkout) >= (0, 19)
+
+    def baseline(self, case: Case, precision: str) -> Case:
+        """One GPU's run from the weights that this case begins with."""
+        return Case("one>one" if self.draws_on_gpu(case) else "one", case.attention, precision)
 
 
 @dataclass(frozen=True)
@@ -371,27 +415,12 @@ def difference(a: Sequence[float], b: Sequence[float]) -> float:
     return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
 
 
-class Case(NamedTuple):
-    """A run of the comparison: of one part, or of two joined by a checkpoint."""
-
-    layout: str
-    attention: str
-    precision: str
-
-    @property
-    def parts(self) -> list[Layout]:
-        return [layout_of(part) for part in self.layout.split(">")]
-
-    @property
-    def ranks(self) -> int:
-        return max(part.ranks for part in self.parts)
-
-
 def cases(options: MegatronOptions, gpus: int) -> tuple[list[Case], list[str]]:
     """The runs of a comparison, one GPU's first, and what is left out and why."""
-    found, left = [], []
+    found: list[Case] = []
+    left: list[str] = []
     for attention in options.attentions:
-        found += [Case("one", attention, precision) for precision in options.precisions]
+        split = []
         for name in options.layouts:
             case = Case(name, attention, "bfloat16")
             if case.ranks > gpus:
@@ -399,7 +428,11 @@ def cases(options: MegatronOptions, gpus: int) -> tuple[list[Case], list[str]]:
             elif attention == "dense" and any(part.tp > 1 for part in case.parts):
                 left.append(f"{attention} {name}: dense layers are compared without tpN")
             else:
-                found.append(case)
+                split.append(case)
+        for precision in options.precisions:
+            ones = [options.baseline(case, precision) for case in split]
+            found += dict.fromkeys(ones or [Case("one", attention, precision)])
+        found += split
     return found, left
 
 
@@ -446,12 +479,10 @@ class Comparison:
             return self._start(case, parts[0], self.optimizer, "").wait(self.options.patience)
         half = self.options.steps // 2
         saved = str(self.folder / _name(case) / "checkpoint")
-        # Without TransformerEngine or apex Megatron 0.16.1 cannot resume its distributed optimizer,
-        # and from 0.19 on leaves weights that were drawn on the CPU there for any other.
-        old = version(self.options.checkout) < (0, 19)
-        both = [*([] if old else self.optimizer), "--ckpt-format", "torch_dist"]
-        first = [*both, "--save", saved, "--save-interval", str(half), "--exit-interval", str(half)]
-        then = [*both, "--load", saved]
+        plain = ["--ckpt-format", "torch_dist"]
+        first = [*plain, "--save", saved]
+        first += ["--save-interval", str(half), "--exit-interval", str(half)]
+        then = [*plain, "--load", saved]
         log = self._start(case, parts[0], first, "first").wait(self.options.patience)
         rest = self._start(case, parts[1], then, "then").wait(self.options.patience)
         return Log(log.losses + rest.losses, log.times + rest.times)
@@ -460,6 +491,8 @@ class Comparison:
         sparse = case.attention == "sparse"
         script = self.sparse if sparse else self.options.checkout / "pretrain_gpt.py"
         flags = [*self.options.model, *layout.flags, *flags, *([] if sparse else DENSE)]
+        if not self.options.draws_on_gpu(case):
+            flags.append(DRAWN_ON_CPU)
         if case.precision == "bfloat16":
             flags.append("--bf16")
         folder = self.folder / _name(case) / part
@@ -481,7 +514,7 @@ def row_of(case: Case, log: Log, known: dict[Case, Log], options: MegatronOption
     """A row of the table; ``known`` has one GPU's runs."""
 
     def distance(precision: str) -> float | None:
-        other = known.get(Case("one", case.attention, precision))
+        other = known.get(options.baseline(case, precision))
         return None if other is None or other is log else difference(log.losses, other.losses)
 
     timed = not options.together and ">" not in case.layout

@@ -40,13 +40,32 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("one", (1, 1)), ("cp4", (1, 4)), ("tp2", (2, 1)), ("tp2-cp4", (2, 4))],
+    [
+        ("one", (1, 1)),
+        ("cp4", (1, 4)),
+        ("tp2", (2, 1)),
+        ("tp2-cp4", (2, 4)),
+        ("pp2", (1, 1, 2)),
+        ("tp2-pp4-vpp2", (2, 1, 4, 2)),
+    ],
 )
-def test_names_of_layouts(name: str, layout: tuple[int, int]) -> None:
+def test_names_of_layouts(name: str, layout: tuple[int, ...]) -> None:
     assert layout_of(name) == Layout(*layout)
 
 
-@pytest.mark.parametrize("name", ["", "cp", "2", "cp2-tp2", "cp2>", "cp2>cp4>one"])
+def test_ranks_and_flags_of_a_pipeline() -> None:
+    layout = layout_of("cp2-pp4-vpp3")
+    assert layout.ranks == 8
+    assert " ".join(layout.flags) == (
+        "--context-parallel-size 2 --pipeline-model-parallel-size 4 "
+        "--num-virtual-stages-per-pipeline-rank 3"
+    )
+
+
+OTHER_NAMES = ("", "cp", "2", "cp0", "cp2-", "cp2-cp4", "cp2-tp2", "ep2", "vpp2", "cp2>", "pp2")
+
+
+@pytest.mark.parametrize("name", [*OTHER_NAMES, "cp2>cp4>one", "pp2>one"])
 def test_other_names_are_refused(name: str, checkout: Path) -> None:
     with pytest.raises(ValueError, match=r"layouts must be .*, got"):
         MegatronOptions(checkout, layouts=(name,))
@@ -79,6 +98,48 @@ def test_what_needs_more_gpus_is_left_out_by_name(checkout: Path) -> None:
         "dense cp2>cp4: needs 4 GPUs, found 2",
         "dense tp2: dense layers are compared without tpN",
     ]
+
+
+def test_resumed_runs_begin_with_the_weights_of_the_run_they_are_compared_with(
+    checkout: Path,
+) -> None:
+    """From 0.19 on those are drawn on the GPU."""
+    (checkout / "megatron/core/package_info.py").write_text("MAJOR = 0\nMINOR = 20\nPATCH = 0\n")
+    options = MegatronOptions(checkout, layouts=("cp2", "cp2>cp4"), precisions=("bfloat16",))
+    found, _ = megatron_lm.cases(options, 4)
+    assert [case.layout for case in found] == ["one", "one>one", "cp2", "cp2>cp4"]
+    assert [options.draws_on_gpu(case) for case in found] == [False, True, False, True]
+    logs = {case: Log([float(i)] * 10, [1.0] * 10) for i, case in enumerate(found)}
+    rows = [megatron_lm.row_of(case, log, logs, options) for case, log in logs.items()]
+    assert [row.from_one for row in rows] == [None, None, 2.0, 2.0]
+    with pytest.raises(ValueError, match="layouts must be one that begins without tpN"):
+        MegatronOptions(checkout, layouts=("tp2>cp2",))
+
+
+def test_weights_are_drawn_where_the_optimizer_takes_them(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags: list[list[str]] = []
+
+    def start(script: Path, checkout: Path, ranks: int, given: list[str], *_: object) -> mock.Mock:
+        flags.append(given)
+        return mock.Mock(wait=lambda patience: Log([5.0] * 5, [9.0] * 5))
+
+    monkeypatch.setattr(megatron_lm, "Run", start)
+    for minor in (16, 20):
+        text = f"MAJOR = 0\nMINOR = {minor}\nPATCH = 0\n"
+        (checkout / "megatron/core/package_info.py").write_text(text)
+        Comparison(MegatronOptions(checkout), tmp_path).run(Case("cp2>cp4", "sparse", "bfloat16"))
+    assert [megatron_lm.DRAWN_ON_CPU in given for given in flags] == [True, True, False, False]
+    assert not any("--use-distributed-optimizer" in given for given in flags)
+
+
+def test_a_checkout_may_be_named_from_where_the_program_is_started(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks run in other folders, and import from it."""
+    monkeypatch.chdir(checkout.parent)
+    assert MegatronOptions(Path(checkout.name)).checkout == checkout
 
 
 def test_the_script_is_changed_as_the_documents_show(checkout: Path, tmp_path: Path) -> None:

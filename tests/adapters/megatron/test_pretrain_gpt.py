@@ -40,7 +40,8 @@ Losses = Callable[..., list[float]]
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> Losses:
-    """Of a layout's steps, by its name and precision."""
+    """Of a layout's steps, by its name and precision; with ``like``, of the run on one GPU from
+    the weights of that layout's run."""
     folder = tmp_path_factory.mktemp("runs")
     flags = SMALL_ATTENTION if GPUS else f"{SMALL_ATTENTION} {ON_CPUS}"
     sizes = {} if GPUS else {"length": 256, "steps": 6}
@@ -52,9 +53,12 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Losses:
     comparison = Comparison(options, folder, **({} if GPUS else on_cpus))  # type: ignore[arg-type]
 
     @cache
-    def run(layout: str, precision: str) -> list[float]:
+    def run(layout: str, precision: str, *, like: bool = False) -> list[float]:
+        case = Case(layout, "sparse", precision)
+        if like:
+            return run(options.baseline(case, precision).layout, precision)
         try:
-            found = comparison.run(Case(layout, "sparse", precision)).losses
+            found = comparison.run(case).losses
         except RuntimeError as error:
             pytest.fail(str(error), pytrace=False)
         assert len(found) == options.steps
@@ -67,7 +71,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Losses:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_on_cpus(layout: str, losses: Losses) -> None:
     """float32: within 1e-5 of one process, by the rule for training runs."""
-    one = losses("one", "float32")
+    one = losses(layout, "float32", like=True)
     assert losses(layout, "float32") == pytest.approx(one, rel=1e-5)
 
 
@@ -79,7 +83,7 @@ def test_losses_on_gpus(layout: str, losses: Losses) -> None:
     ranks = max(layout_of(part).ranks for part in layout.split(">"))
     if ranks > GPUS:
         pytest.skip(f"needs {ranks} CUDA devices, found {GPUS}")
-    one, exact = losses("one", "bfloat16"), losses("one", "float32")
+    one, exact = (losses(layout, x, like=True) for x in ("bfloat16", "float32"))
     found = losses(layout, "bfloat16")
     print(f"{layout}: {found}\none: {one}\nfloat32: {exact}")
     assert difference(found, exact) <= 2 * difference(one, exact)
