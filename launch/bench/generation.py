@@ -1,6 +1,6 @@
 """Time transformers' ``generate`` of a converted model, by CUDA graphs and without, beside dense.
 
-    python launch/bench/generation.py --lengths 8192 65536 --batches 1 16 --csv generation.csv
+    python launch/bench/generation.py --lengths 8192 65536 --batches 1 4 --csv generation.csv
 
 Weights are random: the converted model is the dense one of the same seed. Timed are whole calls of
 ``generate``, greedy, behind prompts of the given lengths: the dense model with its own cache
@@ -72,7 +72,7 @@ class GenerationOptions(Sizes):
     kv_heads: int = 2
     independent_kv: bool = False
     backend: str = "auto"
-    batches: tuple[int, ...] = (1, 16)
+    batches: tuple[int, ...] = (1, 4)
     layers: int = 4
     new_tokens: int = 128
     compiled: bool = True

@@ -148,7 +148,7 @@ class MegatronOptions:
         kv_heads: KV heads.
         head_dim: width of a head.
         vocabulary: tokens of the vocabulary.
-        flags: more of Megatron's and of this attention's flags, for all runs.
+        flags: more of Megatron's and of this attention's flags, for all runs: --flags="--nsa-window 256".
         patience: seconds that a run may take.
         keep: folder, new or empty, that gets scripts, logs and checkpoints.
         csv: file to write the table to.
@@ -239,6 +239,8 @@ class Row:
     Attributes:
         layout, attention, precision: what ran.
         ranks: processes.
+        layers, hidden, heads, kv_heads, head_dim, length, batch: sizes, as in the options.
+        flags: more of the run's flags.
         losses: of each step, joined by blanks.
         from_one: mean over the steps of |loss - one GPU's in bfloat16|, with the same attention.
         from_float32: the same distance from one GPU's losses in float32.
@@ -251,6 +253,14 @@ class Row:
     attention: str
     precision: str
     ranks: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    length: int
+    batch: int
+    flags: str
     losses: str
     from_one: float | None = None
     from_float32: float | None = None
@@ -523,6 +533,14 @@ def row_of(case: Case, log: Log, known: dict[Case, Log], options: MegatronOption
     return Row(
         *case,
         case.ranks,
+        options.layers,
+        options.hidden,
+        options.heads,
+        options.kv_heads,
+        options.head_dim,
+        options.length,
+        options.batch,
+        options.flags,
         " ".join(f"{loss:.6f}" for loss in log.losses),
         distance("bfloat16"),
         distance("float32"),
