@@ -429,16 +429,17 @@ def tables(numbers: Numbers) -> str:
             for first in numbers.of(numbers.validation, name)[:1]:
                 lines.append(f"| `{name}` | {float(first['loss']) - dense:+.4f} |")
         lines.append("")
-    speeds = [name for name in runs if name.startswith("speed_dense_")]
+    timed = {name: run["tokens_per_second"] for name, run in runs.items() if run["steps"] > 1}
+    pairs = {
+        name: name.replace("dense", "nsa") for name in timed if name.startswith("speed_dense_")
+    }
+    speeds = [name for name, other in pairs.items() if other in timed]
     if speeds:
         lines += ["### Speed by length", "", "| tokens of a document | dense, tokens/s | NSA |"]
         lines.append("|---|---|---|")
         for name in sorted(speeds, key=lambda name: runs[name]["length"]):
-            other = runs.get(name.replace("dense", "nsa"), {})
-            lines.append(
-                f"| {runs[name]['length']:,} | {runs[name].get('tokens_per_second', 0):,} | "
-                f"{other.get('tokens_per_second', 0):,} |"
-            )
+            dense_rate, rate = timed[name], timed[pairs[name]]
+            lines.append(f"| {runs[name]['length']:,} | {dense_rate:,} | {rate:,} |")
         lines.append("")
     return "\n".join(lines)
 
