@@ -28,7 +28,7 @@ from nsa_kernels.triton.shared.arguments import (
 from nsa_kernels.triton.shared.custom_ops import empty_as, register
 from nsa_kernels.triton.shared.gates import gate_rows, load_gate
 from nsa_kernels.triton.shared.launch import launcher
-from nsa_kernels.triton.shared.shapes import padded, rows_of_tile
+from nsa_kernels.triton.shared.shapes import cdiv, padded, rows_of_tile
 
 
 class Gates(NamedTuple):
@@ -133,7 +133,7 @@ def _combine(
     out_NHD = empty_as(outputs[0])
     if out_NHD.numel():
         C, num_rows = _constants(out_NHD, len(outputs)), out_NHD.shape[0] * out_NHD.shape[1]
-        launcher(_forward_kernel, (triton.cdiv(num_rows, C.BM),))(
+        launcher(_forward_kernel, (cdiv(num_rows, C.BM),))(
             _branches(outputs), Gates(gates, *gates.stride()), out_NHD, num_rows, C=C, num_warps=4
         )
     return out_NHD
@@ -151,7 +151,7 @@ def _combine_backward(do: Tensor, outputs: Sequence[Tensor], gates: Tensor) -> l
     grads = [empty_as(x) for x in outputs]
     if do.numel():
         C, num_rows = _constants(do, len(outputs)), do.shape[0] * do.shape[1]
-        launcher(_backward_kernel, (triton.cdiv(num_rows, C.BM),))(
+        launcher(_backward_kernel, (cdiv(num_rows, C.BM),))(
             head_rows(last_dim_contiguous(do)), _branches(outputs), Gates(gates, *gates.stride()),
             tuple(grads), dgates_NHb, num_rows, C=C, num_warps=4,
         )  # fmt: skip
@@ -207,7 +207,7 @@ def _add_gradients(grads: Sequence[Tensor], of_gates: Sequence[Tensor]) -> tuple
     out_NHD, out_NHb = empty_as(grads[0]), _side_by_side(of_gates)
     if out_NHD.numel():
         C, num_rows = _constants(out_NHD, len(grads)), out_NHD.shape[0] * out_NHD.shape[1]
-        launcher(_add_gradients_kernel, (triton.cdiv(num_rows, C.BM),))(
+        launcher(_add_gradients_kernel, (cdiv(num_rows, C.BM),))(
             _branches(grads), tuple(map(gate_rows, of_gates)), out_NHD, out_NHb, num_rows,
             NG=len(of_gates), C=C, num_warps=4,
         )  # fmt: skip

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import ConstexprFunction
 
 from nsa_dist import BlockCompressor, NSAConfig, native_sparse_attention
 from nsa_kernels.triton import combine
-from nsa_kernels.triton.selection import operator as selection
+from nsa_kernels.triton.selected.blocks import own_and_fetched, with_rows
 from nsa_kernels.triton.shared import launch, shapes
+from nsa_kernels.triton.shared.hopper import host_part_width, part_width
 from tests.ops.backends import DEVICE, INTERPRETED
 from tests.ops.op_cases import same_bits
 
@@ -100,12 +103,10 @@ OF_TORCH = {"aten::fill_", "aten::copy_", "aten::cat", "aten::add", "aten::mul",
 FOR_SEVERAL = "aten::_foreach_zero_"
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="launches of a GPU are counted there")
-@pytest.mark.parametrize("length", [4096, 16384, 32768])
-def test_launches_of_backward_on_hopper(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted, not run, over memory that nobody wrote."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+def launches_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that a Hopper GPU would get from now on; none runs."""
     found: list[str] = []
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     monkeypatch.setattr(
         launch, "_launch", lambda kernel, *_, **__: found.append(kernel.fn.__name__)
     )
@@ -113,8 +114,17 @@ def test_launches_of_backward_on_hopper(length: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shapes, "capability", lambda _: (9, 0))
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(selection, "score_blocks", lambda *_, **__: None)
-    monkeypatch.setattr(selection, "choose_blocks", lambda *_: None)
+    return found
+
+
+not_run = pytest.mark.skipif(not INTERPRETED, reason="launches of a GPU are counted there")
+
+
+@not_run
+@pytest.mark.parametrize("length", [4096, 16384, 32768])
+def test_launches_of_backward_on_hopper(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not run, over memory that nobody wrote."""
+    found = launches_on_hopper(monkeypatch)
     problem = Problem(length, "cpu", values=False)
     out = problem.forward()
     problem.backward(out)  # Tables are made once.
@@ -130,6 +140,50 @@ def test_launches_of_backward_on_hopper(length: int, monkeypatch: pytest.MonkeyP
         if event.name == FOR_SEVERAL or (event.name in OF_TORCH and around is None):
             found.append(event.name)
     assert len(found) <= MOST_LAUNCHES["backward"], found
+
+
+@not_run
+@pytest.mark.parametrize("hopper", [True, False])
+def test_the_host_runs_no_function_of_kernels(
+    hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Triton made callable in kernels takes the host microseconds a call."""
+    found = launches_on_hopper(monkeypatch)
+    if not hopper:
+        monkeypatch.setattr(shapes, "gpu_of", lambda _: shapes.AMPERE)
+    problem = Problem(512, "cpu", values=False)
+    problem.both()  # Layouts and tables are made once.
+    found.clear()
+    called: list[str] = []
+    run = ConstexprFunction.__call__
+
+    def noted(self: ConstexprFunction, *args: Any, **named: Any) -> Any:
+        called.append(self.fn.__name__)
+        return run(self, *args, **named)
+
+    monkeypatch.setattr(ConstexprFunction, "__call__", noted)
+    problem.both()
+    assert len(found) > 20 and not called
+
+
+def test_whole_numbers_are_tritons() -> None:
+    numbers = [*range(1, 1030), *(1 << i for i in range(10, 41)), (1 << 40) + 1]
+    assert [shapes.power_of_two(x) for x in numbers] == [triton.next_power_of_2(x) for x in numbers]
+    assert {x: shapes.cdiv(x, 48) for x in [0, *numbers]} == {
+        x: triton.cdiv(x, 48) for x in [0, *numbers]
+    }
+    widths = (16, 64, 128, 192, 256)
+    assert [host_part_width(x) for x in widths] == [part_width(x) for x in widths]
+
+
+@pytest.mark.parametrize("rows", [(3, 0), (0, 2), (3, 2)])
+def test_sources_without_rows_are_the_others(rows: tuple[int, int]) -> None:
+    """A descriptor has rows, also where nothing is own or nothing was fetched."""
+    names = ["k_own", "v_own", "k_fetched", "v_fetched"]
+    tensors = [torch.empty(rows[i // 2], 1, 16) for i in range(4)]
+    kept = [names[i] for x in with_rows(tensors) for i in range(4) if x is tensors[i]]
+    expected = [name if rows[i // 2] else names[i - 2] for i, name in enumerate(names)]
+    assert own_and_fetched(kept) == expected
 
 
 @pytest.mark.gpu

@@ -369,10 +369,10 @@ class KeySums:
         self._outs, self._tile = (dk_EGD, dv_EGD), tile
         self._tables = parts, table
         (_, groups, dk), dv = dk_EGD.shape, dv_EGD.shape[2]
-        self._grid = (len(parts) - 1, groups, 2 * (tile // 8))
+        self._grid = (parts.shape[0] - 1, groups, 2 * (tile // 8))
         self._constants = SumConstants(groups, tile, 8, dk, padded(dk), dv, padded(dv), piece)
         self.workspace = self._carried = self._carry = self._empty(programs)
-        if programs < len(table):  # More launches than one, from each to the next.
+        if programs < table.shape[0]:  # More launches than one, from each to the next.
             self._carried, self._carry = self._empty(1), self._empty(1)
 
     def _empty(self, tiles: int) -> list[Tensor]:

@@ -44,8 +44,8 @@ from nsa_kernels.triton.shared.hopper import (
     WARPGROUP_ROWS,
     for_tma,
     head_tiles,
+    host_part_width,
     lines,
-    part_width,
     persistent_programs,
 )
 from nsa_kernels.triton.shared.launch import launcher
@@ -128,7 +128,7 @@ def hopper_backward(
 
     q_NHD, k_EGD, v_EGD, do_NHD = (for_tma(x) for x in (q_NHD, k_EGD, v_EGD, do_NHD))
     tiles = query_tiles(segments, C.BT, band.column)
-    count = len(tiles.host)
+    count = tiles.host.shape[0]
     lse, delta, *gate = lse_NH.new_empty(3 if C.GATED else 2, groups, count, WARPGROUP_ROWS)
     rows = Lines(lse, delta, gate[0] if C.GATED else delta)
     of_rows = RowConstants(groups, ratio, dv, C.BT, WARPGROUP_ROWS)
@@ -137,7 +137,7 @@ def hopper_backward(
         C=of_rows, num_warps=4,
     )  # fmt: skip
 
-    part = part_width(dk)
+    part = host_part_width(dk)
     q, dq = (head_tiles(x, C.BT, ratio, part) for x in (q_NHD, dq_NHD))
     do = head_tiles(do_NHD, C.BT, ratio, dv)
     k, v = head_tiles(k_EGD, _BN, 1, part), head_tiles(v_EGD, _BN, 1, dv)

@@ -533,7 +533,7 @@ def hopper_forward(
     q_NHD, k_EGD, v_EGD = (for_tma(x) for x in (q_NHD, k_EGD, v_EGD))
     C = constants(q_NHD, v_EGD, band, tile)
     tiles = query_tiles(segments, C.BT, band.column)
-    tokens, num_tiles = WARPGROUP_ROWS // C.R, len(tiles.host)
+    tokens, num_tiles = WARPGROUP_ROWS // C.R, tiles.host.shape[0]
     first, rest = (128, 64) if C.DK == 192 else (C.DK, 0)
     programs = persistent_programs(q_NHD, num_tiles * C.G)
     # Nothing is put aside within fewer keys: the same bits, with more registers.

@@ -21,7 +21,14 @@ from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
 from nsa_kernels.triton.shared.arguments import head_rows
 from nsa_kernels.triton.shared.arithmetic import PIECE, filled, zeros
 from nsa_kernels.triton.shared.launch import launcher
-from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, padded, pooling_warps, rows_of_tile
+from nsa_kernels.triton.shared.shapes import (
+    MOST_REGISTERS,
+    cdiv,
+    padded,
+    pooling_warps,
+    power_of_two,
+    rows_of_tile,
+)
 
 MEAN, CONV1D, ATTENTION_POOL, COPY = 0, 1, 2, 3
 # Programs that share a gradient of weights out, for each head.
@@ -45,9 +52,7 @@ class Constants(NamedTuple):
 
 
 def _constants(groups: int, block: int, width: int, kind: int, sets: int) -> Constants:
-    return Constants(
-        groups, block, width, sets > 1, kind, triton.next_power_of_2(block), padded(width)
-    )
+    return Constants(groups, block, width, sets > 1, kind, power_of_two(block), padded(width))
 
 
 @triton.jit
@@ -232,8 +237,8 @@ def pool(
 
 def _runs(count: int) -> tuple[int, int]:
     """Programs that share the blocks out, and blocks for each."""
-    blocks = triton.cdiv(count, RUNS)
-    return triton.cdiv(count, blocks), blocks
+    blocks = cdiv(count, RUNS)
+    return cdiv(count, blocks), blocks
 
 
 def _sum(sums: Tensor, sets: int) -> Tensor:
@@ -287,7 +292,7 @@ def pool_row_gradient(
     size = rows_of_tile(width)
     if dx_EGD.numel():
         sets = 1 if weight is None else weight.shape[0]
-        launcher(_pool_row_gradient_kernel, (triton.cdiv(num_rows, size), groups))(
+        launcher(_pool_row_gradient_kernel, (cdiv(num_rows, size), groups))(
             do, do if weight is None else weight, do if shares_CGl is None else shares_CGl,
             do if dlogits_CGl is None else dlogits_CGl, dx_EGD, blocks, num_rows, BM=size,
             C=_constants(groups, block, width, kind, sets), num_warps=4, maxnreg=MOST_REGISTERS,

@@ -26,7 +26,7 @@ from nsa_kernels.triton.compression.blocks_of_rows import BlocksOfRows
 from nsa_kernels.triton.shared.arguments import head_rows
 from nsa_kernels.triton.shared.arithmetic import PIECE, add_dot, precision, zeros
 from nsa_kernels.triton.shared.launch import launcher
-from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, ProductTile, product_tile
+from nsa_kernels.triton.shared.shapes import MOST_REGISTERS, ProductTile, cdiv, product_tile
 
 PLAIN, SILU, SILU_BACKWARD = 0, 1, 2
 # Programs that share a gradient of weights out: enough to fill a GPU.
@@ -283,7 +283,7 @@ def _project(
     (_, groups, width), (sets, columns, depth) = x_EGD.shape, weight_POI.shape
     num_rows = out_CGO.shape[0] * groups // sets
     tile = product_tile(x_EGD, columns, depth)
-    grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(columns, tile.columns), sets)
+    grid = (cdiv(num_rows, tile.rows) * cdiv(columns, tile.columns), sets)
     if num_rows:
         launcher(_project_kernel, grid)(
             head_rows(x_EGD), block_rows_C, weight_POI, weight_POI if bias_PO is None else bias_PO,
@@ -303,9 +303,9 @@ def project_row_gradient(
     dx_EGD = dh_CGO.new_zeros(blocks.latest.shape[0], groups, width)
     num_rows = count * groups // sets
     tile = product_tile(dh_CGO, width, columns)
-    if (block + 1) // 2 * triton.cdiv(columns, tile.depth) > PIECE:
+    if (block + 1) // 2 * cdiv(columns, tile.depth) > PIECE:
         tile = tile._replace(stages=2)  # A sum in pieces leaves no registers for more.
-    grid = (triton.cdiv(num_rows, tile.rows) * block * triton.cdiv(width, tile.columns), sets)
+    grid = (cdiv(num_rows, tile.rows) * block * cdiv(width, tile.columns), sets)
     if num_rows:
         launcher(_project_row_gradient_kernel, grid)(
             dh_CGO, weight_POI, dx_EGD, blocks, num_rows,
@@ -324,11 +324,11 @@ def project_weight_gradient(
     if not num_rows:
         return torch.zeros(sets, columns, depth, dtype=torch.float32, device=x_EGD.device)
     tile = product_tile(x_EGD, depth, 64, columns)
-    tiles = triton.cdiv(columns, tile.rows) * triton.cdiv(depth, tile.columns)
-    num_tiles = triton.cdiv(num_rows, tile.depth)
-    runs = max(1, min(PROGRAMS // (tiles * sets), triton.cdiv(num_tiles, 8)))
-    tiles_a_program = triton.cdiv(num_tiles, runs)
-    runs = triton.cdiv(num_tiles, tiles_a_program)
+    tiles = cdiv(columns, tile.rows) * cdiv(depth, tile.columns)
+    num_tiles = cdiv(num_rows, tile.depth)
+    runs = max(1, min(PROGRAMS // (tiles * sets), cdiv(num_tiles, 8)))
+    tiles_a_program = cdiv(num_tiles, runs)
+    runs = cdiv(num_tiles, tiles_a_program)
     sums = torch.empty(runs, sets, columns, depth, dtype=torch.float32, device=x_EGD.device)
     width = x_EGD.shape[2]
     launcher(_project_weight_gradient_kernel, (tiles, runs, sets))(

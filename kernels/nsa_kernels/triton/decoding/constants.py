@@ -16,7 +16,7 @@ from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.shared.arguments import load_rows
 from nsa_kernels.triton.shared.arithmetic import PIECE, add_dot, power, precision
 from nsa_kernels.triton.shared.cache import cached
-from nsa_kernels.triton.shared.shapes import decoding_tile, padded
+from nsa_kernels.triton.shared.shapes import cdiv, decoding_tile, padded, power_of_two
 
 # Keys of a program, from multiples of it on: a query's sums have the same parts in every batch.
 SPLIT = 512
@@ -91,7 +91,7 @@ def constants(q_NHD: Tensor, v: Tensor, options: Options) -> Constants:
     return Constants(
         G=groups,
         R=ratio,
-        BM=max(16, triton.next_power_of_2(ratio)),
+        BM=max(16, power_of_two(ratio)),
         BN=keys,
         BC=max(keys, per_block),
         DK=dk,
@@ -107,7 +107,7 @@ def constants(q_NHD: Tensor, v: Tensor, options: Options) -> Constants:
         SELECT_BLOCK=options.select_block,
         NUM=options.num_selected,
         ENTRIES=entries,
-        PARTS_SELECTED=triton.cdiv(options.num_selected, entries),
+        PARTS_SELECTED=cdiv(options.num_selected, entries),
         WINDOW=options.window,
         PART=PART,
         PARTS_WINDOW=(options.window + PART - 2) // PART + 1,

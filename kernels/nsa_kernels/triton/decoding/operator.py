@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import triton
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
@@ -18,7 +17,7 @@ from nsa_kernels.triton.selection.scores import score_parts
 from nsa_kernels.triton.shared.arguments import last_dim_contiguous
 from nsa_kernels.triton.shared.arithmetic import logit_scale
 from nsa_kernels.triton.shared.launch import on_its_device
-from nsa_kernels.triton.shared.shapes import decoding_tile
+from nsa_kernels.triton.shared.shapes import cdiv, decoding_tile
 from nsa_kernels.triton.shared.tables import positions
 
 
@@ -65,7 +64,7 @@ def attend_few(
         return out_NHD, blocks_NGn
     last, rows_N4 = segments.newest, query_rows(segments)
     visible = max(0, (last - block + 1) // stride + 1)
-    splits = triton.cdiv(visible, C.SPLIT)
+    splits = cdiv(visible, C.SPLIT)
     parts = splits + C.PARTS_SELECTED + C.PARTS_WINDOW
 
     def empty(*shape: int) -> Tensor:

@@ -464,7 +464,7 @@ def selected_backward(
     launch = max(1, WORKSPACE // (4 * select_block * sum(widths)) - 4)
     queries = query_lists(selected_NGn, block_lengths_B, segments, select_block, most, launch)
     blocks, stride_group = Blocks(block_rows_GB, block_lengths_B), block_rows_GB.stride(0)
-    programs = len(queries.owner)
+    programs = queries.owner.shape[0]
 
     def empty(tiles: int) -> list[Tensor]:
         return [q_NHD.new_empty(tiles, select_block, w, dtype=torch.float32) for w in widths]

@@ -109,6 +109,22 @@ def with_int32_blocks(x: Tensor, select_block: int) -> Tensor:
     return x if x.stride(0) * select_block < 1 << 31 else x.contiguous()
 
 
+def with_rows(tensors: list[Tensor]) -> list[Tensor]:
+    """k_own, v_own, k_fetched and v_fetched, or the two that have rows.
+
+    A descriptor of nothing cannot be made. What kernels get in its place they do not read.
+    """
+    own, fetched = tensors[:2], tensors[2:]
+    if not own[0].shape[0]:
+        return fetched
+    return tensors if fetched[0].shape[0] else own
+
+
+def own_and_fetched(made: list[Any]) -> list[Any]:
+    """What was made of each tensor of `with_rows`, for all four: of two twice."""
+    return (made * 2)[:4]
+
+
 def sources_of(tensors: list[Tensor]) -> Sources:
     """k_own, v_own, k_fetched and v_fetched with the strides of `with_int32_blocks`."""
     return Sources(*map(head_rows, tensors))

@@ -38,11 +38,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nsa_kernels.triton.selected.blocks import own_and_fetched, with_rows
 from nsa_kernels.triton.shared.hopper import (
     add_products,
     append,
     channel_parts,
     for_tma,
+    host_part_width,
     multiply_rows,
     part_width,
     parts_of,
@@ -435,7 +437,7 @@ def _hopper_block_dkv_kernel(
 
 def _queries(x: Tensor, ratio: int, layout: Any) -> TensorDescriptor:
     made: TensorDescriptor = descriptor(
-        x, tuple(x.shape), x.stride(), (1, ratio, HALF.value), layout, TensorDescriptor
+        x, x.shape, x.stride(), (1, ratio, HALF.value), layout, TensorDescriptor
     )
     return made
 
@@ -443,7 +445,7 @@ def _queries(x: Tensor, ratio: int, layout: Any) -> TensorDescriptor:
 def _keys(x: Tensor, layout: Any) -> TensorDescriptor:
     """Of x [rows, G, D] as a matrix whose row has all heads, each from its stride on."""
     shape, strides = (x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]), (x.stride(0), 1)
-    block = ROWS.value, part_width(x.shape[2])
+    block = ROWS.value, host_part_width(x.shape[2])
     made: TensorDescriptor = descriptor(x, shape, strides, block, layout, TensorDescriptor)
     return made
 
@@ -465,25 +467,24 @@ class HopperDkv:
         logit_scale: float,
         most: int,
     ) -> None:
-        num_own, fetched_rows = len(tensors[0]), len(tensors[2])
+        num_own, fetched_rows = tensors[0].shape[0], tensors[2].shape[0]
         groups, heads = tensors[0].shape[1], q_NHD.shape[1]
         ratio, widths = heads // groups, (q_NHD.shape[2], do_NHD.shape[2])
         rows = tile_layout((1, ratio, HALF.value), q_NHD.dtype)
-        keys = [tile_layout((ROWS.value, part_width(w)), q_NHD.dtype) for w in widths]
-        # A descriptor of nothing cannot be made; the other one is not read then.
-        own, fetched = tensors[:2], tensors[2:]
-        own, fetched = own if num_own else fetched, fetched if fetched_rows else own
-        sources = [for_tma(x) for x in (*own, *fetched)]
+        keys = [tile_layout((ROWS.value, host_part_width(w)), q_NHD.dtype) for w in widths]
+        sources = [for_tma(x) for x in with_rows(tensors)]
+        descriptors = [_keys(x, keys[i % 2]) for i, x in enumerate(sources)]
+        columns = [x.stride(1) for x in sources]
         q, do = for_tma(q_NHD), for_tma(do_NHD)
         self._before = (
-            _queries(q, ratio, rows), _queries(do, ratio, rows),
-            *(_keys(x, layout) for x, layout in zip(sources, keys * 2, strict=True)),
-            *(x.stride(1) for x in sources), num_own, log_sum_NH, delta_NH,
+            _queries(q, ratio, rows), _queries(do, ratio, rows), *own_and_fetched(descriptors),
+            *own_and_fetched(columns), num_own, log_sum_NH, delta_NH,
             *((log_sum_NH, 0, 0) if gate_NH is None else (gate_NH, *gate_NH.stride())),
         )  # fmt: skip
+        num_blocks = blocks.lengths.shape[0]
         self._after = (
             queries.order, queries.owner, queries.ends, queries.starts, queries.rows, queries.seen,
-            blocks.rows, blocks.rows.stride(0) - len(blocks.lengths), len(blocks.lengths),
+            blocks.rows, blocks.rows.stride(0) - num_blocks, num_blocks,
         )  # fmt: skip
         self._scales = (scale, logit_scale)
         self._constants = (groups, ratio, *widths, fetched_rows > 0, gate_NH is not None, most)

@@ -308,11 +308,11 @@ def hopper_dq(
 ) -> None:
     """Write dq and delta, as `_dq_kernel` of backward.py. tensors, lists: see `walk_launch`."""
     stages = WIDE_STAGES if q_NHD.shape[2] > 128 else STAGES
-    launch = walk_launch(q_NHD, tensors, len(tiles), lists, stages)
+    launch = walk_launch(q_NHD, tensors, tiles.shape[0], lists, stages)
     C = launch.constants
     q, do, o = (query_rows(x, C.R) for x in (q_NHD, do_NHD, o_NHD))
     launcher(_hopper_block_dq_kernel, (launch.programs,))(
         q, do, o, *launch.sources, launch.num_own, dq_NHD, log_sum_NH, delta_NH, gate_rows(gate_NH),
-        tiles, lists, len(tiles), scale, logit_scale, C=C, num_warps=4, maxnreg=LAUNCH_REGISTERS,
-        enable_fp_fusion=False,
+        tiles, lists, tiles.shape[0], scale, logit_scale, C=C, num_warps=4,
+        maxnreg=LAUNCH_REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip

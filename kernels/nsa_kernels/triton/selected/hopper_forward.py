@@ -261,9 +261,9 @@ def hopper_forward(
 ) -> None:
     """Write o, lse and log_sum, as `_forward_kernel`. tensors, lists: see `walk_launch`."""
     stages = WIDE_STAGES if q_NHD.shape[2] > 128 else STAGES
-    launch = walk_launch(q_NHD, tensors, len(tiles), lists, stages)
+    launch = walk_launch(q_NHD, tensors, tiles.shape[0], lists, stages)
     launcher(_hopper_block_forward_kernel, (launch.programs,))(
         query_rows(q_NHD, launch.constants.R), *launch.sources, launch.num_own, o_NHD, lse_NH,
-        log_sum_NH, tiles, lists, len(tiles), logit_scale, C=launch.constants, num_warps=4,
+        log_sum_NH, tiles, lists, tiles.shape[0], logit_scale, C=launch.constants, num_warps=4,
         maxnreg=LAUNCH_REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip

@@ -26,6 +26,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from nsa_kernels.triton.selected.blocks import own_and_fetched, with_rows
 from nsa_kernels.triton.selected.lists import EDGES, BlockLists, entry_chosen_by, entry_row
 from nsa_kernels.triton.shared.hopper import (
     WARPGROUP_ROWS,
@@ -33,6 +34,7 @@ from nsa_kernels.triton.shared.hopper import (
     channel_parts,
     for_tma,
     head_tiles,
+    host_part_width,
     part_width,
     persistent_programs,
     row_tiles,
@@ -224,21 +226,22 @@ def walk_launch(
 
     lists: of num_tiles tiles of 64 / R tokens. stages: of keys and of values.
     """
-    own, fetched = tensors[:2], tensors[2:]
-    num_own, fetched_rows = len(own[0]), len(fetched[0])
-    # A descriptor of nothing cannot be made; the other one is not read then.
-    own, fetched = own if num_own else fetched, fetched if fetched_rows else own
-    loaded = [for_tma(x) for x in (*own, *fetched)]
-    descriptors = (row_tiles(x, WARPGROUP_ROWS, part_width(x.shape[2])) for x in loaded)
-    groups, length = own[0].shape[1], lists.lists.shape[-1]
+    k, v = tensors[:2]
+    num_own, fetched_rows = k.shape[0], tensors[2].shape[0]
+    loaded = [for_tma(x) for x in with_rows(tensors)]
+    descriptors = [row_tiles(x, WARPGROUP_ROWS, host_part_width(x.shape[2])) for x in loaded]
+    columns = [x.stride(1) for x in loaded]
+    groups, length = k.shape[1], lists.lists.shape[-1]
     C = WalkConstants(
-        groups, q_NHD.shape[1] // groups, q_NHD.shape[2], own[1].shape[2], length,
-        fetched_rows > 0, *stages,
+        groups, q_NHD.shape[1] // groups, q_NHD.shape[2], v.shape[2], length, fetched_rows > 0,
+        *stages,
     )  # fmt: skip
     programs = persistent_programs(q_NHD, num_tiles * groups, PROGRAMS)
-    return WalkLaunch((*descriptors, *(x.stride(1) for x in loaded)), num_own, programs, C)
+    sources = (*own_and_fetched(descriptors), *own_and_fetched(columns))
+    return WalkLaunch(sources, num_own, programs, C)
 
 
 def query_rows(x_NHD: Tensor, ratio: int) -> Any:
     """Tiles of 64 rows of q, o or do, for TMA."""
-    return head_tiles(for_tma(x_NHD), WARPGROUP_ROWS // ratio, ratio, part_width(x_NHD.shape[2]))
+    width = host_part_width(x_NHD.shape[2])
+    return head_tiles(for_tma(x_NHD), WARPGROUP_ROWS // ratio, ratio, width)

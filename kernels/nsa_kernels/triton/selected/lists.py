@@ -18,6 +18,7 @@ from torch import Tensor
 from nsa_kernels.segments import QuerySegments
 from nsa_kernels.triton.shared.arguments import head_rows
 from nsa_kernels.triton.shared.launch import launcher
+from nsa_kernels.triton.shared.shapes import cdiv, power_of_two
 from nsa_kernels.triton.shared.tables import load_query_tile, positions, selected_bases
 
 # Choices that a program sorts, of one tile or several.
@@ -152,17 +153,17 @@ def block_lists(
 ) -> BlockLists:
     """The lists of tiles of at most `tokens` rows."""
     _, groups, num = selected_NGn.shape
-    candidates = triton.next_power_of_2(tokens * num)
+    candidates = power_of_two(tokens * num)
     length = EDGES + tokens * num
     at_once = max(1, LIST_CHOICES // candidates)
     warps = min(4, max(1, at_once * candidates // 256))
-    shape, device = (len(tiles), groups), selected_NGn.device
+    shape, device = (tiles.shape[0], groups), selected_NGn.device
     blocks = BlockLists(
         torch.empty(*shape, length, dtype=torch.int64, device=device),
         torch.empty(shape, dtype=torch.int32, device=device),
     )
-    lists = len(tiles) * groups
-    launcher(_block_lists_kernel, (triton.cdiv(lists, at_once),))(
+    lists = tiles.shape[0] * groups
+    launcher(_block_lists_kernel, (cdiv(lists, at_once),))(
         head_rows(selected_NGn), block_rows_GB, block_rows_GB.stride(0), block_lengths_B, tiles,
         blocks, lists,
         C=ListConstants(
@@ -426,16 +427,16 @@ def query_lists(
     num_rows, groups, num = selected_NGn.shape
     num_blocks, device = block_lengths_B.shape[0], selected_NGn.device
     none, entries = groups * num_blocks, selected_NGn.numel()
-    width = triton.next_power_of_2(num)
+    width = power_of_two(num)
     most_chunks, counted_rows = max(1, CHUNKS // groups), max(1, 512 // max(width, 32))
-    padded_chunks = triton.next_power_of_2(most_chunks)
+    padded_chunks = power_of_two(most_chunks)
     together = max(1, 32 // width)  # A warp counts those of a row at once.
     C = QueryConstants(
         groups, num, width, select_block, padded_chunks,
         min(1024, max(16, 8192 // padded_chunks)), together, counted_rows, max(1, 512 // width),
     )  # fmt: skip
-    rows = counted_rows * triton.cdiv(num_rows, counted_rows * most_chunks)
-    chunks, tiles = triton.cdiv(num_rows, rows), triton.cdiv(num_blocks, C.BB)
+    rows = counted_rows * cdiv(num_rows, counted_rows * most_chunks)
+    chunks, tiles = cdiv(num_rows, rows), cdiv(num_blocks, C.BB)
     programs = min(none, entries) + entries // most
 
     def empty(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -448,20 +449,20 @@ def query_lists(
     starts, ends, owner, order, place = map(empty, (none + 1, none, *[programs] * 3))
     queries = QueryLists(listed_rows, empty(entries, torch.int16), starts, ends, owner, order)
     selected, bases = head_rows(selected_NGn), selected_bases(segments)
-    launcher(_count_choices_kernel, (chunks, triton.cdiv(groups, together)))(
+    launcher(_count_choices_kernel, (chunks, cdiv(groups, together)))(
         selected, bases, counted, num_rows, rows, num_blocks, C=C, num_warps=1
     )
     launcher(_starts_kernel, (tiles, groups))(counted, starts, num_blocks, C=C, num_warps=8)
-    launcher(_list_queries_kernel, (1 + triton.cdiv(num_rows, C.SR), groups))(
+    launcher(_list_queries_kernel, (1 + cdiv(num_rows, C.SR), groups))(
         selected, positions(segments), bases, block_lengths_B, counted, queries, num_rows, rows,
         num_blocks, most, C=C,
     )  # fmt: skip
-    launcher(_programs_kernel, (triton.cdiv(programs, 256),))(
+    launcher(_programs_kernel, (cdiv(programs, 256),))(
         queries, place, programs, none, num_blocks, entries, num_rows, most,
         STEPS=none.bit_length(), G=groups, SIZE=256,
     )  # fmt: skip
     in_launch = min(programs, per_launch)
-    launcher(_order_kernel, (triton.cdiv(in_launch, 32), triton.cdiv(programs, per_launch)))(
+    launcher(_order_kernel, (cdiv(in_launch, 32), cdiv(programs, per_launch)))(
         place, order, programs, per_launch, SIZE=32, BK=256
     )
     return queries

@@ -16,7 +16,7 @@ from nsa_kernels.triton.selection.chunks import Chunk
 from nsa_kernels.triton.selection.scores import pitch
 from nsa_kernels.triton.selection.top_keys import top_keys
 from nsa_kernels.triton.shared.launch import launcher
-from nsa_kernels.triton.shared.shapes import choose_registers
+from nsa_kernels.triton.shared.shapes import cdiv, choose_registers, power_of_two
 
 # Most scores that one program ranks; more are ranked in parts, whose best are ranked again. At
 # least twice the blocks that are chosen.
@@ -144,8 +144,8 @@ def choose_blocks(
     found, count = selected_NGn, blocks
     while True:
         first = found is selected_NGn
-        parts = triton.cdiv(count, MOST_COLUMNS)
-        width = min(max(64, triton.next_power_of_2(count)), MOST_COLUMNS)
+        parts = cdiv(count, MOST_COLUMNS)
+        width = min(max(64, power_of_two(count)), MOST_COLUMNS)
         out = selected_NGn
         if parts > 1:
             out = selected_NGn.new_empty(rows * groups * parts * num_selected)
@@ -153,10 +153,10 @@ def choose_blocks(
         run = 4 // score_parts  # Blocks in the 16 bytes that a thread loads at once.
         C = Constants(
             groups, select_block, score_parts, num_init_blocks, num_local_blocks, num_selected,
-            triton.next_power_of_2(num_selected), first, parts == 1, lines, width,
+            power_of_two(num_selected), first, parts == 1, lines, width,
             min(max(32, width // 32), width // run), run,
         )  # fmt: skip
-        launcher(_choose_kernel, (triton.cdiv(rows * groups, lines), parts))(
+        launcher(_choose_kernel, (cdiv(rows * groups, lines), parts))(
             scores, found, out, positions_N, chunk.begin, rows * groups, count, pitch(blocks), C=C,
             num_warps=max(1, width // LINE_ELEMENTS), maxnreg=choose_registers(scores, first),
         )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from nsa_kernels.segments import QuerySegments
@@ -17,7 +16,12 @@ from nsa_kernels.triton.selection.scores import pitch, score_blocks, score_parts
 from nsa_kernels.triton.shared.cache import segments_of
 from nsa_kernels.triton.shared.custom_ops import register
 from nsa_kernels.triton.shared.hopper import for_tma
-from nsa_kernels.triton.shared.shapes import hopper_score_tile, score_tile
+from nsa_kernels.triton.shared.shapes import (
+    cdiv,
+    hopper_score_tile,
+    power_of_two,
+    score_tile,
+)
 from nsa_kernels.triton.shared.tables import positions, query_tiles
 
 # Most bytes of the scores and candidates between kernels. Bits do not depend on it.
@@ -26,7 +30,7 @@ WORKSPACE_BYTES = 256 << 20
 
 def _row_bytes(blocks: int, groups: int, score_parts: int, num_selected: int) -> int:
     """Workspace of a query row: scores and, where they are ranked in parts, what these hand on."""
-    parts = triton.cdiv(blocks, choose.MOST_COLUMNS)
+    parts = cdiv(blocks, choose.MOST_COLUMNS)
     # 4 bytes for each block found; what later launches find of these is less than as much again.
     found = 8 * parts * num_selected if parts > 1 else 0
     return groups * (4 * score_parts * pitch(blocks) + found)
@@ -65,15 +69,16 @@ def _select_blocks(
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     lse = lse.contiguous()
     parts = score_parts(block, stride)
-    head_columns = triton.next_power_of_2(q.shape[1] // groups)
-    shape = score_tile(q, head_columns, select_block // stride)
-    tokens = shape.columns // head_columns
+    head_columns = power_of_two(q.shape[1] // groups)
     hopper = hopper_score_tile(q, k, block, stride, select_block)
     if not k.shape[0]:
         hopper = None  # Nothing is visible, and a descriptor has at least one row.
     if hopper is not None:
         q, k = for_tma(q), for_tma(k)
         tokens = hopper.rows // head_columns
+    else:
+        plain = score_tile(q, head_columns, select_block // stride)
+        tokens = plain.columns // head_columns
     tiles = query_tiles(at, tokens, "compressed_base")
     blocks = tiles.last // select_block + 1
     size = min(_chunk_rows(blocks, groups, parts, num_selected), q.shape[0])
@@ -87,7 +92,7 @@ def _select_blocks(
         if hopper is not None:
             hopper_score_blocks(q, k, lse, workspace, at, tiles, chunk, hopper, **blocks_of_keys)
         else:
-            score_blocks(q, k, lse, workspace, tiles, chunk, shape, **blocks_of_keys)
+            score_blocks(q, k, lse, workspace, tiles, chunk, plain, **blocks_of_keys)
         choose_blocks(
             workspace,
             selected_NGn,

@@ -45,7 +45,7 @@ from nsa_kernels.triton.shared.arguments import head_rows
 from nsa_kernels.triton.shared.arithmetic import LOG2E as _LOG2E
 from nsa_kernels.triton.shared.arithmetic import precision
 from nsa_kernels.triton.shared.launch import launcher
-from nsa_kernels.triton.shared.shapes import ScoreTile, score_widths
+from nsa_kernels.triton.shared.shapes import ScoreTile, cdiv, power_of_two, score_widths
 from nsa_kernels.triton.shared.tables import QueryTiles, load_query_tile
 
 # Key tiles of one program of the score kernel; more are shared out.
@@ -247,7 +247,7 @@ def _score_kernel(
 
 def pitch(blocks: int) -> int:
     """Scores of a row: whole tiles of any shape."""
-    return triton.cdiv(blocks, 64) * 64
+    return cdiv(blocks, 64) * 64
 
 
 def score_parts(block: int, stride: int) -> int:
@@ -272,7 +272,7 @@ def score_blocks(
     """Write the chunk's scores [rows, G, pitch, parts] to the workspace `scores`."""
     groups, width = k_CGD.shape[1:]
     ratio = q_NHD.shape[1] // groups
-    head_columns = triton.next_power_of_2(ratio)
+    head_columns = power_of_two(ratio)
     tokens = tile.columns // head_columns
     # 128 columns of a warp: their heads are summed in one thread, or in few.
     adjacent = min(tokens, 8, 128 // head_columns)
@@ -286,7 +286,7 @@ def score_blocks(
         score_parts(block, stride), span, tokens, adjacent, tile.keys, slabs, tile.halves, width,
         *score_widths(width), precision(q_NHD),
     )  # fmt: skip
-    spans = triton.cdiv(num_blocks * per_block, span)
+    spans = cdiv(num_blocks * per_block, span)
     launcher(_score_kernel, (chunk.end_tile - chunk.first_tile, groups, spans))(
         head_rows(q_NHD), head_rows(k_CGD), lse_NH, scores, tiles.table, chunk.end_tile,
         chunk.begin, chunk.end, pitch(num_blocks), scale, C=C, num_warps=tile.warps,

@@ -37,10 +37,14 @@ _captured: dict[int, Any] = {}
 
 def segments_of(host: Tensor, device: torch.device) -> QuerySegments:
     """The segments whose `host` it is, with their table on `device`: what an operator is given."""
-    table = host
-    if device.type != "cpu":
-        table = _cached(host, device, "table", lambda: to_device(host, device))
-    return QuerySegments(host, table, _cached(host, device, "rows", lambda: int(host[:, 1].sum())))
+    table, rows = _cached(host, device, "segments", lambda: _table_and_rows(host, device))
+    return QuerySegments(host, host if table is None else table, rows)
+
+
+def _table_and_rows(host: Tensor, device: torch.device) -> tuple[Tensor | None, int]:
+    """None for the table on the CPU, which is `host` itself."""
+    table = None if device.type == "cpu" else to_device(host, device)
+    return table, int(host[:, 1].sum())
 
 
 def cached(segments: QuerySegments, name: Any, make: Callable[[], Any]) -> Any:

@@ -150,4 +150,4 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Operator]:
 
 def empty_as(x: Tensor) -> Tensor:
     """A contiguous tensor of the shape, dtype and device of x: what gradients are written to."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -219,6 +219,19 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up. Triton's own, which kernels may call, takes the host fifty times as long.
+
+    So does its next power of two.
+    """
+    return -(-x // y)
+
+
+def power_of_two(x: int) -> int:
+    """The smallest one of at least x, which is at least 1."""
+    return 1 << (x - 1).bit_length()
+
+
 def padded(width: int) -> int:
     """The power of two, at least 16, that a tile's columns are padded to."""
     return max(16, 1 << (width - 1).bit_length())
@@ -309,7 +322,7 @@ def token_tile(ratio: int, dtype: torch.dtype) -> tuple[int, int]:
     Groups of one or two heads take fewer: tokens that choose differently share little.
     """
     tokens = min(MOST_TOKENS, (32 if dtype == torch.float32 else 64) // ratio)
-    return tokens, max(16, triton.next_power_of_2(tokens * ratio))
+    return tokens, max(16, power_of_two(tokens * ratio))
 
 
 def walk_tiles(q: Tensor, v: Tensor, num: int, select_block: int) -> tuple[WalkTile, WalkTile]:
@@ -474,7 +487,7 @@ def rows_of_tile(width: int) -> int:
 
 def decoding_tile(q: Tensor, v: Tensor) -> Tile:
     """Of the kernels for few queries, which read each key once: the same on every GPU."""
-    rows = max(16, triton.next_power_of_2(q.shape[1] // v.shape[1]))
+    rows = max(16, power_of_two(q.shape[1] // v.shape[1]))
     wide = _padded_width(q, v) > 128
     if q.dtype == torch.float32:
         return Tile(rows, 16, 4, 1, MOST_REGISTERS)
