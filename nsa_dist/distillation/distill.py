@@ -13,9 +13,8 @@ compressed keys is made with the loss. Letters as in ``dense``, and N tokens of 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +151,7 @@ def distill_dense(model: nn.Module | None = None) -> Iterator[DenseDistillation]
         RuntimeError: if calls are watched already.
     """
     distillation = DenseDistillation(has_model=model is not None)
-    wrapped = contextlib.nullcontext()
+    wrapped: AbstractContextManager[None] = nullcontext()
     if model is not None and torch.is_grad_enabled():
         wrapped = through_wrappers(model, distillation.layers)
     with watched(distillation), wrapped:

@@ -108,7 +108,11 @@ def _call_alone(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _detached(nested: Any) -> Any:
     """Tensors without their graph: with checkpointing the Trainer lets embeddings begin one, of
     which a wrapper's own functions would pass zeros or nothing on, through every layer."""
-    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, nested)
+
+    def detached(x: Any) -> Any:  # Others stay the objects that they are: plans go by them.
+        return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
+
+    return tree_map(detached, nested)
 
 
 class _Zero:

@@ -144,6 +144,8 @@ def test_runs_of_the_trainer(case: str, tmp_path: Path) -> None:
     alone = {**settings, "mode": "one", "repeats": repeats}
     if settings["mode"] in ("ddp", "fsdp", "zero"):
         alone["options"] = {"gradient_accumulation_steps": processes}
+        # In an evaluation the Trainer divides by the targets of all processes at a time.
+        alone["options"]["per_device_eval_batch_size"] = processes
     plain = _alone(tmp_path / "plain", alone)
     exact = _alone(tmp_path / "exact", {**alone, "float64": True})
     from tests.adapters.huggingface.trainer_runs import over_ranks
