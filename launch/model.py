@@ -83,11 +83,6 @@ class Decoder(nn.Module):
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(any(part in name for part in trained))
         self.distills = settings.optimizer.distill_dense
-        if self.distills:
-            for each in self.blocks:
-                if isinstance(each, NSABlock):
-                    sparse_block: Any = each
-                    sparse_block.forward = functools.partial(distilled, sparse_block.forward)
 
     def forward(
         self,
@@ -121,14 +116,12 @@ class Decoder(nn.Module):
         return self.loss_sum(x.flatten(0, 1), weight, labels.flatten())
 
     def _distil(self, tokens: Tensor, cu_seqlens: Tensor | None, targets: Tensor) -> Tensor:
-        x, losses = self.embedding(tokens), list[Tensor]()
-        for block in self.blocks:
-            if isinstance(block, NSABlock):
-                x, loss = block(x, cu_seqlens=cu_seqlens, distils=True)
-                losses.append(loss)
-            else:
+        x = self.embedding(tokens)
+        # Of the blocks, which FSDP2 shards by themselves, and not of the model, which is running.
+        with distill_dense(self.blocks) as distilled:
+            for block in self.blocks:
                 x = block(x, cu_seqlens=cu_seqlens)
-        return torch.stack(losses).mean().double() * targets
+        return distilled.loss.double() * targets
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
@@ -180,21 +173,6 @@ class Decoder(nn.Module):
     def _attention_layers(self) -> Iterator[NativeSparseAttention | DenseAttention]:
         kinds = (NativeSparseAttention, DenseAttention)
         return (m for m in self.modules() if isinstance(m, kinds))
-
-
-def distilled(
-    forward: Callable[..., Tensor], x: Tensor, *, distils: bool = False, **options: Any
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The forward of a sparse block; where it ``distils`` also its distance from dense attention.
-
-    The distance is a result of the block's own: FSDP2 gathers the block's weights for a backward by
-    the gradients of its results.
-    """
-    if not distils:
-        return forward(x, **options)
-    with distill_dense() as found:
-        y = forward(x, **options)
-    return y, found.loss
 
 
 def build_model(settings: Settings, vocab_size: int, ranks: Ranks) -> Decoder:

@@ -14,12 +14,13 @@ compressed keys is made with the loss. Letters as in ``dense``, and N tokens of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nsa_dist.attention.call import Call
 from nsa_dist.attention.extended import Extended
@@ -32,6 +33,7 @@ from nsa_dist.distillation.dense import (
     dense_chunk,
     log_scores,
 )
+from nsa_dist.distillation.wrapped import keep, through_wrappers
 from nsa_dist.nn.rotary import apply_rotary
 from nsa_dist.plan.grid import num_blocks
 from nsa_kernels.autograd import first_order
@@ -68,8 +70,10 @@ class DenseDistillation:
         layers: a call of a sparse layer each, in the order of the calls.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, has_model: bool) -> None:
         self.layers: list[LayerDistillation] = []
+        self._has_model = has_model
+        self._whole: list[nn.Module] = []  # Compressors that backward needs so again.
         self._call: tuple[Call, Inputs, CompressedSelector] | None = None
 
     @property
@@ -77,8 +81,14 @@ class DenseDistillation:
         """Mean over the calls of ``choice`` + ``output``, a scalar for ``backward``.
 
         Raises:
-            ValueError: if no sparse layer was called.
+            ValueError: if no sparse layer was called, or if FSDP2 has sharded the weights of a
+                layer since, and ``distill_dense`` was not given the model.
         """
+        if any(map(_is_sharded, self._whole)):
+            raise ValueError(
+                "model must be passed to distill_dense where FSDP2 shards it, got None "
+                "(distill_dense(model): backward needs the weights whole)"
+            )
         if not self.layers:
             raise ValueError(
                 "distill_dense must see a call of a sparse layer, got none (layers with a cache "
@@ -96,6 +106,10 @@ class DenseDistillation:
         if problem is not None:
             raise ValueError(problem)
         assert isinstance(selector, CompressedSelector)
+        assert selector.k_compressor is not None
+        learns = torch.is_grad_enabled() and not self._has_model
+        if learns and not _is_sharded(selector.k_compressor):
+            self._whole.append(selector.k_compressor)
         inputs = Inputs(inputs.q.detach(), _detached(inputs.k), _detached(inputs.v), inputs.gates)
         self._call = call, inputs, selector
         return inputs
@@ -112,10 +126,10 @@ class DenseDistillation:
 
 
 @contextmanager
-def distill_dense() -> Iterator[DenseDistillation]:
+def distill_dense(model: nn.Module | None = None) -> Iterator[DenseDistillation]:
     """Within it, each call of a sparse layer is compared with dense attention, and returns that.
 
-        with distill_dense() as distilled:
+        with distill_dense(model) as distilled:
             model(tokens)
         distilled.loss.backward()
 
@@ -125,14 +139,22 @@ def distill_dense() -> Iterator[DenseDistillation]:
     measures.
 
     Calls must be on one rank for a sequence, with the ``selected`` branch and NSA's own selector,
-    without ``exact_gradients``, activation checkpointing (nothing else is kept) and caches.
+    without ``exact_gradients`` and caches.
+
+    Args:
+        model: what is called, with what wraps it: needed to train by DDP or FSDP2, or a model with
+            activation checkpointing, which within it does nothing (little is kept without).
 
     Raises:
-        ValueError: from the call of a layer for which that does not hold.
+        ValueError: from the call of a layer for which that does not hold, or if FSDP1 wraps
+            ``model``.
         RuntimeError: if calls are watched already.
     """
-    distillation = DenseDistillation()
-    with watched(distillation):
+    distillation = DenseDistillation(has_model=model is not None)
+    wrapped: AbstractContextManager[None] = nullcontext()
+    if model is not None and torch.is_grad_enabled():
+        wrapped = through_wrappers(model, distillation.layers)
+    with watched(distillation), wrapped:
         yield distillation
 
 
@@ -148,12 +170,17 @@ def _problem(call: Call, selector: Selector) -> str | None:
     if type(selector) is not CompressedSelector:
         return f"selector must be NSA's own in distill_dense, got {selector.name!r}"
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is not None and torch.is_grad_enabled():
+    if hooks is not None and hooks[0] is not keep and torch.is_grad_enabled():
         return (
-            "activation checkpointing must be off in distill_dense (it is not watched in backward; "
-            f"little is kept without it), got hooks of {hooks[0].__module__}"
+            "activation checkpointing must be off in distill_dense() (it is not watched in "
+            "backward; little is kept without it), or the model be passed, which keeps that: "
+            f"distill_dense(model); got hooks of {hooks[0].__module__}"
         )
     return None
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in module.parameters())
 
 
 def _detached(x: Tensor | Mapping[str, Tensor]) -> Any:

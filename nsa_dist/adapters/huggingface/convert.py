@@ -88,6 +88,8 @@ def convert_to_nsa(
     for module in model.modules():
         if getattr(module, "config", None) is dense_config:
             module.config = new_config
+            if "name_or_path" in module.__dict__:  # By it PEFT names the base of an adapter.
+                module.name_or_path = ""
     model._become_sparse(config, attention, runtime)
     return model
 

@@ -27,8 +27,8 @@ class DistillationTrainer(Trainer):
         DistillationTrainer(model, arguments, train_dataset=rows).train()
 
     Evaluation is that of ``Trainer``: the loss of the next token, of the sparse model. It runs in
-    one process, or in several by DDP; FSDP and ZeRO-3 gather the weights of a module by the
-    gradients of its results, which here are none.
+    one process, or in several by DDP, FSDP2 or DeepSpeed's ZeRO 1 to 3. Activation checkpointing
+    does nothing: no gradients pass through the decoder, and little is kept.
 
     Args:
         args, kwargs: of ``Trainer``.
@@ -55,7 +55,12 @@ class DistillationTrainer(Trainer):
         """The loss of a batch, as ``Trainer`` asks for it."""
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        with distill_dense() as distilled:
+        with distill_dense(model) as distilled:
             outputs = model(**inputs)
+        if not distilled.loss.requires_grad:
+            raise ValueError(
+                "gradient_checkpointing_kwargs must be {'use_reentrant': False}, the default, got "
+                "a forward without gradients"
+            )
         with_outputs = kwargs.get("return_outputs", args[:1] == (True,))
         return (distilled.loss, outputs) if with_outputs else distilled.loss

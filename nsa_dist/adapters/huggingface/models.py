@@ -44,8 +44,22 @@ MARK = f" with {SPARSE} (nsa_dist.adapters.huggingface.from_pretrained loads thi
 KeyError with these words before it loads weights. transformers' base config, with which tokenizers
 and the Trainer read ``config.json``, accepts any string."""
 
+NO_FOLDER = (
+    "none: this model was converted and not loaded (TRL takes a reference model from a folder: "
+    "save_pretrained, then from_pretrained; or give ref_model= where the trainer takes it)"
+)
+"""What is looked for where a converted model's path is."""
+
 MODELING_FILE = "modeling_nsa"
 """Module beside ``config.json`` from which transformers takes the classes, if it is trusted."""
+
+
+class NoFolder(str):
+    """The path in the config of a converted model: empty. Libraries that look for it, as TRL does
+    for a reference model, show it in their error; so it is shown as a sentence."""
+
+    def __str__(self) -> str:
+        return NO_FOLDER
 
 
 class _NSAConfigMixin:
@@ -383,12 +397,11 @@ def read_config(config: Any) -> tuple[NSAConfig, tuple[int, ...], Runtime]:
 def write_config(dense: Any, config_type: type, nsa: NSAConfig, layers: tuple[int, ...]) -> Any:
     """A config of ``config_type`` with all fields of ``dense``, including private ones.
 
-    Except for the path: there is the dense model, which PEFT and TRL would load as the base of an
-    adapter or as a reference.
+    Except for the path: there is the dense model, which TRL would load as a reference.
     """
     config: Any = copy.deepcopy(dense)
     config.__class__ = config_type
-    config._name_or_path = ""
+    config._name_or_path = NoFolder()
     config.nsa = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(nsa).items()}
     config.nsa_layers = list(layers)
     return config

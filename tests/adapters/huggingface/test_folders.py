@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from nsa_dist.adapters.huggingface import NSALlamaConfig, NSALlamaForCausalLM
+from nsa_dist.adapters.huggingface import NSALlamaConfig, NSALlamaForCausalLM, convert_to_nsa
 from nsa_dist.adapters.huggingface.models import MODELING_FILE
 from tests.adapters.huggingface.small_models import (
+    SMALL,
     VOCABULARY,
+    dense_model,
     some_tokens,
     sparse_model,
 )
@@ -133,3 +136,19 @@ def test_what_is_written_beside_the_config(tmp_path: Path) -> None:
     other.mkdir()
     model.config.to_json_file(other / "of_a_model.json")
     assert [x.name for x in other.iterdir()] == ["of_a_model.json"]
+
+
+def test_a_converted_model_has_no_folder(tmp_path: Path) -> None:
+    """Not the dense model's: PEFT names it as the base of adapters, TRL loads a reference there."""
+    dense_model("llama").save_pretrained(tmp_path)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = convert_to_nsa(dense, SMALL)
+    paths = [m.__dict__["name_or_path"] for m in model.modules() if "name_or_path" in m.__dict__]
+    assert paths == ["", ""]
+    path = pickle.loads(pickle.dumps(model.config))._name_or_path
+    assert path == json.loads(json.dumps(path)) == ""
+    with pytest.raises(OSError, match=r"none: this model .* save_pretrained, then from_pretrained"):
+        AutoConfig.from_pretrained(path)
+    model.save_pretrained(tmp_path / "sparse")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert loaded.config._name_or_path == loaded.name_or_path == str(tmp_path / "sparse")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +28,6 @@ from tests.traps.mutation import Replaced, catches
 HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 GetRanks = Callable[[int], Ranks]
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def not_looked_at() -> None:
@@ -106,30 +101,12 @@ def test_context_parallel_of_torch(case: str, ranks_of: GetRanks) -> None:
         assert_2x(ours_loss, plain32.float(), exact, torch.float32, "loss")
 
 
-def _over_ranks(folder: Path, processes: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """What ``trainer_runs`` writes."""
-    out = folder / "run.pt"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    script = str(ROOT / "tests" / "adapters" / "huggingface" / "trainer_runs.py")
-    finished = subprocess.run(
-        [sys.executable, *command, script, json.dumps({**settings, "out": str(out)})],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-5000:]
-    return torch.load(out)
-
-
 def _alone(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     folder.mkdir()
-    if torch.cuda.device_count() > 1:  # All of which the Trainer would take.
-        return _over_ranks(folder, 1, settings)
-    from tests.adapters.huggingface.trainer_runs import train
+    from tests.adapters.huggingface.trainer_runs import over_ranks, train
 
+    if torch.cuda.device_count() > 1:  # All of which the Trainer would take.
+        return over_ranks(folder, 1, settings)
     return train(settings, folder)
 
 
@@ -147,6 +124,11 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "cp-packed": (2, {"mode": "cp", "rows": "packed", "batch": 1}),
     "cp-one-KV-head-4-ranks": (4, {"mode": "cp", "kv_heads": 1}),
+    # Whole rows, which no rank takes for parts.
+    "DDP": (2, {"mode": "ddp", "batch": 1}),
+    "FSDP2": (2, {"mode": "fsdp", "batch": 1, "rows": "packed"}),
+    "ZeRO2": (2, {"mode": "zero", "stage": 2, "batch": 1}),
+    "ZeRO3": (2, {"mode": "zero", "stage": 3, "batch": 1, "rows": "masked"}),
 }
 
 
@@ -160,9 +142,15 @@ def test_runs_of_the_trainer(case: str, tmp_path: Path) -> None:
     # accelerate gives every sp rank each batch, and DeepSpeed trains on those of all ranks in turn.
     repeats = processes if settings["mode"] == "sp" else 1
     alone = {**settings, "mode": "one", "repeats": repeats}
+    if settings["mode"] in ("ddp", "fsdp", "zero"):
+        alone["options"] = {"gradient_accumulation_steps": processes}
+        # In an evaluation the Trainer divides by the targets of all processes at a time.
+        alone["options"]["per_device_eval_batch_size"] = processes
     plain = _alone(tmp_path / "plain", alone)
     exact = _alone(tmp_path / "exact", {**alone, "float64": True})
-    found = _over_ranks(tmp_path, processes, settings)
+    from tests.adapters.huggingface.trainer_runs import over_ranks
+
+    found = over_ranks(tmp_path, processes, settings)
     for name in ("losses", "evaluations") if found["evaluations"] else ("losses",):
         ours, one = torch.tensor(found[name]), torch.tensor(plain[name])
         assert ours.shape == one.shape

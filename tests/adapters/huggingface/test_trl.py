@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoModelForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -157,23 +158,30 @@ def test_supervised_fine_tuning(case: str, tmp_path: Path) -> None:
     _assert_same(*losses)
 
 
+PAIRS = {
+    "prompt": [_words(n // 3, n) for n in LENGTHS],
+    "chosen": [" " + _words(n // 2, n + 50) for n in LENGTHS],
+    "rejected": [" " + _words(n // 4 + 1, n + 90) for n in LENGTHS],
+}
+
+
+def _preferences(model: Any, reference: Any, folder: Path, lora: bool = False) -> DPOTrainer:
+    return DPOTrainer(
+        model,
+        reference,
+        DPOConfig(str(folder), **COMMON, max_length=64, beta=0.5),
+        train_dataset=Dataset.from_dict(PAIRS),
+        processing_class=_tokenizer(),
+        peft_config=LoraConfig(**LORA) if lora else None,
+    )
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["reference-model", "LoRA"])
 def test_direct_preference_optimisation(lora: bool, tmp_path: Path) -> None:
-    columns = {
-        "prompt": [_words(n // 3, n) for n in LENGTHS],
-        "chosen": [" " + _words(n // 2, n + 50) for n in LENGTHS],
-        "rejected": [" " + _words(n // 4 + 1, n + 90) for n in LENGTHS],
-    }
     losses = []
     for model in _pair():
-        trainer = DPOTrainer(
-            model,
-            None if lora else copy.deepcopy(model),
-            DPOConfig(str(tmp_path), **COMMON, max_length=64, beta=0.5),
-            train_dataset=Dataset.from_dict(columns),
-            processing_class=_tokenizer(),
-            peft_config=LoraConfig(**LORA) if lora else None,
-        )
+        reference = None if lora else copy.deepcopy(model)
+        trainer = _preferences(model, reference, tmp_path, lora)
         losses.append(_history(trainer, "logps/chosen", "logps/rejected"))
     _assert_same(*losses)
 
@@ -182,28 +190,47 @@ def _reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(i % 7 for i in ids) / 10 for ids in completion_ids]
 
 
-def test_group_relative_policy_optimisation(tmp_path: Path) -> None:
-    """With generation by the trained model, from prompts that are padded on the left."""
-    columns = {"prompt": [_words(n, n) for n in LENGTHS]}
+def _policies(model: Any, folder: Path, lora: bool = False) -> GRPOTrainer:
+    return GRPOTrainer(
+        model,
+        _reward,
+        args=GRPOConfig(
+            str(folder),
+            **{**COMMON, "per_device_train_batch_size": 4},
+            num_generations=4,
+            max_completion_length=12,
+            beta=0.1,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [_words(n, n) for n in LENGTHS]}),
+        processing_class=_tokenizer(),
+        peft_config=LoraConfig(**LORA) if lora else None,
+    )
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["reference-model", "LoRA"])
+def test_group_relative_policy_optimisation(lora: bool, tmp_path: Path) -> None:
+    """With generation by the trained model, from prompts that are padded on the left. TRL loads the
+    reference model from the folder of the trained one."""
     losses = []
-    for model in _pair():
+    for name, model in zip(("dense", "sparse"), _pair(), strict=True):
+        if not lora:
+            frozen = [x for x, p in model.named_parameters() if not p.requires_grad]
+            model.save_pretrained(tmp_path / name)
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+            for x in frozen:
+                model.get_parameter(x).requires_grad_(False)
         torch.manual_seed(5)  # What is sampled.
-        trainer = GRPOTrainer(
-            model,
-            _reward,
-            args=GRPOConfig(
-                str(tmp_path),
-                **{**COMMON, "per_device_train_batch_size": 4},
-                num_generations=4,
-                max_completion_length=12,
-                beta=0.1,
-            ),
-            train_dataset=Dataset.from_dict(columns),
-            processing_class=_tokenizer(),
-            peft_config=LoraConfig(**LORA),
-        )
+        trainer = _policies(model, tmp_path, lora)
         losses.append(_history(trainer, "reward", "entropy", "completions/mean_length", "kl"))
     _assert_same(*losses)
+    assert abs(losses[0][-1][-1]) > 0.0  # The policy has left its reference.
+
+
+def test_a_reference_needs_a_folder(tmp_path: Path) -> None:
+    model = _pair()[1]
+    for begin in (lambda: _policies(model, tmp_path), lambda: _preferences(model, None, tmp_path)):
+        with pytest.raises(OSError, match=r"save_pretrained, then from_pretrained; or give ref_m"):
+            begin()
 
 
 def test_reward_models(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Runs of transformers' Trainer, as a program: one process, DeepSpeed's ALST (sp), or torch's cp.
+"""Runs of transformers' Trainer, as a program: one process, DeepSpeed's ALST (sp), torch's cp, or
+whole rows on each rank (ddp, fsdp, zero).
 
     torchrun --nproc-per-node=2 trainer_runs.py '{"mode": "sp", "out": "run.pt", ...}'
 
@@ -9,15 +10,21 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
+from nsa_dist.adapters.huggingface.distillation import (
+    DistillationTrainer,
+    train_new_weights_only,
+)
 from tests.adapters.huggingface.small_models import (
     INDEPENDENT,
     SMALL,
@@ -34,6 +41,7 @@ DEEPSPEED: dict[str, Any] = {
     "zero_force_ds_cpu_optimizer": False,
 }
 LENGTH = 64
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def rows(kind: str) -> list[dict[str, Tensor]]:
@@ -88,7 +96,7 @@ def arguments(settings: dict[str, Any], folder: Path) -> TrainingArguments:
         "save_strategy": "no",
         "disable_tqdm": True,
         # With DeepSpeed accelerate asks DeepSpeed for the device.
-        "use_cpu": settings["mode"] != "sp" and not torch.cuda.is_available(),
+        "use_cpu": settings["mode"] not in ("sp", "zero") and not torch.cuda.is_available(),
         **settings.get("options", {}),
     }
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -113,6 +121,14 @@ def arguments(settings: dict[str, Any], folder: Path) -> TrainingArguments:
         options["parallelism_config"] = ParallelismConfig(cp_size=size)
         options["fsdp"] = True
         options["fsdp_config"] = {"version": 2}
+    elif settings["mode"] == "fsdp":
+        options["fsdp"] = True
+        options["fsdp_config"] = {"version": 2, **settings.get("fsdp", {})}
+    elif settings["mode"] == "zero":
+        if not torch.cuda.is_available():
+            options["eval_strategy"] = "no"  # As above.
+        stage = {"stage": settings["stage"], **settings.get("zero", {})}
+        options["deepspeed"] = {**DEEPSPEED, "zero_optimization": stage}
     return TrainingArguments(str(folder), **options)
 
 
@@ -124,10 +140,19 @@ def take_cpus_for_devices() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
 
 
+def take_processes_of_deepspeed() -> None:
+    """accelerate takes DeepSpeed's processes on CPUs for one each, of the same data."""
+    from accelerate.state import PartialState
+
+    PartialState._shared_state["num_processes"] = dist.get_world_size()
+    PartialState._shared_state["process_index"] = dist.get_rank()
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """All parameters, whole, on the CPU. A collective."""
     found = {}
     for name, parameter in model.named_parameters():
+        name = name.replace("_checkpoint_wrapped_module.", "")
         if hasattr(parameter, "ds_id"):
             import deepspeed
 
@@ -142,17 +167,23 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Losses of steps and of evaluations, and the weights after them."""
-    if settings["mode"] == "sp" and not torch.cuda.is_available():
+    if settings["mode"] in ("sp", "zero") and not torch.cuda.is_available():
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     options = arguments(settings, folder)
-    if settings["mode"] == "cp" and options.device.type == "cpu":
+    if settings["mode"] in ("cp", "fsdp") and options.device.type == "cpu":
         take_cpus_for_devices()
+    if settings["mode"] == "zero" and options.device.type == "cpu":
+        take_processes_of_deepspeed()
     data, model = rows(settings.get("rows", "rows")), build(settings)
+    make = Trainer
+    if settings.get("distil"):
+        train_new_weights_only(model)
+        make = DistillationTrainer
     size, times = settings.get("batch", 2), settings.get("repeats", 1)
     batches = [data[i : i + size] for i in range(0, len(data), size)]
-    trainer = Trainer(
+    trainer = make(
         model,
         options,
         train_dataset=[row for batch in batches for _ in range(times) for row in batch],
@@ -166,6 +197,23 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         "evaluations": [x["eval_loss"] for x in history if "eval_loss" in x],
         "weights": weights(trainer.model),
     }
+
+
+def over_ranks(folder: Path, processes: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What this program writes, run by so many processes."""
+    out = folder / "run.pt"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    finished = subprocess.run(
+        [sys.executable, *command, __file__, json.dumps({**settings, "out": str(out)})],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    return torch.load(out)
 
 
 def main() -> None:
