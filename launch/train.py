@@ -57,7 +57,6 @@ from launch.storage.folder import check_folder_options, run_folder, write_settin
 from launch.storage.manifest import CheckpointError
 from nsa_dist import check_parallel
 
-
 TRIES = 10
 """How often a checkpoint that could not be written is tried before the next one is due."""
 
