@@ -184,11 +184,10 @@ def _member(enum: Any, name: Any) -> Enum:
     Raises:
         UnpicklingError: for anything else.
     """
-    members = dict(enum.__members__) if type(enum) is EnumMeta else {}
+    members = dict[str, Enum](enum.__members__) if type(enum) is EnumMeta else {}
     if type(name) is not str or name not in members:
         raise pickle.UnpicklingError("getattr of no member of an enum")
-    member: Enum = members[name]
-    return member
+    return members[name]
 
 
 _MEMBERS = (_member, "builtins.getattr")
