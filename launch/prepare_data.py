@@ -108,6 +108,12 @@ def summarise(result: Result, options: PrepareOptions) -> list[str]:
         f"left out: {result.broken:,} broken records, {result.empty:,} empty documents; "
         f"digest {metadata.digest[:16]}"
     )
+    if options.held_out and documents and not held:
+        lines.append(
+            f"{options.out}: no document is held out, and runs need some to validate: prepare "
+            f"another folder with --held-out above {options.held_out:g}, or others for "
+            "data.validation_path"
+        )
     return lines
 
 

@@ -6,8 +6,10 @@
 
 It prepares text, trains, converts, judges, and writes the numbers to OUT/numbers, each by the
 program that a user would call. What is there already is left out, and a training that was stopped
-is resumed, so that the same line goes on. With several GPUs each has a model. Numbers are written
-after every step, also where ``--seconds`` are over. ``docs/figures/draw_results.py`` draws them.
+is resumed, so that the same line goes on. With several GPUs each has a model, and what can begin
+begins: conversions once the dense model is trained, a judgement once its model is, speeds where a
+GPU is free. Numbers are written at the end, also where ``--seconds`` are over or a program fails.
+``docs/figures/draw_results.py`` draws them.
 
 The text is what every machine with torch has: the Python sources of the standard library and of
 the installed packages. A document is consecutive files of one package. Whole packages are held
@@ -30,15 +32,16 @@ import json
 import math
 import os
 import platform
-import queue
 import site
+import statistics
 import subprocess
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -61,6 +64,8 @@ GRACE = 30.0
 BYTES = 256
 """Tokens of the tokenizer."""
 Step = Literal["data", "train", "convert", "evaluate", "speed", "numbers"]
+TRAINED = ("train", "convert", "evaluate", "speed")
+"""Steps that train models or judge them."""
 Model = Literal["dense", "nsa", "hybrid"]
 
 
@@ -209,6 +214,12 @@ def conversions(options: ReproduceOptions) -> list[list[Run]]:
     ]
 
 
+def all_runs(options: ReproduceOptions) -> list[Run]:
+    """The runs that are judged or that others start from, whatever is to be done now."""
+    first = first_runs(replace(options, models=("dense", "nsa", "hybrid")))
+    return [*first, *(run for chain in conversions(options) for run in chain)]
+
+
 def speed_runs(options: ReproduceOptions) -> list[Run]:
     """A few steps of as many tokens at each length."""
     if options.small:
@@ -238,26 +249,49 @@ class Experiment:
         """The steps that were asked for.
 
         Raises:
-            ValueError: where a program ends with an error, naming the file of what it printed.
+            ValueError: where a program ended with an error, naming the file of what it printed;
+                after all others.
         """
-        jobs = self.options.jobs
-        steps: dict[str, Callable[[], None]] = {
-            "data": self.prepare,
-            "train": lambda: self.train_all([[run] for run in first_runs(self.options)], 1),
-            "convert": lambda: self.train_all(conversions(self.options), jobs),
-            "evaluate": self.evaluate,
-            "speed": lambda: self.train_all([[run] for run in speed_runs(self.options)], 1),
-            "numbers": lambda: None,
-        }
-        for name, step in steps.items():
-            if name in self.options.steps:
-                self.say(name)
-                try:
-                    step()
-                finally:
-                    if "numbers" in self.options.steps:
-                        self.write_numbers()
+        try:
+            if "data" in self.options.steps:
+                self.say("data")
+                self.prepare()
+            tasks = self.tasks()
+            if tasks:
+                self.say(", ".join(step for step in self.options.steps if step in TRAINED))
+            self.late += do_tasks(tasks, self.gpus, self.options.jobs)
+        finally:
+            if "numbers" in self.options.steps:
+                self.write_numbers()
         self.say("done")
+
+    def tasks(self) -> list[Task]:
+        """What trains and judges models in the steps that were asked for, the most urgent first."""
+        options, tasks = self.options, list[Task]()
+        chains = conversions(options)
+        if "train" in options.steps:
+            tasks += [self.training(run, alone=True) for run in first_runs(options)]
+        if "convert" in options.steps:
+            # The longest chains first.
+            chains.sort(key=len, reverse=True)
+            tasks += [self.training(run) for chain in chains for run in chain]
+        if "evaluate" in options.steps:
+            coming = {task.name for task in tasks}
+            known = {run.name: run for run in all_runs(options)}
+            names = ["nsa", "hybrid", "stage2", "distilled_all", "at_once", *JUDGED_BY_CHOICE]
+            if not options.small:
+                names += ["dense", "dense_more"]
+            for name in names:
+                if name in coming or (name in known and (self.out / name).is_dir()):
+                    act = partial(self.judge, known[name])
+                    tasks.append(Task(f"judged_{name}", act, frozenset({name})))
+        if "speed" in options.steps:
+            tasks += [self.training(run, alone=True) for run in speed_runs(options)]
+        return tasks
+
+    def training(self, run: Run, *, alone: bool = False) -> Task:
+        """What trains a run."""
+        return Task(run.name, partial(self.train, run), frozenset({run.start}), alone)
 
     def say(self, text: str) -> None:
         """Print a line, with the time."""
@@ -276,20 +310,19 @@ class Experiment:
                 where = (str(text / name), "--out", str(self.out / target), *held_out)
                 self.call(target, "prepare_data.py", *where)
 
-    def train_all(self, chains: Sequence[Sequence[Run]], jobs: int) -> None:
-        """Train what was not, ``jobs`` chains at a time on each GPU."""
+    def train(self, run: Run, gpu: str) -> bool:
+        """Train a run if it was not.
 
-        def train_chain(chain: Sequence[Run], gpu: str) -> None:
-            for run in chain:
-                if self.is_trained(run):
-                    continue
-                if not (self.out / run.start).is_dir():
-                    self.late.append(run.name)
-                    return
-                if not self.call(run.name, "train.py", *self.command(run), gpu=gpu):
-                    return  # The next one begins with its weights.
-
-        in_parallel([partial(train_chain, chain) for chain in chains], self.gpus, jobs)
+        Returns:
+            Whether it came to its end; not where the run that it starts from did not.
+        """
+        if self.is_trained(run):
+            return True
+        starts = {other.name: other for other in all_runs(self.options)}
+        if run.start and not self.is_trained(starts[run.start]):
+            self.late.append(run.name)
+            return False
+        return self.call(run.name, "train.py", *self.command(run), gpu=gpu)
 
     def is_trained(self, run: Run) -> bool:
         """Whether it came to its last validation."""
@@ -320,8 +353,15 @@ class Experiment:
         found = [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
         return [str(ROOT / "configs" / f"proof_{run.config}.toml"), *found]
 
-    def evaluate(self) -> None:
-        """Loss by position, choices, and needles, hidden in the first validation document."""
+    def judge(self, run: Run, gpu: str) -> bool:
+        """Loss by position, choices, and needles, hidden in the first validation document.
+
+        Returns:
+            Whether it came to its end; not where the run did not.
+        """
+        if not self.is_trained(run):
+            self.late.append(f"judged_{run.name}")
+            return False
         lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
         few: tuple[str, ...] = ()
         kinds: tuple[str, ...] = ("loss", "choice", "needle", "multi_needle")
@@ -330,22 +370,14 @@ class Experiment:
             few = ("--samples", "1", "--documents", "2", "--device", "cpu")
         elif self.options.small:  # It finds no needle.
             lengths, few, kinds = (1024,), ("--documents", "16", "--device", "cpu"), ("choice",)
+        target = self.out / "judged" / run.name
+        own = ("choice",) if run.name in JUDGED_BY_CHOICE else kinds
+        if (target / f"{own[-1]}.csv").exists():
+            return True
         text = min((self.out / "text" / "validation").glob("*.txt"))
-
-        def judge(name: str, gpu: str) -> None:
-            target = self.out / "judged" / name
-            own = ("choice",) if name in JUDGED_BY_CHOICE else kinds
-            tasks = ("--tasks", *own, "--haystack", str(text))
-            sizes = ("--lengths", *map(str, lengths), *few)
-            if not (target / f"{own[-1]}.csv").exists():
-                where = (str(self.out / name), "--out", str(target))
-                self.call(f"judged_{name}", "evaluate.py", *where, *tasks, *sizes, gpu=gpu)
-
-        names = ["nsa", "hybrid", "stage2", "distilled_all", "at_once", *JUDGED_BY_CHOICE]
-        if not self.options.small:
-            names += ["dense", "dense_more"]
-        there = [name for name in names if list((self.out / name).glob("checkpoints/step_*"))]
-        in_parallel([partial(judge, name) for name in there], self.gpus, self.options.jobs)
+        words = (str(self.out / run.name), "--out", str(target), "--tasks", *own)
+        words += ("--haystack", str(text), "--lengths", *map(str, lengths), *few)
+        return self.call(f"judged_{run.name}", "evaluate.py", *words, gpu=gpu)
 
     def call(self, name: str, program: str, *words: str, gpu: str = "") -> bool:
         """Run a program of ``launch``; what it prints goes to a file.
@@ -410,27 +442,60 @@ class Experiment:
         path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def in_parallel(tasks: Iterable[Callable[[str], None]], gpus: Sequence[str], jobs: int) -> None:
-    """Run tasks, ``jobs`` at a time on each GPU; raises what the first of them raises.
+@dataclass(frozen=True)
+class Task:
+    """What one program does.
 
     Args:
-        tasks: take the GPU that they run on; "" without GPUs.
+        act: takes the GPU that it runs on, "" without GPUs; returns whether it came to its end.
+        after: names of tasks that must have come to their end, where they are to be done.
+        alone: whether it has a GPU for itself, as its times are reported.
     """
-    places = [gpu for _ in range(jobs) for gpu in gpus or [""]]
-    free = queue.SimpleQueue[str]()
-    for place in places:
-        free.put(place)
 
-    def work(task: Callable[[str], None]) -> None:
-        gpu = free.get()
-        try:
-            task(gpu)
-        finally:
-            free.put(gpu)
+    name: str
+    act: Callable[[str], bool]
+    after: frozenset[str] = frozenset()
+    alone: bool = False
 
-    with ThreadPoolExecutor(len(places)) as pool:
-        for done in [pool.submit(work, task) for task in tasks]:
-            done.result()
+
+def do_tasks(tasks: Iterable[Task], gpus: Sequence[str], jobs: int) -> list[str]:
+    """Do each task as soon as it can begin and a GPU has room for it, the first ones first.
+
+    Args:
+        jobs: tasks at a time on each GPU, of those that need none for themselves.
+
+    Returns:
+        Names of the tasks that never began, as one before them did not come to its end.
+
+    Raises:
+        Exception: what the first task that failed raised, when all others are done.
+    """
+    left, ended, errors = list(tasks), set[str](), list[BaseException]()
+    names = {task.name for task in left}
+    room = dict.fromkeys(gpus or [""], jobs)
+    running = dict[Future[bool], tuple[Task, str, int]]()
+    with ThreadPoolExecutor(jobs * len(room)) as pool:
+        while True:
+            for task in list(left):
+                gpu = max(room, key=room.__getitem__)
+                size = jobs if task.alone else 1
+                if task.after & names <= ended and room[gpu] >= size:
+                    left.remove(task)
+                    room[gpu] -= size
+                    running[pool.submit(task.act, gpu)] = task, gpu, size
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task, gpu, size = running.pop(future)
+                room[gpu] += size
+                error = future.exception()
+                if error is not None:
+                    errors.append(error)
+                elif future.result():
+                    ended.add(task.name)
+    if errors:
+        raise errors[0]
+    return [task.name for task in left]
 
 
 def visible_gpus() -> list[str]:
@@ -510,10 +575,10 @@ Rows = list[dict[str, Any]]
 
 
 def read_metrics(folder: Path) -> Rows:
-    """What a run logged, line by line."""
+    """What a run logged, line by line; without a last line that was cut off."""
     file = folder / "metrics.jsonl"
     text = file.read_text(encoding="utf-8") if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def curves_of(
@@ -521,15 +586,25 @@ def curves_of(
 ) -> tuple[Rows, Rows]:
     """Losses of a run by step, tokens and seconds, in training and in validations.
 
-    Seconds are those of steps alone; the first step has the compilation of kernels.
+    Seconds are those of steps alone; the first step has the compilation of kernels. A run that was
+    stopped and goes on compiles again, in a step that it logs alone: such a step counts as long as
+    a usual one.
     """
     a_step = settings.data.global_batch * settings.data.length
+    lines, each = list(lines), "time_metrics/end_to_end(s)"
+    logged = [0, *(line["step"] for line in lines if "mean_loss" in line)]
+    alone = {step for before, step in pairwise(logged) if before == step - 1 > 0}
+    usual = [
+        line[each] for line in lines if "mean_loss" in line and line["step"] not in {1, *alone}
+    ]
     seconds, done, losses, validations = 0.0, 0, list[Any](), list[Any]()
     for line in lines:
         step = line["step"]
         where = {"run": name, "step": step, "tokens": step * a_step}
         if "mean_loss" in line:
-            seconds += (step - done) * line["time_metrics/end_to_end(s)"]
+            again = step in alone and usual
+            took = min(line[each], statistics.median(usual)) if again else line[each]
+            seconds += (step - done) * took
             done = step
             row = {**where, "seconds": round(seconds, 3), "loss": round(line["mean_loss"], 5)}
             speeds = {"tokens_per_second": round(line["tokens_per_second"])}

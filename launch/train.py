@@ -57,6 +57,9 @@ from launch.storage.folder import check_folder_options, run_folder, write_settin
 from launch.storage.manifest import CheckpointError
 from nsa_dist import check_parallel
 
+TRIES = 10
+"""How often a checkpoint that could not be written is tried before the next one is due."""
+
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
     """Linear warm-up to ``lr``, then half a cosine down to ``min_lr`` x ``lr``."""
@@ -192,6 +195,8 @@ class Run:
         self.profiler = StepProfiler(settings.run, folder, ranks, self.done, self.report.line)
         self.saver = BackgroundSaver(settings.run.timeout)
         self.saving = 0.0
+        # The first step whose checkpoint could not be written, since one could; when to try again.
+        self.unsaved_since, self.saves_again_at = -1, -1
         self.watchdog = Watchdog(folder, ranks.rank, ranks.size, settings.run.timeout)
         self.tokens, self.seconds, self.mark = 0, 0.0, 0.0
 
@@ -259,7 +264,8 @@ class Run:
 
     def is_checkpoint_due(self) -> bool:
         every = self.settings.run.checkpoint_every
-        return self.is_last_step() or bool(every and self.done % every == 0)
+        due = bool(every and self.done % every == 0) or self.done == self.saves_again_at
+        return self.is_last_step() or due
 
     def is_log_due(self) -> bool:
         return self.done % self.settings.run.log_every == 0 or self.done == self.first_step + 1
@@ -275,14 +281,14 @@ class Run:
         """Log the steps since the last time; save and validate if it is time to."""
         self.log()
         if self.settings.run.async_checkpoints and self.ranks.any(self.saver.failed):
-            self.saver.finish()  # Raises on every rank.
+            self.finish_saving()
         saves = saves or self.is_last_step()  # Known for this step only now.
         if saves:
             self.save()
         if self.is_validation_due() and not self.health.stops and self.validate() is None:
             # Here, and no step later: a resume does the validation of the step it starts at.
             self.health.stops = True
-            if not saves:
+            if not saves or self.unsaved_since >= 0:
                 self.save()
         self.mark, self.logged = time.perf_counter(), self.done
 
@@ -317,12 +323,17 @@ class Run:
         )
 
     def save(self) -> None:
-        """Write a checkpoint, or begin to, if the state is sound."""
+        """Write a checkpoint, or begin to, if the state is sound.
+
+        Raises:
+            CheckpointError: on every rank, if it cannot be written and the run ends here.
+        """
         began = time.perf_counter()
         self.watchdog.now(f"the checkpoint of step {self.done}")
         check_state(self.engine.tensors(), f"after step {self.done}", self.ranks)
         self.report.sync()
-        self.saver.finish()
+        self.finish_saving()
+        self.saves_again_at = -1
         in_background = self.settings.run.async_checkpoints
         engine = cast("CopyingEngine", self.engine)
         save = functools.partial(
@@ -337,8 +348,39 @@ class Run:
         if in_background:
             self.saver.start(save)
         else:
-            save()
+            try:
+                save()
+            except CheckpointError as error:
+                if self.is_last_step():
+                    raise
+                self.go_on_unsaved(error)
+            else:
+                self.unsaved_since = -1
         self.saving += time.perf_counter() - began
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is written in the background, if there is one."""
+        try:
+            if self.saver.finish():
+                self.unsaved_since = -1
+        except CheckpointError as error:
+            self.go_on_unsaved(error)
+
+    def go_on_unsaved(self, error: CheckpointError) -> None:
+        """Try again soon: what was trained since the last checkpoint is here alone, and a disk that
+        is full may have room by then.
+
+        Raises:
+            CheckpointError: ``error``, once the next checkpoint is due and could not be written
+                either.
+        """
+        every = self.settings.run.checkpoint_every
+        if self.unsaved_since < 0:
+            self.unsaved_since = self.done
+        elif self.done - self.unsaved_since >= every and not self.is_last_step():
+            raise error
+        self.saves_again_at = self.done + max(every // TRIES, 1)
+        self.report.not_saved(self.done, str(error), self.saves_again_at)
 
     def validate(self) -> float | None:
         """Validate and log it; None where a rank was asked to stop."""

@@ -200,7 +200,10 @@ def _check_splits(settings: DataSettings, corpus: Corpus) -> None:
     counts = f"{training.num_documents} documents to train on and {held_out.num_documents} held out"
     both = bool(training.num_documents and held_out.num_documents)
     if settings.source == "prepared":
-        must = f"a folder with documents in both splits, without data.validation_path ({counts})"
+        must = (
+            f"a folder with documents in both splits ({counts}; another --held-out of "
+            "prepare_data.py gives others) without data.validation_path"
+        )
         check(both, "data.path", where, must)
     else:
         must = f"a fraction that leaves some documents in both splits ({where} gives {counts})"

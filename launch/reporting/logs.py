@@ -127,7 +127,8 @@ def _step_of(line: bytes) -> tuple[int | None, bool]:
 
 
 class Board:
-    """TensorBoard's event files in a folder. After an error nothing more is written."""
+    """TensorBoard's event files in a folder. After an error, which is told once, events are lost
+    until ``flush`` can begin another file."""
 
     def __init__(self, folder: Path, first_step: int, warn: Warn) -> None:
         try:
@@ -137,10 +138,11 @@ class Board:
                 "run.tensorboard must be False where tensorboard is not installed "
                 "(pip install tensorboard), got True"
             ) from None
-        self._folder, self._warn = folder, warn
+        self._folder, self._warn, self._warned = folder, warn, False
+        self._make: Callable[..., Any] = SummaryWriter
         self._writer: Any = None
         # Readers drop events of that step and later ones from the files before.
-        self._try(lambda: self._open(SummaryWriter, first_step + 1))
+        self._try(lambda: self._open(first_step + 1))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add a value by each name."""
@@ -150,16 +152,15 @@ class Board:
 
     def flush(self) -> None:
         """Write all events to their file, which would otherwise take two minutes."""
-        if self._writer is not None:
-            self._try(self._writer.flush)
+        self._try(self._open if self._writer is None else self._writer.flush)
 
     def close(self) -> None:
         if self._writer is not None:
             self._try(self._writer.close)
             self._writer = None
 
-    def _open(self, writer: Callable[..., Any], purge_step: int) -> None:
-        self._writer = writer(str(self._folder), purge_step=purge_step)
+    def _open(self, purge_step: int | None = None) -> None:
+        self._writer = self._make(str(self._folder), purge_step=purge_step)
 
     def _try(self, act: Callable[[], None]) -> None:
         # Errors of the writer's own thread are raised here, by its next call.
@@ -167,7 +168,10 @@ class Board:
             act()
         except OSError as error:
             self._writer = None
-            self._warn(f"warning: {self._folder}: {error.strerror}; nothing more is written to it")
+            if not self._warned:
+                self._warned = True
+                then = "events are lost until a checkpoint finds that it can be written"
+                self._warn(f"warning: {self._folder}: {error.strerror}; {then}")
 
 
 class Screen(Console):

@@ -101,6 +101,16 @@ class Report:
             self._scalars(step, {"skipped_in_a_row": in_a_row})
             self.line(f"step {step:>6}  update skipped: {why} ({in_a_row} in a row)")
 
+    def not_saved(self, step: int, why: str, again: int) -> None:
+        """Log that a checkpoint could not be written.
+
+        Args:
+            again: the step after which it is tried again.
+        """
+        if self.active:
+            self._write({"step": step, "not_saved": why})
+            self.line(f"step {step:>6}  warning: {why}; it is tried again after step {again}")
+
     def slow_rank(self, step: int, rank: int, host: str, seconds: float, median: float) -> None:
         """Log that a rank computes slower than the others, which wait for it.
 

@@ -60,18 +60,23 @@ class BackgroundSaver:
         self._thread = Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """Wait for what was begun.
+
+        Returns:
+            Whether something was begun since the last call, and was written.
 
         Raises:
             CheckpointError: on every rank, if it could not be written.
         """
+        begun = self._thread is not None
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
             raise error
+        return begun
 
     def _run(self, group: dist.ProcessGroup, save: Callable[[], object]) -> None:
         try:

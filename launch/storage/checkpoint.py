@@ -138,8 +138,9 @@ def save_checkpoint(
         write_manifest(partial, step, settings.parallel.engine, data, code)
         on_main(lambda: _publish(partial, path))
     except CheckpointError as error:
-        free = on_main(lambda: _give_up(partial))
-        raise CheckpointError(f"{path}: not written ({error}; {free:,} bytes are free)") from None
+        before, now = on_main(lambda: _give_up(partial))
+        room = f"{before:,} bytes were free, {now:,} are without it"
+        raise CheckpointError(f"{path}: not written ({error}; {room})") from None
     broken = passed_over or set()
     broken.discard(path.name)
     on_main(lambda: _rotate(folder, step, settings.run.keep_checkpoints, broken))
@@ -300,10 +301,12 @@ def _start(partial: Path) -> None:
     partial.mkdir()
 
 
-def _give_up(partial: Path) -> int:
-    """Remove an unfinished checkpoint; returns the bytes that are free then."""
+def _give_up(partial: Path) -> tuple[int, int]:
+    """Remove an unfinished checkpoint; returns the bytes that were free before and are now."""
+    place = next(p for p in partial.parents if p.exists())
+    before = shutil.disk_usage(place).free
     shutil.rmtree(partial, ignore_errors=True)
-    return shutil.disk_usage(next(p for p in partial.parents if p.exists())).free
+    return before, shutil.disk_usage(place).free
 
 
 def _publish(partial: Path, path: Path) -> None:

@@ -130,13 +130,17 @@ class FolderLock:
         aside.unlink()
 
     def release(self) -> None:
-        """Remove the lock, if it is this process's."""
+        """Remove the lock, if it is this process's. Where that fails it says so: a lock whose
+        process is gone is free."""
         self._done.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if self.holder() == self.owner:
-                self.path.unlink()
+            try:
+                if self.holder() == self.owner:
+                    self.path.unlink()
+            except OSError as error:
+                print(f"{self.path}: not removed: {error}", file=sys.stderr, flush=True)
 
     def _create(self, content: bytes) -> bool:
         """Make the file, whole from its first moment, unless it is there."""

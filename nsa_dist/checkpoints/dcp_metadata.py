@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import WriteItemType
 
 DCP_FORM = "be as torch.distributed.checkpoint writes it"
 """What errors say that a file must do."""
@@ -54,6 +55,8 @@ _NAMES = {
         "WriteItem",
         "WriteItemType",
     ),
+    # Python 3.11.0 to 3.11.3 pickle a member of an enum as this of the enum and its name.
+    "builtins": ("getattr",),
     # The path of the checkpoint when it was written; nothing reads it.
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
@@ -62,6 +65,12 @@ _NAMES = {
 
 _CALLED = ("PosixPath", "Size", "WriteItemType", "_MEM_FORMAT_ENCODING", "_get_layout")
 """Names that the pickle calls with arguments; for the others it sets attributes."""
+
+_ENUMS = {
+    enum.__name__: {member.name: member.value for member in enum}
+    for enum in (_MEM_FORMAT_ENCODING, WriteItemType)
+}
+"""Values by name of the enums that a ``.metadata`` may have members of."""
 
 _LAYOUTS = {str(x): x for x in vars(torch).values() if isinstance(x, torch.layout)}
 _FORMATS = {x.value: x for x in _MEM_FORMAT_ENCODING}
@@ -190,6 +199,18 @@ def _argument(x: Any, name: str) -> Any:
     return record.args[0]
 
 
+def _member(x: Any, enum: str) -> Any:
+    """The value of a member of an enum."""
+    if type(x).__name__ != "getattr":
+        return _argument(x, enum)
+    record = _record(x, "getattr")
+    _need(len(record.args) == 2 and record.state is None, enum)
+    kind, name = record.args
+    _need(isinstance(kind, type) and issubclass(kind, _Record) and kind.__name__ == enum, enum)
+    _need(type(name) is str and name in _ENUMS[enum], enum)
+    return _ENUMS[enum][name]
+
+
 def _size(x: Any) -> torch.Size:
     values = _argument(x, "Size")
     _need(type(values) is tuple and all(map(_is_count, values)), "Size")
@@ -203,7 +224,7 @@ def _properties(x: Any) -> TensorProperties:
     dtype, layout, requires_grad, memory_format, pinned = state
     layout = _argument(layout, "_get_layout")
     _need(type(layout) is str and layout in _LAYOUTS, "layout")
-    memory_format = _argument(memory_format, "_MEM_FORMAT_ENCODING")
+    memory_format = _member(memory_format, "_MEM_FORMAT_ENCODING")
     _need(type(memory_format) is int and memory_format in _FORMATS, "memory_format")
     _need(isinstance(dtype, torch.dtype), "dtype")
     _need(type(requires_grad) is bool and type(pinned) is bool, "TensorProperties")
@@ -276,7 +297,11 @@ def _check_plain(x: Any, seen: set[int]) -> None:
         return
     seen.add(id(x))
     parts: Sequence[Any] = ()
-    if isinstance(x, _Record):
+    if isinstance(x, _Record) and type(x).__name__ == "getattr":
+        enum = getattr(x.args[0], "__name__", "") if x.args else ""
+        _need(enum in _ENUMS, "getattr")
+        _member(x, enum)
+    elif isinstance(x, _Record):
         name = type(x).__name__
         _need((x.state is None) if name in _CALLED else (x.args == ()), name)
         parts = (x.args, x.state)

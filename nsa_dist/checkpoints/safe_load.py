@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,22 @@ def read_file(file: Path, must: str = PLAIN_VALUES) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
+def _member(enum: Any, name: Any) -> Enum:
+    """What ``getattr`` gives, of an enum and the name of one of its members alone.
+
+    Raises:
+        UnpicklingError: for anything else.
+    """
+    members = dict[str, Enum](enum.__members__) if type(enum) is EnumMeta else {}
+    if type(name) is not str or name not in members:
+        raise pickle.UnpicklingError("getattr of no member of an enum")
+    return members[name]
+
+
+_MEMBERS = (_member, "builtins.getattr")
+"""How Python 3.11.0 to 3.11.3 pickle the members of enums; the enum itself must be allowed too."""
+
+
 @contextmanager
 def weights_only(allowed: Iterable[Any] = ()) -> Iterator[None]:
     """A context in which every torch.load of this process only accepts tensors, plain values and
@@ -185,7 +202,7 @@ def weights_only(allowed: Iterable[Any] = ()) -> Iterator[None]:
     Classes from torch.serialization.add_safe_globals stay allowed.
     """
     known = torch.serialization.get_safe_globals()
-    added = [each for each in allowed if each not in known]
+    added = [each for each in (*allowed, _MEMBERS) if each not in known]
     force, others = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (force, others)}
     os.environ[force] = "1"
@@ -246,5 +263,5 @@ def _unsafe(message: str) -> str:
     match = re.search(r"GLOBAL (\S+) ", message)
     if match:
         return f"{in_a_line(match[1])}, which is not allowed"
-    (line, *_) = re.findall(r"WeightsUnpickler error: (.*)", message) or [message]
+    (line, *_) = re.findall(r"WeightsUnpickler error:\s*(.+)", message) or [message]
     return in_a_line(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -299,8 +300,42 @@ def test_a_full_disk_of_one_rank_is_told_on_every_rank(
     settings = replaced(settings, "run", async_checkpoints=in_background)
     texts = ranks_of(2).run(run_with_full_disk, run_training, settings, rank, 2000)
     assert texts[0] == texts[1]
-    assert re.search(rf"step_00000004: not written \(rank {rank}: .*bytes are free", texts[0])
+    told = rf"step_00000004: not written \(rank {rank}: .* bytes were free, .* are without it"
+    assert re.search(told, texts[0])
     assert steps(folder) == [f"step_0000000{step}" for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_disk_that_is_full_for_a_while_ends_no_run(
+    ranks_of: RanksOf, root: Path, tmp_path: Path, in_background: bool
+) -> None:
+    """A checkpoint is tried again soon, and nothing that was trained is lost."""
+    run = {"steps": 9, "checkpoint_every": 4, "keep_checkpoints": 0, "log_every": 1}
+    settings = tiny(root, parallel={"cp": 2}, run={**run, "folder": str(tmp_path / "run")})
+    settings = replaced(settings, "run", async_checkpoints=in_background)
+    text, _ = ranks_of(2).run(run_with_full_disk, run_training, settings, 1, 2000, {4, 5})
+    assert text == ""
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    told = [(record["step"], record["not_saved"]) for record in records if "not_saved" in record]
+    assert "step_00000004: not written (rank 1: " in told[0][1]
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, 10))
+    if in_background:  # How far the run is when one fails is not always the same.
+        assert steps(tmp_path / "run")[-2:] == ["step_00000008", "step_00000009"]
+    else:
+        assert [step for step, _ in told] == [4, 5]
+        assert [name[-1] for name in steps(tmp_path / "run")] == ["6", "8", "9"]
+
+
+def test_a_run_ends_that_cannot_save_until_the_next_checkpoint_is_due(
+    ranks_of: RanksOf, root: Path, tmp_path: Path
+) -> None:
+    run = {"steps": 20, "checkpoint_every": 4, "folder": str(tmp_path / "run")}
+    settings = tiny(root, parallel={"cp": 2}, run=run)
+    texts = ranks_of(2).run(run_with_full_disk, run_training, settings, 0, 2000)
+    assert texts[0] == texts[1]
+    assert "step_00000008: not written (rank 0: " in texts[0]
+    assert steps(tmp_path / "run") == []
 
 
 def test_a_run_that_saves_in_the_background_is_the_same(

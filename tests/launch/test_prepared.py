@@ -21,9 +21,11 @@ from launch.data import prepared as module
 from launch.data.corpus import Corpus, PackedStreams, load_corpus, load_tokenizer, unigram_loss
 from launch.data.permutation import Permutation
 from launch.data.prepared import PreparedSplit, open_prepared
+from launch.data.preparing import PrepareOptions, prepare
 from launch.data.sources import read_documents
 from launch.data.streams import Split
 from launch.data.tokenizer import ByteTokenizer
+from launch.prepare_data import summarise
 from launch.settings import DataSettings
 from tests.launch.checkpoints import cut, flip
 from tests.launch.prepared import prepared, write_jsonl
@@ -387,6 +389,18 @@ def test_other_places_are_refused(tmp_path: Path, root: Path, folder: Path) -> N
         load_corpus(settings(tmp_path))
     with pytest.raises(ValueError, match=r"data\.length must be at most the \d+ tokens of the sp"):
         load_corpus(settings(folder)).training.streams(10**6, 0)
+
+
+def test_a_small_folder_of_which_nothing_is_held_out_is_told(tmp_path: Path) -> None:
+    """Before a run refuses it. With few documents the share of hashes may be none of them."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(4):
+        (texts / f"{number}.txt").write_text("some text")
+    for share, told in ((0.001, True), (0.999, False), (0.0, False)):
+        options = PrepareOptions((texts,), tmp_path / f"{share}", held_out=share, processes=1)
+        words = "\n".join(summarise(prepare(options, lambda progress: None), options))
+        assert ("prepare another folder with --held-out above 0.001" in words) == told
 
 
 def test_a_folder_without_held_out_documents_needs_others(lines: Path, tmp_path: Path) -> None:

@@ -182,6 +182,28 @@ def test_a_full_disk_under_tensorboard_is_told_once(
     assert [record["step"] for record in read(tmp_path)] == list(range(1, 60))
 
 
+def test_tensorboard_goes_on_when_there_is_room_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    settings = tiny(root, run={"tensorboard": True})
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    with Report(settings, tmp_path, active=True, first_step=0) as report:
+        for step in range(1, 9):
+            with monkeypatch.context() as patch:
+                if step in (3, 4):
+                    patch.setattr(RecordWriter, "write", full)
+                    patch.setattr(RecordWriter, "flush", full)
+                report.step({"step": step, **VALUES}, {})
+                report.sync()
+    steps = [step for step, _ in scalars(tmp_path, "loss")]
+    assert steps == [1, 2, 5, 6, 7, 8] or steps == [1, 2, 6, 7, 8]
+
+
 def test_a_folder_that_cannot_be_logged_to_is_told(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

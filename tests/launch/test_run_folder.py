@@ -372,3 +372,19 @@ def test_processes_in_unshared_folders_end_with_status_1(root: Path, tmp_path: P
                 "run.folder must be a folder that all nodes share, by its whole path (rank 1"
                 in rank.text
             )
+
+
+def test_a_lock_that_cannot_be_removed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the folder may not be written to any more."""
+    lock = FolderLock(tmp_path)
+    assert lock.take()
+
+    def denied(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", denied)
+        lock.release()
+    assert "run.lock: not removed: [Errno 13] Permission denied" in capsys.readouterr().err

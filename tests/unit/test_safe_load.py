@@ -10,18 +10,21 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from nsa_dist.checkpoints.dcp_metadata import read_metadata
 from nsa_dist.checkpoints.safe_load import check_dcp, load, read_file, weights_only
-from tests.unit.crafted import Call, mkdir
+from tests.unit.crafted import ByName, Call, by_name, mkdir
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -120,6 +123,10 @@ FORMS: dict[str, bytes] = {
     "functools": named("functools", "partial") + b".",
     "operator": named("operator", "attrgetter") + b".",
     "numpy": named("numpy", "ndarray") + b".",
+    "getattr of a class": named("builtins", "getattr")
+    + named(_METADATA, "Metadata")[2:]
+    + text("__init__")
+    + b"\x86R.",
     "odd characters": named("os\n\x1b[2J", "system") + b".",
 }
 
@@ -321,6 +328,50 @@ def test_what_was_written_is_read(good: Path) -> None:
     check_dcp(good)
     found, expected = read_metadata(good), metadata_of(good)
     assert dataclasses.replace(found, storage_meta=expected.storage_meta) == expected
+
+
+def test_what_python_3_11_0_wrote_is_read(path: Path) -> None:
+    """Debian 12 has 3.11.2."""
+    expected = metadata_of(path)
+    plan = [SavePlan([WriteItem(MetadataIndex("w"), WriteItemType.TENSOR)])]
+    written = dataclasses.replace(expected)
+    vars(written)["all_local_plans"] = plan  # Megatron's; not every torch has the field.
+    data = by_name(written)
+    assert data.count(b"getattr") == 1 and b"TORCH_CONTIGUOUS_FORMAT" in data
+    (path / ".metadata").write_bytes(data)
+    found = read_metadata(path)
+    assert dataclasses.replace(found, storage_meta=expected.storage_meta) == expected
+    state = {"w": torch.zeros(3, 4)}
+    load(state, path)
+    assert torch.equal(state["w"], torch.arange(12.0).view(3, 4))
+    check_dcp(path)
+
+
+@pytest.mark.parametrize("name", ["TENSOR", "__class__", "_member_map_", "none"])
+def test_trap_other_attributes_of_an_enum_in_metadata(path: Path, name: str) -> None:
+    (path / ".metadata").write_bytes(by_name(metadata_of(path), name))
+    assert "_MEM_FORMAT_ENCODING in an unknown form" in refusal(path)
+
+
+class Stage(Enum):
+    """One that a library writes."""
+
+    WEIGHTS = 3
+
+
+def test_members_of_allowed_enums_are_read_by_name(tmp_path: Path) -> None:
+    """As DeepSpeed's stage is in what Python 3.11.0 to 3.11.3 wrote."""
+    by_names = SimpleNamespace(Pickler=ByName, __name__="by_names")
+    file = tmp_path / "states.pt"
+    torch.save({"stage": Stage.WEIGHTS}, file, pickle_module=by_names)
+    with weights_only([Stage]):
+        assert read_file(file) == {"stage": Stage.WEIGHTS}
+    with weights_only(), pytest.raises(ValueError, match=r"Stage, which is not allowed"):
+        read_file(file)
+    for value in (Call(getattr, Stage, "mro"), Call(getattr, Stage.WEIGHTS, "value")):
+        torch.save({"stage": value}, file)
+        with weights_only([Stage]), pytest.raises(ValueError, match="getattr of no member of an"):
+            read_file(file)
 
 
 @pytest.mark.parametrize("archive", [True, False], ids=["archive", "before archives"])
