@@ -19,6 +19,7 @@ from nsa_dist.comm.collectives import begin_all_gather
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import exact_gradients_problem
+from nsa_dist.host_tables import on_cpu
 from nsa_dist.plan.layout import check_batch_size, check_cu_seqlens, local_indices, make_layout
 from nsa_dist.plan.parts import parts_layout
 from nsa_dist.plan.statement import Statement, show_boundaries
@@ -141,7 +142,7 @@ def make_sharding(
         if problem is not None:
             raise ValueError(problem)
 
-    with torch.device("cpu"):  # Whatever the default device is.
+    with on_cpu():
         multiple = padded.multiple
         if padded.per_document and cu_seqlens is not None:
             lengths = cu_seqlens.long().diff()
@@ -280,7 +281,7 @@ def boundaries_from_positions(
     agree(statement, problem, context, CommunicationCounter())
     length = positions.shape[1] * context.size
     whole = make_sharding(length, layout=layout, group=context).unshard(positions).cpu().long()
-    with torch.device("cpu"):
+    with on_cpu():
         starts = whole == 0
         starts[:, :1] = True
         goes_on = (whole[:, 1:] == whole[:, :-1] + 1) | starts[:, 1:]

@@ -26,6 +26,7 @@ from nsa_dist.comm.agreement import agree
 from nsa_dist.comm.counter import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig, exact_gradients_problem
+from nsa_dist.host_tables import on_cpu
 from nsa_dist.plan import Grid, Plan, build_plan
 from nsa_dist.plan.grid import all_grids
 from nsa_dist.plan.layout import check_lengths, make_layout
@@ -301,7 +302,7 @@ def find_plan(
     assert cut is not None
     # Plans are made on the host, and outside of inference mode: a training step may use this plan
     # next, and autograd cannot save inference tensors.
-    with torch.inference_mode(False), torch.device("cpu"):
+    with torch.inference_mode(False), on_cpu():
         own = None if cu_seqlens is None else cu_seqlens.clone()
         plan = build_plan(
             config, cut, group.rank, group.size, batch, length, own, grids, exact_gradients

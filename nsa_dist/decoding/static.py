@@ -15,6 +15,7 @@ import torch
 
 from nsa_dist.config import NSAConfig
 from nsa_dist.decoding.step import Step, plan_of, selection_blocks, to_device
+from nsa_dist.host_tables import on_cpu
 from nsa_dist.plan.grid import num_blocks
 from nsa_kernels.segments import QueriesOnDevice
 
@@ -43,7 +44,7 @@ class StaticTables:
         self.longest = capacity - min(starts)
         select = config.select_block
         most = -(-self.longest // select)  # selection blocks of a row
-        with torch.device("cpu"):  # Tables are made on the host; the default may be another.
+        with on_cpu():
             rows, lengths = selection_blocks(starts, capacity, most, capacity, select)
             past, moves = torch.tensor([0]), torch.tensor([0, 0, 1, 0, 0, 0])
         # As Segment has them, position 0 standing for the column of the new token.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nsa_dist import NSAConfig
+from nsa_dist.host_tables import on_cpu
 from nsa_dist.plan import Plan, build_plan
 from nsa_dist.plan.layout import check_lengths, local_indices, make_layout
 
@@ -200,3 +201,16 @@ def test_moving_a_plan_keeps_shared_halos_shared() -> None:
     plan = build_plan(config, make_layout("zigzag", 2), 0, 2, 1, 64, None)
     moved = plan.to(torch.device("cpu"))
     assert len({id(halo) for halo in moved.halos.values()}) == 1
+
+
+def test_tables_are_made_on_the_cpu_without_a_call_of_python_for_each_operator() -> None:
+    modes = torch._C._len_torch_function_stack
+    with on_cpu():
+        assert modes() == 0
+    with torch.device("meta"):
+        with on_cpu():
+            assert torch.arange(3).device.type == "cpu"
+            before = modes()
+            with on_cpu():
+                assert modes() == before
+        assert torch.arange(3).device.type == "meta"

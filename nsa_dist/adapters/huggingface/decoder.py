@@ -43,6 +43,7 @@ from nsa_dist.comm import CommunicationCounter
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig
 from nsa_dist.decoding.static import StaticTables
+from nsa_dist.host_tables import on_cpu
 from nsa_dist.plan.layout import make_layout
 from nsa_kernels import get_backend
 
@@ -218,7 +219,7 @@ class SparseDecoder:
     @torch.compiler.disable  # Lengths become tables, and each length would be compiled anew.
     def _read_batch(self, *arguments: Any) -> tuple[Batch, Tensor, Any, Tensor | None]:
         """As ``_read``, on the host."""
-        with torch.device("cpu"):  # Tables are made there; the default device may be another.
+        with on_cpu():
             return self._read(*arguments)
 
     def _read(

@@ -32,6 +32,7 @@ from nsa_dist.comm.agreement import AgreeInBackward, agree
 from nsa_dist.comm.collectives import name_failures
 from nsa_dist.comm.group import ContextGroup, GroupLike, context_group
 from nsa_dist.config import NSAConfig
+from nsa_dist.host_tables import on_cpu
 from nsa_dist.plan import Plan
 from nsa_dist.plan.layout import check_batch_size
 from nsa_dist.plan.statement import Statement
@@ -162,7 +163,7 @@ def find_dense_plan(
     )
     if plan not in _splits:
         # Outside of inference mode, so that autograd may save them.
-        with torch.inference_mode(False), torch.device("cpu"):
+        with torch.inference_mode(False), on_cpu():
             _splits[plan] = _split(plan, layout, cu_seqlens, dtype, device)
     packed = cu_seqlens is not None
     return DensePlan(plan, _splits[plan], layout, dtype, packed, plan.statement)

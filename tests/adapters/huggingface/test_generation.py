@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.distributed.layer_case import largest
 from tests.traps.mutation import Rewritten, catches
 
 NEW = 64
+SEED = 3  # Of a token after which models write texts of 20 tokens and more.
 LENGTHS = range(1, 2 * SMALL.select_block + 1)
 # Lengths at and around the edges of compression and selection blocks.
 SOME = (1, 3, 4, 5, 8, 9, 16)
@@ -59,11 +61,15 @@ def _generate(model: Any, tokens: Tensor, **options: Any) -> Any:
     return model.generate(tokens, **settings)
 
 
-def _recomputed(model: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Greedy continuation, every token by a forward over all before it, and its logits."""
-    tokens, logits = prompt, []
+@functools.cache
+def _recomputed(name: str) -> tuple[Tensor, Tensor]:
+    """A greedy text from one token on, every token by a forward over all before it, and its logits.
+
+    What follows any beginning of it is the rest: prompts of all lengths have it as reference.
+    """
+    model, tokens, logits = _model(name), some_tokens(1, 1, seed=SEED), []
     with torch.no_grad():
-        for _ in range(NEW):
+        for _ in range(max(LENGTHS) + NEW - 1):
             last = model(tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
             tokens = torch.cat((tokens, last.argmax(-1, keepdim=True)), dim=1)
             logits.append(last)
@@ -93,12 +99,11 @@ def _recomputed(model: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
     ],
 )
 def test_greedy_over_the_cache_is_full_recomputation(name: str, length: int) -> None:
-    model = _model(name)
-    prompt = some_tokens(1, length, seed=length)
-    found = _generate(model, prompt, output_logits=True, return_dict_in_generate=True)
-    tokens, logits = _recomputed(model, prompt)
-    assert found.sequences.shape == (1, length + NEW)
-    assert torch.equal(found.sequences, tokens)
+    text, logits = _recomputed(name)
+    prompt, end = text[:, :length], length + NEW
+    found = _generate(_model(name), prompt, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, text[:, :end])
+    logits = logits[length - 1 : end - 1]
     # Tokens may repeat; logits do not. generate rounds them to float32.
     rounding = torch.finfo(torch.float32).eps * largest(logits)
     assert largest(torch.stack(found.logits) - logits) <= rounding
