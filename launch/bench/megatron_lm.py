@@ -148,7 +148,8 @@ class MegatronOptions:
         kv_heads: KV heads.
         head_dim: width of a head.
         vocabulary: tokens of the vocabulary.
-        flags: more of Megatron's and of this attention's flags, for all runs: --flags="--nsa-window 256".
+        flags: more of Megatron's and of this attention's flags, for all runs, as
+            --flags="--nsa-window 256".
         patience: seconds that a run may take.
         keep: folder, new or empty, that gets scripts, logs and checkpoints.
         csv: file to write the table to.
