@@ -60,6 +60,13 @@ ONLY: tuple[tuple[str, Any, str], ...] = (
     ("enable_autocast", False, "Megatron's own mixed precision casts parameters"),
 )
 
+# Arguments of Megatron-LM's programs that must be off, and why.
+ARGUMENTS_OFF: tuple[tuple[str, str], ...] = (
+    ("reset_attention_mask", "masks are not read; give packed documents as packed_seq_params"),
+    ("use_torch_fsdp2", "weights that FSDP shards are untested with this attention"),
+    ("use_megatron_fsdp", "weights that FSDP shards are untested with this attention"),
+)
+
 GRAPHS = ("mlp", "moe", "moe_router", "moe_preprocess")
 """Parts of a layer that CUDA graphs may capture."""
 
@@ -134,12 +141,8 @@ def _check_cuda_graphs(config: TransformerConfig) -> None:
 def _check_arguments(config: TransformerConfig) -> None:
     """Raise ValueError for arguments of Megatron-LM's programs that its layers do not see."""
     arguments = program_arguments()
-    check(
-        not getattr(arguments, "reset_attention_mask", False),
-        "reset_attention_mask",
-        True,
-        "False (masks are not read; give packed documents as packed_seq_params)",
-    )
+    for option, why in ARGUMENTS_OFF:
+        check(not getattr(arguments, option, False), option, True, f"False ({why})")
     optimizer = getattr(arguments, "optimizer", "adam")
     check(
         "muon" not in optimizer,

@@ -136,6 +136,8 @@ def test_sequence_parallel_by_a_spec(megatron_ranks: GetRanks) -> None:
     ]
     + [
         ("builder", "reset_attention_mask", True),
+        ("builder", "use_torch_fsdp2", True),
+        ("builder", "use_megatron_fsdp", True),
         ("builder", "optimizer", "muon"),
         ("builder", "optimizer", "dist_muon"),
     ],
