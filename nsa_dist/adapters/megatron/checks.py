@@ -52,11 +52,19 @@ ONLY: tuple[tuple[str, Any, str], ...] = (
     ("delay_wgrad_compute", False, UNTRIED),
     ("overlap_moe_expert_parallel_comm", False, UNTRIED),
     ("tp_comm_overlap", False, "it is TransformerEngine's and untested here"),
+    ("gtp_weight_remat_size", 1, "--tensor-parallel-num-weight-shards is untested here"),
     ("batch_invariant_mode", False, UNTRIED),
     ("test_mode", False, "it compares layers that this attention lacks"),
     ("use_kitchen", False, UNTRIED),
     ("init_model_with_meta_device", False, UNTRIED),
     ("enable_autocast", False, "Megatron's own mixed precision casts parameters"),
+)
+
+# Arguments of Megatron-LM's programs that must be off, and why.
+ARGUMENTS_OFF: tuple[tuple[str, str], ...] = (
+    ("reset_attention_mask", "masks are not read; give packed documents as packed_seq_params"),
+    ("use_torch_fsdp2", "weights that FSDP shards are untested with this attention"),
+    ("use_megatron_fsdp", "weights that FSDP shards are untested with this attention"),
 )
 
 GRAPHS = ("mlp", "moe", "moe_router", "moe_preprocess")
@@ -133,11 +141,15 @@ def _check_cuda_graphs(config: TransformerConfig) -> None:
 def _check_arguments(config: TransformerConfig) -> None:
     """Raise ValueError for arguments of Megatron-LM's programs that its layers do not see."""
     arguments = program_arguments()
+    for option, why in ARGUMENTS_OFF:
+        check(not getattr(arguments, option, False), option, True, f"False ({why})")
+    optimizer = getattr(arguments, "optimizer", "adam")
     check(
-        not getattr(arguments, "reset_attention_mask", False),
-        "reset_attention_mask",
-        True,
-        "False (masks are not read; give packed documents as packed_seq_params)",
+        "muon" not in optimizer,
+        "optimizer",
+        optimizer,
+        "one that is not Muon's kind (it would cut linear_qkv as if each group had one key and one "
+        "value, and take norms of several keys and position embeddings for matrices)",
     )
     is_shifted_wrong = config.context_parallel_size > 1 and layout_of_program() == "zigzag"
     check(
@@ -274,13 +286,11 @@ def _check_submodules(config: TransformerConfig, submodules: SelfAttentionSubmod
     for name in ("q_layernorm", "k_layernorm"):
         module = _module(getattr(submodules, name))
         has_weight = module not in (None, IdentityOp, L2Norm)
-        # Only with this option does Megatron sum the gradients of these weights over TP ranks.
-        check(
-            config.qk_layernorm == has_weight,
-            "qk_layernorm",
-            config.qk_layernorm,
-            f"{has_weight} in the TransformerConfig, as when the spec was made",
-        )
+        # Only with qk_layernorm does Megatron sum the gradients of these weights over TP ranks.
+        for option, found in (("qk_layernorm", has_weight), ("qk_l2_norm", module is L2Norm)):
+            given = getattr(config, option)
+            must = f"{found} in the TransformerConfig, as when the spec was made"
+            check(given == found, option, given, must)
 
 
 def _module(spec: Any) -> Any:

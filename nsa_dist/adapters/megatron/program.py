@@ -60,6 +60,9 @@ ONLY: tuple[tuple[str, Any, str], ...] = (
     ("is_hybrid_model", False, "untested beside Mamba layers"),
 )
 
+LLAMA_FACTOR = 8.0
+NOT_PASSED = "with --spec (Megatron hands the model another one; nsa_gpt_builder does not)"
+
 
 def check_program(args: Namespace) -> None:
     """Raise ValueError for arguments of the program that choose another layer."""
@@ -123,6 +126,7 @@ def nsa_gpt_builder(
         "rotary_percent": args.rotary_percent,
         "rotary_base": args.rotary_base,
         "rope_scaling": args.use_rope_scaling,
+        "rope_scaling_factor": getattr(args, "rope_scaling_factor", LLAMA_FACTOR),
         "seq_len_interpolation_factor": args.rotary_seq_len_interpolation_factor,
         "mtp_block_spec": mtp,
         "vp_stage": vp_stage,
@@ -200,6 +204,10 @@ def _arguments() -> Namespace:
             "get_gpt_layer_nsa_spec needs no arguments"
         )
     check_program(args)
+    factor = getattr(args, "rope_scaling_factor", LLAMA_FACTOR)
+    must = f"{LLAMA_FACTOR} {NOT_PASSED}"
+    scaled = getattr(args, "use_rope_scaling", False)
+    check(not scaled or factor == LLAMA_FACTOR, "rope_scaling_factor", factor, must)
     return args
 
 
@@ -221,6 +229,9 @@ class LayerFromArguments(TransformerLayer):
         must = f"that of a stack of layers in a model with Mamba layers (not {' '.join(SPEC)})"
         check(not is_stack, "spec", type(self).__name__, must)
         args = _arguments()
+        factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
+        must = f"None {NOT_PASSED}"
+        check(factor is None, "rotary_seq_len_interpolation_factor", factor, must)
         lacks_norm = transformer_block.LayerNormImpl is WrappedTorchNorm
         check(
             not (config.sequence_parallel and lacks_norm),

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import shlex
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -63,6 +63,7 @@ def arguments(flags: str = SMALL_FLAGS, **changes: Any) -> Namespace:
         "rotary_base": 10000,
         "rotary_seq_len_interpolation_factor": None,
         "use_rope_scaling": False,
+        "rope_scaling_factor": 8.0,
     }
     return Namespace(**(given | vars(parse(flags)) | changes))
 
@@ -209,9 +210,36 @@ def model_by_spec(config: Any, spec: Any = None, **changes: Any) -> Any:
         )
 
 
-def specs_agree(kind: str, layout: Layout) -> bool | str:
+def rotary_frequencies(given: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Of the builder's model with these arguments, and of Megatron's with the same options."""
+    with megatron(Layout()):
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.models.gpt.gpt_model import GPTModel
+
+        config = transformer_config(Variant())
+        dense = GPTModel(
+            config,
+            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            vocab_size=VOCABULARY,
+            max_sequence_length=LENGTH,
+            position_embedding_type="rope",
+            rope_scaling=given["use_rope_scaling"],
+            rope_scaling_factor=given["rope_scaling_factor"],
+        )
+        models: Any = (build_by_program(arguments(**given), config), dense)
+        found, expected = (model.rotary_pos_emb.inv_freq.tolist() for model in models)
+        return found, expected
+
+
+def specs_agree(
+    kind: str, layout: Layout, given: Mapping[str, Any] = MappingProxyType({})
+) -> bool | str:
     """Whether a spec of either kind of release gives the logits of the block spec, or why it is
-    refused."""
+    refused.
+
+    Args:
+        given: more arguments of the program.
+    """
     with megatron(layout):
         from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -224,7 +252,7 @@ def specs_agree(kind: str, layout: Layout) -> bool | str:
         # Megatron's own last norm, that of a layer's spec, is float32.
         expected.decoder.final_layernorm.weight.data.fill_(1.0)
         try:
-            found = model_by_spec(config, spec)
+            found = model_by_spec(config, spec, **given)
         except ValueError as error:
             return str(error)
         return torch.equal(_logits(found, expected), _logits(expected, expected))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.adapters.megatron.dense_case import documents_by_option, from_dense_by_option
 from tests.adapters.megatron.layer_case import (
     DOCUMENTS,
     differing_starts,
@@ -43,6 +44,22 @@ def test_rotary_is_that_of_our_layer(megatron_ranks: GetRanks) -> None:
     radians, are float32."""
     error, largest = megatron_ranks(1).run(rotated_like_ours)[0]
     assert error <= max(DOCUMENTS) * torch.finfo(torch.float32).eps * largest
+
+
+def test_options_of_megatron_do_what_they_do_to_dense_layers(megatron_ranks: GetRanks) -> None:
+    """Rotary embeddings, scales and norms, where blocks and window cover every token: float64, so
+    equal to rounding. Each option makes other logits than none, or it would not be on."""
+    (found,) = megatron_ranks(1).run(from_dense_by_option)
+    plain = found["plain"][0]
+    for name, (logits, *errors) in found.items():
+        assert max(errors) < 1e-12, name
+        assert name == "plain" or (logits - plain).abs().max() > 1e-4 * plain.abs().max(), name
+
+
+@pytest.mark.parametrize("split", ["zigzag_per_document", "zigzag"])
+def test_options_of_megatron_in_packed_batches(split: str, megatron_ranks: GetRanks) -> None:
+    for found in megatron_ranks(4).run(documents_by_option, Layout(cp=2), split):
+        assert found and max(found.values()) < 1e-12, found
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(1, Layout()), (4, Layout(tp=2, cp=2, sp=True))])

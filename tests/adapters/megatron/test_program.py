@@ -21,6 +21,7 @@ from tests.adapters.megatron.program_case import (
     prediction_layers,
     refusal_in_a_stack,
     refusal_of_program,
+    rotary_frequencies,
     specs_agree,
     undecayed,
 )
@@ -133,13 +134,41 @@ def test_sequence_parallel_by_a_spec(megatron_ranks: GetRanks) -> None:
             ("modelopt_enabled", True),
         )
     ]
-    + [("builder", "reset_attention_mask", True)],
+    + [
+        ("builder", "reset_attention_mask", True),
+        ("builder", "use_torch_fsdp2", True),
+        ("builder", "use_megatron_fsdp", True),
+        ("builder", "optimizer", "muon"),
+        ("builder", "optimizer", "dist_muon"),
+    ],
 )
 def test_arguments_of_another_model(
     by: str, option: str, value: Any, megatron_ranks: GetRanks
 ) -> None:
     (message,) = megatron_ranks(1).run(refusal_of_program, by, {option: value}, {}, Layout())
     assert f"{option} must be " in message and f"got {value!r}" in message
+
+
+def test_rope_scaling(megatron_ranks: GetRanks) -> None:
+    """A factor that Megatron-LM's programs do not hand to the model, but the builder does."""
+    scaled = {"use_rope_scaling": True, "rope_scaling_factor": 32.0}
+    (of_model,) = megatron_ranks(1).run(rotary_frequencies, scaled)
+    (of_eight,) = megatron_ranks(1).run(rotary_frequencies, scaled | {"rope_scaling_factor": 8.0})
+    assert of_model[0] == of_model[1] != of_eight[0] == of_eight[1]
+    (message,) = megatron_ranks(1).run(refusal_of_program, "spec", scaled, {}, Layout())
+    assert message.startswith("rope_scaling_factor must be 8.0 with --spec")
+    assert "nsa_gpt_builder" in message and "got 32.0" in message
+    scaled["use_rope_scaling"] = False  # Then the factor is not read.
+    assert megatron_ranks(1).run(refusal_of_program, "spec", scaled, {}, Layout()) == [""]
+
+
+def test_interpolation_by_a_spec(megatron_ranks: GetRanks) -> None:
+    """Which Megatron-LM hands to the model from 0.19 on, when a spec is a function."""
+    given = {"rotary_seq_len_interpolation_factor": 2}
+    (message,) = megatron_ranks(1).run(specs_agree, "object", Layout(), given)
+    assert message.startswith("rotary_seq_len_interpolation_factor must be None with --spec")
+    assert "nsa_gpt_builder" in message and "got 2" in message
+    assert megatron_ranks(1).run(refusal_of_program, "spec", given, {}, Layout()) == [""]
 
 
 def test_a_model_of_mamba_layers(megatron_ranks: GetRanks) -> None:

@@ -56,6 +56,7 @@ OPTIONS: dict[str, Any] = {
     "delay_wgrad_compute": True,
     "overlap_moe_expert_parallel_comm": True,
     "tp_comm_overlap": True,
+    "gtp_weight_remat_size": 2,
     "batch_invariant_mode": True,
     "test_mode": True,
     "use_kitchen": True,
@@ -64,6 +65,7 @@ OPTIONS: dict[str, Any] = {
     "cp_comm_type": ["p2p", "a2a"],
     "softmax_scale": 0.5,
     "qk_layernorm": True,
+    "qk_l2_norm": True,
     "num_attention_heads": 8,
     "num_query_groups": 4,
     "kv_channels": 16,
@@ -79,6 +81,7 @@ SPEC_OPTIONS: dict[str, Any] = {
     "fp8": "e4m3",
     "use_kitchen": True,
     "qk_layernorm": True,
+    "qk_l2_norm": True,
     "use_transformer_engine": True,
     "backend": "cuda",
     "from_dense": True,
@@ -117,7 +120,11 @@ def test_options_of_the_attention(option: str, megatron_ranks: GetRanks) -> None
 def test_options_of_the_spec(option: str, megatron_ranks: GetRanks) -> None:
     (message,) = _built(megatron_ranks(1), spec={option: SPEC_OPTIONS[option]})
     # The config, which says False, is what is wrong where the spec norms queries and keys.
-    names = {"qk_layernorm": ("qk_layernorm", False), "from_dense": ("independent_kv", True)}
+    names = {
+        "qk_layernorm": ("qk_layernorm", False),
+        "qk_l2_norm": ("qk_l2_norm", False),
+        "from_dense": ("independent_kv", True),
+    }
     option, found = names.get(option, (option, SPEC_OPTIONS[option]))
     _assert_names(message, option, found)
 
