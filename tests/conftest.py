@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 # cuBLAS reads this once, when its first handle is made.
@@ -36,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What a shell starts with & ignores it, and so would all that tests start and interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Many tests start processes of their own, and one thread fixes the order of every sum.
     torch.set_num_threads(config.getoption("--threads"))
     given = os.environ.get("PYTHONWARNINGS")
