@@ -30,8 +30,9 @@ PARTS = (
     ("tests/launch",),
     ("tests/adapters", "tests/repository"),
     ("tests/ops/triton",),
-    ("tests/ops",),
     ("tests/distributed", "tests/traps", "tests/unit"),
+    ("tests/ops",),
+    ("tests/launch/bench",),
 )
 WORKERS = 3
 NOTHING_SELECTED = int(pytest.ExitCode.NO_TESTS_COLLECTED)

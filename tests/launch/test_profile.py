@@ -17,8 +17,8 @@ from launch.settings import RunSettings
 from nsa_dist import NativeSparseAttention, NSAConfig
 from nsa_dist.attention.ranges import MARK, ranged
 from tests.distributed.ranks import Ranks
+from tests.launch.bench.test_bench_exposed import kernel, launched
 from tests.launch.common import run_training, tiny
-from tests.launch.test_bench_exposed import kernel, launched
 
 OPERATORS = ["compress", "compressed attention", "select blocks", "selected attention"]
 OPERATORS += ["window attention", "combine"]

@@ -19,7 +19,7 @@ from launch.bench.problems import problems
 from launch.bench.stream import Stream
 from launch.bench.table import read_csv
 from nsa_dist import native_sparse_attention
-from tests.launch.test_bench import SMALL, NoClock
+from tests.launch.bench.test_bench import SMALL, NoClock
 
 SHARED = replace(SMALL, v_head_dim=16, compress="mean", independent_kv=False)
 PACKAGE = """
@@ -27,7 +27,7 @@ class NSAConfig:
     def __init__(self, **options): self.options = options
 class HFNSACore:
     def __init__(self, config):
-        from tests.launch.test_bench_peers import attend
+        from tests.launch.bench.test_bench_peers import attend
         assert config.options["window_size"] == 19
         self.run = attend
     def __call__(self, q, k, v, logits, bounds):

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 
 from launch.bench import compare, operators, shapes
 from launch.bench.table import read_csv
-from tests.launch.test_bench import SMALL, NoClock
+from tests.launch.bench.test_bench import SMALL, NoClock
 
 SIZES = ("lengths", "compress_block", "compress_stride", "select_block", "num_selected")
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend
 
 from launch.bench import decoding
 from launch.bench.table import read_fields
-from tests.launch.test_bench import NoClock
+from tests.launch.bench.test_bench import NoClock
 
 SMALL = decoding.DecodingOptions(
     lengths=(60, 70),

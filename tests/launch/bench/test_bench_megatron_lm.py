@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import signal
 import threading
 import time
@@ -243,3 +244,49 @@ def test_an_interrupt_ends_what_was_started(
         megatron_lm.compare(options, tmp_path, chosen)
     assert len(started) == (2 if together else 1)
     assert all(run.process.poll() is not None for run in started)
+
+
+LINES = {
+    "one": "one GPU",
+    "cp2": "CP 2",
+    "cp4": "CP 4",
+    "tp2": "TP 2 with sequence parallel",
+    "tp2-cp2": "TP 2 with sequence parallel x CP 2",
+    "cp2>cp4": "CP 2, from its checkpoint on CP 4",
+    "one>pp2": "one GPU, from its checkpoint on PP 2",
+    "one>pp2-vpp2": "the same, two interleaved stages a rank",
+    "one>cp2-pp2": "the same, CP 2 x PP 2",
+}
+"""Of the page, by layout."""
+COLUMNS = {"0.16.1": (1, 2), "0.20.0": (3, 4)}
+"""Cells of a line of the page, by release."""
+
+
+def test_the_page_shows_the_measurements_that_are_kept() -> None:
+    kept = megatron_lm.ROOT / "docs/benchmarks/h200_megatron_lm.csv"
+    with kept.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["precision"] == "bfloat16"]
+    page = megatron_lm.PAGE.read_text(encoding="utf-8").splitlines()
+    cells = [[x.strip() for x in line.split("|")[1:-1]] for line in page if line.startswith("|")]
+    lines = {line[0]: line for line in cells}
+    shown = 0
+    for row in rows:
+        if row["tokens_per_s"]:
+            told = [float(x.replace(",", "")) for x in lines[row["attention"]][1:]]
+            rate = float(row["tokens_per_s"])
+            assert told == pytest.approx([float(row["step_ms"]), rate, rate / 4], rel=2e-3)
+            continue
+        # One GPU's runs that others are compared with have a line where they are no line's twin.
+        if row["layout"] == "one>one" or (
+            row["layout"] == "one" and (row["layers"] == "4" or row["flags"])
+        ):
+            continue
+        line = lines["4 experts, 2 for a token, CP 2" if row["flags"] else LINES[row["layout"]]]
+        distances = row["from_one"], row["from_float32"]
+        for at, distance in zip(COLUMNS[row["megatron"]], distances, strict=True):
+            if distance:
+                assert float(line[at]) == pytest.approx(float(distance), rel=0.05, abs=1e-16)
+            else:
+                assert line[at] == ""
+        shown += 1
+    assert shown == 2 * len(LINES) + 1

@@ -30,7 +30,7 @@ from launch.bench.table import Shape, read_rows
 from nsa_dist import Sharding
 from nsa_dist.comm.group import context_group
 from tests.distributed.ranks import RankError, Ranks
-from tests.launch.test_bench import NoClock
+from tests.launch.bench.test_bench import NoClock
 
 pytestmark = pytest.mark.skipif(
     find_spec("ring_flash_attn") is None, reason="needs ring-flash-attn, not here"

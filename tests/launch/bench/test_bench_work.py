@@ -10,7 +10,7 @@ import torch
 from launch.bench.options import OPERATORS, random_choices
 from launch.bench.work import Peaks, count_pairs, fewest_bytes, operator_flops
 from nsa_kernels.reference import selected_mask, window_mask
-from tests.launch.test_bench import SMALL
+from tests.launch.bench.test_bench import SMALL
 
 
 @pytest.mark.parametrize("length, documents", [(90, 1), (90, 3), (7, 1), (33, 1)])
