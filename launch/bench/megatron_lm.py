@@ -191,7 +191,7 @@ class MegatronOptions:
             check(
                 parts[0].pp == 1, "layouts", name, f"one>{name}: stages draw weights of their own"
             )
-            alike = parts[0].tp == 1 or not self.draws_on_gpu(Case(name, "", ""))
+            alike = parts[0].tp == 1 or not self.draws_on_gpu(name)
             must = "one that begins without tpN: Megatron draws weights by rank there from 0.19 on"
             check(alike, "layouts", name, must)
         for name in self.attentions:
@@ -223,14 +223,15 @@ class MegatronOptions:
         flags = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
         return [*COMMON, "--group-query-attention", *flags, *self.flags.split()]
 
-    def draws_on_gpu(self, case: Case) -> bool:
+    def draws_on_gpu(self, layout: str) -> bool:
         """Runs that resume use Megatron's plain optimizer, since the distributed one cannot without
         TransformerEngine or apex. From 0.19 on weights drawn on the CPU would stay there for it."""
-        return len(case.parts) > 1 and version(self.checkout) >= (0, 19)
+        return ">" in layout and version(self.checkout) >= (0, 19)
 
     def baseline(self, case: Case, precision: str) -> Case:
         """One GPU's run from the weights that this case begins with."""
-        return Case("one>one" if self.draws_on_gpu(case) else "one", case.attention, precision)
+        layout = "one>one" if self.draws_on_gpu(case.layout) else "one"
+        return Case(layout, case.attention, precision)
 
 
 @dataclass(frozen=True)
@@ -502,7 +503,7 @@ class Comparison:
         sparse = case.attention == "sparse"
         script = self.sparse if sparse else self.options.checkout / "pretrain_gpt.py"
         flags = [*self.options.model, *layout.flags, *flags, *([] if sparse else DENSE)]
-        if not self.options.draws_on_gpu(case):
+        if not self.options.draws_on_gpu(case.layout):
             flags.append(DRAWN_ON_CPU)
         if case.precision == "bfloat16":
             flags.append("--bf16")

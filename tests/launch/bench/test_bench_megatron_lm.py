@@ -109,7 +109,7 @@ def test_resumed_runs_begin_with_the_weights_of_the_run_they_are_compared_with(
     options = MegatronOptions(checkout, layouts=("cp2", "cp2>cp4"), precisions=("bfloat16",))
     found, _ = megatron_lm.cases(options, 4)
     assert [case.layout for case in found] == ["one", "one>one", "cp2", "cp2>cp4"]
-    assert [options.draws_on_gpu(case) for case in found] == [False, True, False, True]
+    assert [options.draws_on_gpu(case.layout) for case in found] == [False, True, False, True]
     logs = {case: Log([float(i)] * 10, [1.0] * 10) for i, case in enumerate(found)}
     rows = [megatron_lm.row_of(case, log, logs, options) for case, log in logs.items()]
     assert [row.from_one for row in rows] == [None, None, 2.0, 2.0]

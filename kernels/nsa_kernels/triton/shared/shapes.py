@@ -234,7 +234,7 @@ def power_of_two(x: int) -> int:
 
 def padded(width: int) -> int:
     """The power of two, at least 16, that a tile's columns are padded to."""
-    return max(16, 1 << (width - 1).bit_length())
+    return max(16, power_of_two(width))
 
 
 def _padded_width(q: Tensor, v: Tensor) -> int:
