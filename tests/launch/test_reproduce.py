@@ -19,18 +19,17 @@ import pytest
 import torch
 
 from launch.model import Decoder
+from launch.processes.tasks import Task, do_tasks
 from launch.reproduce import (
     JUDGED_BY_CHOICE,
     LEAST,
     MOST,
     Experiment,
     ReproduceOptions,
-    Task,
     about_run,
     check_options,
     conversions,
     curves_of,
-    do_tasks,
     documents,
     first_runs,
     read_metrics,
